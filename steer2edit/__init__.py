@@ -1,0 +1,52 @@
+"""steer2edit: compile a steering vector into a model's weights.
+
+``compile`` is the whole pipeline; the stages are ``open_checkpoint``, ``read_spec``, ``capture_statistics``,
+``make_plan``, ``emit`` and ``verify``. Names are imported on first use, so importing this package is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec, Site, read_spec
+    from steer2edit.checkpoint import Checkpoint, open_checkpoint
+    from steer2edit.compiler import capture_statistics, compile, make_plan
+    from steer2edit.errors import Steer2EditError
+    from steer2edit.plan import EditPlan, merge
+    from steer2edit.statistics import Statistics
+    from steer2edit.targets import emit
+    from steer2edit.verify import verify
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "EditPlan": "plan",
+    "ModelSpec": "architecture",
+    "Site": "architecture",
+    "Statistics": "statistics",
+    "Steer2EditError": "errors",
+    "capture_statistics": "compiler",
+    "compile": "compiler",
+    "emit": "targets",
+    "make_plan": "compiler",
+    "merge": "plan",
+    "open_checkpoint": "checkpoint",
+    "read_spec": "architecture",
+    "verify": "verify",
+}
+
+__all__ = [
+    "Checkpoint", "EditPlan", "ModelSpec", "Site", "Statistics", "Steer2EditError", "capture_statistics", "compile",
+    "emit", "make_plan", "merge", "open_checkpoint", "read_spec", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,99 @@
+"""Run the model over contrast data once and keep moments of every writer's input and output.
+
+The span of an example is the positions that predict its response's tokens, ``[start-1, end-1)``. Memory does not
+grow with the number of examples, and the unembedding is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from steer2edit.contrast import Encoded
+from steer2edit.model import LoadedModel, batches, pad_right
+from steer2edit.progress import Progress, silent
+from steer2edit.statistics import LABELS, Accumulator, Side, Statistics
+
+
+def capture(
+    loaded: LoadedModel,
+    examples: Sequence[Encoded],
+    *,
+    batch_tokens: int = 4096,
+    source: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Moments at every writer, and of the residual stream after every block.
+
+    ``batch_tokens`` bounds a batch with its padding; the result does not depend on it beyond float rounding.
+    ``source`` is stored with the statistics (model fingerprint, data hash).
+    """
+    accumulator = Accumulator()
+    pad = loaded.tokenizer.pad_token_id or 0
+    plan = batches([len(example.ids) for example in examples], batch_tokens)
+    span = _Span(accumulator)
+    with _capturing(loaded, span), progress("capture", total=sum(len(e.ids) for e in examples)) as advance:
+        for indices in plan:
+            chosen = [examples[i] for i in indices]
+            ids, mask = pad_right([example.ids for example in chosen], pad, loaded.device)
+            span.select(chosen, ids.shape[1])
+            with torch.inference_mode():
+                loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
+            for example in chosen:
+                accumulator.count(example.label, len(example.ids) - example.start)
+            advance(sum(len(example.ids) for example in chosen))
+    return accumulator.result({"span": "[start-1, end-1)", **(source or {})})
+
+
+class _Span:
+    """Which positions of the batch that is running count, and with what weight."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._accumulator = accumulator
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._weights = torch.empty(0)
+
+    def select(self, chosen: Sequence[Encoded], width: int) -> None:
+        positions, rows = [], []
+        for row, example in enumerate(chosen):
+            span = range(example.start - 1, len(example.ids) - 1)
+            positions += [row * width + p for p in span]
+            rows += [(LABELS.index(example.label), 1.0 / len(span))] * len(span)
+        self._positions = torch.tensor(positions, dtype=torch.long)
+        self._weights = torch.zeros(len(LABELS), len(rows), dtype=torch.float32)
+        for column, (label, weight) in enumerate(rows):
+            self._weights[label, column] = weight
+
+    def add(self, key: str, side: Side, activations: torch.Tensor) -> None:
+        device = activations.device
+        if self._positions.device != device:
+            self._positions, self._weights = self._positions.to(device), self._weights.to(device)
+        values = activations.flatten(0, 1).index_select(0, self._positions)
+        self._accumulator.add(key, side, values, self._weights)
+
+
+@contextmanager
+def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
+    def writer(key: str) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            span.add(key, "input", inputs[0])
+            span.add(key, "output", output)
+
+        return hook
+
+    def block(key: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            span.add(key, "output", output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in loaded.spec.sites:
+            stack.callback(loaded.module(site).register_forward_hook(writer(site.key)).remove)
+        for layer in range(loaded.spec.layers):
+            module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
+            stack.callback(module.register_forward_hook(block(f"residual.{layer}")).remove)
+        yield

@@ -1,0 +1,304 @@
+"""A checkpoint on disk: config, tensor index, and reads that never load more than was asked for.
+
+Only headers are read on opening. They are checked as strictly as the format allows, because offsets from a
+file decide later which bytes are copied: a header that lies is an error here, never a wrong copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.errors import CheckpointError, listing
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BLOCK_BYTES = 16 << 20
+_MAX_HEADER = 100 << 20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-][\w.-]*")
+# weights in other formats, which a safetensors compile neither reads nor passes on
+_HUB_IGNORE = [
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.ot",
+    "original/*",
+    "onnx/*",
+]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+EDITABLE = frozenset({"F64", "F32", "F16", "BF16"})
+# bits of every dtype of the format, also of those that torch may not have
+_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+}
+_BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+_BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``offset`` is from the start of the shard's file, ``nbytes`` its length there."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder in the Hugging Face layout, opened by :func:`open_checkpoint`."""
+
+    path: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    shards: tuple[str, ...]
+    from_hub: bool = field(default=False, compare=False)
+
+    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """The tensor in blocks of its first axis: ``(first row, block)``, in the stored dtype.
+
+        A scalar or one-row tensor is one block. Raises CheckpointError where the file ends early.
+        """
+        info = self.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        row_bytes = info.nbytes // rows if rows else 0
+        step = max(1, block_bytes // row_bytes) if row_bytes else max(rows, 1)
+        with open(self.path / info.shard, "rb", buffering=0) as file:
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                raw = _pread(file.fileno(), info.offset + first * row_bytes, count * row_bytes, info)
+                block = torch.frombuffer(raw, dtype=DTYPES[info.dtype])
+                yield first, block.view(count, *info.shape[1:]) if info.shape else block
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in the stored dtype and shape."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        with open(self.path / info.shard, "rb", buffering=0) as file:
+            raw = _pread(file.fileno(), info.offset, info.nbytes, info)
+        return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(info.shape)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype and shape and 128 bytes from its middle.
+
+        It does not depend on how tensors are divided among shards, and reads a few kilobytes only.
+        """
+        digest = hashlib.sha256()
+        files: dict[str, int] = {}
+        try:
+            for name in sorted(self.tensors):
+                info = self.tensors[name]
+                digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
+                if info.shard not in files:
+                    files[info.shard] = os.open(self.path / info.shard, os.O_RDONLY)
+                digest.update(os.pread(files[info.shard], min(128, info.nbytes), info.offset + info.nbytes // 2))
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+        return digest.hexdigest()
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a folder, or a Hub id (fetched through huggingface_hub into its cache).
+
+    Raises CheckpointError naming every problem found: missing files, an index that does not match its
+    shards, damaged headers.
+    """
+    path, name, commit = _locate(model, revision)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; expected a checkpoint folder (config.json and *.safetensors)")
+    config = read_json(path / "config.json")
+    weight_map = _weight_map(path)
+    shards = tuple(dict.fromkeys(weight_map.values())) if weight_map else (SINGLE,)
+    found: dict[str, TensorInfo] = {}
+    problems = []
+    for shard in shards:
+        try:
+            found |= {info.name: info for info in read_header(path / shard)}
+        except CheckpointError as error:
+            problems.append(str(error))
+    if weight_map and not problems:
+        problems += [
+            f"{INDEX} places {tensor!r} in {shard}, which does not hold it"
+            for tensor, shard in weight_map.items()
+            if tensor not in found or found[tensor].shard != shard
+        ]
+        found = {tensor: found[tensor] for tensor in found if tensor in weight_map}
+    if problems:
+        raise CheckpointError(f"{path} is not a sound checkpoint:\n{listing(problems)}")
+    return Checkpoint(path, name, commit, config, found, shards, from_hub=commit is not None)
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """Parse and check a safetensors header; tensors in the order of their bytes.
+
+    Checked: lengths against the file, JSON, dtypes, shape times dtype against the byte range, and that the
+    ranges fill the file without gap or overlap. Raises CheckpointError.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path.name} has {size} bytes, too few for a safetensors file")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(
+                    f"{path.name} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        infos = [_tensor_info(name, entry, path.name, 8 + length) for name, entry in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} has a damaged header: {error}") from None
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        if info.offset != end:
+            raise CheckpointError(
+                f"{path.name} has a damaged header: {info.name!r} begins at byte {info.offset}, expected {end}"
+            )
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path.name} is truncated or padded: its header asks for {end} bytes, the file has {size}"
+        )
+    return infos
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError where it is missing or is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, str | None]:
+    path = Path(model).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"--revision {revision} was given, but {path} is a local folder")
+        return path, path.resolve().name, None
+    if not _HUB_ID.fullmatch(str(model)):
+        raise CheckpointError(f"{model} does not exist (and is not of the form of a Hub id, user/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(str(model), revision=revision, ignore_patterns=_HUB_IGNORE)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{model} is neither a folder here nor could be fetched from the Hub: {reason}") from None
+    return Path(folder), str(model), Path(folder).name
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    if not (path / INDEX).exists():
+        if (path / SINGLE).exists():
+            return None
+        others = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".gguf", ".pth", ".safetensors"})
+        hint = f" (found {', '.join(others[:4])})" if others else ""
+        if (path / "adapter_config.json").exists():
+            hint = " (this is a PEFT adapter: name its base model instead)"
+        raise CheckpointError(
+            f"{path} holds neither {SINGLE} nor {INDEX}{hint}; other formats are converted with "
+            "transformers' save_pretrained"
+        )
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX} has no weight_map")
+    bad = sorted(
+        {str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f or f in {"", ".", ".."}}
+    )
+    if bad:
+        raise CheckpointError(
+            f"{path / INDEX} names files outside the folder:\n{listing(bad)}\nexpected plain file names"
+        )
+    return weight_map
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return entries
+
+
+def _tensor_info(name: str, entry: dict[str, Any], shard: str, base: int) -> TensorInfo:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
+    if not all(type(n) is int and n >= 0 for n in [*shape, start, end]):
+        raise ValueError(f"{name!r} has a shape or offsets that are not whole numbers")
+    count = 1
+    for n in shape:
+        count *= n
+    if count * _BITS[dtype] != (end - start) * 8:
+        raise ValueError(f"{name!r} of shape {shape} in {dtype} does not take the {end - start} bytes it claims")
+    return TensorInfo(name, dtype, tuple(shape), shard, base + start, end - start)
+
+
+def _pread(descriptor: int, offset: int, count: int, info: TensorInfo) -> bytearray:
+    raw = bytearray(count)
+    view, done = memoryview(raw), 0
+    while done < count:
+        got = os.preadv(descriptor, [view[done:]], offset + done)
+        if got == 0:
+            raise CheckpointError(f"{info.shard} ended while {info.name!r} was read: it was changed or truncated")
+        done += got
+    return raw

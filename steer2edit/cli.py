@@ -1,0 +1,429 @@
+"""The command line: thin shells over the library. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from steer2edit import __version__
+from steer2edit.errors import Steer2EditError
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Turns every error of the library into one message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Steer2EditError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several click options as one decorator, in reading order."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+model_options = options(
+    click.option("--revision", help="Branch, tag or commit of a Hub model."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Of the running model; auto is float32 on a CPU and the stored dtype elsewhere.",
+    ),
+    click.option("--device-map", help="Passed to transformers, for models larger than one device (needs accelerate)."),
+    click.option("--trust-remote-code", is_flag=True, help="Run the model's own Python code."),
+)
+data_options = options(
+    click.option("--data", help="Contrast data: JSONL, JSON, CSV, Parquet, or a Hub dataset id."),
+    click.option("--behavior", help="A built-in behaviour instead: concise, truthful, formal or cautious."),
+    click.option("--system", help="A system message put before every prompt."),
+    click.option(
+        "--batch-tokens",
+        type=click.IntRange(16),
+        default=4096,
+        show_default=True,
+        help="Tokens of one batch.",
+    ),
+)
+method_options = options(
+    click.option("--method", default="component", show_default=True, help="component (Steer2Edit) or ablation."),
+    click.option("--rho-attn", type=float, help="component: the paper's rho for heads; 0 leaves attention alone."),
+    click.option("--rho-mlp", type=float, help="component: the paper's rho for neurons; 0 leaves MLPs alone."),
+    click.option("--alpha", type=float, help="component: the paper's alpha. ablation: the part removed (1 is all)."),
+    click.option("--tau-attn", type=float, help="component: threshold on a head's |cos|, in place of rho and alpha."),
+    click.option("--tau-mlp", type=float, help="component: threshold on a neuron's |cos|."),
+    click.option("--slope", type=float, help="component: growth of lambda over the threshold, with --tau-…."),
+    click.option("--top-heads", type=float, help="component: edit this many heads (below 1: this share of them)."),
+    click.option("--top-neurons", type=float, help="component: edit this many neurons (below 1: this share)."),
+    click.option("--scale", type=click.Choice(["relative", "absolute"]), help="component: what lambda is measured in."),
+    click.option("--layers", help="First and last layer to edit, such as 4-20."),
+    click.option("--direction-layer", type=int, help="ablation: take the direction after this layer's block."),
+    click.option("--embedding", is_flag=True, default=None, help="ablation: the token embedding too (untied models)."),
+)
+strength_options = options(
+    click.option("--strength", type=float, help="Multiplies the edit; without it the KL budget decides."),
+    click.option("--kl-budget", type=float, help="Mean KL per token on neutral text, in nats.  [default: 0.05]"),
+    click.option("--neutral", type=PATH, help="Your own neutral text, instead of the packaged one."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+force_option = click.option("--force", is_flag=True, help="Replace an artefact that is there already.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="steer2edit")
+def main() -> None:
+    """Compile a steering vector into a model's weights.
+
+    MODEL is a checkpoint folder (config.json and *.safetensors) or a Hub id. Progress goes to stderr, results to stdout.
+    Exit codes: 0 done, 1 a check failed, 2 bad usage or input.
+    """
+
+
+@main.command()
+@click.option(
+    "--behavior",
+    "behaviors",
+    multiple=True,
+    help="reasoning, truthfulness or caution; all three if left out.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("steer2edit-demo"),
+    show_default=True,
+    help="Where everything is written.",
+)
+@json_option
+@force_option
+def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> None:
+    """The whole pipeline on the embedded tiny model, in seconds."""
+    from steer2edit.demo.run import render, run
+
+    result = run(out, behaviors=behaviors, force=force, progress=_progress())
+    _print(result, as_json, render)
+
+
+@main.command()
+@click.argument("model")
+@data_options
+@click.option("--out", type=PATH, required=True, help="Folder of the artefact.")
+@click.option(
+    "--to",
+    multiple=True,
+    default=["checkpoint"],
+    show_default=True,
+    help="checkpoint or lora; may be repeated.",
+)
+@click.option("--stats", type=PATH, help="Statistics of an earlier capture, instead of data.")
+@method_options
+@strength_options
+@model_options
+@json_option
+@force_option
+def compile(
+    model: str, out: Path, to: tuple[str, ...], stats: Path | None, as_json: bool, force: bool, **given: Any
+) -> None:
+    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit."""
+    from steer2edit.compiler import compile as compile_model
+    from steer2edit.report import render_plan
+    from steer2edit.statistics import Statistics
+
+    compiled = compile_model(
+        model,
+        Statistics.load(stats) if stats and not _has_data(given) else _behavior(given),
+        out,
+        to=to,
+        revision=given["revision"],
+        method=given["method"],
+        options=_method_options(given),
+        strength=_strength(given),
+        kl_budget=_budget(given),
+        neutral_text=_neutral(given),
+        runtime=_runtime(given),
+        batch_tokens=given["batch_tokens"],
+        force=force,
+        progress=_progress(),
+    )
+    result = {
+        "artefacts": {target: str(folder) for target, folder in compiled.artefacts.items()},
+        "exactness": {target: lowering.exactness for target, lowering in compiled.lowerings.items()},
+        "changed": len(compiled.plan.edits),
+        "method": dict(compiled.plan.method),
+        "measured": dict(compiled.plan.measured),
+    }
+
+    def render(result: dict[str, Any]) -> str:
+        lines = [render_plan(compiled.plan, top=5), ""]
+        lines += [
+            f"{target}: {folder} ({result['exactness'][target]})" for target, folder in result["artefacts"].items()
+        ]
+        return "\n".join(lines)
+
+    _print(result, as_json, render)
+
+
+@main.command()
+@click.argument("model")
+@data_options
+@click.option("-o", "--out", type=PATH, required=True, help="The statistics file, *.stats.safetensors.")
+@model_options
+@json_option
+def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
+    """Run MODEL over contrast data once and keep the statistics."""
+    from steer2edit.compiler import capture_statistics
+    from steer2edit.model import load_model
+
+    checkpoint, spec = _open(model, given)
+    behavior = _behavior(given)
+    loaded = load_model(checkpoint, spec, _runtime(given))
+    statistics = capture_statistics(
+        loaded, checkpoint, behavior, batch_tokens=given["batch_tokens"], progress=_progress()
+    )
+    statistics.save(out)
+    result = {
+        "statistics": str(out),
+        "examples": dict(statistics.examples),
+        "tokens": dict(statistics.tokens),
+    }
+    _print(
+        result,
+        as_json,
+        lambda r: f"{r['statistics']}: {r['examples']} examples, {r['tokens']} response tokens",
+    )
+
+
+@main.command()
+@click.argument("model")
+@click.option("--stats", type=PATH, required=True, help="Statistics made by capture.")
+@click.option("-o", "--out", type=PATH, required=True, help="The plan file, *.plan.safetensors.")
+@method_options
+@strength_options
+@model_options
+@json_option
+def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> None:
+    """Score every component and lay down the edits. Runs no model unless --kl-budget is given."""
+    from steer2edit.compiler import make_plan, settle_strength
+    from steer2edit.model import load_model
+    from steer2edit.report import describe_plan, render_plan
+    from steer2edit.statistics import Statistics
+
+    checkpoint, spec = _open(model, given)
+    made = make_plan(
+        checkpoint,
+        spec,
+        Statistics.load(stats),
+        method=given["method"],
+        options=_method_options(given),
+        progress=_progress(),
+    )
+    if given["kl_budget"] is not None:
+        loaded = load_model(checkpoint, spec, _runtime(given))
+        made = settle_strength(
+            loaded,
+            made,
+            strength=given["strength"],
+            kl_budget=_budget(given),
+            neutral_text=_neutral(given),
+            progress=_progress(),
+        )
+    elif given["strength"] is not None:
+        made = made.scaled(given["strength"])
+    made.save(out)
+    _print(
+        {"plan": str(out), **describe_plan(made)},
+        as_json,
+        lambda r: f"{render_plan(made, top=5)}\n\n{r['plan']}",
+    )
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=PATH)
+@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Heads and neurons to list.")
+@click.option("--plot", type=PATH, help="Draw the heat-map into this PNG, SVG or PDF.")
+@json_option
+def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
+    """What a plan, or the plan in an artefact's folder, changes."""
+    from steer2edit.plan import EditPlan
+    from steer2edit.report import describe_plan, heatmap, render_plan
+    from steer2edit.targets import PLAN
+
+    loaded = EditPlan.load(plan_file / PLAN if plan_file.is_dir() else plan_file)
+    if plot is not None:
+        heatmap(loaded, plot)
+    _print(describe_plan(loaded, top), as_json, lambda _: render_plan(loaded, top))
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=PATH)
+@click.argument("model")
+@click.option("--to", required=True, help="checkpoint or lora.")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder of the artefact.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@json_option
+@force_option
+def emit(plan_file: Path, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool) -> None:
+    """Lower a plan into a checkpoint or a LoRA adapter. Runs no model."""
+    from steer2edit.plan import EditPlan
+    from steer2edit.targets import emit as emit_plan
+
+    checkpoint, spec = _open(model, {"revision": revision})
+    lowering = emit_plan(EditPlan.load(plan_file), checkpoint, spec, to, out, force=force, progress=_progress())
+    result = {
+        "artefact": str(out),
+        "exactness": lowering.exactness,
+        "changed": len(lowering.changes),
+        "notes": lowering.notes,
+    }
+    _print(result, as_json, lambda r: f"{r['artefact']}: {r['changed']} tensors changed, {r['exactness']}")
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--base", help="The base's folder or Hub id, if it is not where the receipt says.")
+@click.option(
+    "--level",
+    type=click.Choice(["bytes", "numbers"]),
+    default="numbers",
+    show_default=True,
+    help="How far to go.",
+)
+@model_options
+@json_option
+def verify(folder: Path, base: str | None, level: str, as_json: bool, **given: Any) -> None:
+    """Check an artefact against its base and plan: bytes, then logits. Exit code 1 if a check fails."""
+    from dataclasses import asdict
+
+    from steer2edit.report import render_verification
+    from steer2edit.verify import verify as verify_artefact
+
+    runtime = _runtime({**given, "dtype": "float32" if given["dtype"] == "auto" else given["dtype"]})
+    result = verify_artefact(folder, base, numbers=level == "numbers", runtime=runtime, progress=_progress())
+    _print({"ok": result.ok, **asdict(result)}, as_json, lambda _: render_verification(result))
+    if not result.ok:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.argument("repository", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
+@json_option
+def push(folder: Path, repository: str, private: bool, dry_run: bool, as_json: bool) -> None:
+    """Upload an artefact to the Hub."""
+    from steer2edit.hub import push as push_artefact
+
+    result = push_artefact(folder, repository, private=private, dry_run=dry_run)
+    _print(result, as_json, lambda r: "\n".join([*r["files"], r["url"] or "nothing was sent (--dry-run)"]))
+
+
+def _open(model: str, given: dict[str, Any]) -> Any:
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model, given["revision"])
+    return checkpoint, read_spec(checkpoint)
+
+
+def _has_data(given: dict[str, Any]) -> bool:
+    return bool(given["data"] or given["behavior"])
+
+
+def _behavior(given: dict[str, Any]) -> Any:
+    from steer2edit.compiler import Behavior
+
+    if bool(given["data"]) == bool(given["behavior"]):
+        raise click.UsageError("give exactly one of --data, --behavior and (where there is one) --stats")
+    if given["data"]:
+        return Behavior.from_data(given["data"], given["system"])
+    return Behavior.builtin(given["behavior"], given["system"])
+
+
+def _method_options(given: dict[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from steer2edit import methods
+
+    options_class = methods.load(given["method"]).Options
+    known = {field.name for field in fields(options_class)}
+    names = "rho_attn rho_mlp alpha tau_attn tau_mlp slope top_heads top_neurons scale layers direction_layer embedding"
+    chosen = {name: given[name] for name in names.split() if given[name] is not None}
+    if strange := sorted(chosen.keys() - known):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        raise click.UsageError(f"the method {given['method']} has no option {flags}")
+    if "layers" in chosen:
+        chosen["layers"] = _layers(chosen["layers"])
+    return options_class(**chosen)
+
+
+def _layers(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise click.BadParameter(
+            f"{text!r} is no range of layers; expected one such as 4-20 or 7", param_hint="--layers"
+        )
+    return int(first), int(last if dash else first)
+
+
+def _strength(given: dict[str, Any]) -> float | None:
+    # the paper's lambda is absolute: asked for by that name, it is not rescaled unasked
+    if given["scale"] == "absolute" and given["strength"] is None and given["kl_budget"] is None:
+        return 1.0
+    value: float | None = given["strength"]
+    return value
+
+
+def _budget(given: dict[str, Any]) -> float:
+    from steer2edit.compiler import KL_BUDGET
+
+    return KL_BUDGET if given["kl_budget"] is None else float(given["kl_budget"])
+
+
+def _neutral(given: dict[str, Any]) -> str | None:
+    if given["neutral"] is None:
+        return None
+    try:
+        text: str = given["neutral"].read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"cannot read {given['neutral']}: {error}", param_hint="--neutral") from None
+    return text
+
+
+def _runtime(given: dict[str, Any]) -> Any:
+    from steer2edit.model import Runtime
+
+    return Runtime(given["device"], given["dtype"], given["device_map"], given["trust_remote_code"])
+
+
+def _progress() -> Any:
+    # transformers draws bars of its own while it loads; ours is enough
+    import transformers
+
+    from steer2edit.progress import bar
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return bar
+
+
+def _print(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
+    click.echo(json.dumps(result, indent=1, default=list) if as_json else render(result))

@@ -1,0 +1,171 @@
+"""How far an edit moves the model on text that has nothing to do with the behaviour, and the strength that meets a budget.
+
+The measure is the mean over all tokens of KL(base ‖ edited), in nats. The base's final hidden states are kept (a row
+per token), so each further measurement costs one pass of the body and two of the unembedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.model import LoadedModel
+from steer2edit.progress import Progress, silent
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``kl`` in nats per token with ``stderr``, over ``tokens``; perplexities of both models on the same tokens."""
+
+    kl: float
+    stderr: float
+    tokens: int
+    base_perplexity: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The strength found, what it measured, and the search's ``(strength, kl)`` steps in order."""
+
+    strength: float
+    divergence: Divergence
+    steps: tuple[tuple[float, float], ...]
+
+
+class NeutralText:
+    """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: str,
+        *,
+        max_tokens: int = 4096,
+        window: int = 256,
+        progress: Progress = silent,
+    ) -> None:
+        ids = loaded.tokenizer(text)["input_ids"][:max_tokens]
+        if len(ids) < 16:
+            raise DataError(f"the neutral text has {len(ids)} tokens; expected at least a few hundred")
+        self._loaded = loaded
+        self._windows = [ids[i : i + window] for i in range(0, len(ids) - 1, window)]
+        self._progress = progress
+        self._base = [hidden for hidden in self._run("base on neutral text")]
+
+    @property
+    def tokens(self) -> int:
+        """Predictions that are compared."""
+        return sum(len(window) - 1 for window in self._windows)
+
+    def measure(self) -> Divergence:
+        """Compare the model, with whatever hooks are on it, with the base."""
+        kls, base_loss, loss = [], 0.0, 0.0
+        for ids, base, now in zip(self._windows, self._base, self._run("KL on neutral text"), strict=True):
+            targets = torch.tensor(ids[1:], device=now.device)
+            for first in range(0, len(ids) - 1, _CHUNK):
+                part = slice(first, min(first + _CHUNK, len(ids) - 1))
+                p = self._log_probabilities(base[part].to(now.device))
+                q = self._log_probabilities(now[part])
+                gold = targets[part, None]
+                base_loss -= float(p.gather(1, gold).sum())
+                loss -= float(q.gather(1, gold).sum())
+                q.sub_(p).neg_()
+                kls.append(p.exp_().mul_(q).sum(1).double().cpu())
+        every = torch.cat(kls)
+        count = len(every)
+        return Divergence(
+            kl=float(every.mean()),
+            stderr=float(every.std() / math.sqrt(count)),
+            tokens=count,
+            base_perplexity=math.exp(min(base_loss / count, 700)),
+            perplexity=math.exp(min(loss / count, 700)),
+        )
+
+    def _run(self, stage: str) -> Iterator[torch.Tensor]:
+        body = self._loaded.body()
+        with self._progress(stage, total=self.tokens) as advance, torch.inference_mode():
+            for window in self._windows:
+                ids = torch.tensor([window], device=self._loaded.device)
+                yield body(input_ids=ids, use_cache=False)[0][0]
+                advance(len(window))
+
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        # the model's own forward with its body replaced: whatever the family does to logits is done here too
+        body = self._loaded.body()
+        with torch.inference_mode(), _returning(body, hidden[None]):
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits = self._loaded.model(input_ids=ids, use_cache=False).logits[0]
+            return torch.log_softmax(logits.float(), dim=-1)
+
+
+def find_strength(
+    measure: Callable[[float], Divergence],
+    budget: float,
+    *,
+    start: float = 1.0,
+    tolerance: float = 0.05,
+    max_steps: int = 12,
+) -> Strength:
+    """The largest strength whose measured KL stays within ``budget``, to ``tolerance`` of the budget.
+
+    KL grows about as the square of the strength, so each guess follows the power law through the last measurement
+    and falls back to bisection inside the bracket. Raises Steer2EditError where no strength meets the budget.
+    """
+    if not budget > 0:
+        raise Steer2EditError(f"the KL budget is {budget}, expected a positive number of nats per token")
+    low: tuple[float, Divergence] | None = None
+    high: tuple[float, float] | None = None
+    steps: list[tuple[float, float]] = []
+    strength = start
+    for _ in range(max_steps):
+        found = measure(strength)
+        steps.append((strength, found.kl))
+        if found.kl <= budget:
+            low = (strength, found)
+            if found.kl >= (1 - tolerance) * budget:
+                break
+        else:
+            high = (strength, found.kl)
+        strength = _next(low, high, budget)
+    if low is None:
+        raise Steer2EditError(
+            f"no strength met the KL budget of {budget}: {steps[-1][0]:.3g} still gave {steps[-1][1]:.3g}; "
+            "is the neutral text or the data damaged?"
+        )
+    return Strength(low[0], low[1], tuple(steps))
+
+
+def _next(low: tuple[float, Divergence] | None, high: tuple[float, float] | None, budget: float) -> float:
+    # aimed a little under the budget, so that a good guess ends the search
+    goal = 0.975 * budget
+    points = ([(low[0], low[1].kl)] if low else []) + ([high] if high else [])
+    if len(points) == 2:
+        (a, ka), (b, kb) = points
+        power = math.log(max(kb, 1e-30) / max(ka, 1e-30)) / math.log(b / a)
+        guess = a * (goal / max(ka, 1e-30)) ** (1 / max(power, 0.25))
+        inside = a + 0.05 * (b - a), b - 0.05 * (b - a)
+        return guess if inside[0] <= guess <= inside[1] else math.sqrt(a * b)
+    at, kl = points[0]
+    if not math.isfinite(kl):
+        return at / 16
+    return at * min(max(math.sqrt(goal / max(kl, 1e-12)), 1 / 64), 64.0)
+
+
+@contextmanager
+def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del body.forward

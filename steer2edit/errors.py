@@ -1,0 +1,38 @@
+"""What can go wrong, said to the person who has to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Steer2EditError(Exception):
+    """Base of every error that is the input's fault; the command line prints it and exits with 2."""
+
+
+class ArchitectureError(Steer2EditError):
+    """The model's layout is not understood, or not every residual writer was found."""
+
+
+class CheckpointError(Steer2EditError):
+    """A checkpoint's files are missing, damaged, or contradict each other."""
+
+
+class DataError(Steer2EditError):
+    """Contrast data that cannot be used."""
+
+
+class PlanError(Steer2EditError):
+    """A plan or statistics file that is damaged, or made for another model."""
+
+
+class TargetError(Steer2EditError):
+    """A plan that cannot be lowered to the target that was asked for."""
+
+
+def listing(problems: Iterable[str], limit: int = 10) -> str:
+    """Problems as an indented list, one a line, with a count of those past ``limit``."""
+    found = list(problems)
+    lines = [f"  - {problem}" for problem in found[:limit]]
+    if len(found) > limit:
+        lines.append(f"  … and {len(found) - limit} more")
+    return "\n".join(lines)

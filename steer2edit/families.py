@@ -1,0 +1,168 @@
+"""Model families as data: where each one's residual writers are, and what is done to their output.
+
+A family is added by adding an entry here, and nowhere else. Names are those of the checkpoint's tensors inside
+one block, without ``.weight``; ``blocks`` and ``embedding`` are module paths in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Orientation = Literal["out_in", "in_out"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A layout shared by the model types of one kind.
+
+    ``attn_norm`` and ``mlp_norm`` name a norm that stands between a writer's output and the residual stream
+    (sandwich-norm and post-norm families); ``norm_offset`` is what the norm adds to its stored gain (1 for the Gemma
+    norms). ``in_out`` is the orientation of GPT-2's Conv1D, whose matrices are stored input × output.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    attn_out: str = "self_attn.o_proj"
+    mlp_out: str = "mlp.down_proj"
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    orientation: Orientation = "out_in"
+    attn_norm: str | None = None
+    mlp_norm: str | None = None
+    norm_offset: float = 0.0
+
+
+LLAMA = Family(
+    "llama",
+    (
+        *(
+            "llama",
+            "mistral",
+            "ministral",
+            "ministral3",
+            "qwen2",
+            "qwen3",
+            "phi3",
+            "gemma",
+            "olmo",
+            "granite",
+            "smollm3",
+        ),
+        *(
+            "cohere",
+            "cohere2",
+            "nemotron",
+            "stablelm",
+            "ernie4_5",
+            "hunyuan_v1_dense",
+            "arcee",
+            "apertus",
+            "seed_oss",
+        ),
+        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2"),
+        *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+    ),
+)
+
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    Family(
+        "gemma2",
+        ("gemma2", "gemma3_text"),
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        norm_offset=1.0,
+    ),
+    Family(
+        "olmo2",
+        ("olmo2", "olmo3", "exaone4"),
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
+    Family("glm4", ("glm4",), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
+    Family("starcoder2", ("starcoder2",), mlp_out="mlp.c_proj"),
+    Family("nanochat", ("nanochat",), mlp_out="mlp.fc2"),
+    Family("phi", ("phi",), attn_out="self_attn.dense", mlp_out="mlp.fc2"),
+    Family("persimmon", ("persimmon",), attn_out="self_attn.dense", mlp_out="mlp.dense_4h_to_h"),
+    Family(
+        "gpt_neox",
+        ("gpt_neox",),
+        attn_out="attention.dense",
+        mlp_out="mlp.dense_4h_to_h",
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+    ),
+    Family(
+        "gpt2",
+        ("gpt2",),
+        attn_out="attn.c_proj",
+        mlp_out="mlp.c_proj",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        orientation="in_out",
+    ),
+    Family(
+        "gpt_bigcode",
+        ("gpt_bigcode",),
+        attn_out="attn.c_proj",
+        mlp_out="mlp.c_proj",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+    ),
+    Family(
+        "gpt_neo",
+        ("gpt_neo",),
+        attn_out="attn.attention.out_proj",
+        mlp_out="mlp.c_proj",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+    ),
+    Family(
+        "gptj",
+        ("gptj", "codegen"),
+        attn_out="attn.out_proj",
+        mlp_out="mlp.fc_out",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+    ),
+    Family(
+        "bloom",
+        ("bloom", "falcon"),
+        attn_out="self_attention.dense",
+        mlp_out="mlp.dense_4h_to_h",
+        blocks="transformer.h",
+        embedding="transformer.word_embeddings",
+    ),
+    Family(
+        "mpt",
+        ("mpt",),
+        attn_out="attn.out_proj",
+        mlp_out="ffn.down_proj",
+        blocks="transformer.blocks",
+        embedding="transformer.wte",
+    ),
+    Family(
+        "opt",
+        ("opt",),
+        attn_out="self_attn.out_proj",
+        mlp_out="fc2",
+        blocks="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+    ),
+)
+
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are no plain residual stream"),
+    **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are no plain residual stream"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
+    **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
+}
+"""Model types whose layout is known and cannot carry these edits, with the reason."""
+
+# leaves that name a residual writer in some family: none of them may be left over in a block
+WRITER_LEAVES = frozenset(
+    ["o_proj", "out_proj", "wo", "wo_b", "o_b_proj", "attn_out", "linear_out", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "ff_out", "c_proj", "dense", "output_linear"]
+)

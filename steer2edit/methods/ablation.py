@@ -1,0 +1,76 @@
+r"""Directional ablation: every writer loses its output along one direction.
+
+    W' = W - alpha r_hat r_hatᵀ W,   b' = b - alpha r_hat (r_hat · b)
+
+``r_hat`` is the difference of the classes' mean residual streams after one block, the same for all writers; with
+alpha = 1 no writer can write along it any more. Where a norm stands between a writer and the stream, the stream gets
+``gain * y / rms(y)``; what must vanish is ``r_hat · (gain * y)``, so the projected direction is ``u_hat ∝ gain * r_hat``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from steer2edit.analysis import analyse
+from steer2edit.architecture import ModelSpec, Site
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import PlanError
+from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
+from steer2edit.progress import Progress, silent
+from steer2edit.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Options:
+    """``alpha`` is the part removed; ``direction_layer`` the block after which the direction is taken (the middle one if
+    None); ``layers`` the first and last layer edited; ``embedding`` whether the token embedding is projected too.
+    """
+
+    alpha: float = 1.0
+    direction_layer: int | None = None
+    layers: tuple[int, int] | None = None
+    embedding: bool = False
+
+
+def plan(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    statistics: Statistics,
+    options: Options = Options(),
+    progress: Progress = silent,
+) -> EditPlan:
+    """One rank-1 edit for each writer, and one for each bias. Raises PlanError for layers that are not there."""
+    layer = spec.layers // 2 if options.direction_layer is None else options.direction_layer
+    if not 0 <= layer < spec.layers:
+        raise PlanError(f"--direction-layer {layer} is not in this model, which has the layers 0-{spec.layers - 1}")
+    if options.embedding and spec.tied_embeddings:
+        raise PlanError(
+            f"{checkpoint.name} ties its embedding to its unembedding: ablating {spec.embedding.tensor} would change both; "
+            "leave --embedding out"
+        )
+    r = statistics.difference(f"residual.{layer}").float()
+    first, last = spec.layer_range(options.layers)
+    sites = [site for site in spec.sites if first <= site.layer <= last]
+    sites += [spec.embedding] if options.embedding else []
+    edits: list[Edit] = []
+    with progress("plan", total=len(sites)) as advance:
+        for site in sites:
+            u_hat = _through_norm(checkpoint, site, r)
+            found = analyse(checkpoint, site, u_hat)
+            edits.append(LowRank(site.tensor, -options.alpha * u_hat[:, None], found.projection[None, :]))
+            if site.bias is not None:
+                along = float(checkpoint.read(site.bias).float() @ u_hat)
+                edits.append(Bias(site.bias, -options.alpha * along * u_hat))
+            advance(1)
+    base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+    method = {"name": "ablation", **asdict(options), "direction_layer": layer, "layers": [first, last]}
+    return EditPlan(base, tuple(edits), method=method)
+
+
+def _through_norm(checkpoint: Checkpoint, site: Site, r: torch.Tensor) -> torch.Tensor:
+    if site.norm is None:
+        return r / r.norm()
+    u = (checkpoint.read(site.norm.tensor).float() + site.norm.offset) * r
+    return u / u.norm()

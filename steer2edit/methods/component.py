@@ -1,0 +1,213 @@
+r"""Component edits: Steer2Edit (arXiv 2602.09870), with a strength that carries over between models.
+
+For a site with weight W (out × in), steering vector v and typical input x_bar:
+
+- head j, columns W_j:   g_j = cos(v_hat, W_j x_bar_j),              k_hat_j = W_jᵀ v_hat / ‖W_jᵀ v_hat‖
+- neuron i, column w_i:  g_i = sign(x_bar_i) cos(v_hat, w_i),        k_i = sign(w_iᵀ v_hat)
+- lam_j = sign(g_j) max(|g_j| - tau, 0) slope · unit_j,              ΔW_j = lam_j v_hat k_hat_jᵀ
+
+where tau = rho·alpha and slope = 1 / (rho (1 - alpha)) is the elastic net's closed form. All edits of a site share v_hat
+and act on disjoint columns, so its whole edit is one outer product: B = v_hat, A = concat_j(lam_j k_hat_jᵀ).
+
+``unit_j`` is 1 in the paper (scale "absolute"), so that ‖ΔW_j‖ = |lam_j| whatever the size of W. Scale "relative" measures
+each edit in the model's own units; :func:`_unit` says which, and docs/strength.md why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from steer2edit.analysis import Analysis, analyse
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import PlanError
+from steer2edit.plan import Base, EditPlan, LowRank, Scores
+from steer2edit.progress import Progress, silent
+from steer2edit.statistics import Statistics
+
+TOP_HEADS = 0.2
+TOP_NEURONS = 0.02
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which components are edited, and how strongly.
+
+    A class (heads, neurons) takes its threshold and slope from ``rho_*`` and ``alpha`` (the paper's), from ``tau_*`` and
+    ``slope``, or from ``top_*``, a budget: this many components, or below 1 this share of them, by |g| over all layers; tau is
+    then the first score left out. ``rho <= 0`` or ``top == 0`` leaves the class alone. With nothing given for either class
+    the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``layers`` are the first and last layer edited.
+    """
+
+    rho_attn: float | None = None
+    rho_mlp: float | None = None
+    alpha: float | None = None
+    tau_attn: float | None = None
+    tau_mlp: float | None = None
+    slope: float | None = None
+    top_heads: float | None = None
+    top_neurons: float | None = None
+    scale: Literal["relative", "absolute"] = "relative"
+    layers: tuple[int, int] | None = None
+
+    def rule(self, role: Role) -> Rule | None:
+        """The rule for heads or neurons; None where they are left alone. Raises PlanError for contradictions."""
+        attn = role is Role.ATTN_OUT
+        rho, tau, top = (
+            (self.rho_attn, self.tau_attn, self.top_heads) if attn else (self.rho_mlp, self.tau_mlp, self.top_neurons)
+        )
+        name = "attn" if attn else "mlp"
+        flags = {f"--rho-{name}": rho, f"--tau-{name}": tau, "--top-heads" if attn else "--top-neurons": top}
+        given = [flag for flag, value in flags.items() if value is not None]
+        if len(given) > 1:
+            raise PlanError(f"{' and '.join(given)} exclude each other; give one")
+        for flag, value in {**flags, "--slope": self.slope}.items():
+            if value is not None and not 0 <= value < float("inf") and not (flag.startswith("--rho") and value < 0):
+                raise PlanError(f"{flag} is {value}, expected a number of at least 0")
+        if rho is not None:
+            return None if rho <= 0 else Rule.from_elastic_net(rho, self._alpha())
+        if tau is not None:
+            return Rule(tau=tau, slope=1.0 if self.slope is None else self.slope)
+        if top is None and self._nothing_given():
+            top = TOP_HEADS if attn else TOP_NEURONS
+        return Rule(top=top, slope=1.0 if self.slope is None else self.slope) if top else None
+
+    def _alpha(self) -> float:
+        if self.alpha is None or not 0 <= self.alpha < 1:
+            raise PlanError(f"--alpha is {self.alpha}, expected 0 <= alpha < 1 beside --rho-attn or --rho-mlp")
+        return self.alpha
+
+    def _nothing_given(self) -> bool:
+        names = ("rho_attn", "rho_mlp", "tau_attn", "tau_mlp", "top_heads", "top_neurons")
+        return all(getattr(self, name) is None for name in names)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``lam = sign(g) max(|g| - tau, 0) slope``; with ``top``, tau is the first score outside of the budget."""
+
+    tau: float | None = None
+    slope: float = 1.0
+    top: float | None = None
+
+    @classmethod
+    def from_elastic_net(cls, rho: float, alpha: float) -> Rule:
+        """tau = rho·alpha, slope = 1/(rho (1-alpha)); back: rho = tau + 1/slope, alpha = tau·slope/(1 + tau·slope)."""
+        return cls(tau=rho * alpha, slope=1 / (rho * (1 - alpha)))
+
+    def settle(self, scores: torch.Tensor) -> Rule:
+        """The same rule with tau known, given all scores of the class."""
+        if self.top is None:
+            return self
+        count = int(self.top) if self.top >= 1 else round(self.top * len(scores))
+        ranked = scores.abs().sort(descending=True).values
+        return Rule(float(ranked[count]) if count < len(ranked) else 0.0, self.slope)
+
+    def lam(self, g: torch.Tensor) -> torch.Tensor:
+        """Soft-thresholded scores, of g's shape. ``settle`` comes first."""
+        assert self.tau is not None
+        return g.sign() * (g.abs() - self.tau).clamp(min=0) * self.slope
+
+
+@dataclass(frozen=True)
+class _Scored:
+    site: Site
+    v_hat: torch.Tensor
+    found: Analysis
+    g: torch.Tensor
+
+
+def plan(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    statistics: Statistics,
+    options: Options = Options(),
+    progress: Progress = silent,
+) -> EditPlan:
+    """Score every head and neuron and lay down one rank-1 edit for each site that has a component over its threshold.
+
+    Raises PlanError for contradictory options, and CheckpointError for weights that are not finite.
+    """
+    first, last = spec.layer_range(options.layers)
+    rules = {role: options.rule(role) for role in (Role.ATTN_OUT, Role.MLP_OUT)}
+    sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role] is not None]
+    scored = []
+    with progress("plan", total=len(sites)) as advance:
+        for site in sites:
+            scored.append(_score(checkpoint, site, statistics))
+            advance(1)
+    settled = {}
+    for role, rule in rules.items():
+        scores = [one.g for one in scored if one.site.role is role]
+        if rule is not None and scores:
+            settled[role] = rule.settle(torch.cat(scores))
+    edits, tables = [], {}
+    for one in scored:
+        lam, edit = _edit(one, settled[one.site.role], options)
+        tables[one.site.key] = Scores(one.g, lam, _by_component(one.found.projection, one.site))
+        if bool(lam.any()):
+            edits.append(edit)
+    method = {
+        "name": "component",
+        **{key: value for key, value in asdict(options).items() if value is not None},
+        "layers": [first, last],
+        **{f"threshold_{role.value}": rule.tau for role, rule in settled.items()},
+    }
+    return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits), tables, method)
+
+
+def head_scores(found: Analysis, x_bar: torch.Tensor, heads: int) -> torch.Tensor:
+    """``g_j = cos(v_hat, W_j x_bar_j)``, [heads]: v_hat · W_j x_bar_j is the block j of ``Wᵀ v_hat`` times x_bar_j."""
+    assert found.head_outputs is not None
+    along = (found.projection * x_bar).view(heads, -1).sum(dim=1)
+    return along / found.head_outputs.clamp(min=_TINY)
+
+
+def neuron_scores(found: Analysis, x_bar: torch.Tensor) -> torch.Tensor:
+    """``g_i = sign(x_bar_i) cos(v_hat, w_i)``, [neurons]."""
+    return x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
+
+
+def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> _Scored:
+    v = statistics.difference(site.key).float()
+    x_bar = statistics.x_bar(site.key).float()
+    if v.shape != (site.out_features,) or x_bar.shape != (site.in_features,):
+        raise PlanError(
+            f"the statistics of {site.key} are {len(x_bar)} -> {len(v)}, the matrix {site.in_features} -> {site.out_features}"
+        )
+    v_hat = v / v.norm().clamp(min=_TINY)
+    found = analyse(checkpoint, site, v_hat, x_bar)
+    g = head_scores(found, x_bar, site.heads) if site.heads is not None else neuron_scores(found, x_bar)
+    return _Scored(site, v_hat, found, g)
+
+
+def _edit(one: _Scored, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
+    """The components' lam, and the site's outer product."""
+    site, projection = one.site, one.found.projection
+    size = _by_component(projection, site).abs()
+    lam = rule.lam(one.g)
+    # where a component cannot write along v_hat at all, k_hat is undefined and nothing is edited
+    lam = torch.where(size > _TINY, lam, 0.0)
+    if options.scale == "relative":
+        lam = lam * _unit(one)
+    k_hat = projection.view(site.components, -1) / size.clamp(min=_TINY)[:, None]
+    A = (lam[:, None] * k_hat).reshape(1, -1)
+    return lam, LowRank(site.tensor, one.v_hat[:, None].clone(), A)
+
+
+def _unit(one: _Scored) -> torch.Tensor:
+    """What lam is measured in, [components]: how strongly the component writes along v_hat, ``‖W_jᵀ v_hat‖``.
+
+    Then ``ΔW_j = lam v_hat v_hatᵀ W_j``: lam is the fraction by which the component's own writing along v_hat is turned up
+    (or, where it opposes v, down), and no component is given a voice that it did not have.
+    """
+    return _by_component(one.found.projection, one.site).abs()
+
+
+def _by_component(projection: torch.Tensor, site: Site) -> torch.Tensor:
+    """``w_i·v_hat`` for neurons; the norm of each head's block."""
+    return projection.clone() if site.heads is None else projection.view(site.heads, -1).norm(dim=1)

@@ -1,0 +1,213 @@
+"""Running a model through transformers: loading, and plans or steering vectors applied by hooks.
+
+This module and those above it are the only ones that import transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import ArchitectureError, CheckpointError, PlanError
+from steer2edit.plan import Edit, EditPlan, LowRank
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer and the compiler's view of it."""
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def body(self) -> Any:
+        """The model without its unembedding: ids → last hidden state."""
+        return self.model.base_model
+
+    def module(self, site: Site) -> Any:
+        """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""
+        try:
+            return self.model.get_submodule(site.module)
+        except AttributeError:
+            raise ArchitectureError(
+                f"transformers' {type(self.model).__name__} has no module {site.module} for {site.tensor}"
+            ) from None
+
+
+def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runtime()) -> LoadedModel:
+    """Load a checkpoint's model and tokenizer for inference. Raises CheckpointError with transformers' own reason."""
+    tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
+    return LoadedModel(load_weights(checkpoint.path, runtime), tokenizer, spec)
+
+
+def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
+    """The causal language model of a folder, in evaluation mode, on its device."""
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(runtime.device)
+    dtype: Any = runtime.dtype
+    if dtype == "auto" and device.type == "cpu" and runtime.device_map is None:
+        dtype = "float32"
+    if dtype != "auto":
+        dtype = getattr(torch, dtype)
+    placing = {"device_map": runtime.device_map} if runtime.device_map else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=runtime.trust_remote_code, local_files_only=True, **placing
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+    if not placing:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; for ``auto`` CUDA, else MPS, else the CPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise CheckpointError(f"{name!r} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def edited(loaded: LoadedModel, plan: EditPlan, factor: float = 1.0) -> Iterator[None]:
+    """Within the block the model behaves as if ``factor`` times the plan were in its weights.
+
+    The update is applied as ``y + B (A x)`` at each edited matrix, in the activations' dtype or better, so a plan is tried
+    without touching a weight.
+    """
+    with ExitStack() as stack:
+        for site, edits in _by_site(loaded.spec, plan):
+            module = loaded.module(site)
+            hook = _embedding_hook if site.role is Role.EMBED else _linear_hook
+            stack.enter_context(_hooked(module, hook(edits, factor, next(module.parameters()))))
+        yield
+
+
+@contextmanager
+def steered(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Iterator[None]:
+    """Within the block ``strength`` times a vector ``[out]`` is added to each named site's output (activation steering)."""
+    with ExitStack() as stack:
+        for key, vector in vectors.items():
+            module = loaded.module(loaded.spec.site(key))
+            weight = next(module.parameters())
+            push = (strength * vector).to(weight.device, torch.float32)
+            stack.enter_context(_hooked(module, lambda _m, _i, out, push=push: (out + push).to(out.dtype)))
+        yield
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, each of at most ``max_tokens`` with its padding.
+
+    One item longer than that is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    result: list[list[int]] = []
+    for index in order:
+        if result and lengths[result[-1][0]] * (len(result[-1]) + 1) <= max_tokens:
+            result[-1].append(index)
+        else:
+            result.append([index])
+    return result
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask ``[rows, longest]``; under a causal mask right padding changes no real position."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
+def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:
+    owners = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
+    unknown = [edit.tensor for edit in plan.edits if edit.tensor not in owners]
+    if unknown:
+        raise PlanError(f"the plan edits {unknown[0]}, which is no residual writer of this model")
+    grouped: dict[str, tuple[Site, list[Edit]]] = {}
+    for edit in plan.edits:
+        site = owners[edit.tensor]
+        grouped.setdefault(site.module, (site, []))[1].append(edit)
+    return list(grouped.values())
+
+
+def _linear_hook(edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    device = weight.device
+    pairs = [((factor * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
+    biases = [(factor * e.delta).to(device) for e in edits if not isinstance(e, LowRank)]
+
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0].to(torch.float32)
+        y = output.to(torch.float32)
+        for a, b in pairs:
+            y = y + (x @ a) @ b
+        for delta in biases:
+            y = y + delta
+        return y.to(output.dtype)
+
+    return hook
+
+
+def _embedding_hook(edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    pairs = [((factor * e.A).to(weight.device).T, e.B.to(weight.device).T) for e in edits if isinstance(e, LowRank)]
+
+    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        # some families scale the embedding's rows inside the module
+        scale = float(getattr(module, "embed_scale", 1.0))
+        for a, b in pairs:
+            output = output + (scale * (a[inputs[0]] @ b)).to(output.dtype)
+        return output
+
+    return hook
+
+
+@contextmanager
+def _hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

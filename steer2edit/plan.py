@@ -1,0 +1,213 @@
+"""The intermediate representation: an ordered list of edits to named tensors, with provenance.
+
+A plan says what changes in the mathematics' orientation (``y = W x``, W output × input); how a file stores W is the
+targets' affair. Plans are values: scaling or merging gives a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.errors import PlanError
+from steer2edit.files import load_tensors, save_tensors
+
+FORMAT = "steer2edit.plan.1"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``W + B A``: ``B`` is [out, r], ``A`` is [r, in], float32."""
+
+    tensor: str
+    B: torch.Tensor
+    A: torch.Tensor
+
+    def scaled(self, factor: float) -> LowRank:
+        return replace(self, A=self.A * factor)
+
+    def dense(self) -> torch.Tensor:
+        """The update itself, [out, in]."""
+        return self.B @ self.A
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the update, without forming it."""
+        gram = (self.B.double().T @ self.B.double()) * (self.A.double() @ self.A.double().T)
+        return float(gram.sum().clamp(min=0).sqrt())
+
+
+@dataclass(frozen=True)
+class Bias:
+    """``b + delta`` on a bias that the model already has: ``delta`` is [out], float32."""
+
+    tensor: str
+    delta: torch.Tensor
+
+    def scaled(self, factor: float) -> Bias:
+        return replace(self, delta=self.delta * factor)
+
+    @property
+    def norm(self) -> float:
+        return float(self.delta.double().norm())
+
+
+Edit = LowRank | Bias
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Component tables of one site, float32 ``[components]``, in the order of its input columns.
+
+    ``g`` is the cosine score; ``lam`` the signed strength, ``|lam| = ‖ΔW_j‖``; ``projection`` is ``w_i·v_hat`` for a
+    neuron (its sign is the paper's k_i) and ``‖W_jᵀ v_hat‖`` for a head.
+    """
+
+    g: torch.Tensor
+    lam: torch.Tensor
+    projection: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a plan was made for."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Edits in order, one for each tensor, with the scores behind them.
+
+    ``method`` holds its name and parameters, ``measured`` what was found by running the model (KL, strength),
+    ``data`` the contrast data's description.
+    """
+
+    base: Base
+    edits: tuple[Edit, ...]
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [edit.tensor for edit in self.edits]
+        if len(set(names)) != len(names):
+            raise PlanError(
+                f"a plan holds one edit for each tensor; repeated: {sorted({n for n in names if names.count(n) > 1})}"
+            )
+
+    def edit_of(self, tensor: str) -> Edit | None:
+        """The edit of a tensor, or None."""
+        return next((edit for edit in self.edits if edit.tensor == tensor), None)
+
+    def scaled(self, factor: float) -> EditPlan:
+        """The same plan with every edit, and every lam, ``factor`` times as strong."""
+        scores = {key: replace(table, lam=table.lam * factor) for key, table in self.scores.items()}
+        return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything the plan says."""
+        tensors, described = self._parts()
+        digest = hashlib.sha256(described.encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write ``*.plan.safetensors``."""
+        tensors, described = self._parts()
+        save_tensors(Path(path), tensors, {"plan": described})
+
+    def _parts(self) -> tuple[dict[str, torch.Tensor], str]:
+        tensors = {}
+        for edit in self.edits:
+            if isinstance(edit, LowRank):
+                tensors[f"{edit.tensor}.B"], tensors[f"{edit.tensor}.A"] = edit.B, edit.A
+            else:
+                tensors[f"{edit.tensor}.bias"] = edit.delta
+        for key, table in self.scores.items():
+            tensors |= {f"{key}.{name}": getattr(table, name) for name in ("g", "lam", "projection")}
+        described = {
+            "format": FORMAT,
+            "base": vars(self.base),
+            "edits": [{"tensor": e.tensor, "op": "low_rank" if isinstance(e, LowRank) else "bias"} for e in self.edits],
+            "scored": list(self.scores),
+            "method": dict(self.method),
+            "measured": dict(self.measured),
+            "data": dict(self.data),
+        }
+        return tensors, json.dumps(described, sort_keys=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EditPlan:
+        """Read what :meth:`save` wrote. Raises PlanError for any other file, and for factors that do not fit."""
+        tensors, metadata = load_tensors(Path(path))
+        try:
+            described = json.loads(metadata["plan"])
+            if described["format"] != FORMAT:
+                raise PlanError(f"{path} has the format {described['format']!r}, expected {FORMAT!r}")
+            edits = tuple(_edit(entry, tensors) for entry in described["edits"])
+            scores = {
+                key: Scores(*(tensors[f"{key}.{name}"] for name in ("g", "lam", "projection")))
+                for key in described["scored"]
+            }
+            base = Base(**described["base"])
+            return cls(base, edits, scores, described["method"], described["measured"], described["data"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is not a plan of steer2edit: {error!r}") from None
+
+
+def _edit(entry: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit:
+    name = entry["tensor"]
+    edit: Edit
+    if entry["op"] == "low_rank":
+        edit = LowRank(name, tensors[f"{name}.B"], tensors[f"{name}.A"])
+        sound = edit.B.ndim == edit.A.ndim == 2 and edit.B.shape[1] == edit.A.shape[0]
+        parts = [edit.B, edit.A]
+    elif entry["op"] == "bias":
+        edit = Bias(name, tensors[f"{name}.bias"])
+        sound, parts = edit.delta.ndim == 1, [edit.delta]
+    else:
+        raise PlanError(f"the plan holds the unknown operation {entry['op']!r} on {name}")
+    if not sound or any(part.dtype != torch.float32 or not bool(part.isfinite().all()) for part in parts):
+        raise PlanError(f"the plan's factors for {name} do not fit together, are not float32, or are not finite")
+    return edit
+
+
+def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:
+    """Several plans for one base as one: ranks add, so the update is exactly the weighted sum of theirs.
+
+    Scores are not kept: they belong to one behaviour. Raises PlanError where the bases differ.
+    """
+    given = list(plans)
+    factors = [1.0] * len(given) if weights is None else list(weights)
+    if not given or len(factors) != len(given):
+        raise PlanError(
+            f"{len(given)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
+        )
+    if len({plan.base.fingerprint for plan in given}) > 1:
+        raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
+    edits: dict[str, Edit] = {}
+    for plan, factor in zip(given, factors, strict=True):
+        for edit in plan.scaled(factor).edits:
+            edits[edit.tensor] = _add(edits[edit.tensor], edit) if edit.tensor in edits else edit
+    parts = [{"method": dict(p.method), "weight": f, "plan": p.hash} for p, f in zip(given, factors, strict=True)]
+    return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts})
+
+
+def _add(first: Edit, second: Edit) -> Edit:
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)))
+    if isinstance(first, Bias) and isinstance(second, Bias):
+        return Bias(first.tensor, first.delta + second.delta)
+    raise PlanError(f"the plans edit {first.tensor} by different operations")

@@ -1,0 +1,155 @@
+"""One file, one target: an EditPlan becomes files.
+
+A target module has ``lower(plan, checkpoint, spec, folder, progress) -> Lowering``, found by its file's name. It answers
+*exact* or *approximate* in the Lowering, or refuses by a TargetError that says why; it never skips an edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from steer2edit import __version__
+from steer2edit.architecture import ModelSpec, Site
+from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.files import new_folder
+from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.progress import Progress, silent
+
+RECEIPT = "steer2edit.json"
+PLAN = "steer2edit/plan.safetensors"
+FORMAT = "steer2edit.receipt.1"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed tensor: what was done, its size, and its bytes before and after (SHA-256; None for an adapter)."""
+
+    tensor: str
+    op: str
+    norm: float
+    sha256_before: str | None = None
+    sha256_after: str | None = None
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a target did: how exact it is, each change, and remarks for whoever loads the artefact."""
+
+    exactness: str
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """The targets there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """The target called ``name``. Raises TargetError naming the known ones."""
+    if name not in names():
+        raise TargetError(f"there is no target {name!r}; known: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def emit(
+    plan: EditPlan,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    to: str,
+    out: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Lowering:
+    """Lower ``plan`` into the new folder ``out``, with receipt, plan and model card.
+
+    The folder appears only when it is complete. Raises PlanError for a plan made for another model, TargetError
+    where ``out`` exists, the disk is full, or the target cannot express the plan.
+    """
+    from steer2edit.card import model_card
+
+    target = load(to)
+    resolve(plan, checkpoint, spec)
+    with new_folder(Path(out), force) as folder:
+        lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress)
+        plan.save(folder / PLAN)
+        receipt = {
+            "format": FORMAT,
+            "target": to,
+            "exactness": lowering.exactness,
+            "base": asdict(plan.base),
+            "plan": {"file": PLAN, "sha256": plan.hash},
+            "method": dict(plan.method),
+            "measured": dict(plan.measured),
+            "data": dict(plan.data),
+            "changed": [asdict(change) for change in lowering.changes],
+            "notes": list(lowering.notes),
+            "details": dict(lowering.details),
+            "versions": _versions(),
+        }
+        (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(receipt, spec, checkpoint), encoding="utf-8")
+    return lowering
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """The receipt of an artefact. Raises PlanError where there is none that this version reads."""
+    if not (folder / RECEIPT).is_file():
+        raise PlanError(f"{folder} holds no {RECEIPT}: it is no artefact of steer2edit")
+    receipt = read_json(folder / RECEIPT)
+    if receipt.get("format") != FORMAT:
+        raise PlanError(f"{folder / RECEIPT} has the format {receipt.get('format')!r}, expected {FORMAT!r}")
+    return receipt
+
+
+def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, tuple[Edit, Site]]:
+    """Each edit with the site it belongs to, by tensor name.
+
+    Raises PlanError, with all problems, where the plan was made for another model or does not fit this one.
+    """
+    if plan.base.fingerprint != checkpoint.fingerprint:
+        raise PlanError(
+            f"the plan was made for {plan.base.name} (fingerprint {plan.base.fingerprint[:12]}), but {checkpoint.name} "
+            f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
+        )
+    sites = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
+    resolved, problems = {}, []
+    for edit in plan.edits:
+        site = sites.get(edit.tensor)
+        if site is None:
+            problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
+        elif isinstance(edit, LowRank) and (edit.B.shape[0], edit.A.shape[1]) != (
+            site.out_features,
+            site.in_features,
+        ):
+            problems.append(
+                f"{edit.tensor} is {site.out_features} x {site.in_features}, its update {edit.B.shape[0]} x {edit.A.shape[1]}"
+            )
+        elif not isinstance(edit, LowRank) and edit.delta.shape[0] != site.out_features:
+            problems.append(f"{edit.tensor} has {site.out_features} entries, its update {edit.delta.shape[0]}")
+        else:
+            resolved[edit.tensor] = (edit, site)
+    if problems:
+        raise PlanError(f"the plan does not fit {checkpoint.name}:\n{listing(problems)}")
+    if spec.tied_embeddings and spec.embedding.tensor in resolved:
+        raise PlanError(
+            f"{checkpoint.name} ties its embedding to its unembedding: editing {spec.embedding.tensor} would change both. "
+            "Leave the embedding out."
+        )
+    return resolved
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"steer2edit": __version__, "torch": torch.__version__}

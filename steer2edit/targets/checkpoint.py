@@ -1,0 +1,153 @@
+"""The checkpoint target: the base's folder again, with only the edited tensors' bytes different.
+
+Same shards, names, order, dtypes and metadata. Byte ranges between edited tensors are copied by the kernel; an
+edited tensor is read, summed in float32, rounded once and written, block by block.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Site
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError
+from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.progress import Progress
+from steer2edit.targets import RECEIPT, Change, Lowering, resolve
+
+_BLOCK_BYTES = 4 << 20
+_COPY_BYTES = 64 << 20
+# other copies of the weights: they would be unedited, and some engines prefer them
+_OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+    """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
+    edits = resolve(plan, checkpoint, spec)
+    left_out = copy_other_files(checkpoint, folder)
+    sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
+    changes: list[Change] = []
+    with progress("write checkpoint", total=sum(sizes.values())) as advance, ThreadPoolExecutor(2) as pool:
+        for shard, size in sizes.items():
+            source, target = checkpoint.path / shard, folder / shard
+            with open(target, "wb") as file:
+                file.truncate(size)
+            names = sorted(
+                (n for n in edits if checkpoint.tensors[n].shard == shard),
+                key=lambda n: checkpoint.tensors[n].offset,
+            )
+            jobs: list[Callable[[], Change | int]] = []
+            end = 0
+            for name in names:
+                info = checkpoint.tensors[name]
+                jobs += _copies(source, target, end, info.offset)
+                jobs.append(lambda name=name, target=target: _rewrite(checkpoint, *edits[name], target))  # type: ignore[misc]
+                end = info.offset + info.nbytes
+            jobs += _copies(source, target, end, size)
+            for done in pool.map(lambda job: job(), jobs):
+                if isinstance(done, Change):
+                    changes.append(done)
+                    advance(checkpoint.tensors[done.tensor].nbytes)
+                else:
+                    advance(done)
+    dtypes = sorted({checkpoint.tensors[name].dtype for name in edits})
+    return Lowering(
+        exactness=f"exact up to one rounding to {', '.join(dtypes)}" if edits else "exact",
+        changes=tuple(changes),
+        notes=tuple(f"left out {name}: another copy of the unedited weights" for name in left_out),
+        details={"shards": len(sizes), "bytes": sum(sizes.values())},
+    )
+
+
+def updated_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """``(first row, block, edited block)`` of a tensor in its stored orientation and dtype."""
+    for first, block in checkpoint.blocks(edit.tensor, _BLOCK_BYTES):
+        rows = slice(first, first + block.shape[0])
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        if isinstance(edit, LowRank):
+            left, right = (edit.B, edit.A) if site.orientation == "out_in" else (edit.A.T, edit.B.T)
+            total = torch.addmm(wide, left[rows].to(wide.dtype), right.to(wide.dtype))
+        else:
+            total = wide + edit.delta[rows]
+        yield first, block, total.to(block.dtype)
+
+
+def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy every file that is not an indexed shard, byte for byte; the names of those left out."""
+    left_out = []
+    for source in sorted(checkpoint.path.rglob("*")):
+        name = source.relative_to(checkpoint.path)
+        if not source.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if str(name) in checkpoint.shards or str(name) in {RECEIPT, "README.md"} or name.parts[0] == "steer2edit":
+            continue
+        if source.suffix in _OTHER_WEIGHTS or name.match("consolidated*.safetensors"):
+            left_out.append(str(name))
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    return left_out
+
+
+def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Change:
+    info = checkpoint.tensors[edit.tensor]
+    row_bytes = info.nbytes // info.shape[0]
+    before, after = hashlib.sha256(), hashlib.sha256()
+    with open(target, "r+b", buffering=0) as file:
+        for first, block, new in updated_blocks(checkpoint, edit, site):
+            if not bool(new.isfinite().all()):
+                raise TargetError(f"{edit.tensor}: the edited values do not fit {info.dtype}; lower the strength")
+            before.update(_bytes(block))
+            data = _bytes(new)
+            after.update(data)
+            _pwrite(file.fileno(), data, info.offset + first * row_bytes)
+    return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())
+
+
+def _copies(source: Path, target: Path, start: int, end: int) -> list[Callable[[], Change | int]]:
+    pieces = range(start, end, _COPY_BYTES)
+    return [lambda at=at: _copy(source, target, at, min(_COPY_BYTES, end - at)) for at in pieces]  # type: ignore[misc]
+
+
+def _copy(source: Path, target: Path, offset: int, count: int) -> int:
+    with open(source, "rb", buffering=0) as reading, open(target, "r+b", buffering=0) as writing:
+        done = 0
+        while done < count:
+            done += _copy_some(reading.fileno(), writing.fileno(), offset + done, count - done)
+    return count
+
+
+def _copy_some(source: int, target: int, offset: int, count: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(source, target, count, offset, offset)
+        except OSError as error:
+            if error.errno not in {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}:
+                raise
+        else:
+            if copied:
+                return copied
+            raise TargetError("a shard became shorter while it was copied")
+    data = os.pread(source, min(count, 8 << 20), offset)
+    if not data:
+        raise TargetError("a shard became shorter while it was copied")
+    _pwrite(target, memoryview(data), offset)
+    return len(data)
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)

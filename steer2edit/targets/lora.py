@@ -1,0 +1,86 @@
+"""The LoRA target: a PEFT adapter that is exactly the plan's low-rank update.
+
+The layout is the one that every engine reads: magnitudes inside float32 tensors, ``lora_alpha == r``, one rank, a list
+of target modules, and a pair of tensors for every layer of a targeted type (zeros where nothing is edited).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError, listing
+from steer2edit.files import save_tensors
+from steer2edit.plan import EditPlan, LowRank
+from steer2edit.progress import Progress
+from steer2edit.targets import Change, Lowering, resolve
+
+
+def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+    """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
+    resolved = resolve(plan, checkpoint, spec)
+    refused = [
+        f"{name}: {'a bias' if not isinstance(edit, LowRank) else 'the embedding'}"
+        for name, (edit, site) in resolved.items()
+        if not isinstance(edit, LowRank) or site.role is Role.EMBED
+    ]
+    if refused:
+        raise TargetError(
+            f"a LoRA adapter that engines load carries none of these edits:\n{listing(refused)}\nUse --to checkpoint."
+        )
+    if not resolved:
+        raise TargetError("the plan is empty; there is nothing for an adapter to carry")
+    edits = {site.key: edit for edit, site in resolved.values() if isinstance(edit, LowRank)}
+    rank = max(edit.B.shape[1] for edit in edits.values())
+    leaves = {_leaf(site) for site in spec.sites if site.key in edits}
+    targeted = [site for site in spec.sites if _leaf(site) in leaves]
+    tensors = {}
+    for site in targeted:
+        B, A = _factors(edits.get(site.key), site, rank)
+        tensors[f"base_model.model.{site.module}.lora_A.weight"] = A
+        tensors[f"base_model.model.{site.module}.lora_B.weight"] = B
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": checkpoint.name,
+        "revision": checkpoint.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": targeted[0].orientation == "in_out",
+        "target_modules": _target_modules(targeted, checkpoint),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
+    notes = ("Stored in float32: cast to bf16, an adapter loses about three digits.",)
+    return Lowering("exact", changes, notes, {"rank": rank, "target_modules": sorted(leaves)})
+
+
+def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, A = torch.zeros(site.out_features, rank), torch.zeros(rank, site.in_features)
+    if edit is not None:
+        # the magnitude is shared between both factors by a power of two, which rounds nothing
+        ratio = edit.A.norm(dim=1) / edit.B.norm(dim=0).clamp(min=1e-30)
+        share = torch.exp2((ratio.clamp(min=1e-30).log2() / 2).round())
+        B[:, : edit.B.shape[1]] = edit.B * share
+        A[: edit.A.shape[0]] = edit.A / share[:, None]
+    return B, A
+
+
+def _leaf(site: Site) -> str:
+    return site.module.rsplit(".", 1)[-1]
+
+
+def _target_modules(targeted: list[Site], checkpoint: Checkpoint) -> list[str]:
+    """Last components, unless another part of a multimodal model has modules of that name."""
+    leaves = sorted({_leaf(site) for site in targeted})
+    ours = {site.tensor for site in targeted}
+    others = [n for n in checkpoint.tensors if n not in ours and any(n.endswith(f".{leaf}.weight") for leaf in leaves)]
+    return sorted(site.module for site in targeted) if others else leaves

@@ -1,0 +1,260 @@
+"""Prove that an artefact is what its plan says: by bytes, then by numbers.
+
+Bytes: everything is recomputed from base and plan, and each tensor of the artefact is compared. Numbers: logits of the
+base with the plan applied by hooks are compared with those of the artefact, loaded as its users load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
+from steer2edit.errors import CheckpointError, PlanError
+from steer2edit.files import load_tensors
+from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.targets import PLAN, read_receipt, resolve
+from steer2edit.targets.checkpoint import updated_blocks
+
+TOLERANCE = 1e-4
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Water boils at a lower temperature on a mountain because",
+    "List three uses of a paper clip:",
+    "Once upon a time, in a village by the sea, there lived",
+)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How much of a tensor's planned update its stored dtype kept.
+
+    ``along_v`` is the kept part along the update's own output direction, ``cosine`` between stored and planned update, ``relative``
+    the norm of their difference over the planned norm.
+    """
+
+    tensor: str
+    along_v: float
+    cosine: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result: ``ok`` is whether every check passed, ``problems`` name each that did not."""
+
+    target: str
+    tensors: int
+    problems: tuple[str, ...]
+    rounding: tuple[Rounding, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    numbers: bool = True,
+    runtime: Runtime = Runtime(dtype="float32"),  # noqa: B008
+    progress: Progress = silent,
+) -> Verification:
+    """Check the artefact in ``folder`` against its base (found by its receipt's name unless given).
+
+    Raises PlanError or CheckpointError where there is nothing to compare: no receipt, a damaged plan, another base.
+    """
+    folder = Path(folder)
+    receipt = read_receipt(folder)
+    plan = EditPlan.load(folder / PLAN)
+    problems = []
+    if plan.hash != receipt["plan"]["sha256"]:
+        problems.append(
+            f"{PLAN} is not the plan of the receipt: SHA-256 {plan.hash[:12]}, expected {receipt['plan']['sha256'][:12]}"
+        )
+    checkpoint = _open_base(plan, base)
+    spec = read_spec(checkpoint)
+    resolve(plan, checkpoint, spec)
+    compare = _compare_adapter if receipt["target"] == "lora" else _compare_checkpoint
+    result = compare(folder, plan, checkpoint, spec, progress)
+    result = replace(result, problems=(*problems, *result.problems))
+    if numbers and result.ok:
+        found, wrong = compare_numbers(folder, receipt["target"], plan, checkpoint, spec, runtime, progress)
+        result = replace(result, numbers=found, problems=wrong)
+    return result
+
+
+def compare_numbers(
+    folder: Path,
+    target: str,
+    plan: EditPlan,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    runtime: Runtime,
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Largest differences between the logits of base + hooks and those of the artefact, on probe prompts; problems."""
+    with progress("compare logits", total=3) as advance:
+        loaded = load_model(checkpoint, spec, runtime)
+        base = _logits(loaded)
+        advance(1)
+        hooked = _logits(loaded, lambda: edited(loaded, plan))
+        advance(1)
+        if target == "lora":
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+        else:
+            model = load_weights(folder, runtime)
+        artefact = _logits(replace(loaded, model=model))
+        advance(1)
+    stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
+    rounds = target != "lora" and stored - {"F32", "F64"}
+    largest = max(float(logits.abs().max()) for logits in hooked)
+    found = {
+        "effect": _difference(base, hooked),
+        "difference": _difference(hooked, artefact),
+        "largest_logit": largest,
+        "tolerance": None if rounds else TOLERANCE,
+        "stored": sorted(stored),
+    }
+    problems = []
+    if not rounds and not found["difference"] <= TOLERANCE:
+        problems.append(f"logits differ from base + plan by {found['difference']:.3g}, more than {TOLERANCE:g}")
+    if plan.edits and found["difference"] >= max(found["effect"], TOLERANCE):
+        problems.append(
+            f"the artefact is as far from base + plan ({found['difference']:.3g}) as the base is ({found['effect']:.3g}): it does not act"
+        )
+    return found, tuple(problems)
+
+
+def _open_base(plan: EditPlan, base: str | Path | None) -> Checkpoint:
+    if base is not None:
+        return open_checkpoint(base)
+    try:
+        return open_checkpoint(plan.base.name, plan.base.revision)
+    except CheckpointError as error:
+        raise PlanError(f"the base {plan.base.name!r} was not found ({error}); give its folder with --base") from None
+
+
+def _compare_checkpoint(
+    folder: Path, plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
+) -> Verification:
+    edits = resolve(plan, checkpoint, spec)
+    problems, roundings = [], []
+    ours: dict[str, TensorInfo] = {}
+    for shard in checkpoint.shards:
+        try:
+            ours |= {info.name: info for info in read_header(folder / shard)}
+        except CheckpointError as error:
+            problems.append(str(error))
+    with progress("compare tensors", total=sum(info.nbytes for info in checkpoint.tensors.values())) as advance:
+        artefact = replace(checkpoint, path=folder)
+        for name, info in checkpoint.tensors.items():
+            if ours.get(name) != info:
+                problems.append(f"{name} is missing, or lies elsewhere or in another dtype than in the base")
+            elif name in edits:
+                edit, site = edits[name]
+                meter = _RoundingMeter(name)
+                same = True
+                for (first, old, new), (_, found) in zip(
+                    updated_blocks(checkpoint, edit, site), artefact.blocks(name, 4 << 20), strict=True
+                ):
+                    same = same and _same(new, found)
+                    meter.add(edit, site.orientation == "out_in", first, old, found)
+                roundings.append(meter.result())
+                if not same:
+                    problems.append(f"{name} is not the base's tensor with the plan's edit")
+            elif not all(
+                _same(a, b) for (_, a), (_, b) in zip(checkpoint.blocks(name), artefact.blocks(name), strict=True)
+            ):
+                problems.append(f"{name} differs from the base, though the plan does not edit it")
+            advance(info.nbytes)
+    extra = sorted(set(ours) - set(checkpoint.tensors))
+    problems += [f"{name} is not in the base" for name in extra]
+    return Verification("checkpoint", len(checkpoint.tensors), tuple(problems), tuple(roundings))
+
+
+def _compare_adapter(
+    folder: Path, plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
+) -> Verification:
+    import tempfile
+
+    from steer2edit.targets import lora
+
+    with tempfile.TemporaryDirectory() as scratch, progress("compare adapter", total=1) as advance:
+        lora.lower(plan, checkpoint, spec, Path(scratch), silent)
+        expected, _ = load_tensors(Path(scratch) / "adapter_model.safetensors")
+        found, _ = load_tensors(folder / "adapter_model.safetensors")
+        same_config = (Path(scratch) / "adapter_config.json").read_bytes() == (
+            folder / "adapter_config.json"
+        ).read_bytes()
+        advance(1)
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is not in the plan" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} differs from the plan"
+        for name in sorted(expected.keys() & found.keys())
+        if not _same(expected[name], found[name])
+    ]
+    if not same_config:
+        problems.append("adapter_config.json differs from the one that the plan gives")
+    return Verification("lora", len(found), tuple(problems))
+
+
+class _RoundingMeter:
+    """Sums over blocks: planned·stored, planned², stored²."""
+
+    def __init__(self, tensor: str) -> None:
+        self.tensor, self.cross, self.planned, self.stored = tensor, 0.0, 0.0, 0.0
+
+    def add(self, edit: Any, out_in: bool, first: int, old: torch.Tensor, new: torch.Tensor) -> None:
+        rows = slice(first, first + old.shape[0])
+        if hasattr(edit, "B"):
+            planned = edit.B[rows] @ edit.A if out_in else edit.A.T[rows] @ edit.B.T
+        else:
+            planned = edit.delta[rows]
+        stored = new.float() - old.float()
+        self.cross += float((planned * stored).sum(dtype=torch.float64))
+        self.planned += float(planned.square().sum(dtype=torch.float64))
+        self.stored += float(stored.square().sum(dtype=torch.float64))
+
+    def result(self) -> Rounding:
+        scale = max(self.planned, 1e-300)
+        error = max(self.planned - 2 * self.cross + self.stored, 0.0)
+        cosine = self.cross / max((self.planned * self.stored) ** 0.5, 1e-300)
+        return Rounding(self.tensor, self.cross / scale, cosine, (error / scale) ** 0.5)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
+
+
+def _logits(
+    loaded: LoadedModel, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> list[torch.Tensor]:
+    with around(), torch.inference_mode():
+        return [
+            loaded.model(**loaded.tokenizer(prompt, return_tensors="pt").to(loaded.device), use_cache=False)
+            .logits.float()
+            .cpu()
+            for prompt in PROMPTS
+        ]
+
+
+def _difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
