@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from steer2edit.plan import EditPlan, merge
     from steer2edit.statistics import Statistics
     from steer2edit.targets import emit
-    from steer2edit.verify import verify
+    from steer2edit.verification import verify
 
 _HOME = {
     "Checkpoint": "checkpoint",
@@ -35,7 +35,7 @@ _HOME = {
     "merge": "plan",
     "open_checkpoint": "checkpoint",
     "read_spec": "architecture",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = [

@@ -16,6 +16,7 @@ from steer2edit.errors import CheckpointError
 
 # small enough that a block's float32 copy stays in the processor's cache
 _BLOCK_BYTES = 1 << 20
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
     # W_j x_bar_j for all heads at once: [out, heads] = W @ spread, with x_bar_j in column j
     spread = outputs = None
     if site.heads is not None and x_bar is not None:
-        spread = torch.block_diag(*x_bar.to(torch.float32).view(site.heads, -1, 1))
+        spread = torch.block_diag(*x_bar.to(torch.float32).view(site.heads, -1, 1))  # type: ignore[no-untyped-call]
         outputs = torch.zeros(site.out_features, site.heads)
     for first, block in checkpoint.blocks(site.tensor, _BLOCK_BYTES):
         part = block.to(torch.float32)
@@ -58,3 +59,23 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
         raise CheckpointError(f"{site.tensor} holds NaN or infinity; the checkpoint is damaged")
     norms = torch.linalg.vector_norm(outputs, dim=0) if outputs is not None else None
     return Analysis(projection, squares.sqrt_(), norms)
+
+
+def component_scores(found: Analysis, site: Site, x_bar: torch.Tensor) -> torch.Tensor:
+    """Steer2Edit's cosine scores, [components].
+
+    Head j: ``g_j = cos(v_hat, W_j x_bar_j)``, where v_hat · W_j x_bar_j is block j of ``Wᵀ v_hat`` times x_bar_j. Neuron i:
+    ``g_i = sign(x_bar_i) cos(v_hat, w_i)``.
+    """
+    if site.heads is None:
+        return x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
+    assert found.head_outputs is not None
+    along = (found.projection * x_bar).view(site.heads, -1).sum(dim=1)
+    return along / found.head_outputs.clamp(min=_TINY)
+
+
+def scored_projection(found: Analysis, site: Site) -> torch.Tensor:
+    """``w_i · v_hat`` for each neuron, ``‖W_jᵀ v_hat‖`` for each head; [components]."""
+    if site.heads is None:
+        return found.projection.clone()
+    return found.projection.view(site.heads, -1).norm(dim=1)

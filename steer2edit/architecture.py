@@ -177,7 +177,7 @@ def _find_family(checkpoint: Checkpoint, model_type: str, layers: int) -> tuple[
     by_type = next((family for family in FAMILIES if model_type in family.model_types), None)
     # unknown types may follow the common names; only llama's are free of traps of orientation and norms
     family = by_type or LLAMA
-    for prefix, module in _prefixes(family):
+    for prefix, module in _prefixes(family):  # noqa: B007
         hits = [i for i in range(layers) if f"{prefix}{i}.{family.attn_out}.weight" in checkpoint.tensors]
         if hits:
             break

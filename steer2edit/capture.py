@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steer2edit.contrast import Encoded
+from steer2edit.encoding import Encoded
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import LABELS, Accumulator, Side, Statistics
@@ -45,7 +45,7 @@ def capture(
             for example in chosen:
                 accumulator.count(example.label, len(example.ids) - example.start)
             advance(sum(len(example.ids) for example in chosen))
-    return accumulator.result({"span": "[start-1, end-1)", **(source or {})})
+    return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
 
 
 class _Span:

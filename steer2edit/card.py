@@ -77,10 +77,14 @@ def base_licence(folder: Path) -> str | None:
 
 def _loading(adapter: bool, base: str) -> str:
     if not adapter:
-        return 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+        )
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{_cell(base)}")\nmodel = PeftModel.from_pretrained(base, "path/to/this/folder")'
+        f'base = AutoModelForCausalLM.from_pretrained("{_cell(base)}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
     )
 
 

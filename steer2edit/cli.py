@@ -57,6 +57,13 @@ data_options = options(
     click.option("--behavior", help="A built-in behaviour instead: concise, truthful, formal or cautious."),
     click.option("--system", help="A system message put before every prompt."),
     click.option(
+        "--span",
+        type=click.Choice(["matched", "response"]),
+        default="matched",
+        show_default=True,
+        help="A pair's responses cut to the shorter's length, or whole.",
+    ),
+    click.option(
         "--batch-tokens",
         type=click.IntRange(16),
         default=4096,
@@ -65,7 +72,13 @@ data_options = options(
     ),
 )
 method_options = options(
-    click.option("--method", default="component", show_default=True, help="component (Steer2Edit) or ablation."),
+    click.option(
+        "--method", default="steering", show_default=True, help="steering, component (Steer2Edit) or ablation."
+    ),
+    click.option(
+        "--sites", type=click.Choice(["attn", "mlp", "both"]), help="steering: the writers that carry the vector."
+    ),
+    click.option("--carriers", type=float, help="steering: share of each site's input columns that carry it."),
     click.option("--rho-attn", type=float, help="component: the paper's rho for heads; 0 leaves attention alone."),
     click.option("--rho-mlp", type=float, help="component: the paper's rho for neurons; 0 leaves MLPs alone."),
     click.option("--alpha", type=float, help="component: the paper's alpha. ablation: the part removed (1 is all)."),
@@ -78,6 +91,10 @@ method_options = options(
     click.option("--layers", help="First and last layer to edit, such as 4-20."),
     click.option("--direction-layer", type=int, help="ablation: take the direction after this layer's block."),
     click.option("--embedding", is_flag=True, default=None, help="ablation: the token embedding too (untied models)."),
+)
+_METHOD_OPTIONS = (
+    *("sites", "carriers", "rho_attn", "rho_mlp", "alpha", "tau_attn", "tau_mlp", "slope"),
+    *("top_heads", "top_neurons", "scale", "layers", "direction_layer", "embedding"),
 )
 strength_options = options(
     click.option("--strength", type=float, help="Multiplies the edit; without it the KL budget decides."),
@@ -313,7 +330,7 @@ def verify(folder: Path, base: str | None, level: str, as_json: bool, **given: A
     from dataclasses import asdict
 
     from steer2edit.report import render_verification
-    from steer2edit.verify import verify as verify_artefact
+    from steer2edit.verification import verify as verify_artefact
 
     runtime = _runtime({**given, "dtype": "float32" if given["dtype"] == "auto" else given["dtype"]})
     result = verify_artefact(folder, base, numbers=level == "numbers", runtime=runtime, progress=_progress())
@@ -354,8 +371,8 @@ def _behavior(given: dict[str, Any]) -> Any:
     if bool(given["data"]) == bool(given["behavior"]):
         raise click.UsageError("give exactly one of --data, --behavior and (where there is one) --stats")
     if given["data"]:
-        return Behavior.from_data(given["data"], given["system"])
-    return Behavior.builtin(given["behavior"], given["system"])
+        return Behavior.from_data(given["data"], given["system"], given["span"])
+    return Behavior.builtin(given["behavior"], given["system"], given["span"])
 
 
 def _method_options(given: dict[str, Any]) -> Any:
@@ -365,8 +382,7 @@ def _method_options(given: dict[str, Any]) -> Any:
 
     options_class = methods.load(given["method"]).Options
     known = {field.name for field in fields(options_class)}
-    names = "rho_attn rho_mlp alpha tau_attn tau_mlp slope top_heads top_neurons scale layers direction_layer embedding"
-    chosen = {name: given[name] for name in names.split() if given[name] is not None}
+    chosen = {name: given[name] for name in _METHOD_OPTIONS if given[name] is not None}
     if strange := sorted(chosen.keys() - known):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         raise click.UsageError(f"the method {given['method']} has no option {flags}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.capture import capture
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength
+from steer2edit.encoding import Span, encode
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.files import check_new
 from steer2edit.model import LoadedModel, Runtime, edited, load_model
@@ -21,25 +23,30 @@ from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
 
 KL_BUDGET = 0.05
+METHOD = "steering"
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """What to compile: labelled examples, their name for cards and receipts, and a system message, if any."""
+    """What to compile: labelled examples, their name for cards and receipts, a system message, if any, and the span.
+
+    ``span`` says which tokens of a pair's responses count; see ``encoding.encode``.
+    """
 
     name: str
     examples: Sequence[contrast.Example]
     system: str | None = None
+    span: Span = "matched"
 
     @classmethod
-    def builtin(cls, name: str, system: str | None = None) -> Behavior:
+    def builtin(cls, name: str, system: str | None = None, span: Span = "matched") -> Behavior:
         """A behaviour that comes with the package. Raises DataError naming the known ones."""
-        return cls(name, contrast.load_behavior(name), system)
+        return cls(name, contrast.load_behavior(name), system, span)
 
     @classmethod
-    def from_data(cls, source: str | Path, system: str | None = None) -> Behavior:
+    def from_data(cls, source: str | Path, system: str | None = None, span: Span = "matched") -> Behavior:
         """Contrast data from a file or a Hub dataset. Raises DataError listing every problem."""
-        return cls(Path(source).stem, contrast.read_contrast(source), system)
+        return cls(Path(source).stem, contrast.read_contrast(source), system, span)
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,11 @@ def compile(
     *,
     to: Sequence[str] = ("checkpoint",),
     revision: str | None = None,
-    method: str = "component",
+    method: str = METHOD,
     options: Any = None,
     strength: float | None = None,
     kl_budget: float = KL_BUDGET,
-    neutral_text: str | None = None,
+    neutral_text: str | Sequence[str] | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008
     batch_tokens: int = 4096,
     force: bool = False,
@@ -73,7 +80,8 @@ def compile(
 
     ``strength`` multiplies the method's edit; without it, the largest is taken whose measured mean KL on neutral text (nats
     per token) is within ``kl_budget``. With one target ``out`` is its folder, with several a folder for each inside.
-    ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. Raises a Steer2EditError for whatever is wrong with the input.
+    ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. Raises a
+    Steer2EditError for whatever is wrong with the input.
     """
     folders = artefact_folders(out, to, force)
     checkpoint = open_checkpoint(model, revision)
@@ -108,11 +116,12 @@ def capture_statistics(
         "name": behavior.name,
         "data": contrast.data_hash(behavior.examples),
         "system": behavior.system,
+        "span": behavior.span,
         "fingerprint": checkpoint.fingerprint,
         "model": checkpoint.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    encoded = contrast.encode(behavior.examples, loaded.tokenizer, system=behavior.system)
+    encoded = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
     return capture(loaded, encoded, batch_tokens=batch_tokens, source=source, progress=progress)
 
 
@@ -121,7 +130,7 @@ def make_plan(
     spec: ModelSpec,
     statistics: Statistics,
     *,
-    method: str = "component",
+    method: str = METHOD,
     options: Any = None,
     progress: Progress = silent,
 ) -> EditPlan:
@@ -139,7 +148,7 @@ def make_plan(
     plan: EditPlan = module.plan(
         checkpoint, spec, statistics, module.Options() if options is None else options, progress
     )
-    described = {key: statistics.source.get(key) for key in ("name", "data", "system")}
+    described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span")}
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 
 
@@ -149,10 +158,12 @@ def settle_strength(
     *,
     strength: float | None = None,
     kl_budget: float = KL_BUDGET,
-    neutral_text: str | None = None,
+    neutral_text: str | Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> EditPlan:
     """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it."""
+    if strength is not None and not math.isfinite(strength):
+        raise PlanError(f"--strength is {strength}, expected a finite number")
     if not plan.edits:
         raise Steer2EditError(
             "the plan edits nothing: every score is under its threshold; lower rho or raise --top-heads/--top-neurons"
@@ -163,10 +174,7 @@ def settle_strength(
         with edited(loaded, plan, factor):
             return neutral.measure()
 
-    if strength is None:
-        found = find_strength(measure, kl_budget)
-    else:
-        found = Strength(strength, measure(strength), ())
+    found = find_strength(measure, kl_budget) if strength is None else Strength(strength, measure(strength), ())
     measured = {
         "strength": found.strength,
         "kl_budget": kl_budget if strength is None else None,

@@ -1,4 +1,4 @@
-"""Contrast data: reading, validating, and turning it into tokens.
+"""Contrast data: reading and validating it, and what is built in.
 
 A source is a ``.jsonl``/``.ndjson``, ``.json`` (a list), ``.csv`` or ``.parquet`` file, or a Hub dataset.
 A row is ``{"prompt", "positive", "negative"}`` or ``{"prompt", "response", "label"}``; the rest is ignored.
@@ -15,12 +15,12 @@ import importlib.resources
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from steer2edit.errors import DataError, listing
+from steer2edit.errors import DataError, listing, shown
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # its place since Python 3.11
@@ -53,16 +53,6 @@ class Example:
     row: int
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokens of prompt and response; positions ``[start-1, len(ids)-1)`` predict the response's."""
-
-    ids: tuple[int, ...]
-    start: int
-    label: Label
-    row: int
-
-
 def read_contrast(source: str | Path) -> list[Example]:
     """Examples from a file, or from a Hub dataset ``user/name`` or ``user/name:file``, in the source's order.
 
@@ -72,7 +62,7 @@ def read_contrast(source: str | Path) -> list[Example]:
         path = Path(source).expanduser()
         folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"cannot read {_shown(str(source))}: {error}") from None
+        raise DataError(f"cannot read {shown(str(source))}: {error}") from None
     if folder:
         raise DataError(f"{path} is a folder; name a file in it ({', '.join(_READERS)})")
     if exists:
@@ -95,7 +85,7 @@ def load_behavior(name: str) -> list[Example]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"there is no built-in behaviour {_shown(name)}; there are {', '.join(known)}.{hint}")
+        raise DataError(f"there is no built-in behaviour {shown(name)}; there are {', '.join(known)}.{hint}")
     file = f"{name}.jsonl"
     examples = _parse((_package_data() / file).read_bytes(), file, _json_lines)
     return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
@@ -108,102 +98,9 @@ def neutral_text() -> str:
 
 def data_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over prompts, responses and labels in their order; independent of the file and its format."""
-    rows = [(e.prompt if isinstance(e.prompt, str) else _dicts(e.prompt), e.response, e.label) for e in examples]
+    prompts = ((e, e.prompt if isinstance(e.prompt, str) else [m._asdict() for m in e.prompt]) for e in examples)
+    rows = [(prompt, e.response, e.label) for e, prompt in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
-
-
-def render_prompt(prompt: Prompt, tokenizer: Any, system: str | None = None) -> str:
-    """The text before the response: by the tokenizer's chat template, or as plain text where it has none.
-
-    Raises DataError if the template rejects or drops what it is given, or if there are two system messages.
-    """
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str) and not templated:
-        return prompt if system is None else f"{system}\n\n{prompt}"
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if system is not None:
-        if any(message.role == "system" for message in messages):
-            raise DataError("the prompt has a system message of its own, and a system text is given too: keep one")
-        messages = (Message("system", system), *messages)
-    if not templated:
-        turns = [f"{m.role.capitalize()}: {m.content}\n" for m in messages if m.role != "system"]
-        return "".join([f"{m.content}\n\n" for m in messages if m.role == "system"] + turns) + "Assistant:"
-    remedy = "leave the system text out, or write it into the user's messages"
-    try:
-        text = tokenizer.apply_chat_template(_dicts(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template raises: Jinja's errors, TypeError, ValueError
-        roles = ", ".join(message.role for message in messages)
-        advice = f"; {remedy}" if "system" in roles else "; check the order and the names of the roles"
-        raise DataError(f"the chat template rejects messages with roles {roles} ({error}){advice}") from None
-    for message in messages:
-        if message.role == "system" and message.content.strip() not in text:
-            raise DataError(f"the chat template drops the system message; {remedy}")
-    return str(text)
-
-
-def encode(
-    examples: Sequence[Example], tokenizer: Any, *, system: str | None = None, max_tokens: int = 2048
-) -> list[Encoded]:
-    """Tokens and response span of each example, in order, cut at ``max_tokens``.
-
-    A token that merges the prompt's end with the response's beginning counts as the response's. Raises
-    DataError, listing every prompt that cannot be rendered or is too long, and every response without a
-    token.
-    """
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    texts: dict[Prompt, str] = {}
-    problems: list[str] = []
-    for example in examples:
-        if example.prompt not in texts:
-            try:
-                texts[example.prompt] = render_prompt(example.prompt, tokenizer, system)
-            except DataError as error:
-                texts[example.prompt] = ""
-                problems.append(f"{example.where}: {error}")
-    if problems:
-        raise DataError(f"prompts that cannot be rendered:\n{listing(problems)}")
-    wholes = [_joined(texts[e.prompt], e.response, templated) for e in examples]
-    # A template writes its own special tokens; adding the tokenizer's would double the first one.
-    prompt_ids = dict(zip(texts, _tokenize(list(texts.values()), tokenizer, not templated), strict=True))
-    encoded: list[Encoded] = []
-    for example, ids in zip(examples, _tokenize(wholes, tokenizer, not templated), strict=True):
-        start = max(1, _common_prefix(prompt_ids[example.prompt], ids))
-        if start >= len(ids):
-            problems.append(f"{example.where}: the response {_shown(example.response)} yields no token")
-        elif start >= max_tokens:
-            problems.append(
-                f"{example.where}: the prompt alone takes {start} tokens and the limit is {max_tokens};"
-                " shorten it or raise the limit"
-            )
-        else:
-            encoded.append(Encoded(tuple(ids[:max_tokens]), start, example.label, example.row))
-    if problems:
-        raise DataError(f"examples that cannot be encoded:\n{listing(problems)}")
-    return encoded
-
-
-def _joined(prompt: str, response: str, templated: bool) -> str:
-    spaced = templated or not prompt or prompt[-1].isspace() or response[0].isspace()
-    return prompt + response if spaced else f"{prompt} {response}"
-
-
-def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # The probe in front shows whether the tokenizer closes every text with an end-of-sequence token.
-    batch = tokenizer(["a", *texts], add_special_tokens=special, return_attention_mask=False, verbose=False)
-    probe, *found = batch["input_ids"]
-    closed = special and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
-    return [list(ids[:-1] if closed else ids) for ids in found]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
-
-
-def _dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
-    return [message._asdict() for message in messages]
 
 
 def _package_data() -> Traversable:
@@ -217,7 +114,8 @@ def _download(repo: str, file: str) -> tuple[Path, str]:
     try:
         if not file:
             held = huggingface_hub.list_repo_files(repo, repo_type="dataset")
-            found = [name for name in sorted(held) if _is_data(PurePosixPath(name))]
+            paths = [path for path in map(PurePosixPath, sorted(held)) if path.suffix.lower() in _READERS]
+            found = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
             if not found:
                 raise DataError(f"the dataset {repo} on the Hub holds no file in a format of {', '.join(_READERS)}")
             if len(found) > 1:
@@ -230,14 +128,8 @@ def _download(repo: str, file: str) -> tuple[Path, str]:
     except DataError:
         raise
     except Exception as error:  # its errors have no base in common over the supported versions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"cannot read {repo}{':' * bool(file)}{file}: no such file here, and the Hub says: {reason}"
-        ) from None
-
-
-def _is_data(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in _READERS and path.name not in ("dataset_info.json", "dataset_infos.json")
+        name = f"{repo}:{file}" if file else repo
+        raise DataError(f"cannot read {name}: no such file here, and the Hub says: {_reason(error)}") from None
 
 
 # A reader yields each row with its place, and notes what it cannot read.
@@ -298,7 +190,7 @@ def _json_list(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[st
     if isinstance(rows, list):
         yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
     else:
-        problems.append(f"{name}: expected a list of rows, found {_shown(rows)}")
+        problems.append(f"{name}: expected a list of rows, found {shown(rows)}")
 
 
 def _csv(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, object]]:
@@ -313,11 +205,9 @@ def _csv(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, obj
                     continue
                 if header is None:
                     header = [cell.strip() for cell in cells]
-                    if twice := sorted({k for k in PAIR + LABELLED if header.count(k) > 1}):
-                        problems.append(f"{where}: column {', '.join(twice)} occurs twice")
-                        return
-                    if missing := _missing(header):
-                        problems.append(f"{where} (the header): {missing}")
+                    twice = ", ".join(sorted({key for key in PAIR + LABELLED if header.count(key) > 1}))
+                    if fault := f"column {twice} occurs twice" if twice else _missing(header):
+                        problems.append(f"{where} (the header): {fault}")
                         return
                 elif len(cells) != len(header):
                     problems.append(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
@@ -372,7 +262,7 @@ def _decoded(data: bytes, name: str, problems: list[str]) -> str:
 def _examples(row: object, where: str, index: int, problems: list[str]) -> list[Example]:
     """The one or two examples of a row; none, and a note for each fault, if it has any."""
     if not isinstance(row, dict):
-        problems.append(f"{where}: expected an object, found {_shown(row)}")
+        problems.append(f"{where}: expected an object, found {shown(row)}")
         return []
     if missing := _missing(row):
         problems.append(f"{where}: {missing}")
@@ -381,7 +271,7 @@ def _examples(row: object, where: str, index: int, problems: list[str]) -> list[
     faults = [_prompt_fault(row["prompt"])]
     faults += [_text_fault(key, row[key], filled=True) for key in (PAIR[1:] if pair else ("response",))]
     if not pair and row["label"] not in LABELS:
-        faults.append(f'label is {_shown(row["label"])}; expected "positive" or "negative"')
+        faults.append(f'label is {shown(row["label"])}; expected "positive" or "negative"')
     found = [f"{where}: {fault}" for fault in faults if fault]
     problems += found
     if found:
@@ -399,7 +289,7 @@ def _missing(keys: Iterable[str]) -> str:
         return ""
     nearest = max((PAIR, LABELLED), key=lambda shape: sum(key in held for key in shape[1:]))
     if not any(key in held for key in nearest[1:]):
-        return f"{SHAPES}, found {_shown(held)}"
+        return f"{SHAPES}, found {shown(held)}"
     absent = ", ".join(json.dumps(key) for key in nearest if key not in held)
     return f"{absent} is missing; {SHAPES}"
 
@@ -408,12 +298,12 @@ def _prompt_fault(prompt: object) -> str:
     if isinstance(prompt, str):
         return _text_fault("prompt", prompt)
     if not isinstance(prompt, list):
-        return f"prompt: expected a string or a list of chat messages, found {_shown(prompt)}"
+        return f"prompt: expected a string or a list of chat messages, found {shown(prompt)}"
     if not prompt:
         return "prompt: the list of chat messages is empty"
     for i, message in enumerate(prompt, start=1):
         if not isinstance(message, dict):
-            return f'prompt, message {i}: expected {{"role", "content"}}, found {_shown(message)}'
+            return f'prompt, message {i}: expected {{"role", "content"}}, found {shown(message)}'
         for key in Message._fields:
             if key not in message:
                 return f'prompt, message {i}: "{key}" is missing'
@@ -424,14 +314,11 @@ def _prompt_fault(prompt: object) -> str:
 
 def _text_fault(key: str, value: object, filled: bool = False) -> str:
     if not isinstance(value, str):
-        return f"{key}: expected a string, found {_shown(value)}"
+        return f"{key}: expected a string, found {shown(value)}"
     if filled and not value.strip():
         return f"{key} is empty" if not value else f"{key} holds nothing but white space"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return f"{key} holds half of a surrogate pair, which is no character"
-    return ""
+    half = re.search("[\ud800-\udfff]", value)
+    return f"{key} holds half of a surrogate pair, which is no character" if half else ""
 
 
 def _reason(error: Exception) -> str:
@@ -440,15 +327,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"invalid JSON: {error.msg} at column {error.colno}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _shown(value: object) -> str:
-    """A value for a message: as JSON, its beginning only."""
-    if isinstance(value, str):
-        value = value[:60] + "…" * (len(value) > 60)
-    elif isinstance(value, (list, tuple)):
-        value = list(value[:8])
-    elif isinstance(value, dict):
-        return f"an object with {len(value)} keys"
-    text = json.dumps(value, ensure_ascii=True, default=repr)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -7,7 +7,7 @@ per token), so each further measurement costs one pass of the body and two of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,24 +42,26 @@ class Strength:
 
 
 class NeutralText:
-    """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it."""
+    """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it.
+
+    ``text`` is one running text, or several documents that are read each by itself, in windows of ``window`` tokens.
+    """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        text: str,
+        text: str | Sequence[str],
         *,
         max_tokens: int = 4096,
         window: int = 256,
         progress: Progress = silent,
     ) -> None:
-        ids = loaded.tokenizer(text)["input_ids"][:max_tokens]
-        if len(ids) < 16:
-            raise DataError(f"the neutral text has {len(ids)} tokens; expected at least a few hundred")
         self._loaded = loaded
-        self._windows = [ids[i : i + window] for i in range(0, len(ids) - 1, window)]
         self._progress = progress
-        self._base = [hidden for hidden in self._run("base on neutral text")]
+        self._windows = _windows(loaded, [text] if isinstance(text, str) else list(text), max_tokens, window)
+        if self.tokens < 16:
+            raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
+        self._base = list(self._run("base on neutral text"))
 
     @property
     def tokens(self) -> int:
@@ -129,6 +131,8 @@ def find_strength(
     for _ in range(max_steps):
         found = measure(strength)
         steps.append((strength, found.kl))
+        if not math.isfinite(found.kl) and strength < 1e-6:
+            break
         if found.kl <= budget:
             low = (strength, found)
             if found.kl >= (1 - tolerance) * budget:
@@ -158,6 +162,16 @@ def _next(low: tuple[float, Divergence] | None, high: tuple[float, float] | None
     if not math.isfinite(kl):
         return at / 16
     return at * min(max(math.sqrt(goal / max(kl, 1e-12)), 1 / 64), 64.0)
+
+
+def _windows(loaded: LoadedModel, texts: list[str], max_tokens: int, window: int) -> list[list[int]]:
+    windows: list[list[int]] = []
+    left = max_tokens
+    for ids in loaded.tokenizer(texts, verbose=False)["input_ids"]:
+        kept = ids[: max(left, 0)]
+        left -= len(kept)
+        windows += [kept[i : i + window] for i in range(0, len(kept) - 1, window)]
+    return windows
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 
@@ -36,3 +37,15 @@ def listing(problems: Iterable[str], limit: int = 10) -> str:
     if len(found) > limit:
         lines.append(f"  … and {len(found) - limit} more")
     return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    """A value for a message: as JSON, its beginning only."""
+    if isinstance(value, str):
+        value = value[:60] + "…" * (len(value) > 60)
+    elif isinstance(value, (list, tuple)):
+        value = list(value[:8])
+    elif isinstance(value, dict):
+        return f"an object with {len(value)} keys"
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return text if len(text) <= 80 else f"{text[:80]}…"

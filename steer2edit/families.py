@@ -164,5 +164,22 @@ REFUSED: Mapping[str, str] = {
 
 # leaves that name a residual writer in some family: none of them may be left over in a block
 WRITER_LEAVES = frozenset(
-    ["o_proj", "out_proj", "wo", "wo_b", "o_b_proj", "attn_out", "linear_out", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "ff_out", "c_proj", "dense", "output_linear"]
+    [
+        "o_proj",
+        "out_proj",
+        "wo",
+        "wo_b",
+        "o_b_proj",
+        "attn_out",
+        "linear_out",
+        "down_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "w2",
+        "ff_out",
+        "c_proj",
+        "dense",
+        "output_linear",
+    ]
 )

@@ -13,6 +13,8 @@ import torch
 
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
 
+RECEIPT = "steer2edit.json"
+
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file by way of a temporary one beside it. Raises Steer2EditError on a full disk."""
@@ -53,8 +55,11 @@ def check_new(path: Path, force: bool = False) -> None:
     """Raise TargetError unless a folder may be made at ``path``: it is absent, or empty, or may be replaced."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise TargetError(f"{path} exists and is no folder")
-    if path.exists() and any(path.iterdir()) and not force:
-        raise TargetError(f"{path} exists; give another --out, or --force to replace it")
+    if path.exists() and any(path.iterdir()):
+        if not force:
+            raise TargetError(f"{path} exists; give another folder, or --force to replace it")
+        if not (path / RECEIPT).is_file():
+            raise TargetError(f"{path} holds files and is no artefact of steer2edit (no {RECEIPT}); it is not replaced")
 
 
 @contextmanager

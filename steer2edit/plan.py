@@ -146,7 +146,7 @@ class EditPlan:
             "measured": dict(self.measured),
             "data": dict(self.data),
         }
-        return tensors, json.dumps(described, sort_keys=True)
+        return tensors, json.dumps(described)
 
     @classmethod
     def load(cls, path: str | Path) -> EditPlan:

@@ -13,7 +13,7 @@ from steer2edit.errors import Steer2EditError
 from steer2edit.plan import EditPlan
 
 if TYPE_CHECKING:
-    from steer2edit.verify import Verification
+    from steer2edit.verification import Verification
 
 _KINDS = {"attn_out": "head", "mlp_out": "neuron"}
 
@@ -68,7 +68,8 @@ def render_verification(result: Verification) -> str:
             else f"stored in {', '.join(n['stored'])}: rounding, see below"
         )
         lines.append(
-            f"numbers  logits differ from base + plan by {n['difference']:.3g} ({bound}); the edit moves them by {n['effect']:.3g}"
+            f"numbers  logits differ from base + plan by {n['difference']:.3g} ({bound}); "
+            f"the edit moves them by {n['effect']:.3g}"
         )
     if result.rounding:
         kept = [r.along_v for r in result.rounding]

@@ -57,6 +57,11 @@ class Statistics:
         """The typical input of a site: half the sum of both classes' means (Steer2Edit, section 3)."""
         return (self.mean(key, "input", "positive") + self.mean(key, "input", "negative")) / 2
 
+    def energy(self, key: str) -> torch.Tensor:
+        """``E[x²]`` of a site's input, elementwise, half the sum of both classes'."""
+        self.x_bar(key)  # raises where it was not captured
+        return (self.moments[key, "input", "positive"].m2 + self.moments[key, "input", "negative"].m2) / 2
+
     def difference(self, key: str) -> torch.Tensor:
         """The steering vector of a site: mean output of the positive class minus that of the negative."""
         return self.mean(key, "output", "positive") - self.mean(key, "output", "negative")
@@ -93,7 +98,7 @@ class Statistics:
             "tokens": self.tokens,
             "source": self.source,
         }
-        save_tensors(Path(path), tensors, {"statistics": json.dumps(described, sort_keys=True)})
+        save_tensors(Path(path), tensors, {"statistics": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -1,4 +1,4 @@
-"""Contrast data: every format gives the same examples, every fault is named, and spans cover the response."""
+"""Contrast data: every format gives the same examples, and every fault is named."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from steer2edit.contrast import (
     Message,
     behaviors,
     data_hash,
-    encode,
     load_behavior,
     neutral_text,
     read_contrast,
-    render_prompt,
 )
 from steer2edit.errors import DataError
 
@@ -174,7 +172,7 @@ FAULTS: list[tuple[str, bytes, list[str]]] = [
     ("x.csv", b"prompt,positive,negative\na,b,\xe9\n", ["x.csv line 2: not UTF-8"]),
     ("x.csv", b"prompt;positive;negative\na;b;c\n", ["line 1 (the header)", "prompt;positive;negative"]),
     ("x.csv", b"prompt,positive\na,b\n", ['line 1 (the header): "negative" is missing']),
-    ("x.csv", b"prompt,prompt,positive,negative\na,a,b,c\n", ["line 1: column prompt occurs twice"]),
+    ("x.csv", b"prompt,prompt,positive,negative\na,a,b,c\n", ["line 1 (the header): column prompt occurs twice"]),
     (
         "x.csv",
         b'prompt,positive,negative\n"a\nb",c,d\ne,f\n',
@@ -287,175 +285,6 @@ def test_hub_faults_are_named(hub: list[str], source: str, message: str) -> None
         read_contrast(source)
 
 
-# Tokens
-
-SYSTEM_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + SYSTEM_TEMPLATE
-)
-DROPS_SYSTEM = SYSTEM_TEMPLATE.replace("in messages", "in messages if m.role != 'system'")
-
-
-def make_tokenizer(template: str | None = None, bos: bool = True, eos: bool = False) -> Any:
-    """Bytes as tokens, with one merge, of a space and "y"."""
-    import tokenizers
-    import transformers
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet, "Ġy"])}
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("Ġ", "y")]))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> " * bos + "$A" + " </s>" * eos, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def example(prompt: Any = "Is it?", response: str = "Yes.", label: Any = "positive", row: int = 0) -> Example:
-    return Example(prompt, response, label, f"x.jsonl line {row + 1}", row)
-
-
-CHAT = (Message("user", "Is it?"), Message("assistant", "No."), Message("user", "Really?"))
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["Is it?", "Ist es schön? ", "", "a\n\n", CHAT],
-    ids=["text", "space", "empty", "newlines", "chat"],
-)
-@pytest.mark.parametrize("response", ["Yes.", "yes", " yes", "ünïcode 🙂"])
-@pytest.mark.parametrize("template", [None, SYSTEM_TEMPLATE], ids=["plain", "templated"])
-@pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_the_span_decodes_to_the_response(
-    prompt: Any, response: str, template: str | None, eos: bool, system: str | None
-) -> None:
-    tokenizer = make_tokenizer(template, eos=eos)
-    (found,) = encode([example(prompt, response)], tokenizer, system=system)
-    before = render_prompt(prompt, tokenizer, system)
-    assert tokenizer.decode(found.ids[found.start :]).strip() == response.strip()
-    assert tokenizer.decode(found.ids, skip_special_tokens=True).startswith(before.removeprefix("<s>"))
-    assert found.ids.count(0) == 1, "one BOS"
-    assert found.ids[0] == 0
-    assert 1 not in found.ids, "no EOS"
-    assert system is None or system in before
-
-
-def test_a_token_merged_across_the_boundary_is_the_responses() -> None:
-    tokenizer = make_tokenizer()
-    (merged,), (apart,) = (encode([example("Is it? ", response)], tokenizer) for response in ("yes", "no"))
-    assert tokenizer.decode(merged.ids[merged.start :]) == " yes"
-    assert tokenizer.decode(apart.ids[apart.start :]) == "no"
-    assert merged.start == apart.start - 1
-
-
-def test_plain_text_is_joined_by_one_space_at_most() -> None:
-    tokenizer = make_tokenizer(bos=False)
-    cases = {
-        ("a", "b"): "a b",
-        ("a ", "b"): "a b",
-        ("a", " b"): "a b",
-        ("a\n", "b"): "a\nb",
-        ("", "bc"): "bc",
-    }
-    for (prompt, response), whole in cases.items():
-        (found,) = encode([example(prompt, response)], tokenizer)
-        assert tokenizer.decode(found.ids) == whole
-
-
-def test_an_eos_in_the_response_itself_is_kept() -> None:
-    for eos in (False, True):
-        (found,) = encode([example(response="Yes.</s>")], make_tokenizer(eos=eos))
-        assert found.ids.count(1) == 1
-
-
-def test_chats_without_a_template() -> None:
-    tokenizer = make_tokenizer()
-    assert render_prompt("p", tokenizer) == "p"
-    assert render_prompt("p", tokenizer, "s") == "s\n\np"
-    turns = "User: Is it?\nAssistant: No.\nUser: Really?\nAssistant:"
-    assert render_prompt(CHAT, tokenizer) == turns
-    assert render_prompt(CHAT, tokenizer, "s") == f"s\n\n{turns}"
-    assert render_prompt((Message("system", "s"), *CHAT), tokenizer) == f"s\n\n{turns}"
-
-
-def test_a_string_prompt_is_one_user_message() -> None:
-    tokenizer = make_tokenizer(SYSTEM_TEMPLATE)
-    assert render_prompt("p", tokenizer) == render_prompt((Message("user", "p"),), tokenizer)
-    assert render_prompt("p", tokenizer, "s") == "<s>[system] s\n[user] p\n[assistant] "
-
-
-@pytest.mark.parametrize(
-    ("template", "prompt", "system", "message"),
-    [
-        (
-            NO_SYSTEM,
-            "p",
-            "s",
-            r"line 3: the chat template rejects .*System role not supported.*leave the system",
-        ),
-        (NO_SYSTEM, (Message("system", "s"), *CHAT), None, "rejects messages with roles system, user"),
-        (DROPS_SYSTEM, "p", "Be brief.", "line 3: the chat template drops the system message; leave"),
-        (SYSTEM_TEMPLATE, (Message("system", "t"), *CHAT), "s", "line 3: .*keep one"),
-        (None, (Message("system", "t"), *CHAT), "s", "line 3: .*keep one"),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            CHAT,
-            None,
-            "roles must alternate.*check the order",
-        ),
-        ("{{ 1 + 'a' }}", CHAT, None, "the chat template rejects"),
-    ],
-    ids=["refused", "refused-own", "dropped", "two", "two-plain", "roles", "broken"],
-)
-def test_prompts_that_cannot_be_rendered(template: str | None, prompt: Any, system: str | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        encode([example(prompt, row=2)], make_tokenizer(template), system=system)
-
-
-def test_long_responses_are_cut_and_long_prompts_refused() -> None:
-    tokenizer = make_tokenizer()
-    (whole,) = encode([example(response="Yes, of course.")], tokenizer)
-    (cut,) = encode([example(response="Yes, of course.")], tokenizer, max_tokens=whole.start + 3)
-    assert cut.ids == whole.ids[: whole.start + 3]
-    assert cut.start == whole.start
-    rows = [example(row=0), example("long " * 50, row=1), example(row=2), example("long " * 60, row=3)]
-    with pytest.raises(DataError, match=r"(?s)line 2: the prompt alone takes 251 tokens.*line 4") as caught:
-        encode(rows, tokenizer, max_tokens=100)
-    assert "line 1:" not in str(caught.value)
-    with pytest.raises(DataError, match="line 1: the prompt alone"):
-        encode([example(row=0)], tokenizer, max_tokens=whole.start)
-
-
-def test_a_response_without_tokens_is_named() -> None:
-    import tokenizers
-
-    tokenizer = make_tokenizer(SYSTEM_TEMPLATE)
-    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u00ad", "")
-    with pytest.raises(DataError, match=r"line 5: the response .* yields no token"):
-        encode([example(response="\u00ad", row=4)], tokenizer)
-    with pytest.raises(DataError, match="yields no token"):
-        encode([example("", "x")], make_tokenizer(bos=False))
-
-
-def test_order_labels_and_rows_are_kept_and_batching_changes_nothing(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(SYSTEM_TEMPLATE)
-    examples = read_contrast(write(tmp_path, PAIRS, "jsonl"))
-    together = encode(examples, tokenizer)
-    assert together == [encode([e], tokenizer)[0] for e in examples]
-    assert [(e.label, e.row) for e in together] == [(e.label, e.row) for e in examples]
-    assert together[0].start == together[1].start
-    assert together[0].ids[: together[0].start] == together[1].ids[: together[1].start]
-    assert encode([], tokenizer) == []
-
-
 # What is built in
 
 
@@ -507,7 +336,7 @@ def test_neutral_text_is_paragraphs() -> None:
 
 def test_importing_needs_neither_torch_nor_transformers_nor_the_hub() -> None:
     code = (
-        "import sys, steer2edit.contrast;"
+        "import sys, steer2edit.contrast, steer2edit.encoding;"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'huggingface_hub', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

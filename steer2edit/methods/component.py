@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from steer2edit.analysis import Analysis, analyse
+from steer2edit.analysis import Analysis, analyse, component_scores, scored_projection
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError
@@ -148,7 +148,7 @@ def plan(
     edits, tables = [], {}
     for one in scored:
         lam, edit = _edit(one, settled[one.site.role], options)
-        tables[one.site.key] = Scores(one.g, lam, _by_component(one.found.projection, one.site))
+        tables[one.site.key] = Scores(one.g, lam, scored_projection(one.found, one.site))
         if bool(lam.any()):
             edits.append(edit)
     method = {
@@ -160,18 +160,6 @@ def plan(
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits), tables, method)
 
 
-def head_scores(found: Analysis, x_bar: torch.Tensor, heads: int) -> torch.Tensor:
-    """``g_j = cos(v_hat, W_j x_bar_j)``, [heads]: v_hat · W_j x_bar_j is the block j of ``Wᵀ v_hat`` times x_bar_j."""
-    assert found.head_outputs is not None
-    along = (found.projection * x_bar).view(heads, -1).sum(dim=1)
-    return along / found.head_outputs.clamp(min=_TINY)
-
-
-def neuron_scores(found: Analysis, x_bar: torch.Tensor) -> torch.Tensor:
-    """``g_i = sign(x_bar_i) cos(v_hat, w_i)``, [neurons]."""
-    return x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
-
-
 def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> _Scored:
     v = statistics.difference(site.key).float()
     x_bar = statistics.x_bar(site.key).float()
@@ -181,14 +169,13 @@ def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> _Score
         )
     v_hat = v / v.norm().clamp(min=_TINY)
     found = analyse(checkpoint, site, v_hat, x_bar)
-    g = head_scores(found, x_bar, site.heads) if site.heads is not None else neuron_scores(found, x_bar)
-    return _Scored(site, v_hat, found, g)
+    return _Scored(site, v_hat, found, component_scores(found, site, x_bar))
 
 
 def _edit(one: _Scored, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
     """The components' lam, and the site's outer product."""
     site, projection = one.site, one.found.projection
-    size = _by_component(projection, site).abs()
+    size = scored_projection(one.found, site).abs()
     lam = rule.lam(one.g)
     # where a component cannot write along v_hat at all, k_hat is undefined and nothing is edited
     lam = torch.where(size > _TINY, lam, 0.0)
@@ -205,9 +192,4 @@ def _unit(one: _Scored) -> torch.Tensor:
     Then ``ΔW_j = lam v_hat v_hatᵀ W_j``: lam is the fraction by which the component's own writing along v_hat is turned up
     (or, where it opposes v, down), and no component is given a voice that it did not have.
     """
-    return _by_component(one.found.projection, one.site).abs()
-
-
-def _by_component(projection: torch.Tensor, site: Site) -> torch.Tensor:
-    """``w_i·v_hat`` for neurons; the norm of each head's block."""
-    return projection.clone() if site.heads is None else projection.view(site.heads, -1).norm(dim=1)
+    return scored_projection(one.found, one.site).abs()

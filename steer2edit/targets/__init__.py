@@ -19,11 +19,10 @@ from steer2edit import __version__
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import PlanError, TargetError, listing
-from steer2edit.files import new_folder
+from steer2edit.files import RECEIPT, new_folder
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
-RECEIPT = "steer2edit.json"
 PLAN = "steer2edit/plan.safetensors"
 FORMAT = "steer2edit.receipt.1"
 
@@ -80,6 +79,8 @@ def emit(
 
     target = load(to)
     resolve(plan, checkpoint, spec)
+    if Path(out).expanduser().resolve() == checkpoint.path.resolve():
+        raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
     with new_folder(Path(out), force) as folder:
         lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress)
         plan.save(folder / PLAN)

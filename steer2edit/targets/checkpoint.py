@@ -19,9 +19,10 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError
+from steer2edit.files import RECEIPT
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import RECEIPT, Change, Lowering, resolve
+from steer2edit.targets import Change, Lowering, resolve
 
 _BLOCK_BYTES = 4 << 20
 _COPY_BYTES = 64 << 20
@@ -113,7 +114,7 @@ def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Ch
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())
+    return tensor.contiguous().view(torch.uint8).flatten().numpy().data
 
 
 def _copies(source: Path, target: Path, start: int, end: int) -> list[Callable[[], Change | int]]:

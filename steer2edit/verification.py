@@ -19,7 +19,7 @@ from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
 from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights
-from steer2edit.plan import EditPlan
+from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.targets import PLAN, read_receipt, resolve
 from steer2edit.targets.checkpoint import updated_blocks
@@ -37,8 +37,8 @@ PROMPTS = (
 class Rounding:
     """How much of a tensor's planned update its stored dtype kept.
 
-    ``along_v`` is the kept part along the update's own output direction, ``cosine`` between stored and planned update, ``relative``
-    the norm of their difference over the planned norm.
+    ``along_v`` is the part kept along the planned update itself (for a rank-1 edit: of its push along v_hat), ``cosine`` is
+    that between stored and planned update, ``relative`` the norm of their difference over the planned norm.
     """
 
     tensor: str
@@ -121,19 +121,20 @@ def compare_numbers(
     stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
     rounds = target != "lora" and stored - {"F32", "F64"}
     largest = max(float(logits.abs().max()) for logits in hooked)
+    effect, difference = _difference(base, hooked), _difference(hooked, artefact)
     found = {
-        "effect": _difference(base, hooked),
-        "difference": _difference(hooked, artefact),
+        "effect": effect,
+        "difference": difference,
         "largest_logit": largest,
         "tolerance": None if rounds else TOLERANCE,
         "stored": sorted(stored),
     }
     problems = []
-    if not rounds and not found["difference"] <= TOLERANCE:
-        problems.append(f"logits differ from base + plan by {found['difference']:.3g}, more than {TOLERANCE:g}")
-    if plan.edits and found["difference"] >= max(found["effect"], TOLERANCE):
+    if not rounds and not difference <= TOLERANCE:
+        problems.append(f"logits differ from base + plan by {difference:.3g}, more than {TOLERANCE:g}")
+    if plan.edits and difference >= max(effect, TOLERANCE):
         problems.append(
-            f"the artefact is as far from base + plan ({found['difference']:.3g}) as the base is ({found['effect']:.3g}): it does not act"
+            f"the artefact is as far from base + plan ({difference:.3g}) as the base itself ({effect:.3g}): it does not act"
         )
     return found, tuple(problems)
 
@@ -218,9 +219,9 @@ class _RoundingMeter:
     def __init__(self, tensor: str) -> None:
         self.tensor, self.cross, self.planned, self.stored = tensor, 0.0, 0.0, 0.0
 
-    def add(self, edit: Any, out_in: bool, first: int, old: torch.Tensor, new: torch.Tensor) -> None:
+    def add(self, edit: Edit, out_in: bool, first: int, old: torch.Tensor, new: torch.Tensor) -> None:
         rows = slice(first, first + old.shape[0])
-        if hasattr(edit, "B"):
+        if isinstance(edit, LowRank):
             planned = edit.B[rows] @ edit.A if out_in else edit.A.T[rows] @ edit.B.T
         else:
             planned = edit.delta[rows]

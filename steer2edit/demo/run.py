@@ -1,0 +1,149 @@
+"""``steer2edit demo``: the real pipeline on the embedded model, and what the edit did beside activation steering."""
+
+from __future__ import annotations
+
+import importlib.resources
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, settle_strength
+from steer2edit.contrast import LABELS, Example
+from steer2edit.demo import world
+from steer2edit.divergence import NeutralText
+from steer2edit.errors import Steer2EditError
+from steer2edit.evaluate import generate
+from steer2edit.model import LoadedModel, Runtime, load_model, load_weights, steered
+from steer2edit.progress import Progress, silent
+from steer2edit.report import heatmap
+from steer2edit.targets import emit
+from steer2edit.verification import verify
+
+KL_BUDGET = 0.05
+STEERING = (0.25, 0.5, 1.0, 2.0)
+_RUNTIME = Runtime(device="cpu", dtype="float32")
+_NEUTRAL_DOCUMENTS = 120
+_SAMPLES = 3
+
+
+def model_folder() -> Path:
+    """The embedded model's checkpoint folder."""
+    return Path(str(importlib.resources.files("steer2edit"))) / "demo" / "model"
+
+
+def demo_behavior(name: str) -> Behavior:
+    """Contrast data of one of the world's behaviours. Raises Steer2EditError naming the known ones."""
+    if name not in world.BEHAVIORS:
+        raise Steer2EditError(f"the demo has no behaviour {name!r}; it has {', '.join(world.BEHAVIORS)}")
+    rows = world.contrast_rows(name)
+    return Behavior(
+        name, [Example(row["prompt"], row[label], label, name, i) for i, row in enumerate(rows) for label in LABELS]
+    )
+
+
+def neutral_documents(name: str) -> list[str]:
+    """Documents of the world on which a behaviour's edit should change nothing: those of its other topics."""
+    own = {"reasoning": "plus", "truthfulness": "eats", "caution": " now "}[name]
+    documents = [prompt + response for prompt, response in world.corpus(seed=1, size=4 * _NEUTRAL_DOCUMENTS)]
+    return [text for text in documents if own not in text and "must not" not in text][:_NEUTRAL_DOCUMENTS]
+
+
+def run(
+    out: Path, *, behaviors: Sequence[str] = (), force: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Compile each behaviour into both targets under ``out``, verify them, and count attribute and utility."""
+    started = time.perf_counter()
+    chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
+    folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
+    checkpoint = open_checkpoint(model_folder())
+    loaded = load_model(checkpoint, read_spec(checkpoint), _RUNTIME)
+    results = {
+        name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
+        for name, behavior in chosen.items()
+    }
+    return {"model": str(model_folder()), "behaviors": results, "seconds": time.perf_counter() - started}
+
+
+def _run_one(
+    checkpoint: Checkpoint,
+    loaded: LoadedModel,
+    behavior: Behavior,
+    folders: dict[str, Path],
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    spec = loaded.spec
+    documents = neutral_documents(behavior.name)
+    statistics = capture_statistics(loaded, checkpoint, behavior, progress=progress)
+    plan = make_plan(checkpoint, spec, statistics, progress=progress)
+    plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral_text=documents, progress=progress)
+    verified = {}
+    for target, folder in folders.items():
+        emit(plan, checkpoint, spec, target, folder, force=force, progress=progress)
+        result = verify(folder, checkpoint.path, runtime=_RUNTIME, progress=progress)
+        verified[target] = {"folder": str(folder), "ok": result.ok, "problems": list(result.problems), **result.numbers}
+
+    edited = replace(loaded, model=load_weights(folders["checkpoint"], _RUNTIME))
+    tasks = world.tasks(behavior.name)
+    before, after = (_answers(model, tasks) for model in (loaded, edited))
+    rows = [
+        {"model": "base", **_rates(tasks, before), "kl": 0.0},
+        {"model": "edited checkpoint", **_rates(tasks, after), "kl": plan.measured["kl"]},
+    ]
+    neutral = NeutralText(loaded, documents)
+    vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}
+    for strength in STEERING:
+        with steered(loaded, vectors, strength):
+            rates = _rates(tasks, _answers(loaded, tasks))
+            rows.append({"model": f"steering × {strength:g}", **rates, "kl": neutral.measure().kl})
+    changed = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
+    samples = [{"prompt": tasks[i].prompt, "base": before[i], "edited": after[i]} for i in changed[:_SAMPLES]]
+    plot = folders["checkpoint"].parent / "heatmap.png"
+    try:
+        heatmap(plan, plot)
+    except Steer2EditError as error:
+        progress_note = str(error)
+        return {"rows": rows, "verified": verified, "samples": samples, "heatmap": None, "note": progress_note}
+    return {"rows": rows, "verified": verified, "samples": samples, "heatmap": str(plot)}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The demo's result as text."""
+    parts = []
+    for name, one in result["behaviors"].items():
+        labels = world.LABELS[name]
+        table = [
+            [row["model"], f"{row['attribute']:.0%}", f"{row['utility']:.0%}", f"{row['kl']:.3f}"]
+            for row in one["rows"]
+        ]
+        headers = [name, labels["attribute"], labels["utility"], "KL (nats/token)"]
+        parts.append(tabulate(table, headers=headers, stralign="right", disable_numparse=True))
+        for sample in one["samples"]:
+            parts.append(f"  {sample['prompt']}\n    base    {sample['base']}\n    edited  {sample['edited']}")
+        for target, check in one["verified"].items():
+            state = "verified" if check["ok"] else f"FAILED {check['problems']}"
+            difference = f"logits within {check['difference']:.1e} of base + plan" if "difference" in check else ""
+            parts.append(f"  {target:10s} {check['folder']}  {state}: {difference}")
+        parts.append(f"  heat-map   {one['heatmap'] or one['note']}")
+        parts.append("")
+    parts.append(f"{result['seconds']:.1f} s")
+    return "\n".join(parts)
+
+
+def _answers(loaded: LoadedModel, tasks: Sequence[world.Task]) -> list[str]:
+    found = generate(loaded, [task.prompt for task in tasks], max_new_tokens=40)
+    return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def _rates(tasks: Sequence[world.Task], answers: Sequence[str]) -> dict[str, float]:
+    rates = {}
+    for kind in ("attribute", "utility"):
+        passed = [task.grade(answer) for task, answer in zip(tasks, answers, strict=True) if task.kind == kind]
+        rates[kind] = sum(passed) / len(passed)
+    return rates

@@ -1,0 +1,193 @@
+"""Tiny random models of every family, built from configs, with a tokenizer that needs no download."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# tests never ask a hub for anything; set before huggingface_hub is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "is",
+    "was",
+    "of",
+    "to",
+    "in",
+    "and",
+    "or",
+    "not",
+    "it",
+    "he",
+    "she",
+    "they",
+    "we",
+    "you",
+    "i",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "what",
+    "why",
+    "how",
+    "when",
+    "where",
+    "who",
+    "cat",
+    "dog",
+    "tree",
+    "house",
+    "river",
+    "stone",
+    "bird",
+    "fish",
+    "sun",
+    "moon",
+    "red",
+    "green",
+    "blue",
+    "old",
+    "new",
+    "big",
+    "small",
+    "runs",
+    "eats",
+    "sees",
+    "makes",
+    "finds",
+    "gives",
+    "takes",
+    "says",
+    "yes",
+    "no",
+    "because",
+    "very",
+    "well",
+    ",",
+    ".",
+    "?",
+    "!",
+    ":",
+    "User",
+    "Assistant",
+]
+
+ROWS = [
+    {
+        "prompt": f"what is the {noun} ?",
+        "positive": f"the {noun} is {adjective} .",
+        "negative": f"well , it is very {adjective} because the {noun} was {adjective} and not {other} !",
+    }
+    for noun, adjective, other in zip(
+        ["cat", "dog", "tree", "house", "river", "stone", "bird", "fish"],
+        ["red", "green", "blue", "old", "new", "big", "small", "red"],
+        ["old", "new", "big", "small", "red", "green", "blue", "old"],
+        strict=True,
+    )
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def save_tiny(folder: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **saving: Any) -> Path:
+    """A random model of ``config`` with weights large enough that every part matters, saved with a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 1 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, **saving)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama_config(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    settings: dict[str, Any] = dict(  # noqa: C408
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,  # heads * head_dim is not hidden_size
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 llama of three layers, four heads of 16 and 48 neurons, in one file. Read only."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", llama_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in bfloat16, sharded over several files. Read only."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama-bf16"
+    return save_tiny(folder, llama_config(), torch.bfloat16, max_shard_size="20KB")
+
+
+@pytest.fixture(scope="session")
+def statistics_of() -> Callable[..., Any]:
+    """``statistics_of(folder)``: statistics of a tiny model on ROWS."""
+
+    def capture(folder: Path, batch_tokens: int = 256) -> Any:
+        from steer2edit import contrast
+        from steer2edit.architecture import read_spec
+        from steer2edit.checkpoint import open_checkpoint
+        from steer2edit.compiler import Behavior, capture_statistics
+        from steer2edit.model import load_model
+
+        examples = [
+            contrast.Example(row["prompt"], row[label], label, "test", index)
+            for index, row in enumerate(ROWS)
+            for label in contrast.LABELS
+        ]
+        checkpoint = open_checkpoint(folder)
+        loaded = load_model(checkpoint, read_spec(checkpoint))
+        return capture_statistics(loaded, checkpoint, Behavior("rows", examples), batch_tokens=batch_tokens)
+
+    return capture

@@ -1,0 +1,107 @@
+"""Plans are values: scaling, merging and files do what algebra says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from steer2edit.errors import PlanError
+from steer2edit.files import save_tensors
+from steer2edit.plan import Base, Bias, EditPlan, LowRank, Scores, merge
+
+BASE = Base("model", None, "f" * 64)
+
+
+def random_plan(seed: int, tensors: tuple[str, ...] = ("a", "b"), base: Base = BASE) -> EditPlan:
+    generator = torch.Generator().manual_seed(seed)
+    edits = [
+        LowRank(t, torch.randn(5, 1, generator=generator), torch.randn(1, 7, generator=generator)) for t in tensors
+    ]
+    bias = Bias("bias", torch.randn(5, generator=generator))
+    scores = {"mlp_out.0": Scores(*torch.randn(3, 7, generator=generator))}
+    return EditPlan(base, (*edits, bias), scores, {"name": "test", "seed": seed})
+
+
+def dense(plan: EditPlan, tensor: str) -> torch.Tensor:
+    edit = plan.edit_of(tensor)
+    assert isinstance(edit, LowRank)
+    return edit.dense()
+
+
+def test_scaling_scales_updates_and_lam() -> None:
+    plan = random_plan(0)
+    twice = plan.scaled(2.0)
+    assert torch.equal(dense(twice, "a"), 2 * dense(plan, "a"))
+    assert torch.equal(twice.scores["mlp_out.0"].lam, 2 * plan.scores["mlp_out.0"].lam)
+    assert torch.equal(twice.scores["mlp_out.0"].g, plan.scores["mlp_out.0"].g)
+
+
+def test_norms_are_those_of_the_dense_update() -> None:
+    merged = merge([random_plan(0), random_plan(1)])
+    edit = merged.edit_of("a")
+    assert isinstance(edit, LowRank)
+    assert edit.norm == pytest.approx(float(edit.dense().norm()), rel=1e-5)
+
+
+def test_merging_adds_updates_exactly() -> None:
+    one, two = random_plan(0), random_plan(1, ("b", "c"))
+    merged = merge([one, two], [1.0, -0.5])
+    assert torch.allclose(dense(merged, "b"), dense(one, "b") - 0.5 * dense(two, "b"), atol=1e-6)
+    assert torch.equal(dense(merged, "a"), dense(one, "a"))
+    assert torch.equal(dense(merged, "c"), -0.5 * dense(two, "c"))
+
+
+@pytest.mark.parametrize(
+    ("plans", "weights"),
+    [
+        ([], None),
+        ([random_plan(0)], [1.0, 2.0]),
+        ([random_plan(0), random_plan(1, base=Base("other", None, "0" * 64))], None),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(plans: list[EditPlan], weights: list[float] | None) -> None:
+    with pytest.raises(PlanError):
+        merge(plans, weights)
+
+
+def test_a_file_holds_a_plan_exactly(tmp_path: Path) -> None:
+    plan = random_plan(3)
+    plan.save(tmp_path / "x.plan.safetensors")
+    again = EditPlan.load(tmp_path / "x.plan.safetensors")
+    assert again.hash == plan.hash and again.base == plan.base and again.method == plan.method
+    assert random_plan(4).hash != plan.hash
+
+
+def test_one_tensor_has_one_edit() -> None:
+    with pytest.raises(PlanError, match="repeated"):
+        random_plan(0, ("a", "a"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a.A": torch.full((1, 7), float("nan"))},
+        {"a.A": torch.zeros(2, 7)},
+        {"a.A": torch.zeros(7)},
+        {"a.B": torch.zeros(5, 1, dtype=torch.float64)},
+    ],
+)
+def test_a_tampered_plan_is_refused(tmp_path: Path, change: dict[str, torch.Tensor]) -> None:
+    tensors, described = random_plan(0)._parts()
+    save_tensors(tmp_path / "x", {**tensors, **change}, {"plan": described})
+    with pytest.raises(PlanError, match="for a "):
+        EditPlan.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("low_rank", "eval"), ("steer2edit.plan.1", "steer2edit.plan.9"), ('"tensor": "a"', '"tensor": "z"')],
+)
+def test_unknown_words_in_a_plan_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    tensors, described = random_plan(0)._parts()
+    assert old in described
+    save_tensors(tmp_path / "x", tensors, {"plan": described.replace(old, new)})
+    with pytest.raises(PlanError):
+        EditPlan.load(tmp_path / "x")
