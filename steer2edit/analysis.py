@@ -68,10 +68,11 @@ def component_scores(found: Analysis, site: Site, x_bar: torch.Tensor) -> torch.
     ``g_i = sign(x_bar_i) cos(v_hat, w_i)``.
     """
     if site.heads is None:
-        return x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
+        scores: torch.Tensor = x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
+        return scores
     assert found.head_outputs is not None
     along = (found.projection * x_bar).view(site.heads, -1).sum(dim=1)
-    return along / found.head_outputs.clamp(min=_TINY)
+    return torch.div(along, found.head_outputs.clamp(min=_TINY))
 
 
 def scored_projection(found: Analysis, site: Site) -> torch.Tensor:

@@ -56,7 +56,7 @@ def model_card(receipt: Mapping[str, Any], spec: ModelSpec, checkpoint: Checkpoi
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {_cell(base['name'])}, edited: {_cell(behaviour)}\n\n"
         f"{'A LoRA adapter' if adapter else 'A checkpoint'} with a steering vector compiled into its weights by "
-        "[steer2edit](https://github.com/steer2edit/steer2edit): no training, no hooks, no changed architecture.\n\n"
+        "steer2edit: no training, no hooks, no changed architecture.\n\n"
         f"```python\n{_loading(adapter, base['name'])}\n```\n\n| | |\n|---|---|\n{table}\n\n"
         "`steer2edit.json` lists every changed tensor; `steer2edit/plan.safetensors` is the plan that reproduces this "
         "artefact from the base (`steer2edit show`, `steer2edit verify`).\n"

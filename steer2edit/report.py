@@ -95,29 +95,16 @@ def heatmap(plan: EditPlan, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise Steer2EditError("plots need matplotlib: pip install 'steer2edit[plots]'") from None
-    heads = _grid(plan, "attn_out")
-    neurons = _grid(plan, "mlp_out")
+    heads, neurons = _grid(plan, "attn_out"), _grid(plan, "mlp_out")
     layers = max(len(heads), len(neurons))
-    figure = Figure(figsize=(8.5, max(2.6, 0.24 * layers + 1.5)), layout="constrained")
+    drawn = [
+        draw for grid, draw in ((heads, _draw_heads), (neurons, _draw_neurons)) if any(bool(row.any()) for row in grid)
+    ]
+    figure = Figure(figsize=(1.5 + 3.6 * max(len(drawn), 1), max(2.6, 0.24 * layers + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    if heads:
-        grid = torch.stack(heads)
-        limit = float(grid.abs().max()) or 1.0
-        image = left.imshow(
-            grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-        )
-        figure.colorbar(image, ax=left, label="λ (red: along v, blue: against)")
-        left.set_xticks(range(grid.shape[1]) if grid.shape[1] <= 16 else range(0, grid.shape[1], 4))
-    left.set(title="attention heads", xlabel="head", ylabel="layer")
-    totals = [float(row.norm()) for row in neurons]
-    counts = [int((row != 0).sum()) for row in neurons]
-    right.barh(range(len(totals)), totals, color="#555")
-    for layer, (total, count) in enumerate(zip(totals, counts, strict=True)):
-        right.text(total, layer, f" {count}" if count else "", va="center", fontsize=7)
-    right.set(title="MLP neurons (count)", xlabel="‖λ‖", ylim=(layers - 0.5, -0.5))
-    right.set_xmargin(0.15)
-    for axis in (left, right):
+    axes = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    for axis, draw in zip(axes, drawn, strict=False):
+        draw(axis, heads if draw is _draw_heads else neurons)
         axis.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
     figure.suptitle(f"{plan.data.get('name', 'edits')} in {plan.base.name}", fontsize=11)
     try:
@@ -125,6 +112,25 @@ def heatmap(plan: EditPlan, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise Steer2EditError(f"cannot write {path}: {error}") from None
+
+
+def _draw_heads(axis: Any, rows: list[torch.Tensor]) -> None:
+    grid = torch.stack(rows)
+    limit = float(grid.abs().max())
+    image = axis.imshow(grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axis.figure.colorbar(image, ax=axis, label="λ: the head's writing along v, up (+) or down (−)")
+    axis.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 16 else 4))
+    axis.set(title="attention heads", xlabel="head", ylabel="layer")
+
+
+def _draw_neurons(axis: Any, rows: list[torch.Tensor]) -> None:
+    totals = [float(row.norm()) for row in rows]
+    axis.barh(range(len(rows)), totals, color="#555")
+    for layer, row in enumerate(rows):
+        count = int((row != 0).sum())
+        axis.text(totals[layer], layer, f" {count}" if count else "", va="center", fontsize=7)
+    axis.set(title="MLP neurons edited", xlabel="‖λ‖", ylabel="layer", ylim=(len(rows) - 0.5, -0.5))
+    axis.set_xmargin(0.2)
 
 
 def _grid(plan: EditPlan, role: str) -> list[torch.Tensor]:

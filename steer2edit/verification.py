@@ -142,10 +142,9 @@ def compare_numbers(
 def _open_base(plan: EditPlan, base: str | Path | None) -> Checkpoint:
     if base is not None:
         return open_checkpoint(base)
-    try:
-        return open_checkpoint(plan.base.name, plan.base.revision)
-    except CheckpointError as error:
-        raise PlanError(f"the base {plan.base.name!r} was not found ({error}); give its folder with --base") from None
+    if plan.base.revision is None and not Path(plan.base.name).exists():
+        raise PlanError(f"the base was a local folder, {plan.base.name}, and is not here; name it with --base")
+    return open_checkpoint(plan.base.name, plan.base.revision)
 
 
 def _compare_checkpoint(

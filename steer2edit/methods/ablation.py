@@ -71,6 +71,6 @@ def plan(
 
 def _through_norm(checkpoint: Checkpoint, site: Site, r: torch.Tensor) -> torch.Tensor:
     if site.norm is None:
-        return r / r.norm()
+        return torch.nn.functional.normalize(r, dim=0)
     u = (checkpoint.read(site.norm.tensor).float() + site.norm.offset) * r
-    return u / u.norm()
+    return torch.nn.functional.normalize(u, dim=0)
