@@ -6,6 +6,7 @@ blocks, so no matrix is ever held whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,42 +24,70 @@ _TINY = 1e-12
 class Analysis:
     """What a direction and a typical input meet in one matrix ``W`` [out, in]; all float32.
 
-    ``projection`` [in] is ``Wᵀ v_hat``. ``column_norms`` [in] are the norms of W's columns. ``head_outputs`` [heads] are
-    ``‖W_j x_bar_j‖``, None for an MLP or where no typical input was given.
+    ``projection`` [in] is ``Wᵀ v_hat``. ``head_outputs`` [heads] are ``‖W_j x_bar_j‖``, where the site has heads and a
+    typical input was given; elsewhere ``column_norms`` [in] are the norms of W's columns.
     """
 
     projection: torch.Tensor
-    column_norms: torch.Tensor
+    column_norms: torch.Tensor | None
     head_outputs: torch.Tensor | None
 
 
 def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torch.Tensor | None = None) -> Analysis:
     """Read ``site``'s matrix once. ``v_hat`` is [out], ``x_bar`` [in]. Raises CheckpointError for NaN or infinity."""
     v = v_hat.to(torch.float32)
-    projection = torch.zeros(site.in_features)
-    squares = torch.zeros(site.in_features)
-    # W_j x_bar_j for all heads at once: [out, heads] = W @ spread, with x_bar_j in column j
-    spread = outputs = None
-    if site.heads is not None and x_bar is not None:
-        spread = torch.block_diag(*x_bar.to(torch.float32).view(site.heads, -1, 1))  # type: ignore[no-untyped-call]
-        outputs = torch.zeros(site.out_features, site.heads)
-    for first, block in checkpoint.blocks(site.tensor, _BLOCK_BYTES):
-        part = block.to(torch.float32)
-        rows = slice(first, first + part.shape[0])
-        if site.orientation == "out_in":
-            projection += v[rows] @ part
-            squares += torch.linalg.vector_norm(part, dim=0).square_()
-            if outputs is not None and spread is not None:
-                outputs[rows] = part @ spread
-        else:
-            projection[rows] = part @ v
-            squares[rows] = torch.linalg.vector_norm(part, dim=1).square_()
-            if outputs is not None and spread is not None:
-                outputs += part.T @ spread[rows]
-    if not bool(squares.isfinite().all()):
+    x = x_bar.to(torch.float32) if x_bar is not None and site.heads is not None else None
+    by_rows = _analyse_out_in if site.orientation == "out_in" else _analyse_in_out
+    projection, squares = by_rows(checkpoint, site, v, x)
+    # whatever v_hat is: 0 · inf and 0 · NaN are NaN
+    if not bool(projection.isfinite().all()):
         raise CheckpointError(f"{site.tensor} holds NaN or infinity; the checkpoint is damaged")
-    norms = torch.linalg.vector_norm(outputs, dim=0) if outputs is not None else None
-    return Analysis(projection, squares.sqrt_(), norms)
+    norms = squares.sqrt_()
+    return Analysis(projection, norms, None) if x is None else Analysis(projection, None, norms)
+
+
+# Both give Wᵀ v, and the squares of the columns' norms [in] or, with x, of the heads' outputs' norms [heads]. A block's
+# float32 copy is overwritten by what is squared: each pass over it is in place.
+
+
+def _analyse_out_in(
+    checkpoint: Checkpoint, site: Site, v: torch.Tensor, x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    projection = torch.zeros(site.in_features)
+    squares = torch.zeros(site.in_features if x is None else site.components)
+    ones = torch.ones(site.out_features)
+    for first, wide in _wide_blocks(checkpoint, site):
+        rows = slice(first, first + wide.shape[0])
+        projection += v[rows] @ wide
+        if x is not None:  # [rows, heads]
+            wide = wide.mul_(x).view(wide.shape[0], site.components, -1).sum(dim=2)
+        squares += ones[rows] @ wide.square_()
+    return projection, squares
+
+
+def _analyse_in_out(
+    checkpoint: Checkpoint, site: Site, v: torch.Tensor, x: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    projection, squares = torch.zeros(site.in_features), torch.zeros(site.in_features)
+    head = torch.arange(site.in_features) // (site.in_features // site.components)
+    outputs = torch.zeros(site.components if x is not None else 0, site.out_features)
+    for first, wide in _wide_blocks(checkpoint, site):
+        rows = slice(first, first + wide.shape[0])
+        projection[rows] = wide @ v
+        if x is None:
+            squares[rows] = wide.square_().sum(dim=1)
+        else:
+            outputs.index_add_(0, head[rows], wide.mul_(x[rows, None]))
+    return projection, squares if x is None else outputs.square_().sum(dim=1)
+
+
+def _wide_blocks(checkpoint: Checkpoint, site: Site) -> Iterator[tuple[int, torch.Tensor]]:
+    """``(first row, block)`` in float32; a block's memory is used again for the next."""
+    wide = torch.empty(0)
+    for first, block in checkpoint.blocks(site.tensor, _BLOCK_BYTES):
+        if wide.shape[0] < block.shape[0]:
+            wide = torch.empty(block.shape)
+        yield first, wide[: block.shape[0]].copy_(block)
 
 
 def component_scores(found: Analysis, site: Site, x_bar: torch.Tensor) -> torch.Tensor:
@@ -79,4 +108,4 @@ def scored_projection(found: Analysis, site: Site) -> torch.Tensor:
     """``w_i · v_hat`` for each neuron, ``‖W_jᵀ v_hat‖`` for each head; [components]."""
     if site.heads is None:
         return found.projection.clone()
-    return found.projection.view(site.heads, -1).norm(dim=1)
+    return torch.linalg.vector_norm(found.projection.view(site.heads, -1), dim=1)

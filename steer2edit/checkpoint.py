@@ -109,7 +109,7 @@ class Checkpoint:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 raw = _pread(file.fileno(), info.offset + first * row_bytes, count * row_bytes, info)
-                block = torch.frombuffer(raw, dtype=DTYPES[info.dtype])
+                block = raw.view(DTYPES[info.dtype])
                 yield first, block.view(count, *info.shape[1:]) if info.shape else block
 
     def read(self, name: str) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Checkpoint:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         with open(self.path / info.shard, "rb", buffering=0) as file:
             raw = _pread(file.fileno(), info.offset, info.nbytes, info)
-        return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).view(info.shape)
+        return raw.view(DTYPES[info.dtype]).view(info.shape)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -293,9 +293,10 @@ def _tensor_info(name: str, entry: dict[str, Any], shard: str, base: int) -> Ten
     return TensorInfo(name, dtype, tuple(shape), shard, base + start, end - start)
 
 
-def _pread(descriptor: int, offset: int, count: int, info: TensorInfo) -> bytearray:
-    raw = bytearray(count)
-    view, done = memoryview(raw), 0
+def _pread(descriptor: int, offset: int, count: int, info: TensorInfo) -> torch.Tensor:
+    # torch's memory, because a bytearray would be cleared first
+    raw = torch.empty(count, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
     while done < count:
         got = os.preadv(descriptor, [view[done:]], offset + done)
         if got == 0:

@@ -170,7 +170,10 @@ def _windows(loaded: LoadedModel, texts: list[str], max_tokens: int, window: int
     for ids in loaded.tokenizer(texts, verbose=False)["input_ids"]:
         kept = ids[: max(left, 0)]
         left -= len(kept)
-        windows += [kept[i : i + window] for i in range(0, len(kept) - 1, window)]
+        # every window begins as a text does: some models are lost without their BOS
+        start = kept[:1] if kept[:1] == [loaded.tokenizer.bos_token_id] else []
+        body = kept[len(start) :]
+        windows += [start + body[i : i + window] for i in range(0, len(body), window) if len(body) - i > 1 or start]
     return windows
 
 

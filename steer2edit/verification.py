@@ -6,6 +6,7 @@ base with the plan applied by hooks are compared with those of the artefact, loa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -110,12 +111,7 @@ def compare_numbers(
         advance(1)
         hooked = _logits(loaded, lambda: edited(loaded, plan))
         advance(1)
-        if target == "lora":
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
-        else:
-            model = load_weights(folder, runtime)
+        model = _with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
         artefact = _logits(replace(loaded, model=model))
         advance(1)
     stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
@@ -210,6 +206,15 @@ def _compare_adapter(
     if not same_config:
         problems.append("adapter_config.json differs from the one that the plan gives")
     return Verification("lora", len(found), tuple(problems))
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 renamed; any other warning is worth seeing
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 class _RoundingMeter:

@@ -1,0 +1,166 @@
+"""A llama-shaped checkpoint of any size with random weights, random statistics, and a random plan for it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from steer2edit.architecture import ModelSpec
+from steer2edit.checkpoint import INDEX, Checkpoint
+from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.statistics import LABELS, Label, Moments, Side, Statistics
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
+_SCALE = 0.02
+_CHUNK = 1 << 24
+
+
+def make_checkpoint(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0) -> Path:
+    """Write a bfloat16 checkpoint of about ``gigabytes`` (10⁹ bytes) in shards, or reuse one; memory stays small."""
+    layers = max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN * 2) / (2 * _count(_layer(0)))))
+    folder = folder / f"llama-{gigabytes:g}gb"
+    if (folder / INDEX).exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
+    shards = list(_sharded(list(_tensors(layers)), shard_gigabytes * 1e9))
+    pool = (torch.randn(2 * _CHUNK) * _SCALE).bfloat16()
+    for number, tensors in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        total += _write_shard(folder / name, tensors, pool)
+        weight_map |= {tensor: name for tensor, _ in tensors}
+    _write_config(folder, layers)
+    _write_tokenizer(folder)
+    # last, for it is what marks the folder as complete
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+def random_plan(checkpoint: Checkpoint, spec: ModelSpec, norm: float = 0.5) -> EditPlan:
+    """A rank-1 edit of Frobenius norm ``norm`` on every residual writer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def direction(size: int) -> torch.Tensor:
+        values = torch.randn(size, generator=generator)
+        return values / torch.linalg.vector_norm(values)
+
+    edits = [
+        LowRank(site.tensor, direction(site.out_features)[:, None], norm * direction(site.in_features)[None])
+        for site in spec.sites
+    ]
+    return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
+
+
+def random_statistics(checkpoint: Checkpoint, spec: ModelSpec) -> Statistics:
+    """Statistics of the right shapes: planning takes as long whatever the numbers are."""
+    generator = torch.Generator().manual_seed(0)
+    sizes: dict[tuple[str, Side], int] = {(f"residual.{n}", "output"): spec.hidden_size for n in range(spec.layers)}
+    for site in spec.sites:
+        sizes[site.key, "input"], sizes[site.key, "output"] = site.in_features, site.out_features
+    moments: dict[tuple[str, Side, Label], Moments] = {}
+    for (key, side), size in sizes.items():
+        for label in LABELS:
+            mean = torch.randn(size, generator=generator, dtype=torch.float64)
+            moments[key, side, label] = Moments(mean, mean.square() + 1)
+    source = {"name": "random", "fingerprint": checkpoint.fingerprint, "model": checkpoint.name}
+    return Statistics(moments, dict.fromkeys(LABELS, 1), dict.fromkeys(LABELS, 1), source)
+
+
+def _layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
+    kv = HIDDEN // HEADS * KV_HEADS
+    prefix = f"model.layers.{number}."
+    return [
+        (prefix + "input_layernorm.weight", (HIDDEN,)),
+        (prefix + "mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)),
+        (prefix + "mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)),
+        (prefix + "mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)),
+        (prefix + "post_attention_layernorm.weight", (HIDDEN,)),
+        (prefix + "self_attn.k_proj.weight", (kv, HIDDEN)),
+        (prefix + "self_attn.o_proj.weight", (HIDDEN, HIDDEN)),
+        (prefix + "self_attn.q_proj.weight", (HIDDEN, HIDDEN)),
+        (prefix + "self_attn.v_proj.weight", (kv, HIDDEN)),
+    ]
+
+
+def _tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for number in range(layers):
+        yield from _layer(number)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def _count(tensors: list[tuple[str, tuple[int, ...]]]) -> int:
+    return sum(torch.Size(shape).numel() for _, shape in tensors)
+
+
+def _sharded(tensors: list[tuple[str, tuple[int, ...]]], limit: float) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    shard: list[tuple[str, tuple[int, ...]]] = []
+    for tensor in tensors:
+        if shard and 2 * _count([*shard, tensor]) > limit:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], pool: torch.Tensor) -> int:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors:
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name, shape in tensors:
+            left = torch.Size(shape).numel()
+            if len(shape) == 1:  # a norm's gain
+                file.write(_raw(torch.ones(shape, dtype=torch.bfloat16)))
+                continue
+            # slices of one pool of random numbers, each tensor's from another place
+            first = zlib.crc32(name.encode()) % _CHUNK
+            while left:
+                count = min(left, _CHUNK)
+                file.write(_raw(pool[first : first + count]))
+                left -= count
+    return end
+
+
+def _raw(values: torch.Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
+
+
+def _write_config(folder: Path, layers: int) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "a", "the", "is"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))

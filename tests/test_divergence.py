@@ -1,0 +1,125 @@
+"""KL by streaming equals KL by definition, and the search meets its budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.compiler import make_plan, settle_strength
+from steer2edit.divergence import Divergence, NeutralText, find_strength
+from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.model import LoadedModel, edited, load_model
+from steer2edit.plan import EditPlan
+
+TEXT = "the old cat sees a small bird and the river runs . " * 12
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama: Path) -> LoadedModel:
+    checkpoint = open_checkpoint(tiny_llama)
+    return load_model(checkpoint, read_spec(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_llama: Path, loaded: LoadedModel, statistics_of: Callable[..., Any]) -> EditPlan:
+    return make_plan(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama))
+
+
+def log_probabilities(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return loaded.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_kl_and_perplexity_are_those_of_the_definition(loaded: LoadedModel, plan: EditPlan) -> None:
+    neutral = NeutralText(loaded, TEXT, window=50)
+    kls, losses = [], []
+    with edited(loaded, plan, 0.3):
+        found = neutral.measure()
+    ids = loaded.tokenizer(TEXT)["input_ids"]
+    for window in (ids[i : i + 50] for i in range(0, len(ids), 50)):
+        if len(window) > 1:
+            p = log_probabilities(loaded, window)
+            with edited(loaded, plan, 0.3):
+                q = log_probabilities(loaded, window)
+            kls.append((p.exp() * (p - q)).sum(-1))
+            losses.append(-q.gather(1, torch.tensor(window[1:])[:, None])[:, 0])
+    assert found.tokens == sum(map(len, kls)) == neutral.tokens
+    assert found.kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(float(torch.cat(losses).mean())), rel=1e-4)
+
+
+def test_an_unedited_model_has_no_divergence(loaded: LoadedModel) -> None:
+    found = NeutralText(loaded, TEXT).measure()
+    assert abs(found.kl) < 1e-9 and found.perplexity == pytest.approx(found.base_perplexity)
+
+
+def test_documents_are_read_one_by_one(loaded: LoadedModel) -> None:
+    documents = [TEXT[:50], TEXT[:80]]
+    tokens = [len(loaded.tokenizer(text)["input_ids"]) for text in documents]
+    assert NeutralText(loaded, documents).tokens == sum(tokens) - 2
+
+
+def test_every_window_begins_with_the_bos(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    monkeypatch.setattr(
+        loaded.tokenizer.backend_tokenizer,
+        "post_processor",
+        TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)]),
+    )
+    try:
+        windows = NeutralText(loaded, TEXT, window=20)._windows
+    finally:
+        loaded.tokenizer.backend_tokenizer.post_processor = None
+    assert len(windows) > 2 and all(window[0] == 1 and 1 not in window[1:] for window in windows)
+
+
+def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(DataError, match="expected at least"):
+        NeutralText(loaded, "a cat")
+
+
+def test_the_search_gets_close_to_the_budget_and_not_over(loaded: LoadedModel, plan: EditPlan) -> None:
+    settled = settle_strength(loaded, plan, kl_budget=0.03, neutral_text=TEXT)
+    assert 0.0285 <= settled.measured["kl"] <= 0.03
+    assert len(settled.measured["steps"]) <= 6
+    neutral = NeutralText(loaded, TEXT)
+    with edited(loaded, settled):
+        assert neutral.measure().kl == pytest.approx(settled.measured["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda s: s**2,
+        lambda s: 1e-6 * s**2,
+        lambda s: 1e4 * s**2,
+        lambda s: s**2 if s < 0.1 else 5 + s,
+        lambda s: math.inf if s > 0.01 else s**2,
+        lambda s: 3 * s**1.2,
+    ],
+)
+def test_the_search_copes_with_any_rising_curve(curve: Callable[[float], float]) -> None:
+    measured: list[float] = []
+
+    def measure(strength: float) -> Divergence:
+        measured.append(strength)
+        return Divergence(curve(strength), 0.0, 1, 1.0, 1.0)
+
+    found = find_strength(measure, 0.05)
+    assert found.divergence.kl <= 0.05
+    assert len(measured) <= 12
+    # what is left of the budget could not have been used: a little more strength would be over it
+    assert found.divergence.kl >= 0.04 or curve(found.strength * 1.2) > 0.05
+
+
+def test_no_strength_for_an_edit_that_breaks_everything() -> None:
+    with pytest.raises(Steer2EditError, match="no strength met"):
+        find_strength(lambda _: Divergence(math.nan, 0.0, 1, 1.0, 1.0), 0.05)
