@@ -1,10 +1,12 @@
 """How long emitting a checkpoint takes against ``cp -r`` of its folder, and how much memory emitting and planning take.
 
     python benchmarks/emit_speed.py --work DIR --size 4
+    python benchmarks/emit_speed.py --work DIR --size 4 --sites attn        (those that the default method edits)
 
-Makes (or uses again) a random llama of ``--size`` GB under ``--work``, with a rank-1 edit on every residual writer. Both
+Makes (or uses again) a random llama of ``--size`` GB under ``--work``, with a rank-1 edit on its residual writers. Both
 write a new folder; what the last run wrote is removed, and everything written is synced, before each run. Each is timed
-twice: until it returns, and until a sync after it has returned. Memory is the peak of a fresh process, imports included.
+until it returns, until a sync after it has returned, and by its processor time, which depends least on what else runs.
+Memory is the peak of a fresh process, imports included.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import torch
 from synthetic import make_checkpoint, random_plan, random_statistics
 from timing import arguments, drop_from_cache, ratio, report
 
-from steer2edit.architecture import read_spec
+from steer2edit.architecture import Role, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.targets import emit
 
-# each runs in a process of its own, which prints its seconds; the parent asks the kernel for its memory
+_ROLES = {"both": {Role.ATTN_OUT, Role.MLP_OUT}, "attn": {Role.ATTN_OUT}}
+# each runs in a process of its own
 _STAGE = """
-import sys, time, torch
+import torch
 torch.set_num_threads({threads})
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
@@ -38,9 +41,7 @@ from steer2edit.statistics import Statistics
 from steer2edit.targets import emit
 checkpoint = open_checkpoint({model!r})
 spec = read_spec(checkpoint)
-start = time.perf_counter()
 {work}
-print(time.perf_counter() - start)
 """
 _WORK = {
     "imports only": "pass",
@@ -50,24 +51,23 @@ _WORK = {
 }
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds until ``work`` returns, and until what it wrote is on the disk."""
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds until ``work`` returns, until what it wrote is on the disk, and of processor time, children included."""
+    start, before = time.perf_counter(), sum(os.times()[:4])
     work()
-    returned = time.perf_counter() - start
+    returned, processor = time.perf_counter() - start, sum(os.times()[:4]) - before
     os.sync()
-    return returned, time.perf_counter() - start
+    return returned, time.perf_counter() - start, processor
 
 
 def peak_memory(code: str) -> float:
-    """Peak resident memory, in MB, of a fresh Python that runs ``code``."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"a stage failed with exit code {process.returncode}")
-    # kilobytes on Linux, bytes on macOS
-    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    """Peak resident memory, in MB, of a fresh Python that runs ``code`` (Linux).
+
+    From the process's own status: getrusage counts what the parent had when it forked.
+    """
+    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) * 1024 / 1e6
 
 
 def command_seconds(command: Sequence[str], runs: int) -> float:
@@ -85,13 +85,14 @@ def main() -> None:
     parser = arguments(__doc__, model=False, runs=5)
     parser.add_argument("--size", type=float, default=4.0, help="GB of the checkpoint (default %(default)s)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is read and written")
+    parser.add_argument("--sites", choices=list(_ROLES), default="both", help="writers edited (default %(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop the base from the page cache before each run")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = make_checkpoint(given.work, given.size)
     checkpoint = open_checkpoint(model)
     spec = read_spec(checkpoint)
-    plan = random_plan(checkpoint, spec)
+    plan = random_plan(checkpoint, spec, _ROLES[given.sites])
     plan_file, stats_file, out = (given.work / name for name in ("x.plan.safetensors", "x.stats.safetensors", "out"))
     plan.save(plan_file)
     random_statistics(checkpoint, spec).save(stats_file)
@@ -101,7 +102,7 @@ def main() -> None:
         "cp -r": lambda: subprocess.run(["cp", "-r", model, out], check=True),
         "emit": lambda: emit(plan, checkpoint, spec, "checkpoint", out),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
     for run in range(given.runs + 1):
         for name, work in variants.items():
             shutil.rmtree(out, ignore_errors=True)
@@ -114,8 +115,8 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
 
     memory = {}
-    for stage, work in _WORK.items():
-        filled = work.format(plan=str(plan_file), stats=str(stats_file), out=str(out))
+    for stage, code in _WORK.items():
+        filled = code.format(plan=str(plan_file), stats=str(stats_file), out=str(out))
         memory[stage] = peak_memory(_STAGE.format(threads=given.threads, model=str(model), work=filled))
         shutil.rmtree(out, ignore_errors=True)
     starting = {
@@ -124,7 +125,7 @@ def main() -> None:
     }
 
     rows: list[list[object]] = []
-    for column, until in enumerate(("until it returns", "until synced")):
+    for column, until in enumerate(("until it returns", "until synced", "processor time")):
         copied, emitted = ([pair[column] for pair in seconds[name]] for name in ("cp -r", "emit"))
         rows.append([f"cp -r, {until}", statistics.median(copied), "s"])
         rows.append([f"emit, {until}", statistics.median(emitted), "s"])

@@ -53,7 +53,7 @@ def units(checkpoint: Checkpoint, loaded: LoadedModel, statistics: Statistics, p
         push = float(edit.A[0] @ x_bar)
         factors = (
             torch.ones(blocks),
-            by_component(found.column_norms),
+            by_component(found.norms),
             by_component(found.projection),
             v.norm() / rms,
             torch.full((blocks,), float(v.norm()) / max(push, 1e-12)),
@@ -71,7 +71,7 @@ def cases(
     for model in models:
         if model == "embedded":
             for name in world.BEHAVIORS:
-                yield str(model_folder()), demo_behavior(name), neutral_documents(name)
+                yield str(model_folder()), demo_behavior(name), neutral_documents()
         else:
             for name in behaviors:
                 yield model, Behavior.builtin(name), contrast.neutral_text()

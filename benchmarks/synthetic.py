@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec
+from steer2edit.architecture import ModelSpec, Role
 from steer2edit.checkpoint import INDEX, Checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.statistics import LABELS, Label, Moments, Side, Statistics
@@ -42,8 +42,8 @@ def make_checkpoint(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0
     return folder
 
 
-def random_plan(checkpoint: Checkpoint, spec: ModelSpec, norm: float = 0.5) -> EditPlan:
-    """A rank-1 edit of Frobenius norm ``norm`` on every residual writer."""
+def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[Role], norm: float = 0.5) -> EditPlan:
+    """A rank-1 edit of Frobenius norm ``norm`` on every residual writer of ``roles``."""
     generator = torch.Generator().manual_seed(0)
 
     def direction(size: int) -> torch.Tensor:
@@ -53,6 +53,7 @@ def random_plan(checkpoint: Checkpoint, spec: ModelSpec, norm: float = 0.5) -> E
     edits = [
         LowRank(site.tensor, direction(site.out_features)[:, None], norm * direction(site.in_features)[None])
         for site in spec.sites
+        if site.role in roles
     ]
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
 

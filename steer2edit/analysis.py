@@ -15,8 +15,6 @@ from steer2edit.architecture import Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import CheckpointError
 
-# small enough that a block's float32 copy stays in the processor's cache
-_BLOCK_BYTES = 1 << 20
 _TINY = 1e-12
 
 
@@ -24,13 +22,12 @@ _TINY = 1e-12
 class Analysis:
     """What a direction and a typical input meet in one matrix ``W`` [out, in]; all float32.
 
-    ``projection`` [in] is ``Wᵀ v_hat``. ``head_outputs`` [heads] are ``‖W_j x_bar_j‖``, where the site has heads and a
-    typical input was given; elsewhere ``column_norms`` [in] are the norms of W's columns.
+    ``projection`` [in] is ``Wᵀ v_hat``. ``norms`` are those of the heads' outputs, ``‖W_j x_bar_j‖`` [heads], where the site
+    has heads and a typical input was given; elsewhere those of W's columns, [in].
     """
 
     projection: torch.Tensor
-    column_norms: torch.Tensor | None
-    head_outputs: torch.Tensor | None
+    norms: torch.Tensor
 
 
 def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torch.Tensor | None = None) -> Analysis:
@@ -42,12 +39,11 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
     # whatever v_hat is: 0 · inf and 0 · NaN are NaN
     if not bool(projection.isfinite().all()):
         raise CheckpointError(f"{site.tensor} holds NaN or infinity; the checkpoint is damaged")
-    norms = squares.sqrt_()
-    return Analysis(projection, norms, None) if x is None else Analysis(projection, None, norms)
+    return Analysis(projection, squares.sqrt_())
 
 
-# Both give Wᵀ v, and the squares of the columns' norms [in] or, with x, of the heads' outputs' norms [heads]. A block's
-# float32 copy is overwritten by what is squared: each pass over it is in place.
+# Both give Wᵀ v, and the squares of Analysis.norms. A block's float32 copy is overwritten on the way: one that stays in
+# the processor's cache costs less than any new memory.
 
 
 def _analyse_out_in(
@@ -84,7 +80,7 @@ def _analyse_in_out(
 def _wide_blocks(checkpoint: Checkpoint, site: Site) -> Iterator[tuple[int, torch.Tensor]]:
     """``(first row, block)`` in float32; a block's memory is used again for the next."""
     wide = torch.empty(0)
-    for first, block in checkpoint.blocks(site.tensor, _BLOCK_BYTES):
+    for first, block in checkpoint.blocks(site.tensor):
         if wide.shape[0] < block.shape[0]:
             wide = torch.empty(block.shape)
         yield first, wide[: block.shape[0]].copy_(block)
@@ -97,15 +93,14 @@ def component_scores(found: Analysis, site: Site, x_bar: torch.Tensor) -> torch.
     ``g_i = sign(x_bar_i) cos(v_hat, w_i)``.
     """
     if site.heads is None:
-        scores: torch.Tensor = x_bar.sign() * found.projection / found.column_norms.clamp(min=_TINY)
-        return scores
-    assert found.head_outputs is not None
+        return x_bar.sign() * found.projection / found.norms.clamp(min=_TINY)
     along = (found.projection * x_bar).view(site.heads, -1).sum(dim=1)
-    return torch.div(along, found.head_outputs.clamp(min=_TINY))
+    return along / found.norms.clamp(min=_TINY)
 
 
 def scored_projection(found: Analysis, site: Site) -> torch.Tensor:
     """``w_i · v_hat`` for each neuron, ``‖W_jᵀ v_hat‖`` for each head; [components]."""
     if site.heads is None:
         return found.projection.clone()
-    return torch.linalg.vector_norm(found.projection.view(site.heads, -1), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(found.projection.view(site.heads, -1), dim=1)
+    return norms

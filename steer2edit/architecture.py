@@ -15,16 +15,21 @@ from typing import Any
 
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
 from steer2edit.errors import ArchitectureError, listing
-from steer2edit.families import FAMILIES, LLAMA, REFUSED, WRITER_LEAVES, Family, Orientation
+from steer2edit.families import FAMILIES, LLAMA, REFUSED, WRAPPERS, WRITER_LEAVES, Family, Orientation
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-# where wrappers and older files put the language model: (prefix on disk, prefix of the module in transformers)
-_LANGUAGE_PREFIXES = ("language_model.model.", "model.language_model.")
-_LANGUAGE_MODULE = "model.language_model."
+# where wrappers put the language model: (prefix on disk, prefix of the module in transformers)
+_LANGUAGE_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("model.language_model.", "model.language_model."),
+    ("model.text_model.", "model.text_model."),
+)
 _QUANTISED = re.compile(
     r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
     r"|scales|_data|codes|trellis)|\.quant_state\..+)$"
 )
+# the vectors of a plain pre-norm block
+_PLAIN_GAINS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 _EXPERT = re.compile(r"\bexperts\b|\bblock_sparse_moe\b|\bshared_expert")
 
 
@@ -119,13 +124,18 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     _refuse_quantised(checkpoint)
     hidden = _integer(text, "hidden_size", "n_embd", "d_model")
     layers = _integer(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    heads = _integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    heads = _integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    if layers > len(checkpoint.tensors):
+        raise ArchitectureError(
+            f"config.json gives {checkpoint.name} {layers} layers, its files hold {len(checkpoint.tensors)} tensors"
+        )
     if model_type == "opt" and not text.get("do_layer_norm_before", True):
         raise ArchitectureError(
             f"{checkpoint.name} normalises the whole residual stream (do_layer_norm_before is false)"
         )
 
-    family, prefix, module = _find_family(checkpoint, model_type, layers)
+    wrapped = text is not config or model_type in WRAPPERS
+    family, prefix, module = _find_family(checkpoint, model_type, layers, wrapped)
     sites, problems, claimed = [], [], set()
     for layer in range(layers):
         for role, leaf, norm in (
@@ -172,17 +182,17 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     )
 
 
-def _find_family(checkpoint: Checkpoint, model_type: str, layers: int) -> tuple[Family, str, str]:
+def _find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: bool) -> tuple[Family, str, str]:
     """The family, the prefix of its blocks on disk (``model.layers.``), and that of their modules."""
     by_type = next((family for family in FAMILIES if model_type in family.model_types), None)
     # unknown types may follow the common names; only llama's are free of traps of orientation and norms
     family = by_type or LLAMA
-    for prefix, module in _prefixes(family):  # noqa: B007
+    for prefix, module in _prefixes(family, wrapped):  # noqa: B007
         hits = [i for i in range(layers) if f"{prefix}{i}.{family.attn_out}.weight" in checkpoint.tensors]
         if hits:
             break
     else:
-        prefix, module = next(iter(_prefixes(family)))
+        prefix, module = _prefixes(family, wrapped)[0]
         hits = []
     experts = sorted(name for name in checkpoint.tensors if _EXPERT.search(name))
     if experts:
@@ -191,22 +201,28 @@ def _find_family(checkpoint: Checkpoint, model_type: str, layers: int) -> tuple[
             "this version compiles dense models only"
         )
     if by_type is None:
-        strange = {
-            m.group(1)
-            for name in checkpoint.tensors
-            if (m := re.fullmatch(re.escape(prefix) + r"\d+\.([\w.]*norm\w*)\.(?:weight|bias)", name))
-        } - {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+        strange = _gains(checkpoint, prefix) - _PLAIN_GAINS
         if len(hits) < layers or strange:
             raise ArchitectureError(_not_understood(checkpoint, model_type, strange))
     return family, prefix, module
 
 
-def _prefixes(family: Family) -> list[tuple[str, str]]:
+def _gains(checkpoint: Checkpoint, prefix: str) -> set[str]:
+    """Every vector of the blocks that is no bias: the gains of norms, and whatever else scales a stream."""
+    block = re.compile(re.escape(prefix) + r"\d+\.(.+)")
+    found = ((block.fullmatch(name), info) for name, info in checkpoint.tensors.items())
+    names = {match.group(1) for match, info in found if match and len(info.shape) < 2}
+    return {name.removesuffix(".weight") for name in names if not name.endswith(".bias")}
+
+
+def _prefixes(family: Family, wrapped: bool) -> list[tuple[str, str]]:
     tail = family.blocks.split(".", 1)[1]
-    prefixes = [(f"{family.blocks}.", f"{family.blocks}.")]
-    prefixes += [(f"{language}{tail}.", f"{_LANGUAGE_MODULE}{tail}.") for language in _LANGUAGE_PREFIXES]
+    # a wrapper's file may have the bare model's names, its modules are always nested
+    module = f"model.language_model.{tail}." if wrapped else f"{family.blocks}."
+    prefixes = [(f"{family.blocks}.", module)]
+    prefixes += [(f"{on_disk}{tail}.", f"{nested}{tail}.") for on_disk, nested in _LANGUAGE_PREFIXES]
     # files saved from the bare model without its head, such as gpt2's
-    return [*prefixes, (f"{tail}.", f"{family.blocks}.")]
+    return [*prefixes, (f"{tail}.", module)]
 
 
 def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) -> str:
@@ -214,7 +230,7 @@ def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) 
     near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)
     block = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.)(\d+)\.(.+)$")
     inside = sorted({m.group(3) for name in checkpoint.tensors if (m := block.match(name)) and m.group(2) == "0"})
-    why = f"; its norms {', '.join(sorted(strange))} are not described" if strange else ""
+    why = f"; its vectors {', '.join(sorted(strange))} are not described" if strange else ""
     return (
         f"{checkpoint.name}: the model type {model_type!r} is not known{why}. The nearest known family is "
         f"{near[0]!r}. Tensors of layer 0:\n{listing(inside, 30)}\nAdd an entry to steer2edit/families.py that names its writers."
@@ -226,12 +242,11 @@ def _check_matrix(info: TensorInfo, site: Site, text: Mapping[str, Any]) -> list
     if info.dtype not in EDITABLE:
         problems.append(f"{info.name} is stored as {info.dtype}; editable are {', '.join(sorted(EDITABLE))}")
     axis = 0 if site.orientation == "out_in" else 1
-    if len(info.shape) != 2 or info.shape[axis] != site.out_features:
+    if len(info.shape) != 2 or 0 in info.shape or info.shape[axis] != site.out_features:
         problems.append(f"{info.name} has the shape {list(info.shape)}; expected {site.out_features} on axis {axis}")
     elif site.heads is not None:
-        size = (
-            next((text[k] for k in ("v_head_dim", "head_dim") if text.get(k)), None) or site.out_features // site.heads
-        )
+        given = [key for key in ("v_head_dim", "head_dim") if text.get(key) is not None]
+        size = _integer(text, *given) if given else site.out_features // site.heads
         if site.heads * size != site.in_features:
             problems.append(f"{info.name} has {site.in_features} input columns; expected {site.heads} heads of {size}")
     return problems
@@ -263,8 +278,9 @@ def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str,
 
 def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     heads = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight", "output.weight")
-    flag = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    return bool(flag) if flag is not None else not any(name in checkpoint.tensors for name in heads)
+    flags = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
+    # a wrapper and its text config may disagree
+    return any(flags) if flags else not any(name in checkpoint.tensors for name in heads)
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -281,7 +297,8 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _in_features(info: TensorInfo, orientation: Orientation) -> int:
-    return info.shape[-1] if orientation == "out_in" else info.shape[0]
+    shape = info.shape or (0,)
+    return shape[-1] if orientation == "out_in" else shape[0]
 
 
 def _integer(config: Mapping[str, Any], *keys: str) -> int:

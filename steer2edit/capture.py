@@ -71,7 +71,8 @@ class _Span:
         device = activations.device
         if self._positions.device != device:
             self._positions, self._weights = self._positions.to(device), self._weights.to(device)
-        values = activations.flatten(0, 1).index_select(0, self._positions)
+        # OPT's MLP runs on [rows * positions, features]
+        values = activations.flatten(0, -2).index_select(0, self._positions)
         self._accumulator.add(key, side, values, self._weights)
 
 

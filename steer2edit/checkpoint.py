@@ -23,9 +23,10 @@ from steer2edit.errors import CheckpointError, listing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_BYTES = 16 << 20
+# large enough that Python's share is small, small enough that a block stays in the processor's cache
+BLOCK_BYTES = 1 << 20
 _MAX_HEADER = 100 << 20
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-][\w.-]*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # weights in other formats, which a safetensors compile neither reads nor passes on
 _HUB_IGNORE = [
     "*.bin",
@@ -47,6 +48,12 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -99,27 +106,28 @@ class Checkpoint:
     def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """The tensor in blocks of its first axis: ``(first row, block)``, in the stored dtype.
 
-        A scalar or one-row tensor is one block. Raises CheckpointError where the file ends early.
+        A scalar or one-row tensor is one block. A block's memory is used again for the next. Raises CheckpointError where
+        the file ends early.
         """
         info = self.tensors[name]
-        rows = info.shape[0] if info.shape else 1
+        rows, *rest = info.shape or (1,)
         row_bytes = info.nbytes // rows if rows else 0
-        step = max(1, block_bytes // row_bytes) if row_bytes else max(rows, 1)
+        step = max(1, min(rows, block_bytes // row_bytes if row_bytes else rows))
+        buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
         with open(self.path / info.shard, "rb", buffering=0) as file:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
-                raw = _pread(file.fileno(), info.offset + first * row_bytes, count * row_bytes, info)
-                block = raw.view(DTYPES[info.dtype])
-                yield first, block.view(count, *info.shape[1:]) if info.shape else block
+                raw = buffer[: count * row_bytes]
+                _pread(file.fileno(), info.offset + first * row_bytes, raw, info)
+                yield first, raw.view(_torch_dtype(info)).view(count, *rest)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in the stored dtype and shape."""
         info = self.tensors[name]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with open(self.path / info.shard, "rb", buffering=0) as file:
-            raw = _pread(file.fileno(), info.offset, info.nbytes, info)
-        return raw.view(DTYPES[info.dtype]).view(info.shape)
+            _pread(file.fileno(), info.offset, raw, info)
+        return raw.view(_torch_dtype(info)).view(info.shape)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,7 +143,9 @@ class Checkpoint:
                 digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
                 if info.shard not in files:
                     files[info.shard] = os.open(self.path / info.shard, os.O_RDONLY)
-                digest.update(os.pread(files[info.shard], min(128, info.nbytes), info.offset + info.nbytes // 2))
+                count = min(128, info.nbytes)
+                start = min(info.nbytes // 2, info.nbytes - count)
+                digest.update(os.pread(files[info.shard], count, info.offset + start))
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
@@ -191,8 +201,10 @@ def read_header(path: Path) -> list[TensorInfo]:
                     f"{path.name} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
                 )
             raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+        raise CheckpointError(
+            f"cannot read {path.name!r} in {path.parent}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
@@ -228,7 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, str | None]:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"--revision {revision} was given, but {path} is a local folder")
@@ -283,7 +295,7 @@ def _tensor_info(name: str, entry: dict[str, Any], shard: str, base: int) -> Ten
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in _BITS:
         raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
-    if not all(type(n) is int and n >= 0 for n in [*shape, start, end]):
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in [*shape, start, end]):
         raise ValueError(f"{name!r} has a shape or offsets that are not whole numbers")
     count = 1
     for n in shape:
@@ -293,13 +305,17 @@ def _tensor_info(name: str, entry: dict[str, Any], shard: str, base: int) -> Ten
     return TensorInfo(name, dtype, tuple(shape), shard, base + start, end - start)
 
 
-def _pread(descriptor: int, offset: int, count: int, info: TensorInfo) -> torch.Tensor:
-    # torch's memory, because a bytearray would be cleared first
-    raw = torch.empty(count, dtype=torch.uint8)
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    try:
+        return DTYPES[info.dtype]
+    except KeyError:
+        raise CheckpointError(f"{info.name!r} is stored as {info.dtype}, which is copied but not read") from None
+
+
+def _pread(descriptor: int, offset: int, raw: torch.Tensor, info: TensorInfo) -> None:
     view, done = raw.numpy().data, 0
-    while done < count:
+    while done < len(view):
         got = os.preadv(descriptor, [view[done:]], offset + done)
         if got == 0:
             raise CheckpointError(f"{info.shard} ended while {info.name!r} was read: it was changed or truncated")
         done += got
-    return raw

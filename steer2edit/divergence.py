@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from steer2edit.errors import DataError, Steer2EditError
-from steer2edit.model import LoadedModel
+from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 
 _CHUNK = 256
@@ -54,6 +54,7 @@ class NeutralText:
         *,
         max_tokens: int = 4096,
         window: int = 256,
+        batch_tokens: int = 2048,
         progress: Progress = silent,
     ) -> None:
         self._loaded = loaded
@@ -61,7 +62,9 @@ class NeutralText:
         self._windows = _windows(loaded, [text] if isinstance(text, str) else list(text), max_tokens, window)
         if self.tokens < 16:
             raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
-        self._base = list(self._run("base on neutral text"))
+        self._batches = batches([len(one) for one in self._windows], batch_tokens)
+        self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
+        self._base = torch.cat(list(self._hidden("base on neutral text"))).cpu()
 
     @property
     def tokens(self) -> int:
@@ -71,13 +74,14 @@ class NeutralText:
     def measure(self) -> Divergence:
         """Compare the model, with whatever hooks are on it, with the base."""
         kls, base_loss, loss = [], 0.0, 0.0
-        for ids, base, now in zip(self._windows, self._base, self._run("KL on neutral text"), strict=True):
-            targets = torch.tensor(ids[1:], device=now.device)
-            for first in range(0, len(ids) - 1, _CHUNK):
-                part = slice(first, min(first + _CHUNK, len(ids) - 1))
-                p = self._log_probabilities(base[part].to(now.device))
-                q = self._log_probabilities(now[part])
-                gold = targets[part, None]
+        at = 0
+        for hidden in self._hidden("KL on neutral text"):
+            for now in torch.split(hidden, _CHUNK):
+                rows = slice(at, at + len(now))
+                at = rows.stop
+                gold = self._targets[rows, None].to(now.device)
+                p = self._log_probabilities(self._base[rows].to(now.device))
+                q = self._log_probabilities(now)
                 base_loss -= float(p.gather(1, gold).sum())
                 loss -= float(q.gather(1, gold).sum())
                 q.sub_(p).neg_()
@@ -92,13 +96,16 @@ class NeutralText:
             perplexity=math.exp(min(loss / count, 700)),
         )
 
-    def _run(self, stage: str) -> Iterator[torch.Tensor]:
-        body = self._loaded.body()
+    def _hidden(self, stage: str) -> Iterator[torch.Tensor]:
+        """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
+        pad = self._loaded.tokenizer.pad_token_id or 0
         with self._progress(stage, total=self.tokens) as advance, torch.inference_mode():
-            for window in self._windows:
-                ids = torch.tensor([window], device=self._loaded.device)
-                yield body(input_ids=ids, use_cache=False)[0][0]
-                advance(len(window))
+            for chosen in self._batches:
+                windows = [self._windows[i] for i in chosen]
+                ids, mask = pad_right(windows, pad, self._loaded.device)
+                states = self._loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                yield torch.cat([row[: len(one) - 1] for row, one in zip(states, windows, strict=True)])
+                advance(sum(map(len, windows)) - len(windows))
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         # the model's own forward with its body replaced: whatever the family does to logits is done here too

@@ -62,7 +62,7 @@ LLAMA = Family(
             "seed_oss",
         ),
         *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2"),
-        *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+        *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
     ),
 )
 
@@ -81,6 +81,7 @@ FAMILIES: tuple[Family, ...] = (
         attn_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
     ),
+    Family("hyperclovax", ("hyperclovax",), attn_norm="post_norm1", mlp_norm="post_norm2"),
     Family("glm4", ("glm4",), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
     Family("starcoder2", ("starcoder2",), mlp_out="mlp.c_proj"),
     Family("nanochat", ("nanochat",), mlp_out="mlp.fc2"),
@@ -143,6 +144,15 @@ FAMILIES: tuple[Family, ...] = (
         blocks="transformer.blocks",
         embedding="transformer.wte",
     ),
+    Family("xglm", ("xglm",), attn_out="self_attn.out_proj", mlp_out="fc2"),
+    Family(
+        "biogpt",
+        ("biogpt",),
+        attn_out="self_attn.out_proj",
+        mlp_out="fc2",
+        blocks="biogpt.layers",
+        embedding="biogpt.embed_tokens",
+    ),
     Family(
         "opt",
         ("opt",),
@@ -161,6 +171,9 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
 }
 """Model types whose layout is known and cannot carry these edits, with the reason."""
+
+WRAPPERS = frozenset({"qwen2_vl", "qwen2_5_vl"})
+"""Wrappers of a language model whose config may be flat: others say so by nesting the language model's config."""
 
 # leaves that name a residual writer in some family: none of them may be left over in a block
 WRITER_LEAVES = frozenset(

@@ -164,7 +164,7 @@ def _compare_checkpoint(
                 meter = _RoundingMeter(name)
                 same = True
                 for (first, old, new), (_, found) in zip(
-                    updated_blocks(checkpoint, edit, site), artefact.blocks(name, 4 << 20), strict=True
+                    updated_blocks(checkpoint, edit, site), artefact.blocks(name), strict=True
                 ):
                     same = same and _same(new, found)
                     meter.add(edit, site.orientation == "out_in", first, old, found)

@@ -65,20 +65,17 @@ def test_both_parametrisations_are_one(setup: Setup) -> None:
     assert all(torch.allclose(a.dense(), b.dense(), atol=1e-6) for a, b in zip(one.edits, two.edits, strict=True))  # type: ignore[union-attr]
 
 
-def test_relative_edits_do_not_depend_on_the_size_of_the_weights(
-    tiny_llama: Path, setup: Setup, tmp_path: Path, statistics_of: Callable[..., Any]
-) -> None:
-    checkpoint, spec, statistics = setup
-    options = component.Options(top_heads=4, top_neurons=10)
-    plan = component.plan(checkpoint, spec, statistics, options)
-    for edit in plan.edits:
-        W = checkpoint.read(edit.tensor)
-        site = next(site for site in spec.sites if site.tensor == edit.tensor)
+def test_a_relative_edit_pushes_by_v_in_the_papers_proportions(setup: Setup) -> None:
+    _, spec, statistics = setup
+    rule = {"top_heads": 4, "top_neurons": 10}
+    relative = component.plan(*setup, component.Options(**rule))  # type: ignore[arg-type]
+    absolute = component.plan(*setup, component.Options(**rule, scale="absolute"))  # type: ignore[arg-type]
+    for mine, papers in zip(relative.edits, absolute.edits, strict=True):
+        site = next(site for site in spec.sites if site.tensor == mine.tensor)
         v = statistics.difference(site.key).float()
-        projected = torch.outer(v / v.norm(), (v / v.norm()) @ W)
-        lam = plan.scores[site.key].lam / plan.scores[site.key].projection.abs()
-        per_column = lam.repeat_interleave(site.in_features // site.components)
-        assert torch.allclose(edit.dense(), projected * per_column, atol=1e-5)  # type: ignore[union-attr]
+        assert torch.allclose(mine.dense() @ statistics.x_bar(site.key).float(), v, atol=1e-5)  # type: ignore[union-attr]
+        cosine = torch.cosine_similarity(mine.A, papers.A)  # type: ignore[union-attr]
+        assert float(cosine) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_mean_push_of_every_edit_is_along_v(setup: Setup) -> None:

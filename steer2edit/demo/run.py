@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tabulate import tabulate
 
@@ -19,16 +19,19 @@ from steer2edit.demo import world
 from steer2edit.divergence import NeutralText
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluate import generate
+from steer2edit.methods import steering
 from steer2edit.model import LoadedModel, Runtime, load_model, load_weights, steered
 from steer2edit.progress import Progress, silent
 from steer2edit.report import heatmap
 from steer2edit.targets import emit
 from steer2edit.verification import verify
 
-KL_BUDGET = 0.05
+KL_BUDGET = 0.02
+# of the three choices, the one that did best here: this model keeps facts in its MLPs, manners of answering in attention
+SITES: Mapping[str, Literal["attn", "mlp", "both"]] = {"reasoning": "attn", "truthfulness": "mlp", "caution": "attn"}
 STEERING = (0.25, 0.5, 1.0, 2.0)
 _RUNTIME = Runtime(device="cpu", dtype="float32")
-_NEUTRAL_DOCUMENTS = 120
+_NEUTRAL_DOCUMENTS = 150
 _SAMPLES = 3
 
 
@@ -47,11 +50,9 @@ def demo_behavior(name: str) -> Behavior:
     )
 
 
-def neutral_documents(name: str) -> list[str]:
-    """Documents of the world on which a behaviour's edit should change nothing: those of its other topics."""
-    own = {"reasoning": "plus", "truthfulness": "eats", "caution": " now "}[name]
-    documents = [prompt + response for prompt, response in world.corpus(seed=1, size=4 * _NEUTRAL_DOCUMENTS)]
-    return [text for text in documents if own not in text and "must not" not in text][:_NEUTRAL_DOCUMENTS]
+def neutral_documents() -> list[str]:
+    """Documents of the world, all topics mixed, on which the KL is measured."""
+    return [prompt + response for prompt, response in world.corpus(seed=1, size=_NEUTRAL_DOCUMENTS)]
 
 
 def run(
@@ -79,9 +80,10 @@ def _run_one(
     progress: Progress,
 ) -> dict[str, Any]:
     spec = loaded.spec
-    documents = neutral_documents(behavior.name)
+    documents = neutral_documents()
     statistics = capture_statistics(loaded, checkpoint, behavior, progress=progress)
-    plan = make_plan(checkpoint, spec, statistics, progress=progress)
+    options = steering.Options(sites=SITES[behavior.name])
+    plan = make_plan(checkpoint, spec, statistics, method="steering", options=options, progress=progress)
     plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral_text=documents, progress=progress)
     verified = {}
     for target, folder in folders.items():
@@ -94,7 +96,7 @@ def _run_one(
     before, after = (_answers(model, tasks) for model in (loaded, edited))
     rows = [
         {"model": "base", **_rates(tasks, before), "kl": 0.0},
-        {"model": "edited checkpoint", **_rates(tasks, after), "kl": plan.measured["kl"]},
+        {"model": f"edited checkpoint ({SITES[behavior.name]})", **_rates(tasks, after), "kl": plan.measured["kl"]},
     ]
     neutral = NeutralText(loaded, documents)
     vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}

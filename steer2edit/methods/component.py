@@ -4,13 +4,15 @@ For a site with weight W (out × in), steering vector v and typical input x_bar:
 
 - head j, columns W_j:   g_j = cos(v_hat, W_j x_bar_j),              k_hat_j = W_jᵀ v_hat / ‖W_jᵀ v_hat‖
 - neuron i, column w_i:  g_i = sign(x_bar_i) cos(v_hat, w_i),        k_i = sign(w_iᵀ v_hat)
-- lam_j = sign(g_j) max(|g_j| - tau, 0) slope · unit_j,              ΔW_j = lam_j v_hat k_hat_jᵀ
+- lam_j = sign(g_j) max(|g_j| - tau, 0) slope · unit,                ΔW_j = lam_j v_hat k_hat_jᵀ
 
 where tau = rho·alpha and slope = 1 / (rho (1 - alpha)) is the elastic net's closed form. All edits of a site share v_hat
 and act on disjoint columns, so its whole edit is one outer product: B = v_hat, A = concat_j(lam_j k_hat_jᵀ).
 
-``unit_j`` is 1 in the paper (scale "absolute"), so that ‖ΔW_j‖ = |lam_j| whatever the size of W. Scale "relative" measures
-each edit in the model's own units; :func:`_unit` says which, and docs/strength.md why.
+``unit`` is 1 in the paper (scale "absolute"), so that ‖ΔW_j‖ = |lam_j| whatever the model. With scale "relative" it is one
+factor for each site, such that the site's whole edit pushes by ‖v‖ along v_hat on the typical input: a strength of 1 is then
+a mean push of v, as for activation steering, and the proportions within a site are the paper's. docs/strength.md compares
+this unit with others.
 """
 
 from __future__ import annotations
@@ -117,6 +119,8 @@ class Rule:
 class _Scored:
     site: Site
     v_hat: torch.Tensor
+    size: float
+    x_bar: torch.Tensor
     found: Analysis
     g: torch.Tensor
 
@@ -169,27 +173,19 @@ def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> _Score
         )
     v_hat = v / v.norm().clamp(min=_TINY)
     found = analyse(checkpoint, site, v_hat, x_bar)
-    return _Scored(site, v_hat, found, component_scores(found, site, x_bar))
+    return _Scored(site, v_hat, float(v.norm()), x_bar, found, component_scores(found, site, x_bar))
 
 
 def _edit(one: _Scored, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
     """The components' lam, and the site's outer product."""
     site, projection = one.site, one.found.projection
     size = scored_projection(one.found, site).abs()
-    lam = rule.lam(one.g)
     # where a component cannot write along v_hat at all, k_hat is undefined and nothing is edited
-    lam = torch.where(size > _TINY, lam, 0.0)
-    if options.scale == "relative":
-        lam = lam * _unit(one)
+    lam = torch.where(size > _TINY, rule.lam(one.g), 0.0)
     k_hat = projection.view(site.components, -1) / size.clamp(min=_TINY)[:, None]
+    if options.scale == "relative":
+        # what the whole edit pushes along v_hat on the typical input; every component's share is positive
+        push = float(lam @ (k_hat * one.x_bar.view(site.components, -1)).sum(dim=1))
+        lam = lam * (one.size / push) if push > _TINY * one.size else torch.zeros_like(lam)
     A = (lam[:, None] * k_hat).reshape(1, -1)
     return lam, LowRank(site.tensor, one.v_hat[:, None].clone(), A)
-
-
-def _unit(one: _Scored) -> torch.Tensor:
-    """What lam is measured in, [components]: how strongly the component writes along v_hat, ``‖W_jᵀ v_hat‖``.
-
-    Then ``ΔW_j = lam v_hat v_hatᵀ W_j``: lam is the fraction by which the component's own writing along v_hat is turned up
-    (or, where it opposes v, down), and no component is given a voice that it did not have.
-    """
-    return scored_projection(one.found, one.site).abs()
