@@ -135,6 +135,7 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     """The whole pipeline on the embedded tiny model, in seconds."""
     from steer2edit.demo.run import render, run
 
+    _quieten_transformers()
     result = run(out, behaviors=behaviors, force=force, progress=_progress())
     _print(result, as_json, render)
 
@@ -427,18 +428,22 @@ def _neutral(given: dict[str, Any]) -> str | None:
 def _runtime(given: dict[str, Any]) -> Any:
     from steer2edit.model import Runtime
 
+    _quieten_transformers()
     return Runtime(given["device"], given["dtype"], given["device_map"], given["trust_remote_code"])
 
 
 def _progress() -> Any:
-    # transformers draws bars of its own while it loads; ours is enough
-    import transformers
-
     from steer2edit.progress import bar
+
+    return bar
+
+
+def _quieten_transformers() -> None:
+    # it draws bars of its own while it loads; ours is enough
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return bar
 
 
 def _print(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:

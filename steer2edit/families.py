@@ -61,7 +61,7 @@ LLAMA = Family(
             "apertus",
             "seed_oss",
         ),
-        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2"),
+        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "flint", "granite_swa"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
     ),
 )

@@ -66,7 +66,7 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runti
 
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     """The causal language model of a folder, in evaluation mode, on its device."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = pick_device(runtime.device)
     dtype: Any = runtime.dtype
@@ -75,10 +75,15 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if dtype != "auto":
         dtype = getattr(torch, dtype)
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
+    settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=runtime.trust_remote_code, local_files_only=True, **placing
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **settings)
+        except ValueError as error:
+            # a language model inside a multimodal one is loaded with the rest of it
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            model = AutoModelForImageTextToText.from_pretrained(path, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
     if not placing:

@@ -105,7 +105,7 @@ ROWS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def make_tokenizer() -> Any:

@@ -51,6 +51,10 @@ def plan(
             "leave --embedding out"
         )
     r = statistics.difference(f"residual.{layer}").float()
+    if not bool(r.any()):
+        raise PlanError(
+            f"both classes have the same mean residual stream after layer {layer}: there is no direction to ablate"
+        )
     first, last = spec.layer_range(options.layers)
     sites = [site for site in spec.sites if first <= site.layer <= last]
     sites += [spec.embedding] if options.embedding else []

@@ -28,7 +28,8 @@ from steer2edit.plan import Base, EditPlan, LowRank, Scores
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import Statistics
 
-_EPS = 1e-3
+# keeps a component that was nearly silent in the contrast data from carrying much
+_EPS = 0.1
 _TINY = 1e-12
 
 
