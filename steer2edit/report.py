@@ -106,7 +106,7 @@ def heatmap(plan: EditPlan, path: Path) -> None:
     for axis, draw in zip(axes, drawn, strict=False):
         draw(axis, heads if draw is _draw_heads else neurons)
         axis.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
-    figure.suptitle(f"{plan.data.get('name', 'edits')} in {plan.base.name}", fontsize=11)
+    figure.suptitle(f"{plan.data.get('name', 'edits')} in {plan.base.name} ({plan.method.get('name')})", fontsize=11)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -118,7 +118,7 @@ def _draw_heads(axis: Any, rows: list[torch.Tensor]) -> None:
     grid = torch.stack(rows)
     limit = float(grid.abs().max())
     image = axis.imshow(grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    axis.figure.colorbar(image, ax=axis, label="λ: the head's writing along v, up (+) or down (−)")
+    axis.figure.colorbar(image, ax=axis, label="λ (+ up, − down)")
     axis.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 16 else 4))
     axis.set(title="attention heads", xlabel="head", ylabel="layer")
 

@@ -62,7 +62,7 @@ def run(
     started = time.perf_counter()
     chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
     folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
-    checkpoint = open_checkpoint(model_folder())
+    checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
     loaded = load_model(checkpoint, read_spec(checkpoint), _RUNTIME)
     results = {
         name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
