@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2100)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args()
 
@@ -177,7 +177,7 @@ def main() -> None:
     model = build_model(tokenizer)
     train(model, tokenizer, args.seed, args.steps, args.lr)
     save(model, tokenizer, args.out)
-    model = LlamaForCausalLM.from_pretrained(args.out)
+    model = LlamaForCausalLM.from_pretrained(args.out).float()
     base_rates(model, tokenizer)
     print(f"{(args.out / 'model.safetensors').stat().st_size:,} bytes in {args.out / 'model.safetensors'}")
 

@@ -139,6 +139,13 @@ def test_verify_names_a_changed_adapter(bf16: Case, tmp_path: Path) -> None:
     assert result.problems == ("adapter_config.json differs from the one that the plan gives",)
 
 
+@pytest.mark.parametrize("to", ["checkpoint", "lora"])
+def test_the_base_may_be_moved_and_renamed(bf16: Case, tmp_path: Path, to: str) -> None:
+    bf16.emit(to, tmp_path / "out")
+    shutil.copytree(bf16.checkpoint.path, tmp_path / "elsewhere")
+    assert verify(tmp_path / "out", tmp_path / "elsewhere", numbers=False).problems == ()
+
+
 def test_verify_refuses_another_base(bf16: Case, tiny_llama: Path, tmp_path: Path) -> None:
     bf16.emit("lora", tmp_path / "out")
     with pytest.raises(PlanError, match="fingerprint"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from steer2edit.demo import world
 
@@ -125,15 +126,14 @@ def test_contrast_rows_start_with_a_space_and_differ_at_the_first_word(behavior:
 def loaded() -> tuple[Any, Any]:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
-    return model, transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    return model.float(), transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
 
 
 def test_the_model_is_a_small_llama(loaded: tuple[Any, Any]) -> None:
-    import torch
-
     model, _ = loaded
     assert type(model).__name__ == "LlamaForCausalLM"
-    assert next(model.parameters()).dtype == torch.bfloat16
+    with safe_open(MODEL / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 3_000_000
     config = model.config
     assert config.num_attention_heads * config.head_dim != config.hidden_size
