@@ -138,6 +138,8 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     _quieten_transformers()
     result = run(out, behaviors=behaviors, force=force, progress=_progress())
     _print(result, as_json, render)
+    if not all(check["ok"] for one in result["behaviors"].values() for check in one["verified"].values()):
+        sys.exit(1)
 
 
 @main.command()
@@ -197,6 +199,8 @@ def compile(
         return "\n".join(lines)
 
     _print(result, as_json, render)
+    if not all(check["ok"] for one in result["behaviors"].values() for check in one["verified"].values()):
+        sys.exit(1)
 
 
 @main.command()
