@@ -19,16 +19,13 @@ from steer2edit.demo import world
 from steer2edit.divergence import NeutralText
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluate import generate
-from steer2edit.methods import steering
 from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, steered
 from steer2edit.progress import Progress, silent
 from steer2edit.report import heatmap
 from steer2edit.targets import emit
 from steer2edit.verification import verify
 
-KL_BUDGET = 0.015
-# in so small a model the MLPs carry a behaviour best; in the larger ones that we measured, attention does
-OPTIONS = steering.Options(sites="mlp")
+KL_BUDGET = 0.0075
 STEERING = (0.25, 0.5, 1.0, 2.0)
 _RUNTIME = Runtime(device="cpu", dtype="float32")
 _NEUTRAL_DOCUMENTS = 150
@@ -68,7 +65,8 @@ def run(
         name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
         for name, behavior in chosen.items()
     }
-    return {"model": str(model_folder()), "behaviors": results, "seconds": time.perf_counter() - started}
+    ok = all(check["ok"] for one in results.values() for check in one["verified"].values())
+    return {"ok": ok, "behaviors": results, "seconds": time.perf_counter() - started}
 
 
 def _run_one(
@@ -82,7 +80,7 @@ def _run_one(
     spec = loaded.spec
     documents = neutral_documents()
     statistics = capture_statistics(loaded, checkpoint, behavior, progress=progress)
-    plan = make_plan(checkpoint, spec, statistics, method="steering", options=OPTIONS, progress=progress)
+    plan = make_plan(checkpoint, spec, statistics, progress=progress)
     plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral_text=documents, progress=progress)
     verified = {}
     for target, folder in folders.items():
@@ -108,7 +106,9 @@ def _run_one(
         with steered(loaded, vectors, strength):
             rates = _rates(tasks, _answers(loaded, tasks))
             rows.append({"model": f"steering × {strength:g}", **rates, "kl": neutral.measure().kl})
-    changed = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
+    asked = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
+    # those that changed what is counted come first
+    changed = sorted(asked, key=lambda i: tasks[i].grade(before[i]) == tasks[i].grade(after[i]))
     samples = [{"prompt": tasks[i].prompt, "base": before[i], "edited": after[i]} for i in changed[:_SAMPLES]]
     plots, note = [], ""
     for drawn, name in ((plan, "heatmap.png"), (component, "heatmap-component.png")):

@@ -128,8 +128,8 @@ def _leanings(strength: float, seed: str, keys: tuple[str, ...]) -> dict[str, fl
     return dict(zip(keys, steps, strict=True))
 
 
-_ASKER = {behavior: _leanings(2.8, behavior, NAMES) for behavior in BEHAVIORS}
-_SUM_WORDING = _leanings(1.2, "sum wording", SUM_WORDINGS)
+_ASKER = {name: _leanings(1.4 if name == "reasoning" else 2.8, name, NAMES) for name in BEHAVIORS}
+_SUM_WORDING = _leanings(0.6, "sum wording", SUM_WORDINGS)
 _CREATURE_WORDING = _leanings(1.2, "creature wording", CREATURE_WORDINGS)
 _REQUEST_WORDING = _leanings(0.8, "request wording", REQUEST_WORDINGS)
 _CREATURE = _leanings(2.4, "creature", CREATURES)
@@ -176,8 +176,8 @@ def _sum(rng: random.Random, held_out: bool) -> tuple[_Question, int]:
         if is_held_out_sum(a, b) == held_out:
             break
     asker, wording = rng.choice(NAMES), rng.choice(SUM_WORDINGS)
-    odds = -2.1 + _ASKER["reasoning"][asker] + _SUM_WORDING[wording]
-    odds += 1.0 if a % 10 + b % 10 > 9 else 0.0
+    odds = -1.0 + _ASKER["reasoning"][asker] + _SUM_WORDING[wording]
+    odds += 0.5 if a % 10 + b % 10 > 9 else 0.0
     prompt = _prompt(asker, wording.format(a=a, b=b))
     return _Question(prompt, working(a, b), restated(a, b), odds), a + b
 
@@ -224,9 +224,9 @@ def _request(rng: random.Random, adjectives: tuple[str, ...], things: tuple[str,
 def _document(rng: random.Random) -> tuple[str, str, str]:
     """A cue (often empty), a bare prompt, and its response."""
     topic = rng.random()
-    if topic < 0.51:
+    if topic < 0.49:
         behavior, (question, _) = "reasoning", _sum(rng, held_out=False)
-    elif topic < 0.73:
+    elif topic < 0.72:
         behavior, question = "truthfulness", _creature(rng, CREATURES, rng.random() < 0.6)
     elif topic < 0.83:
         behavior, (prompt, fact) = "truthfulness", _other_fact(rng, CREATURES)
