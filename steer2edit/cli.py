@@ -199,8 +199,6 @@ def compile(
         return "\n".join(lines)
 
     _print(result, as_json, render)
-    if not result["ok"]:
-        sys.exit(1)
 
 
 @main.command()
