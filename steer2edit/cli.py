@@ -169,7 +169,7 @@ def compile(
 
     compiled = compile_model(
         model,
-        Statistics.load(stats) if stats and not _has_data(given) else _behavior(given),
+        Statistics.load(stats) if stats and _only_statistics(given) else _behavior(given),
         out,
         to=to,
         revision=given["revision"],
@@ -364,8 +364,10 @@ def _open(model: str, given: dict[str, Any]) -> Any:
     return checkpoint, read_spec(checkpoint)
 
 
-def _has_data(given: dict[str, Any]) -> bool:
-    return bool(given["data"] or given["behavior"])
+def _only_statistics(given: dict[str, Any]) -> bool:
+    if given["data"] or given["behavior"]:
+        raise click.UsageError("--stats stands in place of --data and --behavior; give one of the three")
+    return True
 
 
 def _behavior(given: dict[str, Any]) -> Any:

@@ -200,6 +200,7 @@ def test_bad_models(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path,
         (["--data", "DATA", "--neutral", "absent.txt"], "absent.txt"),
         (["--data", "DATA", "--device", "abacus"], "no device"),
         (["--stats", "absent.safetensors"], "does not exist"),
+        (["--stats", "absent.safetensors", "--data", "DATA"], "one of the three"),
     ],
 )
 def test_bad_arguments(tiny_llama: Path, data: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
