@@ -18,6 +18,7 @@ RECEIPT = "steer2edit.json"
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file by way of a temporary one beside it. Raises Steer2EditError on a full disk."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
@@ -31,11 +32,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
         temporary.chmod(0o644)
         temporary.replace(path)
-    except Exception as error:
+    except (SafetensorError, OSError) as error:
+        raise Steer2EditError(f"cannot write {path}: {error}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if "safetensor" in type(error).__name__.lower() or isinstance(error, OSError):
-            raise Steer2EditError(f"cannot write {path}: {error}") from None
-        raise
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -81,7 +81,11 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             path.replace(old)
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except OSError:
+                old.replace(path)
+                raise
             shutil.rmtree(old)
         else:
             temporary.replace(path)
