@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 
 from steer2edit import contrast, methods
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics, make_plan
@@ -102,7 +103,7 @@ def main() -> None:
     candidates: dict[str, Around] = {}
     for text in options.method or METHODS:
         name, chosen = options_of(text)
-        plan = make_plan(checkpoint, loaded.spec, statistics, method=name, options=chosen)
+        plan = make_plan(Scoring(checkpoint, loaded.spec, statistics), method=name, options=chosen)
         candidates[text] = lambda strength, plan=plan: edited(loaded, plan, strength)  # type: ignore[misc]
     if not options.no_steering:
         candidates["activation steering"] = lambda strength: steered(loaded, vectors, strength)

@@ -19,6 +19,7 @@ import torch
 from synthetic import make_checkpoint, random_statistics
 from timing import arguments, drop_from_cache, interleaved, ratio, report
 
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import Role, Site, read_spec
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
@@ -65,7 +66,7 @@ def main() -> None:
         variants: dict[str, Callable[[], object]] = {
             "read": lambda sites=sites: read_only(checkpoint, sites),  # type: ignore[misc]
             "read + float32": lambda sites=sites: read_only(checkpoint, sites, convert=True),  # type: ignore[misc]
-            "plan": lambda method=method: make_plan(checkpoint, spec, random, method=method),  # type: ignore[misc]
+            "plan": lambda method=method: make_plan(Scoring(checkpoint, spec, random), method=method),  # type: ignore[misc]
         }
         before = (lambda: drop_from_cache(shards)) if given.cold else None
         seconds = interleaved(variants, given.runs, before)

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from steer2edit import contrast
 from steer2edit.analysis import analyse
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics
@@ -99,7 +100,7 @@ def main() -> None:
         loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
         statistics = capture_statistics(loaded, checkpoint, behavior)
         text = NeutralText(loaded, neutral, max_tokens=options.tokens)
-        plan = component.plan(checkpoint, loaded.spec, statistics, component.Options(scale="absolute"))
+        plan = component.plan(Scoring(checkpoint, loaded.spec, statistics), component.Options(scale="absolute"))
         row: list[object] = [checkpoint.name, behavior.name]
         for unit, candidate in zip(UNITS, units(checkpoint, loaded, statistics, plan), strict=True):
             try:

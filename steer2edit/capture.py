@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from steer2edit.architecture import Site
 from steer2edit.encoding import Encoded
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import LABELS, Accumulator, Side, Statistics
+from steer2edit.statistics import Accumulator, Side, Statistics
 
 
 def capture(
@@ -42,8 +43,6 @@ def capture(
             span.select(chosen, ids.shape[1])
             with torch.inference_mode():
                 loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
-            for example in chosen:
-                accumulator.count(example.label, len(example.ids) - example.start)
             advance(sum(len(example.ids) for example in chosen))
     return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
 
@@ -54,34 +53,29 @@ class _Span:
     def __init__(self, accumulator: Accumulator) -> None:
         self._accumulator = accumulator
         self._positions = torch.empty(0, dtype=torch.long)
-        self._weights = torch.empty(0)
+        self._spread = torch.empty(0)
 
     def select(self, chosen: Sequence[Encoded], width: int) -> None:
-        positions, rows = [], []
-        for row, example in enumerate(chosen):
-            span = range(example.start - 1, len(example.ids) - 1)
-            positions += [row * width + p for p in span]
-            rows += [(LABELS.index(example.label), 1.0 / len(span))] * len(span)
-        self._positions = torch.tensor(positions, dtype=torch.long)
-        self._weights = torch.zeros(len(LABELS), len(rows), dtype=torch.float32)
-        for column, (label, weight) in enumerate(rows):
-            self._weights[label, column] = weight
+        spans = [range(example.start - 1, len(example.ids) - 1) for example in chosen]
+        self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)])
+        self._positions = torch.tensor([row * width + p for row, span in enumerate(spans) for p in span])
+        self._spread = torch.block_diag(*(torch.full((1, len(span)), 1.0 / len(span)) for span in spans))  # type: ignore[no-untyped-call]
 
-    def add(self, key: str, side: Side, activations: torch.Tensor) -> None:
+    def add(self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None) -> None:
         device = activations.device
         if self._positions.device != device:
-            self._positions, self._weights = self._positions.to(device), self._weights.to(device)
+            self._positions, self._spread = self._positions.to(device), self._spread.to(device)
         # OPT's MLP runs on [rows * positions, features]
         values = activations.flatten(0, -2).index_select(0, self._positions)
-        self._accumulator.add(key, side, values, self._weights)
+        self._accumulator.add(key, side, values, self._spread, heads)
 
 
 @contextmanager
 def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
-    def writer(key: str) -> Any:
+    def writer(site: Site) -> Any:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            span.add(key, "input", inputs[0])
-            span.add(key, "output", output)
+            span.add(site.key, "input", inputs[0], site.heads)
+            span.add(site.key, "output", output)
 
         return hook
 
@@ -93,7 +87,7 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
 
     with ExitStack() as stack:
         for site in loaded.spec.sites:
-            stack.callback(loaded.module(site).register_forward_hook(writer(site.key)).remove)
+            stack.callback(loaded.module(site).register_forward_hook(writer(site)).remove)
         for layer in range(loaded.spec.layers):
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
             stack.callback(module.register_forward_hook(block(f"residual.{layer}")).remove)

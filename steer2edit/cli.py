@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from steer2edit import __version__
+from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
     PATH,
     data_options,
@@ -19,13 +18,16 @@ from steer2edit.cli_options import (
     method_options,
     model_options,
     only_statistics,
+    open_model,
+    print_result,
+    progress_bar,
     quieten_transformers,
     read_behavior,
-    read_budget,
+    read_budgets,
+    read_held_out,
     read_method_options,
     read_neutral,
     read_runtime,
-    read_strength,
     strength_options,
 )
 from steer2edit.errors import Steer2EditError
@@ -73,8 +75,8 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     from steer2edit.demo.run import render, run
 
     quieten_transformers()
-    result = run(out, behaviors=behaviors, force=force, progress=_progress())
-    _print(result, as_json, render)
+    result = run(out, behaviors=behaviors, force=force, progress=progress_bar())
+    print_result(result, as_json, render)
     if not result["ok"]:
         sys.exit(1)
 
@@ -91,6 +93,10 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     help="checkpoint or lora; may be repeated.",
 )
 @click.option("--stats", type=PATH, help="Statistics of an earlier capture, instead of data.")
+@click.option(
+    "--eval", "questions", help="Held-out questions for the report; those of --behavior come with the package."
+)
+@click.option("--no-report", is_flag=True, help="Measure nothing but the KL, and make no report page.")
 @method_options
 @strength_options
 @model_options
@@ -99,10 +105,11 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
 def compile(
     model: str, out: Path, to: tuple[str, ...], stats: Path | None, as_json: bool, force: bool, **given: Any
 ) -> None:
-    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit."""
+    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit, and report what it does."""
     from steer2edit.compiler import compile as compile_model
-    from steer2edit.report import render_plan
+    from steer2edit.report import render_evaluation, render_plan
     from steer2edit.statistics import Statistics
+    from steer2edit.targets import REPORT
 
     compiled = compile_model(
         model,
@@ -112,13 +119,13 @@ def compile(
         revision=given["revision"],
         method=given["method"],
         options=read_method_options(given),
-        strength=read_strength(given),
-        kl_budget=read_budget(given),
-        neutral_text=read_neutral(given),
+        **read_budgets(given),
+        neutral=read_neutral(given),
         runtime=read_runtime(given),
         batch_tokens=given["batch_tokens"],
+        questions=None if given["no_report"] else read_held_out(given),
         force=force,
-        progress=_progress(),
+        progress=progress_bar(),
     )
     result = {
         "artefacts": {target: str(folder) for target, folder in compiled.artefacts.items()},
@@ -126,6 +133,7 @@ def compile(
         "changed": len(compiled.plan.edits),
         "method": dict(compiled.plan.method),
         "measured": dict(compiled.plan.measured),
+        "evaluation": compiled.evaluation and compiled.evaluation.described(),
     }
 
     def render(result: dict[str, Any]) -> str:
@@ -133,9 +141,13 @@ def compile(
         lines += [
             f"{target}: {folder} ({result['exactness'][target]})" for target, folder in result["artefacts"].items()
         ]
+        if compiled.evaluation is not None:
+            lines[1:1] = ["", render_evaluation(compiled.evaluation)]
+            pages = [folder / REPORT for folder in compiled.artefacts.values() if (folder / REPORT).is_file()]
+            lines += [f"report: {page}" for page in pages]
         return "\n".join(lines)
 
-    _print(result, as_json, render)
+    print_result(result, as_json, render)
 
 
 @main.command()
@@ -149,11 +161,11 @@ def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
     from steer2edit.compiler import capture_statistics
     from steer2edit.model import load_model
 
-    checkpoint, spec = _open(model, given)
+    checkpoint, spec = open_model(model, given)
     behavior = read_behavior(given)
     loaded = load_model(checkpoint, spec, read_runtime(given))
     statistics = capture_statistics(
-        loaded, checkpoint, behavior, batch_tokens=given["batch_tokens"], progress=_progress()
+        loaded, checkpoint, behavior, batch_tokens=given["batch_tokens"], progress=progress_bar()
     )
     statistics.save(out)
     result = {
@@ -161,7 +173,7 @@ def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
         "examples": dict(statistics.examples),
         "tokens": dict(statistics.tokens),
     }
-    _print(
+    print_result(
         result,
         as_json,
         lambda r: f"{r['statistics']}: {r['examples']} examples, {r['tokens']} response tokens",
@@ -178,34 +190,27 @@ def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @json_option
 def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Score every component and lay down the edits. Runs no model unless --kl-budget is given."""
-    from steer2edit.compiler import make_plan, settle_strength
+    from steer2edit.analysis import Scoring
+    from steer2edit.compiler import make_plan, neutral_text, settle_strength
     from steer2edit.model import load_model
     from steer2edit.report import describe_plan, render_plan
     from steer2edit.statistics import Statistics
 
-    checkpoint, spec = _open(model, given)
+    checkpoint, spec = open_model(model, given)
     made = make_plan(
-        checkpoint,
-        spec,
-        Statistics.load(stats),
+        Scoring(checkpoint, spec, Statistics.load(stats)),
         method=given["method"],
         options=read_method_options(given),
-        progress=_progress(),
+        progress=progress_bar(),
     )
-    if given["kl_budget"] is not None:
+    if any(given[name] is not None for name in ("kl_budget", "kl_budget_attn", "kl_budget_mlp")):
         loaded = load_model(checkpoint, spec, read_runtime(given))
-        made = settle_strength(
-            loaded,
-            made,
-            strength=given["strength"],
-            kl_budget=read_budget(given),
-            neutral_text=read_neutral(given),
-            progress=_progress(),
-        )
+        neutral = neutral_text(loaded, read_neutral(given), progress_bar())
+        made = settle_strength(loaded, made, **read_budgets(given), neutral=neutral)
     elif given["strength"] is not None:
         made = made.scaled(given["strength"])
     made.save(out)
-    _print(
+    print_result(
         {"plan": str(out), **describe_plan(made)},
         as_json,
         lambda r: f"{render_plan(made, top=5)}\n\n{r['plan']}",
@@ -219,14 +224,15 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
 @json_option
 def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
     """What a plan, or the plan in an artefact's folder, changes."""
+    from steer2edit.figures import heatmap
     from steer2edit.plan import EditPlan
-    from steer2edit.report import describe_plan, heatmap, render_plan
+    from steer2edit.report import describe_plan, render_plan
     from steer2edit.targets import PLAN
 
     loaded = EditPlan.load(plan_file / PLAN if plan_file.is_dir() else plan_file)
     if plot is not None:
         heatmap(loaded, plot)
-    _print(describe_plan(loaded, top), as_json, lambda _: render_plan(loaded, top))
+    print_result(describe_plan(loaded, top), as_json, lambda _: render_plan(loaded, top))
 
 
 @main.command()
@@ -242,15 +248,15 @@ def emit(plan_file: Path, model: str, to: str, out: Path, revision: str | None, 
     from steer2edit.plan import EditPlan
     from steer2edit.targets import emit as emit_plan
 
-    checkpoint, spec = _open(model, {"revision": revision})
-    lowering = emit_plan(EditPlan.load(plan_file), checkpoint, spec, to, out, force=force, progress=_progress())
+    checkpoint, spec = open_model(model, {"revision": revision})
+    lowering = emit_plan(EditPlan.load(plan_file), checkpoint, spec, to, out, force=force, progress=progress_bar())
     result = {
         "artefact": str(out),
         "exactness": lowering.exactness,
         "changed": len(lowering.changes),
         "notes": lowering.notes,
     }
-    _print(result, as_json, lambda r: f"{r['artefact']}: {r['changed']} tensors changed, {r['exactness']}")
+    print_result(result, as_json, lambda r: f"{r['artefact']}: {r['changed']} tensors changed, {r['exactness']}")
 
 
 @main.command()
@@ -273,8 +279,8 @@ def verify(folder: Path, base: str | None, level: str, as_json: bool, **given: A
     from steer2edit.verification import verify as verify_artefact
 
     runtime = read_runtime({**given, "dtype": "float32" if given["dtype"] == "auto" else given["dtype"]})
-    result = verify_artefact(folder, base, numbers=level == "numbers", runtime=runtime, progress=_progress())
-    _print({"ok": result.ok, **asdict(result)}, as_json, lambda _: render_verification(result))
+    result = verify_artefact(folder, base, numbers=level == "numbers", runtime=runtime, progress=progress_bar())
+    print_result({"ok": result.ok, **asdict(result)}, as_json, lambda _: render_verification(result))
     if not result.ok:
         sys.exit(1)
 
@@ -290,22 +296,8 @@ def push(folder: Path, repository: str, private: bool, dry_run: bool, as_json: b
     from steer2edit.hub import push as push_artefact
 
     result = push_artefact(folder, repository, private=private, dry_run=dry_run)
-    _print(result, as_json, lambda r: "\n".join([*r["files"], r["url"] or "nothing was sent (--dry-run)"]))
+    print_result(result, as_json, lambda r: "\n".join([*r["files"], r["url"] or "nothing was sent (--dry-run)"]))
 
 
-def _open(model: str, given: dict[str, Any]) -> Any:
-    from steer2edit.architecture import read_spec
-    from steer2edit.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model, given["revision"])
-    return checkpoint, read_spec(checkpoint)
-
-
-def _progress() -> Any:
-    from steer2edit.progress import bar
-
-    return bar
-
-
-def _print(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
-    click.echo(json.dumps(result, indent=1, default=list) if as_json else render(result))
+for command in (evaluate, tune, report, chat):
+    main.add_command(command)

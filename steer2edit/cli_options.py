@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +63,20 @@ method_options = options(
     click.option(
         "--sites", type=click.Choice(["attn", "mlp", "both"]), help="steering: the writers that carry the vector."
     ),
-    click.option("--carriers", type=float, help="steering: share of each site's input columns that carry it."),
+    click.option("--carriers", type=float, help="steering: share of each site's heads or neurons that carry it."),
+    click.option(
+        "--moments",
+        type=click.Choice(["heads", "diagonal"]),
+        help="steering: weigh a head's columns together, or each by itself.",
+    ),
+    click.option(
+        "--all-components",
+        "stable",
+        flag_value=False,
+        type=bool,
+        default=None,
+        help="Edit components too whose score's sign is not stable.",
+    ),
     click.option("--rho-attn", type=float, help="component: the paper's rho for heads; 0 leaves attention alone."),
     click.option("--rho-mlp", type=float, help="component: the paper's rho for neurons; 0 leaves MLPs alone."),
     click.option("--alpha", type=float, help="component: the paper's alpha. ablation: the part removed (1 is all)."),
@@ -77,16 +91,47 @@ method_options = options(
     click.option("--embedding", is_flag=True, default=None, help="ablation: the token embedding too (untied models)."),
 )
 _METHOD_OPTIONS = (
-    *("sites", "carriers", "rho_attn", "rho_mlp", "alpha", "tau_attn", "tau_mlp", "slope"),
+    *("sites", "carriers", "moments", "stable", "rho_attn", "rho_mlp", "alpha", "tau_attn", "tau_mlp", "slope"),
     *("top_heads", "top_neurons", "scale", "layers", "direction_layer", "embedding"),
 )
 strength_options = options(
     click.option("--strength", type=float, help="Multiplies the edit; without it the KL budget decides."),
     click.option("--kl-budget", type=float, help="Mean KL per token on neutral text, in nats.  [default: 0.05]"),
+    click.option("--kl-budget-attn", type=float, help="The same for attention's edits alone."),
+    click.option("--kl-budget-mlp", type=float, help="The same for the MLPs' edits alone."),
     click.option("--neutral", type=PATH, help="Your own neutral text, instead of the packaged one."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is there already.")
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """Numbers separated by commas; none for an empty text."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers, such as 0.5,1,2", param_hint=flag) from None
+
+
+def open_model(model: str, given: dict[str, Any]) -> Any:
+    """A checkpoint and its specification."""
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model, given["revision"])
+    return checkpoint, read_spec(checkpoint)
+
+
+def progress_bar() -> Any:
+    """The progress of commands: bars on stderr."""
+    from steer2edit.progress import bar
+
+    return bar
+
+
+def print_result(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
+    """A result on stdout, as JSON or as text."""
+    click.echo(json.dumps(result, indent=1, default=list) if as_json else render(result))
 
 
 def only_statistics(given: dict[str, Any]) -> bool:
@@ -105,6 +150,15 @@ def read_behavior(given: dict[str, Any]) -> Any:
     return Behavior.builtin(given["behavior"], given["system"], given["span"])
 
 
+def read_held_out(given: dict[str, Any]) -> Any:
+    """The questions of --eval, or those that come with --behavior; None where there are neither."""
+    from steer2edit.heldout import builtin_questions, read_questions
+
+    if given["questions"]:
+        return read_questions(given["questions"])
+    return builtin_questions(given["behavior"]) if given["behavior"] else None
+
+
 def read_method_options(given: dict[str, Any]) -> Any:
     from dataclasses import fields
 
@@ -116,6 +170,9 @@ def read_method_options(given: dict[str, Any]) -> Any:
     if strange := sorted(chosen.keys() - known):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         raise click.UsageError(f"the method {given['method']} has no option {flags}")
+    if chosen.get("scale") == "absolute":
+        # the paper's edit to the letter knows nothing of stability
+        chosen.setdefault("stable", False)
     if "layers" in chosen:
         chosen["layers"] = _layers(chosen["layers"])
     return options_class(**chosen)
@@ -132,16 +189,20 @@ def _layers(text: str) -> tuple[int, int]:
 
 def read_strength(given: dict[str, Any]) -> float | None:
     # the paper's lambda is absolute: asked for by that name, it is not rescaled unasked
-    if given["scale"] == "absolute" and given["strength"] is None and given["kl_budget"] is None:
+    budgets = (given["kl_budget"], given["kl_budget_attn"], given["kl_budget_mlp"])
+    if given["scale"] == "absolute" and given["strength"] is None and all(budget is None for budget in budgets):
         return 1.0
     value: float | None = given["strength"]
     return value
 
 
-def read_budget(given: dict[str, Any]) -> float:
-    from steer2edit.compiler import KL_BUDGET
+def read_budgets(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``settle_strength`` that say how strong an edit may be."""
+    from steer2edit.architecture import Role
 
-    return KL_BUDGET if given["kl_budget"] is None else float(given["kl_budget"])
+    budgets = {Role.ATTN_OUT: given["kl_budget_attn"], Role.MLP_OUT: given["kl_budget_mlp"]}
+    classes = {role: budget for role, budget in budgets.items() if budget is not None}
+    return {"strength": read_strength(given), "kl_budget": given["kl_budget"], "class_budgets": classes or None}
 
 
 def read_neutral(given: dict[str, Any]) -> str | None:

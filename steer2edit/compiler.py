@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steer2edit import contrast, methods, targets
-from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.analysis import Scoring
+from steer2edit.architecture import Role, read_spec
 from steer2edit.capture import capture
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength
-from steer2edit.encoding import Span, encode
+from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength, quadratic_start
+from steer2edit.encoding import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.files import check_new
+from steer2edit.heldout import Question, prompt_digest
 from steer2edit.model import LoadedModel, Runtime, edited, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
 
+if TYPE_CHECKING:
+    from steer2edit.evaluate import Evaluation
+
 KL_BUDGET = 0.05
 METHOD = "steering"
+BACKGROUND_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Compiled:
     statistics: Statistics
     artefacts: dict[str, Path]
     lowerings: dict[str, Lowering]
+    evaluation: Evaluation | None = None
 
 
 def compile(
@@ -69,19 +77,23 @@ def compile(
     method: str = METHOD,
     options: Any = None,
     strength: float | None = None,
-    kl_budget: float = KL_BUDGET,
-    neutral_text: str | Sequence[str] | None = None,
+    kl_budget: float | None = None,
+    class_budgets: Mapping[Role, float] | None = None,
+    neutral: str | Sequence[str] | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008
     batch_tokens: int = 4096,
+    questions: Sequence[Question] | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Compiled:
     """Compile a behaviour into ``model``'s weights.
 
     ``strength`` multiplies the method's edit; without it, the largest is taken whose measured mean KL on neutral text (nats
-    per token) is within ``kl_budget``. With one target ``out`` is its folder, with several a folder for each inside.
-    ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. Raises a
-    Steer2EditError for whatever is wrong with the input.
+    per token) is within ``kl_budget``, 0.05 unless given. With one target ``out`` is its folder, with several a folder for
+    each inside.
+    ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. With held-out
+    ``questions`` the edit is also measured, beside activation steering and a random direction, and each artefact gets
+    the evaluation and a report page. Raises a Steer2EditError for whatever is wrong with the input.
     """
     folders = artefact_folders(out, to, force)
     checkpoint = open_checkpoint(model, revision)
@@ -91,16 +103,23 @@ def compile(
         statistics = behavior
     else:
         statistics = capture_statistics(loaded, checkpoint, behavior, batch_tokens=batch_tokens, progress=progress)
-    plan = make_plan(checkpoint, spec, statistics, method=method, options=options, progress=progress)
+    scoring = Scoring(checkpoint, spec, statistics)
+    plan = make_plan(scoring, method=method, options=options, progress=progress)
+    text = neutral_text(loaded, neutral, progress)
     plan = settle_strength(
-        loaded, plan, strength=strength, kl_budget=kl_budget, neutral_text=neutral_text, progress=progress
+        loaded, plan, strength=strength, kl_budget=kl_budget, class_budgets=class_budgets, neutral=text
     )
 
     lowerings = {
         target: targets.emit(plan, checkpoint, spec, target, folder, force=force, progress=progress)
         for target, folder in folders.items()
     }
-    return Compiled(plan, statistics, folders, lowerings)
+    if questions is None:
+        return Compiled(plan, statistics, folders, lowerings)
+    from steer2edit.assess import prove
+
+    evaluation = prove(loaded, scoring, plan, text, questions, folders, progress)
+    return Compiled(plan, statistics, folders, lowerings, evaluation)
 
 
 def capture_statistics(
@@ -108,27 +127,35 @@ def capture_statistics(
     checkpoint: Checkpoint,
     behavior: Behavior,
     *,
+    background: str | Sequence[str] | None = None,
     batch_tokens: int = 4096,
     progress: Progress = silent,
 ) -> Statistics:
-    """Run the model over the behaviour's examples once; the result remembers of what it is."""
+    """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
+
+    The background stands for everything else the model may read; without one the packaged English text is taken.
+    """
+    texts = contrast.background_text() if background is None else background
+    texts = [texts] if isinstance(texts, str) else list(texts)
     source = {
         "name": behavior.name,
         "data": contrast.data_hash(behavior.examples),
         "system": behavior.system,
         "span": behavior.span,
+        "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
         "fingerprint": checkpoint.fingerprint,
         "model": checkpoint.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
     encoded = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
+    neutral = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
+    encoded += [Encoded(tuple(ids), 1, "neutral", row) for row, ids in enumerate(neutral)]
     return capture(loaded, encoded, batch_tokens=batch_tokens, source=source, progress=progress)
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    statistics: Statistics,
+    scoring: Scoring,
     *,
     method: str = METHOD,
     options: Any = None,
@@ -138,6 +165,7 @@ def make_plan(
 
     Raises PlanError where the statistics are of another model.
     """
+    checkpoint, statistics = scoring.checkpoint, scoring.statistics
     theirs = statistics.source.get("fingerprint")
     if theirs != checkpoint.fingerprint:
         raise PlanError(
@@ -145,10 +173,8 @@ def make_plan(
             f"has the fingerprint {checkpoint.fingerprint[:12]}; capture them from this model"
         )
     module = methods.load(method)
-    plan: EditPlan = module.plan(
-        checkpoint, spec, statistics, module.Options() if options is None else options, progress
-    )
-    described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span")}
+    plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
+    described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 
 
@@ -157,31 +183,88 @@ def settle_strength(
     plan: EditPlan,
     *,
     strength: float | None = None,
-    kl_budget: float = KL_BUDGET,
-    neutral_text: str | Sequence[str] | None = None,
-    progress: Progress = silent,
+    kl_budget: float | None = None,
+    class_budgets: Mapping[Role, float] | None = None,
+    neutral: NeutralText,
 ) -> EditPlan:
-    """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it."""
+    """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it.
+
+    ``class_budgets`` give attention and MLPs each a KL of their own, measured with the other class switched off; a budget
+    of 0 leaves a class out. ``kl_budget`` then bounds them together, where it is given. Raises PlanError where the plan
+    edits a class that has no budget.
+    """
     if strength is not None and not math.isfinite(strength):
         raise PlanError(f"--strength is {strength}, expected a finite number")
     if not plan.edits:
         raise Steer2EditError(
-            "the plan edits nothing: every score is under its threshold; lower rho or raise --top-heads/--top-neurons"
+            "the plan edits nothing: every score is under its threshold, or no score's sign is stable; lower rho, raise "
+            "--top-heads/--top-neurons, give more examples, or --all-components"
         )
-    neutral = NeutralText(loaded, contrast.neutral_text() if neutral_text is None else neutral_text, progress=progress)
+    classes: dict[str, Any] = {}
+    if class_budgets is not None:
+        plan, classes = _settle_classes(loaded, plan, class_budgets, neutral)
+    elif kl_budget is None and strength is None:
+        kl_budget = KL_BUDGET
 
     def measure(factor: float) -> Divergence:
         with edited(loaded, plan, factor):
             return neutral.measure()
 
-    found = find_strength(measure, kl_budget) if strength is None else Strength(strength, measure(strength), ())
+    if strength is not None or kl_budget is None:
+        fixed = 1.0 if strength is None else strength
+        found = Strength(fixed, measure(fixed), ())
+        kl_budget = None
+    else:
+        found = find_strength(measure, kl_budget, start=_start(loaded, plan, neutral, kl_budget))
     measured = {
         "strength": found.strength,
-        "kl_budget": kl_budget if strength is None else None,
+        "kl_budget": kl_budget,
+        **({"classes": classes} if classes else {}),
         **asdict(found.divergence),
         "steps": [list(step) for step in found.steps],
     }
-    return replace(plan.scaled(found.strength), measured=measured)
+    return replace(plan.scaled(found.strength), measured={**plan.measured, **measured})
+
+
+def _settle_classes(
+    loaded: LoadedModel, plan: EditPlan, budgets: Mapping[Role, float], neutral: NeutralText
+) -> tuple[EditPlan, dict[str, Any]]:
+    roles = {tensor: site.role for site in loaded.spec.sites for tensor in (site.tensor, site.bias) if tensor}
+    found: dict[str, Any] = {}
+    factors: dict[Role, float] = {}
+    for role in sorted({roles[edit.tensor] for edit in plan.edits if edit.tensor in roles}):
+        name = "attn" if role is Role.ATTN_OUT else "mlp"
+        if role not in budgets:
+            raise PlanError(f"the plan edits {name} writers too: give --kl-budget-{name} (0 leaves them out)")
+        factors[role] = 0.0
+        if budgets[role] > 0:
+            part = replace(plan, edits=tuple(edit for edit in plan.edits if roles.get(edit.tensor) is role))
+
+            def measure(factor: float, part: EditPlan = part) -> Divergence:
+                with edited(loaded, part, factor):
+                    return neutral.measure()
+
+            settled = find_strength(measure, budgets[role], start=_start(loaded, part, neutral, budgets[role]))
+            factors[role] = settled.strength
+            found[name] = {"strength": settled.strength, "kl_budget": budgets[role], "kl": settled.divergence.kl}
+    tensors = {tensor: factors.get(role, 1.0) for tensor, role in roles.items()}
+    keys = {site.key: factors.get(site.role, 1.0) for site in loaded.spec.sites}
+    return plan.reweighted(tensors, keys), found
+
+
+def _start(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, budget: float) -> float:
+    def glance(factor: float) -> Divergence:
+        with edited(loaded, plan, factor):
+            return neutral.measure(glance=True)
+
+    return quadratic_start(glance, budget)
+
+
+def neutral_text(
+    loaded: LoadedModel, text: str | Sequence[str] | None = None, progress: Progress = silent
+) -> NeutralText:
+    """The text on which the KL is measured; the packaged one if there is none."""
+    return NeutralText(loaded, contrast.neutral_text() if text is None else text, progress=progress)
 
 
 def artefact_folders(out: str | Path, to: Sequence[str], force: bool) -> dict[str, Path]:

@@ -1,26 +1,21 @@
-"""Contrast data: reading and validating it, and what is built in.
+"""Contrast data: what a row must hold, and what is built in.
 
-A source is a ``.jsonl``/``.ndjson``, ``.json`` (a list), ``.csv`` or ``.parquet`` file, or a Hub dataset.
 A row is ``{"prompt", "positive", "negative"}`` or ``{"prompt", "response", "label"}``; the rest is ignored.
-All the problems of a source are reported together.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
 import hashlib
 import importlib.resources
-import io
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from steer2edit.errors import DataError, listing, shown
+from steer2edit.rows import Message, Prompt, Shape, parse_json_lines, prompt_fault, prompt_of, read_source, text_fault
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # its place since Python 3.11
@@ -30,16 +25,6 @@ LABELS: tuple[Label, Label] = ("positive", "negative")
 PAIR = ("prompt", "positive", "negative")
 LABELLED = ("prompt", "response", "label")
 SHAPES = 'expected "prompt", "positive", "negative" or "prompt", "response", "label"'
-
-
-class Message(NamedTuple):
-    """One turn of a chat; a tuple, so that prompts can be compared and hashed."""
-
-    role: str
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -58,19 +43,7 @@ def read_contrast(source: str | Path) -> list[Example]:
 
     Raises DataError, which lists every problem with its line or row.
     """
-    try:
-        path = Path(source).expanduser()
-        folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"cannot read {shown(str(source))}: {error}") from None
-    if folder:
-        raise DataError(f"{path} is a folder; name a file in it ({', '.join(_READERS)})")
-    if exists:
-        return _read(path, path.name)
-    repo, _, file = str(source).partition(":")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII) and PurePosixPath(repo).suffix not in _READERS:
-        return _read(*_download(repo, file))
-    raise DataError(f"{source} does not exist, and is no Hub dataset (user/name or user/name:file) either")
+    return _both(read_source(source, SHAPE, _examples), str(source))
 
 
 def behaviors() -> tuple[str, ...]:
@@ -87,13 +60,18 @@ def load_behavior(name: str) -> list[Example]:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise DataError(f"there is no built-in behaviour {shown(name)}; there are {', '.join(known)}.{hint}")
     file = f"{name}.jsonl"
-    examples = _parse((_package_data() / file).read_bytes(), file, _json_lines)
+    examples = _both(parse_json_lines((_package_data() / file).read_bytes(), file, SHAPE, _examples), file)
     return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
 
 
 def neutral_text() -> str:
     """Running English text without any of the behaviours, to measure how far an edit moves the model."""
     return (_package_data() / "neutral.txt").read_text(encoding="utf-8")
+
+
+def background_text() -> str:
+    """Running English text of all kinds, none of it in ``neutral_text``: what the second moments are measured on."""
+    return (_package_data() / "background.txt").read_text(encoding="utf-8")
 
 
 def data_hash(examples: Iterable[Example]) -> str:
@@ -107,180 +85,30 @@ def _package_data() -> Traversable:
     return importlib.resources.files("steer2edit") / "behaviors"
 
 
-def _download(repo: str, file: str) -> tuple[Path, str]:
-    """The local copy of a dataset's file and its name in messages; the only file, if none is named."""
-    import huggingface_hub
-
-    try:
-        if not file:
-            held = huggingface_hub.list_repo_files(repo, repo_type="dataset")
-            paths = [path for path in map(PurePosixPath, sorted(held)) if path.suffix.lower() in _READERS]
-            found = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
-            if not found:
-                raise DataError(f"the dataset {repo} on the Hub holds no file in a format of {', '.join(_READERS)}")
-            if len(found) > 1:
-                raise DataError(
-                    f"the dataset {repo} on the Hub holds several data files; name one as {repo}:{found[0]}\n"
-                    f"{listing(found)}"
-                )
-            file = found[0]
-        return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}:{file}"
-    except DataError:
-        raise
-    except Exception as error:  # its errors have no base in common over the supported versions
-        name = f"{repo}:{file}" if file else repo
-        raise DataError(f"cannot read {name}: no such file here, and the Hub says: {_reason(error)}") from None
-
-
-# A reader yields each row with its place, and notes what it cannot read.
-_Reader = Callable[[bytes, str, list[str]], Iterator[tuple[str, object]]]
-
-
-def _read(path: Path, name: str) -> list[Example]:
-    reader = _READERS.get(PurePosixPath(name).suffix.lower())
-    if reader is None:
-        raise DataError(f"{name} is in no known format; expected a name that ends in {', '.join(_READERS)}")
-    try:
-        return _parse(path.read_bytes(), name, reader)
-    except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-def _parse(data: bytes, name: str, reader: _Reader) -> list[Example]:
-    problems: list[str] = []
-    examples: list[Example] = []
-    rows = 0
-    data = data.removeprefix(codecs.BOM_UTF8)
-    for where, row in reader(data, name, problems):
-        examples += _examples(row, where, rows, problems)
-        rows += 1
-    if not data.strip():
-        problems = [f"{name} is empty"]
-    elif not rows and not problems:
-        problems = [f"{name} holds no rows; {SHAPES}"]
-    elif not problems:
-        missing = [label for label in LABELS if all(e.label != label for e in examples)]
-        problems = [f"{name} holds no {label} example; both classes are needed" for label in missing]
-    if problems:
-        raise DataError(f"{name} cannot be used as contrast data:\n{listing(problems)}")
+def _both(examples: list[Example], name: str) -> list[Example]:
+    missing = [label for label in LABELS if all(e.label != label for e in examples)]
+    if missing:
+        raise DataError(
+            f"{name} cannot be used as contrast data:\n"
+            f"{listing(f'{name} holds no {label} example; both classes are needed' for label in missing)}"
+        )
     return examples
 
 
-def _json_lines(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{name} line {number}"
-        if line.strip():
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{where}: {_reason(error)}")
-
-
-def _json_list(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, object]]:
-    text = _decoded(data, name, problems)
-    if not text.strip():
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
-        problems.append(f"{name}{line}: {_reason(error)}{hint}")
-        return
-    if isinstance(rows, list):
-        yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
-    else:
-        problems.append(f"{name}: expected a list of rows, found {shown(rows)}")
-
-
-def _csv(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, object]]:
-    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a long response; the limit is the whole process's
-    try:
-        reader = csv.reader(io.StringIO(_decoded(data, name, problems), newline=""), strict=True)
-        line, header = 1, None
-        try:
-            for cells in reader:
-                where, line = f"{name} line {line}", reader.line_num + 1
-                if not any(cells):
-                    continue
-                if header is None:
-                    header = [cell.strip() for cell in cells]
-                    twice = ", ".join(sorted({key for key in PAIR + LABELLED if header.count(key) > 1}))
-                    if fault := f"column {twice} occurs twice" if twice else _missing(header):
-                        problems.append(f"{where} (the header): {fault}")
-                        return
-                elif len(cells) != len(header):
-                    problems.append(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
-                else:
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            problems.append(f"{name} line {line}: {error}")
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(data: bytes, name: str, problems: list[str]) -> Iterator[tuple[str, object]]:
-    if not data:
-        return
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        problems.append(f"{name}: Parquet needs pyarrow; install it with: pip install 'steer2edit[parquet]'")
-        return
-    try:
-        file = parquet.ParquetFile(io.BytesIO(data))
-        columns = [column for column in file.schema_arrow.names if column in PAIR + LABELLED]
-        if missing := _missing(file.schema_arrow.names):
-            problems.append(f"{name}: {missing}")
-            return
-        rows = file.read(columns=columns).to_pylist()
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        problems.append(f"{name}: {_reason(error)}")
-        return
-    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
-
-
-_READERS: dict[str, _Reader] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_list,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _decoded(data: bytes, name: str, problems: list[str]) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        problems.append(f"{name} line {line}: {_reason(error)}")
-        return ""
-
-
-def _examples(row: object, where: str, index: int, problems: list[str]) -> list[Example]:
+def _examples(row: dict[str, object], where: str, index: int, problems: list[str]) -> list[Example]:
     """The one or two examples of a row; none, and a note for each fault, if it has any."""
-    if not isinstance(row, dict):
-        problems.append(f"{where}: expected an object, found {shown(row)}")
-        return []
-    if missing := _missing(row):
-        problems.append(f"{where}: {missing}")
-        return []
     pair = all(key in row for key in PAIR)
-    faults = [_prompt_fault(row["prompt"])]
-    faults += [_text_fault(key, row[key], filled=True) for key in (PAIR[1:] if pair else ("response",))]
+    faults = [prompt_fault(row["prompt"])]
+    faults += [text_fault(key, row[key], filled=True) for key in (PAIR[1:] if pair else ("response",))]
     if not pair and row["label"] not in LABELS:
         faults.append(f'label is {shown(row["label"])}; expected "positive" or "negative"')
     found = [f"{where}: {fault}" for fault in faults if fault]
     problems += found
     if found:
         return []
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        prompt = tuple(Message(message["role"], message["content"]) for message in prompt)
-    responses = [(row[label], label) for label in LABELS] if pair else [(row["response"], row["label"])]
-    return [Example(prompt, response, label, where, index) for response, label in responses]
+    prompt = prompt_of(row["prompt"])
+    given = LABELS if pair else [label for label in LABELS if label == row["label"]]
+    return [Example(prompt, str(row[label if pair else "response"]), label, where, index) for label in given]
 
 
 def _missing(keys: Iterable[str]) -> str:
@@ -294,36 +122,4 @@ def _missing(keys: Iterable[str]) -> str:
     return f"{absent} is missing; {SHAPES}"
 
 
-def _prompt_fault(prompt: object) -> str:
-    if isinstance(prompt, str):
-        return _text_fault("prompt", prompt)
-    if not isinstance(prompt, list):
-        return f"prompt: expected a string or a list of chat messages, found {shown(prompt)}"
-    if not prompt:
-        return "prompt: the list of chat messages is empty"
-    for i, message in enumerate(prompt, start=1):
-        if not isinstance(message, dict):
-            return f'prompt, message {i}: expected {{"role", "content"}}, found {shown(message)}'
-        for key in Message._fields:
-            if key not in message:
-                return f'prompt, message {i}: "{key}" is missing'
-            if fault := _text_fault(key, message[key], filled=key == "role"):
-                return f"prompt, message {i}: {fault}"
-    return ""
-
-
-def _text_fault(key: str, value: object, filled: bool = False) -> str:
-    if not isinstance(value, str):
-        return f"{key}: expected a string, found {shown(value)}"
-    if filled and not value.strip():
-        return f"{key} is empty" if not value else f"{key} holds nothing but white space"
-    half = re.search("[\ud800-\udfff]", value)
-    return f"{key} holds half of a surrogate pair, which is no character" if half else ""
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON: {error.msg} at column {error.colno}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+SHAPE = Shape(PAIR + LABELLED, _missing, "contrast data", SHAPES)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from steer2edit.encoding import windows
 from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.estimates import estimate
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 
@@ -23,13 +23,37 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Divergence:
-    """``kl`` in nats per token with ``stderr``, over ``tokens``; perplexities of both models on the same tokens."""
+    """``kl`` in nats per token, with its bootstrap 95 % interval over the text's windows, and both models' perplexities.
+
+    ``quadratic`` is ``½ E Var_p(log q - log p)``, which KL approaches as an edit gets small; unlike KL it is a sum of squares
+    and not of cancelling terms, so it can be measured at a strength far below the one that is sought.
+    """
 
     kl: float
-    stderr: float
+    low: float
+    high: float
     tokens: int
     base_perplexity: float
     perplexity: float
+    quadratic: float
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What was measured of each window of the text: sums over its predictions, in nats; see :class:`Divergence`."""
+
+    tokens: tuple[int, ...]
+    kl: tuple[float, ...]
+    quadratic: tuple[float, ...]
+    base_loss: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    def divergence(self) -> Divergence:
+        """The text's divergence; tokens of one window are no independent draws, so the interval is over windows."""
+        kl = estimate(self.kl, self.tokens)
+        count = sum(self.tokens)
+        base, now = (math.exp(min(sum(losses) / count, 700)) for losses in (self.base_loss, self.loss))
+        return Divergence(kl.value, kl.low, kl.high, count, base, now, sum(self.quadratic) / count)
 
 
 @dataclass(frozen=True)
@@ -53,67 +77,71 @@ class NeutralText:
         text: str | Sequence[str],
         *,
         max_tokens: int = 4096,
-        window: int = 256,
+        window: int = 128,
         batch_tokens: int = 2048,
         progress: Progress = silent,
     ) -> None:
         self._loaded = loaded
         self._progress = progress
-        self._windows = _windows(loaded, [text] if isinstance(text, str) else list(text), max_tokens, window)
+        texts = [text] if isinstance(text, str) else text
+        self._windows = windows(loaded.tokenizer, texts, max_tokens, min(window, loaded.context))
         if self.tokens < 16:
             raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
         self._batches = batches([len(one) for one in self._windows], batch_tokens)
         self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
-        self._base = torch.cat(list(self._hidden("base on neutral text"))).cpu()
+        order = [i for batch in self._batches for i in batch]
+        self._owners = torch.tensor([i for i in order for _ in self._windows[i][1:]])
+        self._base = torch.cat(list(self._hidden("base on neutral text", loaded, self._batches))).cpu()
 
     @property
     def tokens(self) -> int:
         """Predictions that are compared."""
         return sum(len(window) - 1 for window in self._windows)
 
-    def measure(self) -> Divergence:
-        """Compare the model, with whatever hooks are on it, with the base."""
-        kls, base_loss, loss = [], 0.0, 0.0
-        at = 0
-        for hidden in self._hidden("KL on neutral text"):
+    def measure(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Divergence:
+        """Compare the model, with whatever hooks are on it, with the base; or another model, of the same tokens.
+
+        A ``glance`` takes two windows alone.
+        """
+        return self.windows(loaded, glance=glance).divergence()
+
+    def windows(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Windows:
+        """The same, window by window."""
+        loaded = self._loaded if loaded is None else loaded
+        chosen = [self._batches[-1][-2:]] if glance else self._batches
+        sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
+        at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
+        for hidden in self._hidden("KL on neutral text", loaded, chosen):
             for now in torch.split(hidden, _CHUNK):
                 rows = slice(at, at + len(now))
                 at = rows.stop
                 gold = self._targets[rows, None].to(now.device)
-                p = self._log_probabilities(self._base[rows].to(now.device))
-                q = self._log_probabilities(now)
-                base_loss -= float(p.gather(1, gold).sum())
-                loss -= float(q.gather(1, gold).sum())
-                q.sub_(p).neg_()
-                kls.append(p.exp_().mul_(q).sum(1).double().cpu())
-        every = torch.cat(kls)
-        count = len(every)
-        return Divergence(
-            kl=float(every.mean()),
-            stderr=float(every.std() / math.sqrt(count)),
-            tokens=count,
-            base_perplexity=math.exp(min(base_loss / count, 700)),
-            perplexity=math.exp(min(loss / count, 700)),
-        )
+                p = self._loaded.log_probabilities(self._base[rows].to(now.device))
+                q = loaded.log_probabilities(now)
+                base_loss, loss = -p.gather(1, gold)[:, 0], -q.gather(1, gold)[:, 0]
+                difference = p.sub(q)
+                weighted = p.exp_().mul_(difference)
+                kl = weighted.sum(1)
+                quadratic = (weighted.mul_(difference).sum(1) - kl.square()) / 2
+                found = torch.stack((kl, quadratic, base_loss, loss), dim=1)
+                sums.index_add_(0, self._owners[rows], found.double().cpu())
+        kept = sorted(i for batch in chosen for i in batch)
+        columns = (tuple(column.tolist()) for column in sums[kept].T)
+        return Windows(tuple(len(self._windows[i]) - 1 for i in kept), *columns)
 
-    def _hidden(self, stage: str) -> Iterator[torch.Tensor]:
+    def _hidden(
+        self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]]
+    ) -> Iterator[torch.Tensor]:
         """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
-        pad = self._loaded.tokenizer.pad_token_id or 0
-        with self._progress(stage, total=self.tokens) as advance, torch.inference_mode():
-            for chosen in self._batches:
-                windows = [self._windows[i] for i in chosen]
-                ids, mask = pad_right(windows, pad, self._loaded.device)
-                states = self._loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-                yield torch.cat([row[: len(one) - 1] for row, one in zip(states, windows, strict=True)])
-                advance(sum(map(len, windows)) - len(windows))
-
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        # the model's own forward with its body replaced: whatever the family does to logits is done here too
-        body = self._loaded.body()
-        with torch.inference_mode(), _returning(body, hidden[None]):
-            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits = self._loaded.model(input_ids=ids, use_cache=False).logits[0]
-            return torch.log_softmax(logits.float(), dim=-1)
+        pad = loaded.tokenizer.pad_token_id or 0
+        total = sum(len(self._windows[i]) - 1 for batch in chosen_batches for i in batch)
+        with self._progress(stage, total=total) as advance, torch.inference_mode():
+            for chosen in chosen_batches:
+                texts = [self._windows[i] for i in chosen]
+                ids, mask = pad_right(texts, pad, loaded.device)
+                states = loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                yield torch.cat([row[: len(one) - 1] for row, one in zip(states, texts, strict=True)])
+                advance(sum(map(len, texts)) - len(texts))
 
 
 def find_strength(
@@ -127,10 +155,10 @@ def find_strength(
     """The largest strength whose measured KL stays within ``budget``, to ``tolerance`` of the budget.
 
     KL grows about as the square of the strength, so each guess follows the power law through the last measurement
-    and falls back to bisection inside the bracket. Raises Steer2EditError where no strength meets the budget.
+    and falls back to bisection inside the bracket; :func:`quadratic_start` gives a good ``start``.
+    Raises Steer2EditError where no strength meets the budget.
     """
-    if not budget > 0:
-        raise Steer2EditError(f"the KL budget is {budget}, expected a positive number of nats per token")
+    _check_budget(budget)
     low: tuple[float, Divergence] | None = None
     high: tuple[float, float] | None = None
     steps: list[tuple[float, float]] = []
@@ -155,6 +183,30 @@ def find_strength(
     return Strength(low[0], low[1], tuple(steps))
 
 
+def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, probe: float = 0.1) -> float:
+    """The strength that meets ``budget`` if the logits moved in proportion to it: ``γ = sqrt(2ε / E Var_p(J v))``.
+
+    ``E Var_p(J v)`` is measured by a finite difference, ``2 quadratic(h) / h²`` at a small strength h; ``probe`` is the first
+    one tried, and it is moved until the logits differ by more than rounding and less than would bend the curve.
+    """
+    _check_budget(budget)
+    for _ in range(8):
+        found = glance(probe).quadratic
+        if math.isfinite(found) and found > 0:
+            guess = probe * math.sqrt(budget / found)
+            if 1e-4 <= found <= max(budget, 1e-2):
+                return guess
+            probe = min(max(0.5 * guess, probe / 30), probe * 30)
+        else:
+            probe = probe / 16 if found else probe * 16
+    return probe
+
+
+def _check_budget(budget: float) -> None:
+    if not budget > 0:
+        raise Steer2EditError(f"the KL budget is {budget}, expected a positive number of nats per token")
+
+
 def _next(low: tuple[float, Divergence] | None, high: tuple[float, float] | None, budget: float) -> float:
     # aimed a little under the budget, so that a good guess ends the search
     goal = 0.975 * budget
@@ -169,27 +221,3 @@ def _next(low: tuple[float, Divergence] | None, high: tuple[float, float] | None
     if not math.isfinite(kl):
         return at / 16
     return at * min(max(math.sqrt(goal / max(kl, 1e-12)), 1 / 64), 64.0)
-
-
-def _windows(loaded: LoadedModel, texts: list[str], max_tokens: int, window: int) -> list[list[int]]:
-    windows: list[list[int]] = []
-    left = max_tokens
-    for ids in loaded.tokenizer(texts, verbose=False)["input_ids"]:
-        kept = ids[: max(left, 0)]
-        left -= len(kept)
-        # every window begins as a text does: some models are lost without their BOS
-        start = kept[:1] if kept[:1] == [loaded.tokenizer.bos_token_id] else []
-        body = kept[len(start) :]
-        windows += [start + body[i : i + window] for i in range(0, len(body), window) if len(body) - i > 1 or start]
-    return windows
-
-
-@contextmanager
-def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del body.forward

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from steer2edit.contrast import Example, Label, Message, Prompt
+from steer2edit.contrast import Example, Label
 from steer2edit.errors import DataError, listing, shown
+from steer2edit.rows import Message, Prompt
 
 Span = Literal["matched", "response"]
 
@@ -18,7 +19,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     start: int
-    label: Label
+    label: Label | Literal["neutral"]
     row: int
 
 
@@ -94,6 +95,20 @@ def encode(
     return _matched(examples, encoded) if span == "matched" else encoded
 
 
+def windows(tokenizer: Any, texts: Sequence[str], max_tokens: int, size: int = 256) -> list[list[int]]:
+    """Token ids of running texts, each read by itself in windows of ``size`` tokens, ``max_tokens`` in all."""
+    found: list[list[int]] = []
+    left = max_tokens
+    for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
+        kept = ids[: max(left, 0)]
+        left -= len(kept)
+        # every window begins as a text does: some models are lost without their BOS
+        start = kept[:1] if kept[:1] == [tokenizer.bos_token_id] else []
+        body = kept[len(start) :]
+        found += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
+    return found
+
+
 def _templated(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
@@ -117,7 +132,7 @@ def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encode
     """All responses of a row cut to as many tokens as its shortest has; a row with one class only stays whole."""
     # The prompt is part of the key: the rows of two sources put together may have the same numbers.
     rows = [(example.prompt, example.row) for example in examples]
-    labels: dict[tuple[Prompt, int], set[Label]] = {}
+    labels: dict[tuple[Prompt, int], set[str]] = {}
     shortest: dict[tuple[Prompt, int], int] = {}
     for row, one in zip(rows, encoded, strict=True):
         length = len(one.ids) - one.start

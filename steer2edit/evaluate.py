@@ -1,67 +1,233 @@
-"""What a model says: batched greedy generation, and means over prompts with their uncertainty."""
+"""Any number of candidates on one loaded model, each measured on the same questions, beside the base.
+
+A plan is applied as exact low-rank hooks, so a candidate costs no weight write and no reload; a checkpoint is loaded
+beside the base; an adapter goes through PEFT.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from steer2edit.model import LoadedModel
+from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.errors import CheckpointError, PlanError
+from steer2edit.estimates import Estimate
+from steer2edit.files import RECEIPT, write_text
+from steer2edit.metrics import Metric, Sample, Task
+from steer2edit.model import LoadedModel, Runtime, edited, load_weights
+from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.targets import PLAN, read_receipt
+
+FORMAT = "steer2edit.evaluation.1"
 
 
-def generate(
-    loaded: LoadedModel,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 256,
-    add_special_tokens: bool = True,
-    progress: Progress = silent,
-) -> list[list[int]]:
-    """Greedy continuations as token ids, without the end token, in the order of ``prompts``.
+@dataclass(frozen=True)
+class Candidate:
+    """A way to change the model: within ``enter()`` the yielded model is changed.
 
-    ``prompts`` are rendered texts; with a chat template, which writes its own special tokens, ``add_special_tokens`` is
-    False. Whatever hooks are on the model are in force.
+    ``kind`` is base, edit, or the name of a baseline; ``note`` says in words what it is; ``seen`` are digests of the prompts
+    that it was made or chosen by.
     """
-    tokenizer = loaded.tokenizer
-    rows = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ends = _end_tokens(loaded)
-    found: dict[int, list[int]] = {}
-    with progress("generate", total=len(rows)) as advance, torch.inference_mode():
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            width = max(len(rows[i]) for i in chosen)
-            # on the left, so that every row's next token is at the same place
-            ids = torch.tensor([[pad] * (width - len(rows[i])) + rows[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
-            out = loaded.model.generate(
-                input_ids=ids.to(loaded.device),
-                attention_mask=mask.to(loaded.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            for index, row in zip(chosen, out[:, width:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(row) if token in ends), len(row))
-                found[index] = row[:end]
-            advance(len(chosen))
-    return [found[index] for index in range(len(rows))]
+
+    name: str
+    enter: Callable[[], AbstractContextManager[LoadedModel]]
+    kind: str = "edit"
+    note: str = ""
+    strength: float | None = None
+    seen: frozenset[str] = frozenset()
 
 
-def mean_and_interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """The mean and its bootstrap 95 % interval over ``values``."""
-    data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(len(data), (draws, len(data)), generator=generator)
-    means = data[index].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(data.mean()), low, high
+@dataclass(frozen=True)
+class Row:
+    """What one candidate gave: samples by metric name, answers in the questions' order, seconds taken."""
+
+    name: str
+    kind: str
+    samples: Mapping[str, Sample]
+    note: str = ""
+    strength: float | None = None
+    answers: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
-def _end_tokens(loaded: LoadedModel) -> set[int]:
-    ends = loaded.model.generation_config.eos_token_id
-    found = set(ends) if isinstance(ends, list) else {ends}
-    return {token for token in (*found, loaded.tokenizer.eos_token_id) if token is not None}
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows, the base first; ``context`` says on what: model, split, seed, counts; ``prompts`` go with the answers."""
+
+    metrics: tuple[Metric, ...]
+    rows: tuple[Row, ...]
+    context: Mapping[str, Any] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+
+    def metric(self, name: str) -> Metric:
+        """The metric called ``name``. Raises PlanError naming those there are."""
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        raise PlanError(f"there is no metric {name!r}; there are {', '.join(m.name for m in self.metrics)}")
+
+    def estimate(self, row: Row, name: str) -> Estimate:
+        """A row's metric with its interval."""
+        return row.samples[name].estimate(self.metric(name))
+
+    def change(self, row: Row, name: str) -> Estimate:
+        """A row's metric against the base's, paired by question."""
+        return row.samples[name].change(self.rows[0].samples[name], self.metric(name))
+
+    def described(self) -> dict[str, Any]:
+        """The numbers in plain values, without single questions."""
+        rows = [
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "note": row.note,
+                "strength": row.strength,
+                "seconds": row.seconds,
+                "metrics": {
+                    m.name: {**asdict(self.estimate(row, m.name)), "change": asdict(self.change(row, m.name))}
+                    for m in self.metrics
+                },
+            }
+            for row in self.rows
+        ]
+        return {"metrics": [asdict(metric) for metric in self.metrics], "context": dict(self.context), "rows": rows}
+
+    def save(self, path: Path) -> None:
+        """Write everything, single questions and answers too, as JSON."""
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        """Read what :meth:`save` wrote. Raises PlanError for any other file."""
+        found = read_json(path)
+        try:
+            if found["format"] != FORMAT:
+                raise PlanError(f"{path} has the format {found['format']!r}, expected {FORMAT!r}")
+            rows = []
+            for row in found["rows"]:
+                samples = {name: _sample(given) for name, given in row.pop("samples").items()}
+                rows.append(Row(samples=samples, answers=tuple(row.pop("answers")), **row))
+            metrics = tuple(Metric(**metric) for metric in found["metrics"])
+            return cls(metrics, tuple(rows), found["context"], tuple(found["prompts"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is no evaluation of steer2edit: {error!r}") from None
+
+
+def evaluate(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    candidates: Sequence[Candidate],
+    *,
+    context: Mapping[str, Any] | None = None,
+    prompts: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the base and every candidate on every task."""
+    base = Candidate("base", lambda: _as_it_is(loaded), "base")
+    metrics = tuple(metric for task in tasks for metric in task.metrics)
+    rows = [measure(candidate, tasks, progress) for candidate in (base, *candidates)]
+    return Evaluation(metrics, tuple(rows), dict(context or {}), tuple(prompts))
+
+
+def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = silent) -> Row:
+    """One candidate on every task."""
+    samples: dict[str, Sample] = {}
+    answers: tuple[str, ...] = ()
+    started = time.perf_counter()
+    with candidate.enter() as model:
+        for task in tasks:
+            outcome = task.measure(model, _named(progress, candidate.name))
+            samples |= outcome.samples
+            answers = answers or outcome.answers
+    seconds = time.perf_counter() - started
+    return Row(candidate.name, candidate.kind, samples, candidate.note, candidate.strength, answers, seconds)
+
+
+def plan_candidate(loaded: LoadedModel, name: str, plan: EditPlan, kind: str = "edit", note: str = "") -> Candidate:
+    """A plan, applied as hooks to the loaded model."""
+
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        with edited(loaded, plan):
+            yield loaded
+
+    return Candidate(name, enter, kind, note, plan.measured.get("strength"), frozenset(plan.seen))
+
+
+def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runtime: Runtime = Runtime()) -> Candidate:  # noqa: B008
+    """A candidate from a plan file, an artefact or adapter folder, or another checkpoint's folder.
+
+    Raises PlanError for what is none of these or was made for another model.
+    """
+    path = Path(where).expanduser()
+    name = path.name.removesuffix(".plan.safetensors") or str(path)
+    if path.is_file():
+        plan = EditPlan.load(path)
+        plan.check_base(checkpoint)
+        return plan_candidate(loaded, name, plan, note=str(plan.method.get("name", "")))
+    if not path.is_dir():
+        raise PlanError(f"{where} does not exist; expected a plan, an adapter's folder or a checkpoint's folder")
+    seen: tuple[str, ...] = ()
+    note = ""
+    if (path / RECEIPT).is_file():
+        receipt = read_receipt(path)
+        plan = EditPlan.load(path / PLAN)
+        plan.check_base(checkpoint)
+        seen, note = plan.seen, f"{receipt['target']}, {receipt['exactness']}"
+    enter = _adapter(loaded, path) if (path / "adapter_config.json").is_file() else _weights(loaded, path, runtime)
+    # the folders of one compile are called after their target
+    name = f"{path.resolve().parent.name}/{path.resolve().name}" if path.name in ("checkpoint", "lora") else name
+    return Candidate(name, enter, note=note, seen=frozenset(seen))
+
+
+def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], AbstractContextManager[LoadedModel]]:
+    if not (path / "config.json").is_file():
+        raise PlanError(f"{path} holds no config.json and no adapter_config.json: it is no checkpoint and no adapter")
+
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        other = replace(loaded, model=load_weights(path, runtime))
+        mine, theirs = (m.get_input_embeddings().weight.shape[0] for m in (loaded.model, other.model))
+        if mine != theirs:
+            raise CheckpointError(f"{path} has {theirs} tokens in its vocabulary, the base {mine}: not the same model")
+        yield other
+
+    return enter
+
+
+def _adapter(loaded: LoadedModel, path: Path) -> Callable[[], AbstractContextManager[LoadedModel]]:
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        from peft import PeftModel
+
+        try:
+            adapted = PeftModel.from_pretrained(loaded.model, str(path))
+        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"PEFT cannot load {path}: {(str(error).splitlines() or [''])[0]}") from None
+        try:
+            # PEFT has put its layers into the loaded model itself
+            yield loaded
+        finally:
+            adapted.unload()
+
+    return enter
+
+
+@contextmanager
+def _as_it_is(loaded: LoadedModel) -> Iterator[LoadedModel]:
+    yield loaded
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda stage, total: progress(f"{name}: {stage}", total)
+
+
+def _sample(given: Mapping[str, Any]) -> Sample:
+    weights = given["weights"]
+    return Sample(tuple(given["values"]), None if weights is None else tuple(weights))

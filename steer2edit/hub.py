@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.errors import Steer2EditError
-from steer2edit.targets import read_receipt
+from steer2edit.targets import EVALUATION, REPORT, read_receipt
 
 _IGNORED = re.compile(r"(^|/)\.")
 
@@ -22,7 +22,8 @@ def push(folder: str | Path, repository: str, *, private: bool = False, dry_run:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise Steer2EditError(f"{repository!r} is no repository on the Hub; expected user/name")
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    files = [name for name in files if not _IGNORED.search(name)]
+    # questions and answers may be the user's own: they stay here
+    files = [name for name in files if not _IGNORED.search(name) and name not in (EVALUATION, REPORT)]
     if dry_run:
         return {"repository": repository, "files": files, "url": None}
     from huggingface_hub import HfApi

@@ -44,9 +44,28 @@ class LoadedModel:
         """Where inputs go."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    @property
+    def context(self) -> int:
+        """How many tokens the model can read at once; a large number where its config does not say."""
+        config = self.model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return 1 << 20
+
     def body(self) -> Any:
         """The model without its unembedding: ids → last hidden state."""
         return self.model.base_model
+
+    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 log-probabilities ``[n, vocabulary]`` of final hidden states ``[n, hidden]``."""
+        # the model's own forward with its body replaced: whatever the family does to logits is done here too
+        body = self.body()
+        with torch.inference_mode(), _returning(body, hidden[None]):
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            return torch.log_softmax(logits.float(), dim=-1)
 
     def module(self, site: Site) -> Any:
         """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""
@@ -203,6 +222,17 @@ def _embedding_hook(edits: list[Edit], factor: float, weight: torch.Tensor) -> C
         return output
 
     return hook
+
+
+@contextmanager
+def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del body.forward
 
 
 @contextmanager

@@ -11,14 +11,18 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steer2edit.errors import PlanError
 from steer2edit.files import load_tensors, save_tensors
 
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
+
 FORMAT = "steer2edit.plan.1"
+_TABLE = ("g", "lam", "projection", "interval", "null")
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,22 @@ class Scores:
     """Component tables of one site, float32 ``[components]``, in the order of its input columns.
 
     ``g`` is the cosine score; ``lam`` the signed strength, ``|lam| = ‖ΔW_j‖``; ``projection`` is ``w_i·v_hat`` for a
-    neuron (its sign is the paper's k_i) and ``‖W_jᵀ v_hat‖`` for a head.
+    neuron (its sign is the paper's k_i) and ``‖W_jᵀ v_hat‖`` for a head. ``interval`` ``[2, components]`` is g's bootstrap
+    95 % interval over examples, ``null`` what g is under shuffled labels; None where nothing was resampled.
     """
 
     g: torch.Tensor
     lam: torch.Tensor
     projection: torch.Tensor
+    interval: torch.Tensor | None = None
+    null: torch.Tensor | None = None
+
+    @property
+    def stable(self) -> torch.Tensor:
+        """Components whose interval leaves the sign of g in no doubt, ``[components]`` bool."""
+        if self.interval is None:
+            return torch.ones_like(self.g, dtype=torch.bool)
+        return self.interval[0].sign() * self.interval[1].sign() > 0
 
 
 @dataclass(frozen=True)
@@ -109,10 +123,34 @@ class EditPlan:
         """The edit of a tensor, or None."""
         return next((edit for edit in self.edits if edit.tensor == tensor), None)
 
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Digests of the prompts that the plan was made from or chosen by; nothing may be reported on them."""
+        return tuple(sorted({*self.data.get("prompts", ()), *self.measured.get("selected_on", ())}))
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return float(sum(edit.norm**2 for edit in self.edits) ** 0.5)
+
+    def check_base(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError unless the plan was made for this checkpoint."""
+        if self.base.fingerprint != checkpoint.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.base.name} (fingerprint {self.base.fingerprint[:12]}), but {checkpoint.name} "
+                f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
+            )
+
     def scaled(self, factor: float) -> EditPlan:
         """The same plan with every edit, and every lam, ``factor`` times as strong."""
         scores = {key: replace(table, lam=table.lam * factor) for key, table in self.scores.items()}
         return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
+
+    def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
+        """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
+        edits = (edit.scaled(tensors.get(edit.tensor, 1.0)) for edit in self.edits if tensors.get(edit.tensor, 1.0))
+        scores = {key: replace(table, lam=table.lam * keys.get(key, 1.0)) for key, table in self.scores.items()}
+        return replace(self, edits=tuple(edits), scores=scores)
 
     @property
     def hash(self) -> str:
@@ -136,7 +174,8 @@ class EditPlan:
             else:
                 tensors[f"{edit.tensor}.bias"] = edit.delta
         for key, table in self.scores.items():
-            tensors |= {f"{key}.{name}": getattr(table, name) for name in ("g", "lam", "projection")}
+            values = ((f"{key}.{name}", getattr(table, name)) for name in _TABLE)
+            tensors |= {name: value for name, value in values if value is not None}
         described = {
             "format": FORMAT,
             "base": vars(self.base),
@@ -158,7 +197,10 @@ class EditPlan:
                 raise PlanError(f"{path} has the format {described['format']!r}, expected {FORMAT!r}")
             edits = tuple(_edit(entry, tensors) for entry in described["edits"])
             scores = {
-                key: Scores(*(tensors[f"{key}.{name}"] for name in ("g", "lam", "projection")))
+                key: Scores(
+                    *(tensors[f"{key}.{name}"] for name in _TABLE[:3]),
+                    *(tensors.get(f"{key}.{name}") for name in _TABLE[3:]),
+                )
                 for key in described["scored"]
             }
             base = Base(**described["base"])

@@ -1,18 +1,17 @@
-"""Plans and verifications as tables, and the heat-map of edits."""
+"""Plans and verifications as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tabulate import tabulate
 
-from steer2edit.errors import Steer2EditError
 from steer2edit.plan import EditPlan
 
 if TYPE_CHECKING:
+    from steer2edit.evaluate import Evaluation
+    from steer2edit.study import Study
     from steer2edit.verification import Verification
 
 _KINDS = {"attn_out": "head", "mlp_out": "neuron"}
@@ -23,11 +22,12 @@ def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
     return {
         "base": vars(plan.base),
         "method": dict(plan.method),
-        "data": dict(plan.data),
+        "data": {key: value for key, value in plan.data.items() if key != "prompts"},
         "measured": dict(plan.measured),
         "sha256": plan.hash,
         "edits": len(plan.edits),
-        "norm": sum(edit.norm**2 for edit in plan.edits) ** 0.5,
+        "norm": plan.norm,
+        "stable": _stable(plan),
         "layers": _layers(plan),
         "components": {kind: _top(plan, role, top) for role, kind in _KINDS.items()},
     }
@@ -46,14 +46,67 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
         parts.insert(1, f"data     {plan.data.get('name')}, {plan.data.get('examples')}")
     if measured := described["measured"]:
         parts.append(
-            f"measured strength {measured['strength']:.4g}, KL {measured['kl']:.4g} ± {measured['stderr']:.2g} nats/token over "
-            f"{measured['tokens']} tokens, perplexity {measured['base_perplexity']:.4g} → {measured['perplexity']:.4g}"
+            f"measured strength {measured['strength']:.4g}, KL {measured['kl']:.4g} "
+            f"[{measured['low']:.2g}, {measured['high']:.2g}] nats/token over {measured['tokens']} tokens, "
+            f"perplexity {measured['base_perplexity']:.4g} → {measured['perplexity']:.4g}"
         )
+    if stable := described["stable"]:
+        said = (
+            f"{s['stable']} of {s['scored']} {kind}s, {s['unstable_edited']} others edited"
+            for kind, s in stable.items()
+        )
+        parts.append(f"stable   sign of the score beyond doubt in {'; '.join(said)}")
     if described["layers"]:
         parts += ["", tabulate(described["layers"], headers="keys", floatfmt=".3g")]
     for kind, rows in described["components"].items():
         if rows:
             parts += ["", f"strongest {kind}s", tabulate(rows, headers="keys", floatfmt="+.3f")]
+    return "\n".join(parts)
+
+
+def render_evaluation(found: Evaluation) -> str:
+    """A table of every candidate: each metric with its interval, and the counts below."""
+    table = [
+        [row.name, row.note, *(str(found.estimate(row, metric.name)) for metric in found.metrics)] for row in found.rows
+    ]
+    headers = ["", "", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in found.metrics)]
+    counts = {metric.name: found.estimate(found.rows[0], metric.name).count for metric in found.metrics}
+    context = found.context
+    lines = [tabulate(table, headers=headers, disable_numparse=True), ""]
+    lines.append(
+        f"split {context.get('split')}: {', '.join(f'{name} over {count}' for name, count in counts.items())}; "
+        "bootstrap 95 % intervals over questions (KL and perplexity: over windows of neutral text)"
+    )
+    for name, results in (context.get("lm_eval") or {}).items():
+        lines += ["", f"lm-eval, {name}", tabulate(results, headers="keys", floatfmt=".4g")]
+    return "\n".join(lines)
+
+
+def render_study(done: Study) -> str:
+    """The front on the selection split, what the knee is, and the report's table."""
+    settings, result = done.result.settings, done.result
+    attribute, utility = settings["attribute"]["name"], settings["utility"]["name"]
+    rows = []
+    for trial in sorted(result.trials, key=lambda trial: trial.kl):
+        if trial.number in result.front and trial.attribute is not None and trial.utility is not None:
+            a, u = (f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in (trial.attribute, trial.utility))
+            params = ", ".join(f"{key} {_short(value)}" for key, value in trial.params.items())
+            rows.append([trial.number, a, u, params, "knee" if trial.number == result.knee else ""])
+    states = [trial.state for trial in result.trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    base = settings["base"]
+    parts = [
+        f"{len(states)} trials ({counts}); base: {attribute} {base[attribute]:.3g}",
+        "",
+        "the front, on the selection split",
+        tabulate(rows, headers=["trial", attribute, utility, "", ""], disable_numparse=True),
+    ]
+    if done.evaluation is not None:
+        parts += ["", "on the reporting split", render_evaluation(done.evaluation)]
+    parts += [
+        "",
+        f"{done.folder}: study.json, knee.plan.safetensors, front/, evaluation.json" if rows else str(done.folder),
+    ]
     return "\n".join(parts)
 
 
@@ -83,63 +136,18 @@ def render_verification(result: Verification) -> str:
     return "\n".join(lines)
 
 
-def heatmap(plan: EditPlan, path: Path) -> None:
-    """Draw lam over layers × heads (each head in its own place) and each layer's MLP total, as PNG, SVG or PDF.
-
-    Raises Steer2EditError without matplotlib, or for a plan without component scores.
-    """
-    if not plan.scores:
-        raise Steer2EditError(f"this plan ({plan.method.get('name')}) has no component scores to draw")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Steer2EditError("plots need matplotlib: pip install 'steer2edit[plots]'") from None
-    heads, neurons = _grid(plan, "attn_out"), _grid(plan, "mlp_out")
-    layers = max(len(heads), len(neurons))
-    drawn = [
-        draw for grid, draw in ((heads, _draw_heads), (neurons, _draw_neurons)) if any(bool(row.any()) for row in grid)
-    ]
-    figure = Figure(figsize=(1.5 + 3.6 * max(len(drawn), 1), max(2.6, 0.24 * layers + 1.5)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
-    for axis, draw in zip(axes, drawn, strict=False):
-        draw(axis, heads if draw is _draw_heads else neurons)
-        axis.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
-    figure.suptitle(f"{plan.data.get('name', 'edits')} in {plan.base.name} ({plan.method.get('name')})", fontsize=11)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise Steer2EditError(f"cannot write {path}: {error}") from None
-
-
-def _draw_heads(axis: Any, rows: list[torch.Tensor]) -> None:
-    grid = torch.stack(rows)
-    limit = float(grid.abs().max())
-    image = axis.imshow(grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    axis.figure.colorbar(image, ax=axis, label="λ (+ up, − down)")
-    axis.set_xticks(range(0, grid.shape[1], 1 if grid.shape[1] <= 16 else 4))
-    axis.set(title="attention heads", xlabel="head", ylabel="layer")
-
-
-def _draw_neurons(axis: Any, rows: list[torch.Tensor]) -> None:
-    totals = [float(row.norm()) for row in rows]
-    axis.barh(range(len(rows)), totals, color="#555")
-    for layer, row in enumerate(rows):
-        count = int((row != 0).sum())
-        axis.text(totals[layer], layer, f" {count}" if count else "", va="center", fontsize=7)
-    axis.set(title="MLP neurons edited", xlabel="‖λ‖", ylabel="layer", ylim=(len(rows) - 0.5, -0.5))
-    axis.set_xmargin(0.2)
-
-
-def _grid(plan: EditPlan, role: str) -> list[torch.Tensor]:
-    """A row of lam for each layer up to the last scored one; zeros where a layer was not scored."""
-    rows = {int(key.rsplit(".", 1)[1]): table.lam for key, table in plan.scores.items() if key.startswith(f"{role}.")}
-    if not rows:
-        return []
-    empty = torch.zeros_like(next(iter(rows.values())))
-    return [rows.get(layer, empty) for layer in range(max(rows) + 1)]
+def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
+    """Of each kind of component: how many were scored, how many scores have a stable sign, how many others are edited."""
+    found: dict[str, dict[str, int]] = {}
+    for role, kind in _KINDS.items():
+        tables = [t for key, t in plan.scores.items() if key.startswith(f"{role}.") and t.interval is not None]
+        if tables:
+            found[kind] = {
+                "scored": sum(len(table.g) for table in tables),
+                "stable": sum(int(table.stable.sum()) for table in tables),
+                "unstable_edited": sum(int(((table.lam != 0) & ~table.stable).sum()) for table in tables),
+            }
+    return found
 
 
 def _layers(plan: EditPlan) -> list[dict[str, Any]]:

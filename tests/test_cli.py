@@ -247,7 +247,7 @@ def test_the_python_interface(tiny_llama: Path, data: Path, neutral: Path, tmp_p
     from steer2edit.compiler import Behavior
 
     compiled = steer2edit.compile(
-        tiny_llama, Behavior.from_data(data), tmp_path / "out", neutral_text=neutral.read_text(), kl_budget=0.01
+        tiny_llama, Behavior.from_data(data), tmp_path / "out", neutral=neutral.read_text(), kl_budget=0.01
     )
     assert compiled.plan.measured["kl"] <= 0.01
     assert steer2edit.verify(compiled.artefacts["checkpoint"], tiny_llama, numbers=False).ok

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from steer2edit.architecture import read_spec
+from steer2edit.analysis import Scoring
+from steer2edit.architecture import Role, read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import make_plan, settle_strength
-from steer2edit.divergence import Divergence, NeutralText, find_strength
-from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.compiler import make_plan, neutral_text, settle_strength
+from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
+from steer2edit.errors import DataError, PlanError, Steer2EditError
+from steer2edit.methods import steering
 from steer2edit.model import LoadedModel, edited, load_model
 from steer2edit.plan import EditPlan
 
@@ -29,7 +32,7 @@ def loaded(tiny_llama: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def plan(tiny_llama: Path, loaded: LoadedModel, statistics_of: Callable[..., Any]) -> EditPlan:
-    return make_plan(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama))
+    return make_plan(Scoring(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama)))
 
 
 def log_probabilities(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
@@ -87,10 +90,11 @@ def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
 
 
 def test_the_search_gets_close_to_the_budget_and_not_over(loaded: LoadedModel, plan: EditPlan) -> None:
-    settled = settle_strength(loaded, plan, kl_budget=0.03, neutral_text=TEXT)
+    settled = settle_strength(loaded, plan, kl_budget=0.03, neutral=NeutralText(loaded, TEXT, window=20))
     assert 0.0285 <= settled.measured["kl"] <= 0.03
-    assert len(settled.measured["steps"]) <= 6
-    neutral = NeutralText(loaded, TEXT)
+    assert len(settled.measured["steps"]) <= 4
+    assert settled.measured["low"] < settled.measured["kl"] < settled.measured["high"]
+    neutral = NeutralText(loaded, TEXT, window=20)
     with edited(loaded, settled):
         assert neutral.measure().kl == pytest.approx(settled.measured["kl"], rel=1e-3)
 
@@ -111,7 +115,7 @@ def test_the_search_copes_with_any_rising_curve(curve: Callable[[float], float])
 
     def measure(strength: float) -> Divergence:
         measured.append(strength)
-        return Divergence(curve(strength), 0.0, 1, 1.0, 1.0)
+        return Divergence(curve(strength), 0.0, 0.0, 1, 1.0, 1.0, 0.0)
 
     found = find_strength(measure, 0.05)
     assert found.divergence.kl <= 0.05
@@ -122,4 +126,51 @@ def test_the_search_copes_with_any_rising_curve(curve: Callable[[float], float])
 
 def test_no_strength_for_an_edit_that_breaks_everything() -> None:
     with pytest.raises(Steer2EditError, match="no strength met"):
-        find_strength(lambda _: Divergence(math.nan, 0.0, 1, 1.0, 1.0), 0.05)
+        find_strength(lambda _: Divergence(math.nan, 0.0, 0.0, 1, 1.0, 1.0, 0.0), 0.05)
+
+
+def test_the_closed_form_is_exact_for_a_quadratic_and_close_for_a_plan(loaded: LoadedModel, plan: EditPlan) -> None:
+    def glance(strength: float) -> Divergence:
+        return Divergence(math.nan, 0.0, 0.0, 1, 1.0, 1.0, 7.0 * strength**2)
+
+    for probe in (1e-4, 0.1, 100.0):
+        assert quadratic_start(glance, 0.05, probe=probe) == pytest.approx(math.sqrt(0.05 / 7))
+    neutral = NeutralText(loaded, TEXT)
+
+    def measured(strength: float) -> Divergence:
+        with edited(loaded, plan, strength):
+            return neutral.measure()
+
+    start = quadratic_start(measured, 0.001)
+    assert measured(start).kl == pytest.approx(0.001, rel=0.3)
+    # KL becomes its quadratic as the edit gets small
+    small = measured(start / 4)
+    assert small.kl == pytest.approx(small.quadratic, rel=0.05)
+
+
+def test_windows_add_up_and_a_glance_is_some_of_them(loaded: LoadedModel, plan: EditPlan) -> None:
+    neutral = NeutralText(loaded, TEXT, window=20, batch_tokens=64)
+    with edited(loaded, plan, 0.3):
+        windows, whole, glance = neutral.windows(), neutral.measure(), neutral.windows(glance=True)
+    assert sum(windows.kl) / sum(windows.tokens) == pytest.approx(whole.kl)
+    assert 0 < len(glance.kl) < len(windows.kl)
+    assert all(any(a == pytest.approx(b, rel=1e-3) for b in windows.kl) for a in glance.kl)
+
+
+def test_classes_keep_their_own_budgets(
+    tiny_llama: Path, loaded: LoadedModel, statistics_of: Callable[..., Any]
+) -> None:
+    scoring = Scoring(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama))
+    both = make_plan(scoring, options=steering.Options(sites="both"))
+    neutral = neutral_text(loaded, TEXT)
+    settled = settle_strength(loaded, both, class_budgets={Role.ATTN_OUT: 0.02, Role.MLP_OUT: 0.005}, neutral=neutral)
+    for role, budget in (("self_attn", 0.02), ("mlp", 0.005)):
+        part = replace(settled, edits=tuple(edit for edit in settled.edits if role in edit.tensor))
+        with edited(loaded, part):
+            assert 0.94 * budget <= neutral.measure().kl <= budget
+    bounded = settle_strength(
+        loaded, both, kl_budget=0.004, class_budgets={Role.ATTN_OUT: 0.02, Role.MLP_OUT: 0.0}, neutral=neutral
+    )
+    assert bounded.measured["kl"] <= 0.004 and all("self_attn" in edit.tensor for edit in bounded.edits)
+    with pytest.raises(PlanError, match="--kl-budget-mlp"):
+        settle_strength(loaded, both, class_budgets={Role.ATTN_OUT: 0.02}, neutral=neutral)

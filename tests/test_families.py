@@ -14,6 +14,7 @@ import torch
 from conftest import COMMON_SETTINGS, family_config, make_tokenizer, save_tiny
 
 from steer2edit import targets
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
@@ -71,7 +72,7 @@ class Case:
     def plan(self, method: str) -> EditPlan:
         if self._statistics is None:
             self._statistics = self._statistics_of(self.folder)
-        return make_plan(self.checkpoint, self.spec, self._statistics, method=method)
+        return make_plan(Scoring(self.checkpoint, self.spec, self._statistics), method=method)
 
     def loaded(self, folder: Path | None = None) -> LoadedModel:
         from transformers import AutoModelForImageTextToText

@@ -12,6 +12,7 @@ import torch
 from conftest import llama_config, save_tiny
 
 from steer2edit import methods
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
@@ -32,8 +33,8 @@ def setup(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Setup:
 def test_component_edits_are_the_papers_written_out_by_components(setup: Setup) -> None:
     checkpoint, spec, statistics = setup
     rho, alpha = 0.3, 0.2
-    options = component.Options(rho_attn=rho, rho_mlp=rho, alpha=alpha, scale="absolute")
-    plan = component.plan(checkpoint, spec, statistics, options)
+    options = component.Options(rho_attn=rho, rho_mlp=rho, alpha=alpha, scale="absolute", stable=False)
+    plan = component.plan(Scoring(checkpoint, spec, statistics), options)
     assert plan.edits
     for site in spec.sites:
         W = checkpoint.read(site.tensor).double()
@@ -60,16 +61,16 @@ def test_both_parametrisations_are_one(setup: Setup) -> None:
     tau, slope = rho * alpha, 1 / (rho * (1 - alpha))
     assert rho == pytest.approx(tau + 1 / slope)
     assert alpha == pytest.approx(tau * slope / (1 + tau * slope))
-    one = component.plan(*setup, component.Options(rho_attn=rho, rho_mlp=rho, alpha=alpha))
-    two = component.plan(*setup, component.Options(tau_attn=tau, tau_mlp=tau, slope=slope))
+    one = component.plan(Scoring(*setup), component.Options(rho_attn=rho, rho_mlp=rho, alpha=alpha))
+    two = component.plan(Scoring(*setup), component.Options(tau_attn=tau, tau_mlp=tau, slope=slope))
     assert all(torch.allclose(a.dense(), b.dense(), atol=1e-6) for a, b in zip(one.edits, two.edits, strict=True))  # type: ignore[union-attr]
 
 
 def test_a_relative_edit_pushes_by_v_in_the_papers_proportions(setup: Setup) -> None:
     _, spec, statistics = setup
     rule = {"top_heads": 4, "top_neurons": 10}
-    relative = component.plan(*setup, component.Options(**rule))  # type: ignore[arg-type]
-    absolute = component.plan(*setup, component.Options(**rule, scale="absolute"))  # type: ignore[arg-type]
+    relative = component.plan(Scoring(*setup), component.Options(**rule))  # type: ignore[arg-type]
+    absolute = component.plan(Scoring(*setup), component.Options(**rule, scale="absolute"))  # type: ignore[arg-type]
     for mine, papers in zip(relative.edits, absolute.edits, strict=True):
         site = next(site for site in spec.sites if site.tensor == mine.tensor)
         v = statistics.difference(site.key).float()
@@ -80,7 +81,7 @@ def test_a_relative_edit_pushes_by_v_in_the_papers_proportions(setup: Setup) -> 
 
 def test_the_mean_push_of_every_edit_is_along_v(setup: Setup) -> None:
     _, spec, statistics = setup
-    plan = component.plan(*setup, component.Options())
+    plan = component.plan(Scoring(*setup), component.Options())
     for edit in plan.edits:
         site = next(site for site in spec.sites if site.tensor == edit.tensor)
         push = edit.dense() @ statistics.x_bar(site.key).float()  # type: ignore[union-attr]
@@ -89,7 +90,7 @@ def test_the_mean_push_of_every_edit_is_along_v(setup: Setup) -> None:
 
 @pytest.mark.parametrize(("heads", "neurons"), [(1, 0), (3, 7), (0, 1), (12, 144), (0.5, 0.1)])
 def test_a_budget_edits_that_many_components(setup: Setup, heads: float, neurons: float) -> None:
-    plan = component.plan(*setup, component.Options(top_heads=heads, top_neurons=neurons))
+    plan = component.plan(Scoring(*setup), component.Options(top_heads=heads, top_neurons=neurons, stable=False))
     count = {"attn_out": 0, "mlp_out": 0}
     for key, table in plan.scores.items():
         count[key.split(".")[0]] += int((table.lam != 0).sum())
@@ -99,13 +100,55 @@ def test_a_budget_edits_that_many_components(setup: Setup, heads: float, neurons
     }
 
 
+@pytest.mark.parametrize("name", ["component", "steering"])
+def test_components_of_unstable_sign_are_left_out_unless_asked_for(setup: Setup, name: str) -> None:
+    module = methods.load(name)
+    everything = {"top_heads": 1000, "top_neurons": 1000} if name == "component" else {"sites": "both"}
+    plan = module.plan(Scoring(*setup), module.Options(**everything))
+    stable = torch.cat([table.stable for table in plan.scores.values()])
+    assert 0 < int(stable.sum()) < len(stable)
+    lam = torch.cat([table.lam for table in plan.scores.values()])
+    assert not bool(lam[~stable].any())
+    every = module.plan(Scoring(*setup), module.Options(**everything, stable=False))
+    assert bool(torch.cat([table.lam for table in every.scores.values()])[~stable].any())
+
+
+def test_intervals_are_of_scores_on_resampled_examples(setup: Setup) -> None:
+    checkpoint, spec, statistics = setup
+    for key in ("attn_out.1", "mlp_out.2"):
+        site = spec.site(key)
+        W = checkpoint.read(site.tensor).float()
+        v = statistics.resamples("bootstrap", key, "output").difference()
+        x = statistics.resamples("bootstrap", key, "input").x_bar()
+        size = site.in_features // site.components
+        drawn = []
+        for direction, x_bar in zip(v, x, strict=True):
+            y = (W * x_bar).view(len(W), site.components, size).sum(dim=2)
+            drawn.append(torch.cosine_similarity(y, direction[:, None], dim=0))
+        deviation = torch.stack(drawn).std(dim=0)
+        table = Scoring(*setup).score([site])[0].table
+        assert table.interval is not None
+        assert torch.allclose(table.interval[1] - table.g, 1.96 * deviation, atol=1e-4)
+        assert torch.allclose(table.g - table.interval[0], 1.96 * deviation, atol=1e-4)
+
+
+def test_a_matrix_is_read_once_however_many_plans_are_made(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    scoring = Scoring(*setup)
+    read: list[str] = []
+    blocks = Checkpoint.blocks
+    monkeypatch.setattr(Checkpoint, "blocks", lambda self, name: (read.append(name), blocks(self, name))[1])
+    for heads in (1, 2, 3):
+        component.plan(scoring, component.Options(top_heads=heads, top_neurons=5))
+    assert sorted(read) == sorted(site.tensor for site in setup[1].sites)
+
+
 def test_layers_are_respected(setup: Setup) -> None:
     for name in methods.names():
         module = methods.load(name)
-        plan = module.plan(*setup, module.Options(layers=(1, 1)))
+        plan = module.plan(Scoring(*setup), module.Options(layers=(1, 1)))
         assert plan.edits and all(".layers.1." in edit.tensor for edit in plan.edits)
         with pytest.raises(Steer2EditError, match="0-2"):
-            module.plan(*setup, module.Options(layers=(1, 7)))
+            module.plan(Scoring(*setup), module.Options(layers=(1, 7)))
 
 
 @pytest.mark.parametrize(
@@ -121,17 +164,17 @@ def test_layers_are_respected(setup: Setup) -> None:
 )
 def test_contradictory_options_are_refused(setup: Setup, options: dict[str, float], match: str) -> None:
     with pytest.raises(PlanError, match=match):
-        component.plan(*setup, component.Options(**options))  # type: ignore[arg-type]
+        component.plan(Scoring(*setup), component.Options(**options))  # type: ignore[arg-type]
 
 
 def test_rho_of_zero_leaves_a_class_alone(setup: Setup) -> None:
-    plan = component.plan(*setup, component.Options(rho_attn=0, rho_mlp=0.3, alpha=0.1))
+    plan = component.plan(Scoring(*setup), component.Options(rho_attn=0, rho_mlp=0.3, alpha=0.1))
     assert plan.edits and all("mlp" in edit.tensor for edit in plan.edits)
 
 
 def test_ablation_leaves_no_output_along_its_direction(setup: Setup) -> None:
     checkpoint, spec, statistics = setup
-    plan = ablation.plan(checkpoint, spec, statistics, ablation.Options(direction_layer=2))
+    plan = ablation.plan(Scoring(checkpoint, spec, statistics), ablation.Options(direction_layer=2))
     r = statistics.difference("residual.2").float()
     for site in spec.sites:
         edit = plan.edit_of(site.tensor)
@@ -142,7 +185,7 @@ def test_ablation_leaves_no_output_along_its_direction(setup: Setup) -> None:
 
 def test_ablating_twice_is_ablating_once(setup: Setup) -> None:
     checkpoint, spec, statistics = setup
-    plan = ablation.plan(checkpoint, spec, statistics, ablation.Options(embedding=True))
+    plan = ablation.plan(Scoring(checkpoint, spec, statistics), ablation.Options(embedding=True))
     for edit in plan.edits:
         r_hat = -edit.B[:, 0]  # type: ignore[union-attr]
         W = checkpoint.read(edit.tensor)
@@ -157,7 +200,7 @@ def test_a_tied_embedding_is_never_ablated(tmp_path: Path, statistics_of: Callab
     spec = read_spec(checkpoint)
     assert spec.tied_embeddings
     with pytest.raises(PlanError, match="ties its embedding"):
-        ablation.plan(checkpoint, spec, statistics_of(folder), ablation.Options(embedding=True))
+        ablation.plan(Scoring(checkpoint, spec, statistics_of(folder)), ablation.Options(embedding=True))
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, setup: Setup, tiny_llama: Path) -> None:
@@ -171,13 +214,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, setup: Setup, tin
     for name in methods.names():
         module = methods.load(name)
         with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.weight holds NaN"):
-            module.plan(checkpoint, setup[1], setup[2], module.Options())
+            module.plan(Scoring(checkpoint, setup[1], setup[2]), module.Options())
 
 
 def test_statistics_of_another_model_are_refused(setup: Setup, tiny_llama_bf16: Path) -> None:
     other = open_checkpoint(tiny_llama_bf16)
     with pytest.raises(PlanError, match="capture them from this model"):
-        make_plan(other, read_spec(other), setup[2])
+        make_plan(Scoring(other, read_spec(other), setup[2]))
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
@@ -190,32 +233,47 @@ def test_an_unknown_method_names_the_known_ones() -> None:
 def test_steering_pushes_by_v_on_the_typical_input(setup: Setup, sites: str, carriers: float) -> None:
     checkpoint, spec, statistics = setup
     options = steering.Options(sites=sites, carriers=carriers)  # type: ignore[arg-type]
-    plan = steering.plan(checkpoint, spec, statistics, options)
+    plan = steering.plan(Scoring(checkpoint, spec, statistics), options)
     assert len(plan.edits) == (6 if sites == "both" else 3)
     for edit in plan.edits:
         assert isinstance(edit, LowRank)
         site = next(site for site in spec.sites if site.tensor == edit.tensor)
         push = edit.dense() @ statistics.x_bar(site.key).float()
         assert torch.allclose(push, statistics.difference(site.key).float(), atol=1e-5)
-        assert int((edit.A != 0).sum()) <= round(carriers * site.in_features)
+        carrying = (edit.A.view(site.components, -1) != 0).any(dim=1)
+        assert int(carrying.sum()) <= max(1, round(carriers * site.components))
 
 
-def test_steering_takes_the_least_energy_for_its_push(setup: Setup) -> None:
+@pytest.mark.parametrize("moments", ["heads", "diagonal"])
+def test_steering_takes_the_least_energy_for_its_push(setup: Setup, moments: str) -> None:
     checkpoint, spec, statistics = setup
-    plan = steering.plan(checkpoint, spec, statistics, steering.Options(sites="both"))
+    options = steering.Options(sites="both", moments=moments, stable=False)  # type: ignore[arg-type]
+    plan = steering.plan(Scoring(checkpoint, spec, statistics), options)
     generator = torch.Generator().manual_seed(0)
     for edit in plan.edits:
         assert isinstance(edit, LowRank)
         site = next(site for site in spec.sites if site.tensor == edit.tensor)
-        energy, x_bar = statistics.energy(site.key).float(), statistics.x_bar(site.key).float()
+        x_bar = statistics.x_bar(site.key).float()
+        if site.heads is not None and moments == "heads":
+            S = (statistics.block_moments(site.key, "contrast") + statistics.block_moments(site.key, "neutral")) / 2
+        else:
+            both = (statistics.energy(site.key) + statistics.energy(site.key, "neutral")) / 2
+            S = both.float()[:, None, None]
+        # the floor is part of what is minimised
+        S = S + 0.01 * S.diagonal(dim1=1, dim2=2).mean() * torch.eye(S.shape[1])
+
+        def energy(a: torch.Tensor, S: torch.Tensor = S) -> float:
+            blocks = a.view(len(S), -1)
+            return float(torch.einsum("hi,hij,hj->", blocks, S, blocks))
+
         a = edit.A[0] / statistics.difference(site.key).float().norm()
         for _ in range(5):
             other = a + 0.1 * torch.randn(len(a), generator=generator) * a.abs().mean()
             other = other / (other @ x_bar)
-            assert float(other.square() @ energy) > float(a.square() @ energy) * 0.999
+            assert energy(other) > energy(a) * 0.999
 
 
 @pytest.mark.parametrize("carriers", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_of_carriers_is_a_share(setup: Setup, carriers: float) -> None:
     with pytest.raises(PlanError, match="--carriers"):
-        steering.plan(*setup, steering.Options(carriers=carriers))
+        steering.plan(Scoring(*setup), steering.Options(carriers=carriers))

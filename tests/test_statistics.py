@@ -18,7 +18,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.encoding import Encoded, encode
 from steer2edit.errors import PlanError
 from steer2edit.model import LoadedModel, batches, load_model
-from steer2edit.statistics import LABELS, Statistics
+from steer2edit.statistics import LABELS, POPULATIONS, Statistics
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,17 @@ def encoded(loaded: LoadedModel) -> list[Encoded]:
         for index, row in enumerate(ROWS)
         for label in LABELS
     ]
-    return encode(examples, loaded.tokenizer)
+    neutral = [Encoded(tuple(range(4, 12 + i)), 1, "neutral", i) for i in range(3)]
+    return [*encode(examples, loaded.tokenizer), *neutral]
 
 
 def close(a: Statistics, b: Statistics) -> bool:
-    return a.examples == b.examples and all(
-        torch.allclose(a.moments[key].mean, b.moments[key].mean, atol=1e-6)
-        and torch.allclose(a.moments[key].m2, b.moments[key].m2, atol=1e-6)
-        for key in a.moments.keys() | b.moments.keys()
-    )
+    pairs = [(a.moments[key].mean, b.moments[key].mean) for key in a.moments.keys() | b.moments.keys()]
+    pairs += [(a.moments[key].m2, b.moments[key].m2) for key in a.moments]
+    pairs += [(a.blocks[key], b.blocks[key]) for key in a.blocks.keys() | b.blocks.keys()]
+    pairs += [(a.resampled[key].means, b.resampled[key].means) for key in a.resampled.keys() | b.resampled.keys()]
+    pairs += [(a.weights[kind], b.weights[kind]) for kind in a.weights.keys() | b.weights.keys()]
+    return a.examples == b.examples and all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
@@ -53,19 +55,49 @@ def test_batching_and_order_do_not_matter(loaded: LoadedModel, encoded: list[Enc
 
 def test_moments_are_those_of_a_plain_loop(loaded: LoadedModel, encoded: list[Encoded]) -> None:
     found = capture(loaded, encoded)
-    inputs: dict[str, list[torch.Tensor]] = {label: [] for label in LABELS}
-    module = loaded.module(loaded.spec.site("mlp_out.1"))
+    inputs: dict[str, list[torch.Tensor]] = {population: [] for population in POPULATIONS}
+    module = loaded.module(loaded.spec.site("attn_out.1"))
     seen: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _m, args, _out: seen.append(args[0][0]))
     for example in encoded:
         loaded.model(torch.tensor([example.ids]))
         inputs[example.label].append(seen.pop()[example.start - 1 : len(example.ids) - 1].double())
     handle.remove()
-    for label in LABELS:
-        mean = torch.stack([x.mean(0) for x in inputs[label]]).mean(0)
-        m2 = torch.stack([x.square().mean(0) for x in inputs[label]]).mean(0)
-        assert torch.allclose(found.mean("mlp_out.1", "input", label), mean, atol=1e-6)
-        assert torch.allclose(found.moments["mlp_out.1", "input", label].m2, m2, atol=1e-6)
+    for population in POPULATIONS:
+        mean = torch.stack([x.mean(0) for x in inputs[population]]).mean(0)
+        m2 = torch.stack([x.square().mean(0) for x in inputs[population]]).mean(0)
+        assert torch.allclose(found.mean("attn_out.1", "input", population), mean, atol=1e-6)
+        assert torch.allclose(found.moments["attn_out.1", "input", population].m2, m2, atol=1e-6)
+    heads = loaded.spec.site("attn_out.1").components
+    for source, populations in (("contrast", LABELS), ("neutral", ("neutral",))):
+        rows = [x.view(len(x), heads, -1) for population in populations for x in inputs[population]]
+        blocks = torch.stack([torch.einsum("thi,thj->hij", x, x) / len(x) for x in rows]).mean(0)
+        assert torch.allclose(found.block_moments("attn_out.1", source).double(), blocks, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_bootstrap_counts_each_row_as_often_as_it_was_drawn(loaded: LoadedModel, encoded: list[Encoded]) -> None:
+    found = capture(loaded, encoded)
+    times = {e.row: [] for e in encoded if e.label == "positive"}
+    alone = {e.row: capture(loaded, [e]) for e in encoded if e.label == "positive"}
+    for row in times:
+        times[row] = torch.poisson(torch.ones(32), generator=torch.Generator().manual_seed(row)).tolist()
+    for draw in range(4):
+        total = sum(drawn[draw] for drawn in times.values())
+        assert found.weights["bootstrap"][draw].tolist() == [total, total]
+        mean = sum(times[row][draw] * alone[row].mean("mlp_out.0", "output", "positive") for row in times) / total
+        assert torch.allclose(
+            found.resampled["bootstrap", "mlp_out.0", "output"].means[draw, 0].double(), mean, atol=1e-5
+        )
+
+
+def test_shuffled_labels_keep_pairs_and_lose_the_direction(loaded: LoadedModel, encoded: list[Encoded]) -> None:
+    found = capture(loaded, encoded)
+    for index in range(8):
+        shuffled = found.shuffled(index)
+        assert torch.allclose(shuffled.x_bar("mlp_out.1"), found.x_bar("mlp_out.1"), atol=1e-5)
+        assert not torch.allclose(shuffled.difference("mlp_out.1"), found.difference("mlp_out.1"), atol=1e-3)
+    mean = torch.stack([found.shuffled(i).difference("mlp_out.1") for i in range(8)]).mean(0)
+    assert float(mean.norm()) < float(found.difference("mlp_out.1").norm())
 
 
 def test_the_stream_is_the_embedding_plus_what_the_writers_wrote(loaded: LoadedModel, encoded: list[Encoded]) -> None:

@@ -16,6 +16,7 @@ import torch
 from conftest import llama_config, save_tiny
 
 from steer2edit import targets
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_header
 from steer2edit.compiler import make_plan
@@ -29,7 +30,7 @@ class Case:
     def __init__(self, folder: Path, statistics: Any) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         self.spec: ModelSpec = read_spec(self.checkpoint)
-        self.plan: EditPlan = make_plan(self.checkpoint, self.spec, statistics).scaled(0.5)
+        self.plan: EditPlan = make_plan(Scoring(self.checkpoint, self.spec, statistics)).scaled(0.5)
 
     def emit(self, to: str, out: Path, plan: EditPlan | None = None, force: bool = False) -> targets.Lowering:
         return targets.emit(plan or self.plan, self.checkpoint, self.spec, to, out, force=force)

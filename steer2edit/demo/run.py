@@ -11,21 +11,21 @@ from typing import Any
 
 from tabulate import tabulate
 
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, settle_strength
+from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, neutral_text, settle_strength
 from steer2edit.contrast import LABELS, Example
 from steer2edit.demo import world
-from steer2edit.divergence import NeutralText
 from steer2edit.errors import Steer2EditError
-from steer2edit.evaluate import generate
+from steer2edit.figures import heatmap
+from steer2edit.generation import generate
 from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, steered
 from steer2edit.progress import Progress, silent
-from steer2edit.report import heatmap
 from steer2edit.targets import emit
 from steer2edit.verification import verify
 
-KL_BUDGET = 0.0075
+KL_BUDGET = 0.0025
 STEERING = (0.25, 0.5, 1.0, 2.0)
 _RUNTIME = Runtime(device="cpu", dtype="float32")
 _NEUTRAL_DOCUMENTS = 150
@@ -47,9 +47,9 @@ def demo_behavior(name: str) -> Behavior:
     )
 
 
-def neutral_documents() -> list[str]:
-    """Documents of the world, all topics mixed, on which the KL is measured."""
-    return [prompt + response for prompt, response in world.corpus(seed=1, size=_NEUTRAL_DOCUMENTS)]
+def neutral_documents(seed: int = 1) -> list[str]:
+    """Documents of the world, all topics mixed: for the KL, and with another seed as background."""
+    return [prompt + response for prompt, response in world.corpus(seed=seed, size=_NEUTRAL_DOCUMENTS)]
 
 
 def run(
@@ -79,9 +79,12 @@ def _run_one(
 ) -> dict[str, Any]:
     spec = loaded.spec
     documents = neutral_documents()
-    statistics = capture_statistics(loaded, checkpoint, behavior, progress=progress)
-    plan = make_plan(checkpoint, spec, statistics, progress=progress)
-    plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral_text=documents, progress=progress)
+    background = neutral_documents(seed=2)
+    statistics = capture_statistics(loaded, checkpoint, behavior, background=background, progress=progress)
+    scoring = Scoring(checkpoint, spec, statistics)
+    plan = make_plan(scoring, progress=progress)
+    neutral = neutral_text(loaded, documents, progress)
+    plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral=neutral)
     verified = {}
     for target, folder in folders.items():
         emit(plan, checkpoint, spec, target, folder, force=force, progress=progress)
@@ -95,9 +98,8 @@ def _run_one(
         {"model": "base", **_rates(tasks, before), "kl": 0.0},
         {"model": "edited checkpoint", **_rates(tasks, after), "kl": plan.measured["kl"]},
     ]
-    neutral = NeutralText(loaded, documents)
-    component = make_plan(checkpoint, spec, statistics, method="component", progress=progress)
-    component = settle_strength(loaded, component, kl_budget=KL_BUDGET, neutral_text=documents, progress=progress)
+    component = make_plan(scoring, method="component", progress=progress)
+    component = settle_strength(loaded, component, kl_budget=KL_BUDGET, neutral=neutral)
     with edited(loaded, component):
         rates = _rates(tasks, _answers(loaded, tasks))
     rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured["kl"]})

@@ -1,7 +1,7 @@
-"""One file, one method: statistics and weights in, an EditPlan out.
+"""One file, one method: scores in, an EditPlan out.
 
-A method module has a frozen dataclass ``Options`` and a function ``plan(checkpoint, spec, statistics, options,
-progress) -> EditPlan``. It is found by its file's name; methods never import each other.
+A method module has a frozen dataclass ``Options`` and a function ``plan(scoring, options, progress) ->
+EditPlan``. It is found by its file's name; methods never import each other.
 """
 
 from __future__ import annotations

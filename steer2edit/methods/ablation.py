@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from steer2edit.analysis import analyse
-from steer2edit.architecture import ModelSpec, Site
+from steer2edit.analysis import Scoring, analyse
+from steer2edit.architecture import Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,9 @@ class Options:
     embedding: bool = False
 
 
-def plan(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    statistics: Statistics,
-    options: Options = Options(),
-    progress: Progress = silent,
-) -> EditPlan:
+def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """One rank-1 edit for each writer, and one for each bias. Raises PlanError for layers that are not there."""
+    checkpoint, spec, statistics = scoring.checkpoint, scoring.spec, scoring.statistics
     layer = spec.layers // 2 if options.direction_layer is None else options.direction_layer
     if not 0 <= layer < spec.layers:
         raise PlanError(f"--direction-layer {layer} is not in this model, which has the layers 0-{spec.layers - 1}")
@@ -62,8 +56,8 @@ def plan(
     with progress("plan", total=len(sites)) as advance:
         for site in sites:
             u_hat = _through_norm(checkpoint, site, r)
-            found = analyse(checkpoint, site, u_hat)
-            edits.append(LowRank(site.tensor, -options.alpha * u_hat[:, None], found.projection[None, :]))
+            found = analyse(checkpoint, site, u_hat[None])
+            edits.append(LowRank(site.tensor, -options.alpha * u_hat[:, None], found.projection))
             if site.bias is not None:
                 along = float(checkpoint.read(site.bias).float() @ u_hat)
                 edits.append(Bias(site.bias, -options.alpha * along * u_hat))

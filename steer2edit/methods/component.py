@@ -17,22 +17,19 @@ this unit with others.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 
-from steer2edit.analysis import Analysis, analyse, component_scores, scored_projection
-from steer2edit.architecture import ModelSpec, Role, Site
-from steer2edit.checkpoint import Checkpoint
+from steer2edit.analysis import TINY, Scoring, SiteScores
+from steer2edit.architecture import Role
 from steer2edit.errors import PlanError
-from steer2edit.plan import Base, EditPlan, LowRank, Scores
+from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import Statistics
 
 TOP_HEADS = 0.2
 TOP_NEURONS = 0.02
-_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,8 @@ class Options:
     A class (heads, neurons) takes its threshold and slope from ``rho_*`` and ``alpha`` (the paper's), from ``tau_*`` and
     ``slope``, or from ``top_*``, a budget: this many components, or below 1 this share of them, by |g| over all layers; tau is
     then the first score left out. ``rho <= 0`` or ``top == 0`` leaves the class alone. With nothing given for either class
-    the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``layers`` are the first and last layer edited.
+    the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``stable`` leaves out components whose score's bootstrap interval
+    holds zero. ``layers`` are the first and last layer edited.
     """
 
     rho_attn: float | None = None
@@ -54,6 +52,7 @@ class Options:
     top_heads: float | None = None
     top_neurons: float | None = None
     scale: Literal["relative", "absolute"] = "relative"
+    stable: bool = True
     layers: tuple[int, int] | None = None
 
     def rule(self, role: Role) -> Rule | None:
@@ -115,44 +114,25 @@ class Rule:
         return g.sign() * (g.abs() - self.tau).clamp(min=0) * self.slope
 
 
-@dataclass(frozen=True)
-class _Scored:
-    site: Site
-    v_hat: torch.Tensor
-    size: float
-    x_bar: torch.Tensor
-    found: Analysis
-    g: torch.Tensor
-
-
-def plan(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    statistics: Statistics,
-    options: Options = Options(),
-    progress: Progress = silent,
-) -> EditPlan:
+def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """Score every head and neuron and lay down one rank-1 edit for each site that has a component over its threshold.
 
     Raises PlanError for contradictory options, and CheckpointError for weights that are not finite.
     """
+    spec = scoring.spec
     first, last = spec.layer_range(options.layers)
     rules = {role: options.rule(role) for role in (Role.ATTN_OUT, Role.MLP_OUT)}
     sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role] is not None]
-    scored = []
-    with progress("plan", total=len(sites)) as advance:
-        for site in sites:
-            scored.append(_score(checkpoint, site, statistics))
-            advance(1)
+    scored = scoring.score(sites, progress)
     settled = {}
     for role, rule in rules.items():
-        scores = [one.g for one in scored if one.site.role is role]
+        scores = [_eligible(one, options) for one in scored if one.site.role is role]
         if rule is not None and scores:
             settled[role] = rule.settle(torch.cat(scores))
     edits, tables = [], {}
     for one in scored:
         lam, edit = _edit(one, settled[one.site.role], options)
-        tables[one.site.key] = Scores(one.g, lam, scored_projection(one.found, one.site))
+        tables[one.site.key] = replace(one.table, lam=lam)
         if bool(lam.any()):
             edits.append(edit)
     method = {
@@ -161,31 +141,25 @@ def plan(
         "layers": [first, last],
         **{f"threshold_{role.value}": rule.tau for role, rule in settled.items()},
     }
+    checkpoint = scoring.checkpoint
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits), tables, method)
 
 
-def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> _Scored:
-    v = statistics.difference(site.key).float()
-    x_bar = statistics.x_bar(site.key).float()
-    if v.shape != (site.out_features,) or x_bar.shape != (site.in_features,):
-        raise PlanError(
-            f"the statistics of {site.key} are {len(x_bar)} -> {len(v)}, the matrix {site.in_features} -> {site.out_features}"
-        )
-    v_hat = v / v.norm().clamp(min=_TINY)
-    found = analyse(checkpoint, site, v_hat, x_bar)
-    return _Scored(site, v_hat, float(v.norm()), x_bar, found, component_scores(found, site, x_bar))
+def _eligible(one: SiteScores, options: Options) -> torch.Tensor:
+    """The scores g, with zero for components whose sign hangs on the sample, unless these may be edited too."""
+    return one.table.g * one.table.stable if options.stable else one.table.g
 
 
-def _edit(one: _Scored, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
+def _edit(one: SiteScores, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
     """The components' lam, and the site's outer product."""
-    site, projection = one.site, one.found.projection
-    size = scored_projection(one.found, site).abs()
+    site, projection = one.site, one.projection
+    size = one.table.projection.abs()
     # where a component cannot write along v_hat at all, k_hat is undefined and nothing is edited
-    lam = torch.where(size > _TINY, rule.lam(one.g), 0.0)
-    k_hat = projection.view(site.components, -1) / size.clamp(min=_TINY)[:, None]
+    lam = torch.where(size > TINY, rule.lam(_eligible(one, options)), 0.0)
+    k_hat = projection.view(site.components, -1) / size.clamp(min=TINY)[:, None]
     if options.scale == "relative":
         # what the whole edit pushes along v_hat on the typical input; every component's share is positive
         push = float(lam @ (k_hat * one.x_bar.view(site.components, -1)).sum(dim=1))
-        lam = lam * (one.size / push) if push > _TINY * one.size else torch.zeros_like(lam)
+        lam = lam * (one.size / push) if push > TINY * one.size else torch.zeros_like(lam)
     A = (lam[:, None] * k_hat).reshape(1, -1)
     return lam, LowRank(site.tensor, one.v_hat[:, None].clone(), A)

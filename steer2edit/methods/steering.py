@@ -3,90 +3,90 @@ r"""Compiled steering: the weights add the steering vector themselves, and mostl
 Activation steering adds v to a site's output at every token. A rank-1 edit v aᵀ adds (a·x) v instead, so a is asked for a
 push of one on the behaviour's own inputs with as little energy as it can have:
 
-    minimise  Σ_i a_i² E[x_i²]   subject to   a · x_bar = 1      ⇒      a_i = (x_bar_i / s_i) / Σ_k x_bar_k² / s_k
+    minimise  Σ_j a_jᵀ S_j a_j   subject to   a · x_bar = 1      ⇒      a_j ∝ S_j⁻¹ x_bar_j
 
-with s_i = E[x_i²] + eps · mean(E[x²]). Cross moments are left out: a stays a sum of single components' work, needs only
-streamed statistics, and fires less on text unlike the contrast data, which the full solution (a·x ≈ 1 on every token) does
-not. docs/strength.md has the measurements.
+where j runs over the components (heads' blocks of columns; single neurons) and S_j is the second moment of the component's
+input, the mean of that on the contrast data and that on background text, plus eps times its mean diagonal. Moments between
+components are left out: a stays a sum of single components' work. The full solution would fire on every token alike
+(a·x ≈ 1), which is activation steering; with blocks it fires less on text unlike the contrast data. docs/strength.md has
+the measurements.
 
 Each head's block and each neuron is a component as in Steer2Edit, with ΔW_j = v a_jᵀ; components that carry the push
-reliably (large x_bar² against E[x²]) get most of it. Strength 1 is a mean push of v, as activation steering's.
+reliably get most of it. Strength 1 is a mean push of v, as activation steering's.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 
-from steer2edit.analysis import analyse, component_scores, scored_projection
-from steer2edit.architecture import ModelSpec, Role, Site
-from steer2edit.checkpoint import Checkpoint
+from steer2edit.analysis import TINY, Scoring, SiteScores
+from steer2edit.architecture import Role
 from steer2edit.errors import PlanError
-from steer2edit.plan import Base, EditPlan, LowRank, Scores
+from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import Statistics
 
-# keeps a component that was nearly silent in the contrast data from carrying much
-_EPS = 0.1
-_TINY = 1e-12
+# of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much
+_EPS = 0.01
 
 
 @dataclass(frozen=True)
 class Options:
-    """``sites`` are the writers that carry the vector (by default attention alone, which did best at equal KL); ``carriers``
-    is the share of each site's input columns that do, the most reliable first; ``layers`` are the first and last layer edited.
+    """``sites`` are the writers that carry the vector (by default attention alone, which did best at equal KL). ``moments`` says
+    whether a head's columns are weighed together, or each by itself. ``stable`` leaves out components whose score's bootstrap
+    interval holds zero; of the others ``carriers`` is the share that carries the vector at each site, the most reliable first.
+    ``layers`` are the first and last layer edited.
     """
 
     sites: Literal["attn", "mlp", "both"] = "attn"
+    moments: Literal["heads", "diagonal"] = "heads"
     carriers: float = 1.0
+    stable: bool = True
     layers: tuple[int, int] | None = None
 
 
-def plan(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    statistics: Statistics,
-    options: Options = Options(),
-    progress: Progress = silent,
-) -> EditPlan:
+def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """One rank-1 edit for each writer chosen. Raises PlanError for a share of carriers outside (0, 1]."""
     if not 0 < options.carriers <= 1:
         raise PlanError(f"--carriers is {options.carriers}, expected a share above 0 and at most 1")
+    spec = scoring.spec
     roles = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(options.sites, {Role.ATTN_OUT, Role.MLP_OUT})
     first, last = spec.layer_range(options.layers)
     sites = [site for site in spec.sites if site.role in roles and first <= site.layer <= last]
     edits, tables = [], {}
-    with progress("plan", total=len(sites)) as advance:
-        for site in sites:
-            v = statistics.difference(site.key).float()
-            v_hat = v / v.norm().clamp(min=_TINY)
-            x_bar = statistics.x_bar(site.key).float()
-            a = v.norm() * _functional(statistics, site, x_bar, options.carriers)
-            found = analyse(checkpoint, site, v_hat, x_bar)
-            g = component_scores(found, site, x_bar)
-            # |lam| is the size of the component's edit; its sign says whether it works with or against the component
-            lam = g.sign() * a.view(site.components, -1).norm(dim=1)
-            tables[site.key] = Scores(g, lam, scored_projection(found, site))
-            if bool(a.any()):
-                edits.append(LowRank(site.tensor, v_hat[:, None].clone(), a[None, :].clone()))
-            advance(1)
-    base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+    for one in scoring.score(sites, progress):
+        a = one.size * _functional(scoring.statistics, one, options)
+        # |lam| is the size of the component's edit; its sign says whether it works with or against the component
+        lam = one.table.g.sign() * a.view(one.site.components, -1).norm(dim=1)
+        tables[one.site.key] = replace(one.table, lam=lam)
+        if bool(a.any()):
+            edits.append(LowRank(one.site.tensor, one.v_hat[:, None].clone(), a[None, :].clone()))
+    base = Base(scoring.checkpoint.name, scoring.checkpoint.revision, scoring.checkpoint.fingerprint)
     method = {"name": "steering", **asdict(options), "layers": [first, last]}
     return EditPlan(base, tuple(edits), tables, method)
 
 
-def _functional(statistics: Statistics, site: Site, x_bar: torch.Tensor, carriers: float) -> torch.Tensor:
-    """``a`` [in], with a · x_bar = 1."""
-    energy = statistics.energy(site.key).float()
-    energy = energy + _EPS * energy.mean() + _TINY
-    weights = x_bar / energy
-    reliability = weights * x_bar
-    kept = max(1, round(carriers * len(x_bar)))
-    if kept < len(x_bar):
-        chosen = torch.zeros_like(weights)
-        index = reliability.topk(kept).indices
-        chosen[index] = weights[index]
-        weights = chosen
-    return weights / (weights @ x_bar).clamp(min=_TINY)
+def _functional(statistics: Statistics, one: SiteScores, options: Options) -> torch.Tensor:
+    """``a`` [in], with a · x_bar = 1 over the components that carry; zero elsewhere, and everywhere if none does."""
+    site, x = one.site, one.x_bar.double()
+    by_component = x.view(site.components, -1)
+    if site.heads is not None and options.moments == "heads":
+        S = (
+            statistics.block_moments(site.key, "contrast") + statistics.block_moments(site.key, "neutral")
+        ).double() / 2
+        floor = _EPS * float(S.diagonal(dim1=1, dim2=2).mean()) + TINY
+        weights = torch.linalg.solve(S + floor * torch.eye(S.shape[1], dtype=S.dtype), by_component)
+    else:
+        energy = (statistics.energy(site.key) + statistics.energy(site.key, "neutral")) / 2
+        weights = by_component / (energy + _EPS * energy.mean() + TINY).view(site.components, -1)
+    reliability = (weights * by_component).sum(dim=1)
+    if options.stable:
+        reliability = reliability * one.table.stable
+    kept = torch.zeros_like(reliability)
+    kept[reliability.topk(max(1, round(options.carriers * site.components))).indices] = 1
+    weights = weights * (kept * (reliability > 0))[:, None]
+    push = float((weights * by_component).sum())
+    return (weights.flatten() / push).float() if push > TINY else torch.zeros_like(one.x_bar)

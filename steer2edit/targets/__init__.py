@@ -24,6 +24,8 @@ from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
 PLAN = "steer2edit/plan.safetensors"
+EVALUATION = "steer2edit/evaluation.json"
+REPORT = "steer2edit/report.html"
 FORMAT = "steer2edit.receipt.1"
 
 
@@ -118,11 +120,7 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
 
     Raises PlanError, with all problems, where the plan was made for another model or does not fit this one.
     """
-    if plan.base.fingerprint != checkpoint.fingerprint:
-        raise PlanError(
-            f"the plan was made for {plan.base.name} (fingerprint {plan.base.fingerprint[:12]}), but {checkpoint.name} "
-            f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
-        )
+    plan.check_base(checkpoint)
     sites = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
     resolved, problems = {}, []
     for edit in plan.edits:

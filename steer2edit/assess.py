@@ -1,0 +1,90 @@
+"""One plan, measured on questions it has not seen, beside activation steering and edits that have no point."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steer2edit.analysis import Scoring
+from steer2edit.baselines import Match, baselines, neutral_kl, steering, steering_at
+from steer2edit.divergence import NeutralText
+from steer2edit.evaluate import Candidate, Evaluation, evaluate, plan_candidate
+from steer2edit.heldout import Question, Split, builtin_questions, refuse_seen
+from steer2edit.model import LoadedModel
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.suite import Suite
+from steer2edit.targets import EVALUATION, REPORT, read_receipt
+
+
+def assess(
+    loaded: LoadedModel,
+    suite: Suite,
+    candidates: Sequence[Candidate],
+    *,
+    split: Split = "report",
+    context: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure candidates on one split. Raises DataError where one of them was made or chosen by a prompt of that split."""
+    questions = suite.questions(split)
+    for candidate in candidates:
+        refuse_seen(questions, candidate.seen, candidate.name)
+    described = {**suite.context(split), **(context or {})}
+    tasks = suite.tasks(split)
+    return evaluate(loaded, tasks, candidates, context=described, prompts=suite.prompts(split), progress=progress)
+
+
+def with_baselines(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    plan: EditPlan,
+    suite: Suite,
+    *,
+    strengths: Sequence[float] = (),
+    match: Match = "kl",
+    draws: int = 3,
+    progress: Progress = silent,
+) -> list[Candidate]:
+    """The plan's baselines, and activation steering at the plan's own KL and at each of ``strengths``."""
+    kl = neutral_kl(loaded, plan, suite.neutral)
+    found = steering(loaded, scoring, strengths)
+    found.append(steering_at(loaded, scoring, suite.neutral, kl))
+    found.sort(key=lambda candidate: candidate.strength or 0.0)
+    return [*found, *baselines(loaded, scoring, plan, suite.neutral, match=match, draws=draws, progress=progress)]
+
+
+def prove(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    plan: EditPlan,
+    neutral: NeutralText,
+    questions: Sequence[Question],
+    folders: Mapping[str, Path],
+    progress: Progress = silent,
+) -> Evaluation:
+    """What a compile shows of itself: the edit, activation steering and a random direction, all at the KL of the edit.
+
+    Writes the evaluation and the report page into each artefact's folder; without matplotlib, the evaluation alone.
+    """
+    from steer2edit.page import Report, write_report
+
+    source = scoring.statistics.source
+    suite = Suite(questions, builtin_questions("knowledge") or [], neutral, system=source.get("system"))
+    kl = neutral_kl(loaded, plan, neutral)
+    named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
+    held = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), progress=progress)
+    context = {
+        "model": scoring.checkpoint.name,
+        "fingerprint": scoring.checkpoint.fingerprint,
+        "behavior": source.get("name"),
+    }
+    candidates = [named, steering_at(loaded, scoring, neutral, kl), *held]
+    found = assess(loaded, suite, candidates, context=context, progress=progress)
+    for folder in folders.values():
+        found.save(folder / EVALUATION)
+        if importlib.util.find_spec("matplotlib"):
+            write_report(Report(plan, found, receipt=read_receipt(folder)), folder / REPORT)
+    return found

@@ -1,0 +1,181 @@
+"""What an edit must beat: activation steering, and edits that have everything but the point of it.
+
+Each baseline is a candidate like any other. Edits are made as large as the plan (``match="norm"``: each tensor's ‖ΔW‖ is the
+plan's) or brought to the KL that the plan reaches (``match="kl"``), so that what a random direction gives as well is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from steer2edit.analysis import TINY, Scoring, analyse
+from steer2edit.compiler import make_plan
+from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
+from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.evaluate import Candidate, plan_candidate
+from steer2edit.methods import load
+from steer2edit.model import LoadedModel, edited, steered
+from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.progress import Progress, silent
+from steer2edit.statistics import RESAMPLES
+
+Match = Literal["norm", "kl"]
+KINDS = ("random", "shuffled", "flipped", "whole", "ablation")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+
+
+def baselines(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    plan: EditPlan,
+    neutral: NeutralText,
+    *,
+    match: Match = "kl",
+    draws: int = 3,
+    only: Sequence[str] = KINDS,
+    progress: Progress = silent,
+) -> list[Candidate]:
+    """The edits that ``plan`` is held against: ``draws`` random directions and as many shuffled labels, the sign flipped,
+    whole matrices, directional ablation; or those of the kinds ``only``.
+
+    The flipped plan keeps its ‖ΔW‖ whatever ``match`` is. Raises PlanError where a baseline cannot be brought to the KL.
+    """
+    made: list[tuple[str, str, EditPlan]] = []
+    for kind in only:
+        if kind == "random":
+            made += [(f"random direction {i + 1}", kind, random_direction(plan, seed=i)) for i in range(draws)]
+        elif kind == "shuffled":
+            shuffles = range(min(draws, RESAMPLES["shuffled"]))
+            made += [(f"shuffled labels {i + 1}", kind, shuffled_labels(scoring, plan, i)) for i in shuffles]
+        elif kind == "flipped":
+            made.append(("sign flipped", kind, plan.scaled(-1)))
+        elif kind == "whole":
+            made.append(("whole matrices", kind, whole_matrices(scoring, plan)))
+        else:
+            ablated = make_plan(scoring, method="ablation")
+            made.append(("ablation", kind, of_norm(ablated, plan.norm)))
+    goal = neutral_kl(loaded, plan, neutral) if match == "kl" else None
+    found = []
+    with progress("baselines", total=len(made)) as advance:
+        for name, kind, other in made:
+            note, settled = "at equal ‖ΔW‖", other
+            if goal is not None and kind != "flipped":
+                note, settled = "at equal KL", _at_kl(loaded, other, neutral, goal)
+            found.append(plan_candidate(loaded, name, settled, kind, note))
+            advance(1)
+    return found
+
+
+def steering(
+    loaded: LoadedModel, scoring: Scoring, strengths: Sequence[float] = STRENGTHS, only: Sequence[str] | None = None
+) -> list[Candidate]:
+    """Activation steering: every writer's own vector added at every token, at each strength; ``only`` names the sites."""
+    keys = [site.key for site in scoring.spec.sites] if only is None else list(only)
+    vectors = {key: scoring.statistics.difference(key).float() for key in keys}
+    return [_steering(loaded, vectors, strength) for strength in strengths]
+
+
+def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl: float) -> Candidate:
+    """Activation steering at the strength that meets a KL."""
+    vectors = {site.key: scoring.statistics.difference(site.key).float() for site in scoring.spec.sites}
+
+    def measure(strength: float, glance: bool = False) -> Divergence:
+        with steered(loaded, vectors, strength):
+            return neutral.measure(glance=glance)
+
+    start = quadratic_start(lambda strength: measure(strength, glance=True), kl)
+    found = replace(_steering(loaded, vectors, find_strength(measure, kl, start=start).strength), note="at equal KL")
+    return found
+
+
+def random_direction(plan: EditPlan, seed: int) -> EditPlan:
+    """The plan with every output direction drawn at random; every ‖ΔW‖ stays."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(edit: Edit) -> Edit:
+        if not isinstance(edit, LowRank):
+            direction = torch.randn(edit.delta.shape, generator=generator)
+            return replace(edit, delta=direction * (edit.delta.norm() / direction.norm()))
+        direction = torch.randn(edit.B.shape, generator=generator)
+        return _of_norm(replace(edit, B=direction), edit.norm)
+
+    return _with(plan, [drawn(edit) for edit in plan.edits])
+
+
+def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
+    """What the plan's method makes of the same data with labels dealt out by coins, at the plan's ‖ΔW‖ in all.
+
+    Raises PlanError where the method that made the plan is not known.
+    """
+    method = dict(plan.method)
+    module = load(str(method.get("name")))
+    known = module.Options.__dataclass_fields__
+    options = {key: value for key, value in method.items() if key in known}
+    if isinstance(options.get("layers"), list):
+        options["layers"] = tuple(options["layers"])
+    # nothing is stable under shuffled labels, and that is not the question here
+    if "stable" in options:
+        options["stable"] = False
+    shuffled = Scoring(scoring.checkpoint, scoring.spec, scoring.statistics.shuffled(index))
+    return of_norm(
+        make_plan(shuffled, method=module.__name__.rsplit(".", 1)[-1], options=module.Options(**options)), plan.norm
+    )
+
+
+def whole_matrices(scoring: Scoring, plan: EditPlan) -> EditPlan:
+    """For every edited matrix ``v_hat (Wᵀ v_hat)ᵀ``, the rank-1 edit that knows no components, at the edit's ‖ΔW‖."""
+    sites = {site.tensor: site for site in scoring.spec.sites}
+    edits = []
+    for edit in plan.edits:
+        site = sites.get(edit.tensor)
+        if site is not None and isinstance(edit, LowRank):
+            v = scoring.statistics.difference(site.key).float()
+            v_hat = v / v.norm().clamp(min=TINY)
+            A = analyse(scoring.checkpoint, site, v_hat[None]).projection
+            edits.append(_of_norm(LowRank(edit.tensor, v_hat[:, None], A), edit.norm))
+    return _with(plan, edits)
+
+
+def of_norm(plan: EditPlan, norm: float) -> EditPlan:
+    """The plan scaled so that ‖ΔW‖ is ``norm`` in all."""
+    return plan.scaled(norm / plan.norm) if plan.norm else plan
+
+
+def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> float:
+    """The KL that a plan reaches on the neutral text."""
+    with edited(loaded, plan):
+        return neutral.measure().kl
+
+
+def _at_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float) -> EditPlan:
+    def measure(strength: float, glance: bool = False) -> Divergence:
+        with edited(loaded, plan, strength):
+            return neutral.measure(glance=glance)
+
+    try:
+        start = quadratic_start(lambda strength: measure(strength, glance=True), kl)
+        return plan.scaled(find_strength(measure, kl, start=start).strength)
+    except Steer2EditError as error:
+        raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
+
+
+def _steering(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Candidate:
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        with steered(loaded, vectors, strength):
+            yield loaded
+
+    return Candidate(f"steering × {strength:.3g}", enter, "steering", "activation steering", strength)
+
+
+def _of_norm(edit: LowRank, norm: float) -> LowRank:
+    return edit.scaled(norm / edit.norm) if edit.norm else edit
+
+
+def _with(plan: EditPlan, edits: Sequence[Edit]) -> EditPlan:
+    return EditPlan(plan.base, tuple(edits), method=plan.method)

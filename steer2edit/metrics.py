@@ -1,0 +1,330 @@
+"""What is measured of a model: each task runs it over questions and gives a value for every one of them.
+
+Values stay apart per question, so that intervals and differences between candidates are over questions, paired.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from steer2edit.contrast import LABELS, Example, Label
+from steer2edit.divergence import NeutralText
+from steer2edit.encoding import Encoded, encode, render_prompt
+from steer2edit.errors import DataError
+from steer2edit.estimates import Estimate, estimate
+from steer2edit.generation import generate
+from steer2edit.heldout import Question
+from steer2edit.likelihood import response_log_probabilities
+from steer2edit.model import LoadedModel
+from steer2edit.progress import Progress, silent
+from steer2edit.rows import Message, Prompt
+
+Role = Literal["attribute", "utility", "check"]
+Goal = Literal["more", "less"]
+CONTENT_FREE = "N/A"
+"""The prompt that says nothing (Zhao et al. 2021, Calibrate Before Use)."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number's name, what it is for, which way is better, and its unit. ``exponential``: exp of the mean is shown."""
+
+    name: str
+    role: Role
+    goal: Goal
+    unit: str = ""
+    exponential: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A metric's values, one for each question; with ``weights`` the metric is ``Σ values / Σ weights``."""
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+
+    def estimate(self, metric: Metric) -> Estimate:
+        """The metric and its interval."""
+        return estimate(self.values, self.weights, exponential=metric.exponential)
+
+    def change(self, base: Sample, metric: Metric) -> Estimate:
+        """What became of ``base``, question by question: the mean difference, or the ratio where the metric is exponential."""
+        differences = [a - b for a, b in zip(self.values, base.values, strict=True)]
+        return estimate(differences, self.weights, exponential=metric.exponential)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task's samples by metric name, and the answers, where the model was asked to write."""
+
+    samples: Mapping[str, Sample]
+    answers: tuple[str, ...] = ()
+
+
+class Task(Protocol):
+    """Something to run a model on."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What it yields."""
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        """Run the model, with whatever hooks are on it."""
+
+
+Generate = Callable[[LoadedModel, Sequence[str], int], list[list[int]]]
+
+
+def through_transformers(loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of rendered prompts by the loaded model."""
+    special = not loaded.tokenizer.chat_template
+    return generate(loaded, texts, max_new_tokens=max_new_tokens, add_special_tokens=special)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The model writes: length, patterns found, exact answers, a user's own score, and signs of degeneration.
+
+    ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
+    text and the answer and gives a number. ``repetition`` is the share of an answer's 4-grams that occurred before (rep-4,
+    Welleck et al. 2020), ``empty`` whether it holds no word.
+    """
+
+    questions: Sequence[Question]
+    role: Role = "attribute"
+    patterns: Sequence[str] = ()
+    function: Callable[[str, str], float] | None = None
+    max_new_tokens: int = 160
+    system: str | None = None
+    run: Generate = through_transformers
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        exact = [Metric("exact answers", self.role, "more")] if any(q.answers for q in self.questions) else []
+        if self.role == "utility":
+            return tuple(exact)
+        own = [Metric(_name_of(self.function), "attribute", "more")] if self.function else []
+        return (
+            Metric("length", self.role, "less", "tokens"),
+            *(Metric(f"/{pattern}/", self.role, "more") for pattern in self.patterns),
+            *own,
+            *exact,
+            Metric("repetition", "check", "less"),
+            Metric("empty", "check", "less"),
+        )
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        texts = [render_prompt(q.prompt, loaded.tokenizer, self.system) for q in self.questions]
+        with progress("generate", total=len(texts)) as advance:
+            rows = self.run(loaded, texts, self.max_new_tokens)
+            advance(len(texts))
+        answers = [loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        found: dict[str, list[float]] = {
+            "length": [float(len(row)) for row in rows],
+            "repetition": [_repetition(row) for row in rows],
+            "empty": [float(not re.search(r"\w", answer)) for answer in answers],
+        }
+        for pattern in self.patterns:
+            found[f"/{pattern}/"] = [float(bool(re.search(pattern, answer))) for answer in answers]
+        if self.function is not None:
+            found[_name_of(self.function)] = [
+                _scored(self.function, prompt_text(q.prompt), a) for q, a in zip(self.questions, answers, strict=True)
+            ]
+        asked = zip(self.questions, answers, strict=True)
+        found["exact answers"] = [float(is_exact(answer, q.answers)) for q, answer in asked if q.answers]
+        names = {metric.name for metric in self.metrics}
+        return Outcome({name: Sample(tuple(values)) for name, values in found.items() if name in names}, tuple(answers))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Positive against negative responses by log-probability.
+
+    ``margin`` is the mean log-probability per token of the positive response minus that of the negative, in nats;
+    ``calibrated margin`` is that minus the same after a prompt that says nothing, so that a response which is likely anywhere
+    gains nothing by it; ``preferred`` how often the margin is positive.
+    """
+
+    questions: Sequence[Question]
+    system: str | None = None
+    metrics: tuple[Metric, ...] = (
+        Metric("margin", "attribute", "more", "nats/token"),
+        Metric("calibrated margin", "attribute", "more", "nats/token"),
+        Metric("preferred", "attribute", "more"),
+    )
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        margins = self._margins(loaded, [q.prompt for q in self.questions], progress)
+        bare = self._margins(loaded, [_free(q.prompt) for q in self.questions], progress)
+        samples = {
+            "margin": margins,
+            "calibrated margin": [m - b for m, b in zip(margins, bare, strict=True)],
+            "preferred": [float(m > 0) for m in margins],
+        }
+        return Outcome({name: Sample(tuple(values)) for name, values in samples.items()})
+
+    def _margins(self, loaded: LoadedModel, prompts: Sequence[Prompt], progress: Progress) -> list[float]:
+        pairs = list(zip(prompts, self.questions, strict=True))
+        examples = [
+            Example(prompt, _response(q, label), label, q.where, i)
+            for i, (prompt, q) in enumerate(pairs)
+            for label in LABELS
+        ]
+        encoded = encode(examples, loaded.tokenizer, system=self.system, span="response")
+        means = [float(x.mean()) for x in response_log_probabilities(loaded, encoded, progress=progress)]
+        return [positive - negative for positive, negative in zip(means[::2], means[1::2], strict=True)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Multiple choice by the log-probability of each choice as the response (Lin et al. 2022, TruthfulQA).
+
+    ``MC1`` is 1 where the best true choice (the first marked true) is likelier than every false one, by total
+    log-probability; ``MC2`` is the probability of all true choices together, normalised over the choices. As a utility
+    there is ``accuracy`` alone: MC1 by log-probability per token, so that longer choices are at no disadvantage.
+    """
+
+    questions: Sequence[Question]
+    role: Role = "attribute"
+    system: str | None = None
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        if self.role == "utility":
+            return (Metric("accuracy", "utility", "more"),)
+        return (Metric("MC1", self.role, "more"), Metric("MC2", self.role, "more"))
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        encoded: list[Encoded] = []
+        label: Label = "positive"
+        for index, question in enumerate(self.questions):
+            examples = [Example(question.prompt, text, label, question.where, index) for text in question.choices]
+            encoded += encode(examples, loaded.tokenizer, system=self.system, span="response")
+        scores = iter(response_log_probabilities(loaded, encoded, progress=progress))
+        found: dict[str, list[float]] = {"MC1": [], "MC2": [], "accuracy": []}
+        for question in self.questions:
+            rows = [next(scores) for _ in question.choices]
+            totals = torch.stack([row.sum() for row in rows])
+            means = torch.stack([row.mean() for row in rows])
+            true = torch.tensor(question.labels)
+            best = question.labels.index(True)
+            found["MC1"].append(float(totals[best] > totals[~true].max()))
+            found["accuracy"].append(float(means[best] > means[~true].max()))
+            found["MC2"].append(float(totals.softmax(0)[true].sum()))
+        return Outcome({metric.name: Sample(tuple(found[metric.name])) for metric in self.metrics})
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Divergence from the base on neutral text, over all its tokens; the sampling unit is a window of text."""
+
+    text: NeutralText
+    metrics: tuple[Metric, ...] = field(
+        default=(
+            Metric("KL", "utility", "less", "nats/token"),
+            Metric("perplexity", "utility", "less", exponential=True),
+        )
+    )
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        found = self.text.windows(loaded)
+        weights = tuple(map(float, found.tokens))
+        return Outcome({"KL": Sample(found.kl, weights), "perplexity": Sample(found.loss, weights)})
+
+
+def load_function(where: str) -> Callable[[str, str], float]:
+    """The function ``name`` of ``file.py:name``, called with a prompt's text and an answer. Raises DataError if absent."""
+    path, _, name = where.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise DataError(f"--function is {where!r}; expected file.py:name, and {path or 'no file'} to be there")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise DataError(f"{path} cannot be run: {type(error).__name__}: {error}") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise DataError(f"{path} has no function {name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Raise DataError for a pattern that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise DataError(f"--pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as text: the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1].content
+
+
+def is_exact(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether an answer says what is accepted: the last number in it where that is a number, else the text itself.
+
+    Case, white space and closing punctuation do not count.
+    """
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
+    for wanted in accepted:
+        value = _number(wanted)
+        if value is not None and numbers and math.isclose(float(numbers[-1]), value):
+            return True
+        if value is None and _plain(answer) == _plain(wanted):
+            return True
+    return False
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .!?\"'")
+
+
+def _repetition(tokens: Sequence[int]) -> float:
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _scored(function: Callable[[str, str], float], prompt: str, answer: str) -> float:
+    try:
+        value = float(function(prompt, answer))
+    except Exception as error:  # whatever the user's function raises
+        raise DataError(f"{_name_of(function)} failed on an answer: {type(error).__name__}: {error}") from None
+    if not math.isfinite(value):
+        raise DataError(f"{_name_of(function)} gave {value} for an answer; expected a finite number")
+    return value
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _response(question: Question, label: Label) -> str:
+    return question.positive if label == "positive" else question.negative
+
+
+def _free(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, str):
+        return CONTENT_FREE
+    return (*(m for m in prompt[:-1] if m.role == "system"), Message("user", CONTENT_FREE))

@@ -1,0 +1,270 @@
+"""Rows of data files: reading JSONL, JSON, CSV and Parquet, here or on the Hub, and what is wrong with each row.
+
+All the problems of a source are reported together.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+from steer2edit.errors import DataError, listing, shown
+
+T = TypeVar("T")
+
+
+class Message(NamedTuple):
+    """One turn of a chat; a tuple, so that prompts can be compared and hashed."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What rows hold: the ``columns`` read, what is ``missing`` given the columns there are ("" if nothing), and how both
+    are said: ``purpose`` ("contrast data") and ``expected``.
+    """
+
+    columns: tuple[str, ...]
+    missing: Callable[[Iterable[str]], str]
+    purpose: str
+    expected: str
+
+
+# Of a row, its place in messages and its number makes values; notes what is wrong with it.
+Build = Callable[[dict[str, object], str, int, list[str]], list[T]]
+
+
+def read_source(source: str | Path, shape: Shape, build: Build[T]) -> list[T]:
+    """What ``build`` makes of each row of a file, or of a Hub dataset ``user/name`` or ``user/name:file``, in order.
+
+    Raises DataError, which lists every problem with its line or row.
+    """
+    try:
+        path = Path(source).expanduser()
+        folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"cannot read {shown(str(source))}: {error}") from None
+    if folder:
+        raise DataError(f"{path} is a folder; name a file in it ({', '.join(_READERS)})")
+    if exists:
+        return _read(path, path.name, shape, build)
+    repo, _, file = str(source).partition(":")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII) and PurePosixPath(repo).suffix not in _READERS:
+        return _read(*_download(repo, file), shape, build)
+    raise DataError(f"{source} does not exist, and is no Hub dataset (user/name or user/name:file) either")
+
+
+def parse_json_lines(data: bytes, name: str, shape: Shape, build: Build[T]) -> list[T]:
+    """What ``build`` makes of each line. Raises DataError like :func:`read_source`."""
+    return _parse(data, name, _json_lines, shape, build)
+
+
+def prompt_of(value: object) -> Prompt:
+    """A prompt whose :func:`prompt_fault` is empty, as text or chat messages."""
+    if isinstance(value, str):
+        return value
+    assert isinstance(value, list)
+    return tuple(Message(message["role"], message["content"]) for message in value)
+
+
+def prompt_fault(prompt: object) -> str:
+    """What is wrong with a row's prompt; "" if nothing is."""
+    if isinstance(prompt, str):
+        return text_fault("prompt", prompt)
+    if not isinstance(prompt, list):
+        return f"prompt: expected a string or a list of chat messages, found {shown(prompt)}"
+    if not prompt:
+        return "prompt: the list of chat messages is empty"
+    for i, message in enumerate(prompt, start=1):
+        if not isinstance(message, dict):
+            return f'prompt, message {i}: expected {{"role", "content"}}, found {shown(message)}'
+        for key in Message._fields:
+            if key not in message:
+                return f'prompt, message {i}: "{key}" is missing'
+            if fault := text_fault(key, message[key], filled=key == "role"):
+                return f"prompt, message {i}: {fault}"
+    return ""
+
+
+def text_fault(key: str, value: object, filled: bool = False) -> str:
+    """What is wrong with a text of a row; ``filled`` texts hold more than white space."""
+    if not isinstance(value, str):
+        return f"{key}: expected a string, found {shown(value)}"
+    if filled and not value.strip():
+        return f"{key} is empty" if not value else f"{key} holds nothing but white space"
+    half = re.search("[\ud800-\udfff]", value)
+    return f"{key} holds half of a surrogate pair, which is no character" if half else ""
+
+
+def _download(repo: str, file: str) -> tuple[Path, str]:
+    """The local copy of a dataset's file and its name in messages; the only file, if none is named."""
+    import huggingface_hub
+
+    try:
+        if not file:
+            held = huggingface_hub.list_repo_files(repo, repo_type="dataset")
+            paths = [path for path in map(PurePosixPath, sorted(held)) if path.suffix.lower() in _READERS]
+            found = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
+            if not found:
+                raise DataError(f"the dataset {repo} on the Hub holds no file in a format of {', '.join(_READERS)}")
+            if len(found) > 1:
+                raise DataError(
+                    f"the dataset {repo} on the Hub holds several data files; name one as {repo}:{found[0]}\n"
+                    f"{listing(found)}"
+                )
+            file = found[0]
+        return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}:{file}"
+    except DataError:
+        raise
+    except Exception as error:  # its errors have no base in common over the supported versions
+        name = f"{repo}:{file}" if file else repo
+        raise DataError(f"cannot read {name}: no such file here, and the Hub says: {_reason(error)}") from None
+
+
+# A reader yields each row with its place, and notes what it cannot read.
+_Reader = Callable[[bytes, str, list[str], Shape], Iterator[tuple[str, object]]]
+
+
+def _read(path: Path, name: str, shape: Shape, build: Build[T]) -> list[T]:
+    reader = _READERS.get(PurePosixPath(name).suffix.lower())
+    if reader is None:
+        raise DataError(f"{name} is in no known format; expected a name that ends in {', '.join(_READERS)}")
+    try:
+        return _parse(path.read_bytes(), name, reader, shape, build)
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def _parse(data: bytes, name: str, reader: _Reader, shape: Shape, build: Build[T]) -> list[T]:
+    problems: list[str] = []
+    found: list[T] = []
+    rows = 0
+    data = data.removeprefix(codecs.BOM_UTF8)
+    for where, row in reader(data, name, problems, shape):
+        if not isinstance(row, dict):
+            problems.append(f"{where}: expected an object, found {shown(row)}")
+        elif missing := shape.missing(row):
+            problems.append(f"{where}: {missing}")
+        else:
+            found += build(row, where, rows, problems)
+        rows += 1
+    if not data.strip():
+        problems = [f"{name} is empty"]
+    elif not rows and not problems:
+        problems = [f"{name} holds no rows; {shape.expected}"]
+    if problems:
+        raise DataError(f"{name} cannot be used as {shape.purpose}:\n{listing(problems)}")
+    return found
+
+
+def _json_lines(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        where = f"{name} line {number}"
+        if line.strip():
+            try:
+                yield where, json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{where}: {_reason(error)}")
+
+
+def _json_list(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
+    text = _decoded(data, name, problems)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
+        problems.append(f"{name}{line}: {_reason(error)}{hint}")
+        return
+    if isinstance(rows, list):
+        yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
+    else:
+        problems.append(f"{name}: expected a list of rows, found {shown(rows)}")
+
+
+def _csv(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
+    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a long response; the limit is the whole process's
+    try:
+        reader = csv.reader(io.StringIO(_decoded(data, name, problems), newline=""), strict=True)
+        line, header = 1, None
+        try:
+            for cells in reader:
+                where, line = f"{name} line {line}", reader.line_num + 1
+                if not any(cells):
+                    continue
+                if header is None:
+                    header = [cell.strip() for cell in cells]
+                    twice = ", ".join(sorted({key for key in shape.columns if header.count(key) > 1}))
+                    if fault := f"column {twice} occurs twice" if twice else shape.missing(header):
+                        problems.append(f"{where} (the header): {fault}")
+                        return
+                elif len(cells) != len(header):
+                    problems.append(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
+                else:
+                    yield where, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            problems.append(f"{name} line {line}: {error}")
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
+    if not data:
+        return
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        problems.append(f"{name}: Parquet needs pyarrow; install it with: pip install 'steer2edit[parquet]'")
+        return
+    try:
+        file = parquet.ParquetFile(io.BytesIO(data))
+        columns = [column for column in file.schema_arrow.names if column in shape.columns]
+        if missing := shape.missing(file.schema_arrow.names):
+            problems.append(f"{name}: {missing}")
+            return
+        rows = file.read(columns=columns).to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        problems.append(f"{name}: {_reason(error)}")
+        return
+    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+_READERS: dict[str, _Reader] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _decoded(data: bytes, name: str, problems: list[str]) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problems.append(f"{name} line {line}: {_reason(error)}")
+        return ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON: {error.msg} at column {error.colno}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

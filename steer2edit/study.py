@@ -1,0 +1,139 @@
+"""A study's folder: search on one half of the questions, then report the front on the other half, once.
+
+statistics.safetensors   what was captured          study.journal     Optuna's journal
+study.json               every trial, front, knee   evaluation.json   the front and its baselines, reporting split
+knee.plan.safetensors, front/<trial>.plan.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer2edit.analysis import Scoring
+from steer2edit.assess import assess, with_baselines
+from steer2edit.baselines import steering_at
+from steer2edit.errors import PlanError
+from steer2edit.evaluate import Evaluation, plan_candidate
+from steer2edit.heldout import refuse_seen
+from steer2edit.model import LoadedModel
+from steer2edit.page import Report
+from steer2edit.pareto import spread
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.suite import Suite
+from steer2edit.targets import EVALUATION, PLAN, emit, read_receipt
+from steer2edit.tune import Search, StudyResult, plan_of, read_study, tune
+
+JOURNAL, RESULT, STATISTICS, KNEE = "study.journal", "study.json", "statistics.safetensors", "knee.plan.safetensors"
+_SHOWN = 8
+_STEERING_POINTS = 4
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished search: its trials, the knee's plan, and what the front does on the reporting split, where it was measured."""
+
+    folder: Path
+    result: StudyResult
+    knee: EditPlan | None = None
+    evaluation: Evaluation | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Plain values, for a program to read."""
+        found = {"folder": str(self.folder), "front": list(self.result.front), "knee": self.result.knee}
+        return {**self.result.described(), **found, "report": self.evaluation and self.evaluation.described()}
+
+
+def run_study(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    suite: Suite,
+    search: Search,
+    folder: Path,
+    *,
+    storage: str | None = None,
+    name: str = "steer2edit",
+    report: bool = True,
+    to: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Study:
+    """Search, or go on searching; save the front as plans; measure it on the reporting split; emit the knee ``to`` targets.
+
+    Raises DataError, before any work, where a prompt of the reporting split is in the contrast data.
+    """
+    if report:
+        refuse_seen(suite.questions("report"), scoring.statistics.source.get("prompts", ()), "the steering vector")
+        suite.tasks("report")
+    if not (folder / STATISTICS).is_file():
+        scoring.statistics.save(folder / STATISTICS)
+    place = storage if storage is not None else folder / JOURNAL
+    result = tune(loaded, scoring, suite, search, storage=place, name=name, progress=progress)
+    result.save(folder / RESULT)
+    trials = {trial.number: trial for trial in result.trials}
+    plans = {number: plan_of(scoring, loaded, suite, trials[number], search) for number in result.front}
+    for number, plan in plans.items():
+        plan.save(folder / "front" / f"{number}.plan.safetensors")
+    if result.knee is None:
+        return Study(folder, result)
+    knee = plans[result.knee]
+    knee.save(folder / KNEE)
+    evaluation = None
+    if report:
+        evaluation = _report(loaded, scoring, suite, plans, result, progress)
+        evaluation.save(folder / "evaluation.json")
+    for target in to:
+        emit(knee, scoring.checkpoint, scoring.spec, target, folder / target, force=True, progress=progress)
+    return Study(folder, result, knee, evaluation)
+
+
+def _report(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    suite: Suite,
+    plans: dict[int, EditPlan],
+    result: StudyResult,
+    progress: Progress,
+) -> Evaluation:
+    assert result.knee is not None
+    knee = plans[result.knee]
+    chosen = [plan_candidate(loaded, f"knee (trial {result.knee})", knee, "knee", str(knee.method.get("name")))]
+    shown = [number for number in spread(result.front, _SHOWN) if number != result.knee]
+    chosen += [plan_candidate(loaded, f"trial {number}", plans[number], "front") for number in shown]
+    # along the front's own range of KL, so that both curves can be read at the same cost
+    costs = sorted(plan.measured["kl"] for plan in plans.values())
+    points = [costs[round(i * (len(costs) - 1) / (_STEERING_POINTS - 1))] for i in range(_STEERING_POINTS)]
+    chosen += [steering_at(loaded, scoring, suite.neutral, kl) for kl in dict.fromkeys(points) if kl > 0]
+    chosen += with_baselines(loaded, scoring, knee, suite, progress=progress)
+    source = scoring.statistics.source
+    context = {
+        "model": scoring.checkpoint.name,
+        "fingerprint": scoring.checkpoint.fingerprint,
+        "behavior": source.get("name"),
+    }
+    return assess(loaded, suite, chosen, context=context, progress=progress)
+
+
+def read_report(source: Path, evaluation: Path | None = None) -> Report:
+    """What the report page is made from: a study's folder, an artefact's folder, or a plan file.
+
+    ``evaluation`` is a file of ``eval -o``, in place of what lies in the folder. Raises PlanError for anything else.
+    """
+    found = Evaluation.load(evaluation) if evaluation is not None else None
+    if source.is_file():
+        return Report(EditPlan.load(source), found)
+    if (source / RESULT).is_file():
+        study = read_study(source / RESULT)
+        if not (source / KNEE).is_file():
+            raise PlanError(f"the study in {source} has no front yet: no trial was better than the base")
+        kept = source / "evaluation.json"
+        found = Evaluation.load(kept) if found is None and kept.is_file() else found
+        return Report(EditPlan.load(source / KNEE), found, trials=study["trials"], settings=study["settings"])
+    if source.is_dir():
+        receipt = read_receipt(source)
+        kept = source / EVALUATION
+        found = Evaluation.load(kept) if found is None and kept.is_file() else found
+        return Report(EditPlan.load(source / PLAN), found, receipt=receipt)
+    raise PlanError(f"{source} does not exist; expected a study's or an artefact's folder, or a plan")

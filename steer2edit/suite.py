@@ -1,0 +1,102 @@
+"""What candidates are measured on: held-out questions of a behaviour, questions of general use, neutral text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from steer2edit.divergence import NeutralText
+from steer2edit.errors import DataError
+from steer2edit.heldout import Question, Split, prompt_digest, take
+from steer2edit.metrics import Answers, Choice, Generate, Neutral, Preference, Task, prompt_text, through_transformers
+
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Questions that show the behaviour (``attribute``) and that show what must not suffer (``utility``), with neutral text.
+
+    Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
+    answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
+    read. ``limit`` bounds the questions of each split.
+    """
+
+    attribute: Sequence[Question]
+    utility: Sequence[Question]
+    neutral: NeutralText
+    patterns: Sequence[str] = ()
+    function: Callable[[str, str], float] | None = None
+    max_new_tokens: int = 160
+    system: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    run: Generate = through_transformers
+
+    def tasks(self, split: Split) -> list[Task]:
+        """What is run on one split, the cheapest first. Raises DataError where the split holds no question."""
+        asked, useful = self.questions(split), take(self.utility, split, self.seed)[: self.limit]
+        if not asked:
+            raise DataError(f"no question falls into the split {split}; give more questions, or another --split-seed")
+        found: list[Task] = [Neutral(self.neutral)]
+        if pairs := [q for q in asked if q.positive]:
+            found.append(Preference(pairs, self.system))
+        if choices := [q for q in asked if q.choices]:
+            found.append(Choice(choices, system=self.system))
+        if choices := [q for q in useful if q.choices]:
+            found.append(Choice(choices, "utility", self.system))
+        # with the attribute's answers first: they are what is shown
+        found.append(self._answers(self.written(split)))
+        if exact := [q for q in useful if q.answers]:
+            found.append(self._answers(exact, useful=True))
+        names = [metric.name for task in found for metric in task.metrics]
+        if len(set(names)) < len(names):
+            raise DataError(f"two metrics have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return found
+
+    def questions(self, split: Split) -> list[Question]:
+        """The attribute's questions of a split."""
+        return take(self.attribute, split, self.seed)[: self.limit]
+
+    def written(self, split: Split) -> list[Question]:
+        """Those that the model writes an answer to."""
+        asked = self.questions(split)
+        if self.patterns or self.function is not None:
+            return asked
+        bare = [q for q in asked if not q.positive and not q.choices]
+        return bare or list(islice(asked, SAMPLES))
+
+    def prompts(self, split: Split) -> list[str]:
+        """The texts of their prompts."""
+        return [prompt_text(q.prompt) for q in self.written(split)]
+
+    def digests(self, split: Split) -> list[str]:
+        """Digests of every prompt that numbers of this split rest on."""
+        both: Iterator[Question] = iter([*self.questions(split), *take(self.utility, split, self.seed)[: self.limit]])
+        return sorted({prompt_digest(q.prompt) for q in both})
+
+    def context(self, split: Split) -> dict[str, Any]:
+        """What an evaluation says of itself."""
+        return {
+            "split": split,
+            "split_seed": self.seed,
+            "questions": len(self.questions(split)),
+            "utility_questions": len(take(self.utility, split, self.seed)[: self.limit]),
+            "neutral_tokens": self.neutral.tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "system": self.system,
+        }
+
+    def _answers(self, questions: Sequence[Question], useful: bool = False) -> Answers:
+        if useful:
+            return Answers(questions, "utility", max_new_tokens=self.max_new_tokens, system=self.system, run=self.run)
+        return Answers(
+            questions,
+            patterns=self.patterns,
+            function=self.function,
+            max_new_tokens=self.max_new_tokens,
+            system=self.system,
+            run=self.run,
+        )

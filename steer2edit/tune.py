@@ -1,0 +1,325 @@
+"""Search for the edit with the best trade-off: many plans, one capture, measured on the selection split alone.
+
+Optuna proposes; every proposal is a plan made from the same scores, brought near a KL by the closed form, and measured by
+hooks. What comes back is the Pareto front of (attribute, utility), its knee, and every trial. A study is a folder: its
+journal is written trial by trial, so a search that was killed goes on where it stopped, and since a proposal depends on the
+seed and the trials that are finished and on nothing else, it finds what an unbroken one finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from steer2edit import methods
+from steer2edit.analysis import Scoring
+from steer2edit.architecture import Role
+from steer2edit.checkpoint import read_json
+from steer2edit.compiler import make_plan
+from steer2edit.divergence import Divergence, quadratic_start
+from steer2edit.errors import PlanError
+from steer2edit.evaluate import Row, measure, plan_candidate
+from steer2edit.files import write_text
+from steer2edit.journal import Journal, Params, Trial
+from steer2edit.metrics import Metric, Neutral, Task
+from steer2edit.model import LoadedModel, edited
+from steer2edit.pareto import front_of, knee_of
+from steer2edit.plan import Base, EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.suite import Suite
+
+FORMAT = "steer2edit.study.1"
+PAPER_GRID: Mapping[str, tuple[float, ...]] = {
+    "rho_attn": (0.1, 0.2, 0.3, 0.4, 0.5),
+    "rho_mlp": (0.1, 0.2, 0.3, 0.4, 0.5),
+    "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
+}
+"""5 × 5 × 5 of Steer2Edit's own parameters, over the thresholds rho·alpha that the paper's models needed."""
+_DEGENERATE = {"repetition": 0.1, "empty": 0.05}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and for how long.
+
+    ``methods`` are proposed with their layers, classes and a KL in ``kl_range`` (log-uniform); or ``grid`` gives values of a
+    method's options, all combinations of which are tried at ``strength`` times what the method gives. A plan whose KL is
+    above ``max_kl`` is not evaluated further. The search ends after ``trials``, or after ``patience`` trials that left the
+    front as it was.
+    """
+
+    methods: tuple[str, ...] = ("steering",)
+    trials: int = 40
+    patience: int | None = None
+    seed: int = 0
+    kl_range: tuple[float, float] = (0.003, 0.3)
+    max_kl: float = 1.0
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    strength: float = 1.0
+    attribute: str | None = None
+    utility: str = "KL"
+
+    def points(self) -> list[Params]:
+        """The grid's combinations, in order."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Every trial, the numbers of those on the front (from the least KL on), and the knee's."""
+
+    settings: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    front: tuple[int, ...]
+    knee: int | None
+
+    def described(self) -> dict[str, Any]:
+        """In plain values, as the report reads it."""
+        trials = [
+            {
+                **asdict(trial),
+                "kl": trial.kl if math.isfinite(trial.kl) else None,
+                "front": trial.number in self.front,
+                "knee": trial.number == self.knee,
+            }
+            for trial in self.trials
+        ]
+        return {"format": FORMAT, "settings": dict(self.settings), "trials": trials}
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_text(path, json.dumps(self.described(), indent=1) + "\n")
+
+
+def read_grid(given: Sequence[str]) -> dict[str, list[Any]]:
+    """A grid from ``paper``, or from texts such as ``rho_attn=0.1,0.2``. Raises PlanError for anything else."""
+    grid: dict[str, list[Any]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if text == "paper":
+            grid |= {key: list(found) for key, found in PAPER_GRID.items()}
+        elif not name or not values:
+            raise PlanError(f"--grid {text!r} is neither 'paper' nor of the form option=value,value,…")
+        else:
+            grid[name.strip().replace("-", "_")] = [_value(value.strip()) for value in values.split(",")]
+    return grid
+
+
+def _value(text: str) -> Any:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() and "." not in text else number
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """What :meth:`StudyResult.save` wrote. Raises PlanError for any other file."""
+    found = read_json(path)
+    if found.get("format") != FORMAT or not isinstance(found.get("trials"), list):
+        raise PlanError(f"{path} is no study of steer2edit")
+    return found
+
+
+def tune(
+    loaded: LoadedModel,
+    scoring: Scoring,
+    suite: Suite,
+    search: Search,
+    *,
+    storage: str | Path,
+    name: str = "steer2edit",
+    progress: Progress = silent,
+) -> StudyResult:
+    """Run, or go on with, a study.
+
+    ``storage`` is a journal file, or any URL that Optuna takes, which many machines can share. Raises Steer2EditError
+    without Optuna, PlanError where the storage holds a study with other settings, or a metric is not measured.
+    """
+    tasks = suite.tasks("select")
+    attribute, utility = _objectives(tasks, search)
+    goals = attribute.goal, utility.goal
+    settings = _settings(scoring, suite, search, attribute, utility)
+    journal = Journal(storage, name, settings, goals)
+
+    def measure_base() -> dict[str, float]:
+        row = measure(plan_candidate(loaded, "base", EditPlan(Base("", None, ""), ())), tasks, progress)
+        return {m.name: row.samples[m.name].estimate(m).value for task in tasks for m in task.metrics}
+
+    base = journal.base(measure_base)
+    bench = _Bench(loaded, scoring, tasks, (attribute, utility), search, base, progress)
+    points = search.points()
+    total = len(points) if search.grid else search.trials
+    with progress("tune", total=total) as advance:
+        advance(len(journal.finished()))
+        while len(trials := journal.finished()) < total and not _stale(trials, search.patience, goals):
+            trial = journal.ask_point(search.grid, points) if search.grid else journal.ask(search.seed)
+            if trial is None:
+                break
+            params = trial.params if search.grid else _suggest(trial, scoring, search)
+            journal.tell(trial, bench.run(trial.number, params))
+            advance(1)
+    trials = journal.finished()
+    front = _front(trials, goals)
+    values = {trial.number: trial.values for trial in trials if trial.values is not None}
+    knee = knee_of(values, front, goals, (base[attribute.name], base[utility.name]))
+    return StudyResult({**settings, "base": dict(base)}, tuple(trials), tuple(front), knee)
+
+
+def plan_of(scoring: Scoring, loaded: LoadedModel, suite: Suite, trial: Trial, search: Search) -> EditPlan:
+    """The plan of a trial, as it was measured; it remembers by what prompts it was chosen."""
+    plan = _with_strength(_make(scoring, trial.params, search), float(trial.checks["strength"]))
+    measured = {
+        "strength": trial.checks["strength"],
+        "kl": trial.kl,
+        "trial": trial.number,
+        "params": dict(trial.params),
+        "selected_on": suite.digests("select"),
+    }
+    with edited(loaded, plan):
+        found = suite.neutral.measure()
+    return replace(plan, measured={**measured, **asdict(found)})
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Measures one proposal after another on one loaded model."""
+
+    loaded: LoadedModel
+    scoring: Scoring
+    tasks: Sequence[Task]
+    objectives: tuple[Metric, Metric]
+    search: Search
+    base: Mapping[str, float]
+    progress: Progress
+
+    def run(self, number: int, params: Params) -> Trial:
+        try:
+            plan = _make(self.scoring, params, self.search)
+        except PlanError as error:
+            return Trial(number, params, "refused", note=str(error))
+        if not plan.edits:
+            return Trial(number, params, "empty", note="no component is over its threshold")
+        neutral = next(task for task in self.tasks if isinstance(task, Neutral))
+        strength = self.search.strength
+        if "kl" in params:
+
+            def glance(factor: float) -> Divergence:
+                with edited(self.loaded, plan, factor):
+                    return neutral.text.measure(glance=True)
+
+            strength = quadratic_start(glance, params["kl"])
+        candidate = plan_candidate(self.loaded, f"trial {number}", _with_strength(plan, strength))
+        quick = measure(candidate, [neutral], self.progress)
+        kl = quick.samples["KL"].estimate(_metric(self.tasks, "KL")).value
+        checks = {"strength": strength}
+        if not kl <= self.search.max_kl:
+            note = f"its KL is above {self.search.max_kl:g}"
+            return Trial(number, params, "over", kl, checks=checks, note=note, seconds=quick.seconds)
+        rest = measure(candidate, [task for task in self.tasks if task is not neutral], self.progress)
+        row = replace(rest, samples={**quick.samples, **rest.samples}, seconds=quick.seconds + rest.seconds)
+        return self._judged(number, params, kl, row, checks)
+
+    def _judged(self, number: int, params: Params, kl: float, row: Row, checks: dict[str, float]) -> Trial:
+        found = [asdict(row.samples[m.name].estimate(m)) for m in self.objectives]
+        state, note = "complete", ""
+        for name, slack in _DEGENERATE.items():
+            if name in row.samples:
+                checks[name] = row.samples[name].estimate(_metric(self.tasks, name)).value
+                if checks[name] > self.base[name] + slack:
+                    state, note = "degenerate", f"{name} is {checks[name]:.2f}, the base's {self.base[name]:.2f}"
+        return Trial(number, params, state, kl, found[0], found[1], checks, note, row.seconds)
+
+
+def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPlan:
+    method = params.get("method", search.methods[0])
+    module = methods.load(method)
+    known = module.Options.__dataclass_fields__
+    options = {key: value for key, value in params.items() if key in known}
+    if "first_layer" in params:
+        options["layers"] = (params["first_layer"], params["last_layer"])
+    if search.grid and method == "component":
+        # Steer2Edit's own parameters are tried to the letter
+        options = {"scale": "absolute", "stable": False, **options}
+    plan = make_plan(scoring, method=method, options=module.Options(**options))
+    if "mlp_share" in params:
+        share = {Role.ATTN_OUT: 1.0, Role.MLP_OUT: params["mlp_share"]}
+        tensors = {t: share[site.role] for site in scoring.spec.sites for t in (site.tensor, site.bias) if t}
+        plan = plan.reweighted(tensors, {site.key: share[site.role] for site in scoring.spec.sites})
+    return plan
+
+
+def _suggest(trial: Any, scoring: Scoring, search: Search) -> Params:
+    """A proposal: the method, the KL aimed at, the layers, how much the MLPs take part, and the method's own."""
+    layers = scoring.spec.layers
+    params: Params = {
+        "method": trial.suggest_categorical("method", list(search.methods)),
+        "kl": trial.suggest_float("kl", *search.kl_range, log=True),
+        "first_layer": trial.suggest_int("first_layer", 0, layers // 2),
+        "last_layer": trial.suggest_int("last_layer", layers // 2, layers - 1),
+    }
+    if params["method"] == "steering":
+        share = trial.suggest_float("mlp_share", 0.0, 1.0)
+        params["sites"] = "attn" if share < 0.2 else "both"
+        params["mlp_share"] = 0.0 if share < 0.2 else share
+    elif params["method"] == "component":
+        params["top_heads"] = trial.suggest_float("top_heads", 0.02, 1.0, log=True)
+        params["top_neurons"] = trial.suggest_float("top_neurons", 0.001, 0.2, log=True)
+        params["mlp_share"] = trial.suggest_float("component_mlp_share", 0.0, 1.0)
+    elif params["method"] == "ablation":
+        params["direction_layer"] = trial.suggest_int("direction_layer", 0, layers - 1)
+    return params
+
+
+def _with_strength(plan: EditPlan, strength: float) -> EditPlan:
+    return plan.scaled(strength) if strength != 1 else plan
+
+
+def _objectives(tasks: Sequence[Task], search: Search) -> tuple[Metric, Metric]:
+    metrics = [metric for task in tasks for metric in task.metrics]
+    attributes = [metric for metric in metrics if metric.role == "attribute"]
+    chosen = attributes[0] if search.attribute is None else _metric(tasks, search.attribute)
+    return chosen, _metric(tasks, search.utility)
+
+
+def _metric(tasks: Sequence[Task], name: str) -> Metric:
+    metrics = [metric for task in tasks for metric in task.metrics]
+    found = next((metric for metric in metrics if metric.name == name), None)
+    if found is None:
+        raise PlanError(f"{name!r} is not measured; there are {', '.join(metric.name for metric in metrics)}")
+    return found
+
+
+def _settings(scoring: Scoring, suite: Suite, search: Search, attribute: Metric, utility: Metric) -> dict[str, Any]:
+    source = scoring.statistics.source
+    settings = {
+        **asdict(search),
+        "attribute": {"name": attribute.name, "goal": attribute.goal},
+        "utility": {"name": utility.name, "goal": utility.goal},
+        "model": scoring.checkpoint.name,
+        "fingerprint": scoring.checkpoint.fingerprint,
+        "behavior": source.get("name"),
+        "data": source.get("data"),
+        "split_seed": suite.seed,
+        "selected_on": hashlib.sha256(" ".join(suite.digests("select")).encode()).hexdigest(),
+        "sampler": "grid" if search.grid else "TPE",
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=list))
+    return plain
+
+
+def _front(trials: Sequence[Trial], goals: tuple[str, str]) -> list[int]:
+    return front_of({trial.number: trial.values for trial in trials if trial.values is not None}, goals)
+
+
+def _stale(trials: Sequence[Trial], patience: int | None, goals: tuple[str, str]) -> bool:
+    """Whether the last ``patience`` trials left the front as it was."""
+    if patience is None or len(trials) <= patience:
+        return False
+    return _front(trials, goals) == _front(trials[:-patience], goals)
