@@ -17,8 +17,7 @@ import torch
 from tabulate import tabulate
 
 from steer2edit import contrast
-from steer2edit.analysis import analyse
-from steer2edit.analysis import Scoring
+from steer2edit.analysis import Scoring, analyse
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steer2edit.encoding import render_prompt
-from steer2edit.evaluate import Candidate
-from steer2edit.generation import generate
+from steer2edit.evaluation.evaluate import Candidate
+from steer2edit.evaluation.generation import generate
 from steer2edit.model import LoadedModel
 from steer2edit.rows import Message
 

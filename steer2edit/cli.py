@@ -107,7 +107,7 @@ def compile(
 ) -> None:
     """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit, and report what it does."""
     from steer2edit.compiler import compile as compile_model
-    from steer2edit.report import render_evaluation, render_plan
+    from steer2edit.report.tables import render_evaluation, render_plan
     from steer2edit.statistics import Statistics
     from steer2edit.targets import REPORT
 
@@ -193,7 +193,7 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
     from steer2edit.analysis import Scoring
     from steer2edit.compiler import make_plan, neutral_text, settle_strength
     from steer2edit.model import load_model
-    from steer2edit.report import describe_plan, render_plan
+    from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.statistics import Statistics
 
     checkpoint, spec = open_model(model, given)
@@ -224,9 +224,9 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
 @json_option
 def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
     """What a plan, or the plan in an artefact's folder, changes."""
-    from steer2edit.figures import heatmap
     from steer2edit.plan import EditPlan
-    from steer2edit.report import describe_plan, render_plan
+    from steer2edit.report.figures import heatmap
+    from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.targets import PLAN
 
     loaded = EditPlan.load(plan_file / PLAN if plan_file.is_dir() else plan_file)
@@ -275,7 +275,7 @@ def verify(folder: Path, base: str | None, level: str, as_json: bool, **given: A
     """Check an artefact against its base and plan: bytes, then logits. Exit code 1 if a check fails."""
     from dataclasses import asdict
 
-    from steer2edit.report import render_verification
+    from steer2edit.report.tables import render_verification
     from steer2edit.verification import verify as verify_artefact
 
     runtime = read_runtime({**given, "dtype": "float32" if given["dtype"] == "auto" else given["dtype"]})

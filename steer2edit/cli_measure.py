@@ -26,7 +26,7 @@ from steer2edit.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from steer2edit.suite import Suite
+    from steer2edit.evaluation.suite import Suite
 
 suite_options = options(
     click.option("--eval", "questions", help="Held-out questions; those of --behavior come with the package."),
@@ -67,16 +67,23 @@ suite_options = options(
     help="Bring baselines to the first plan's KL, or to its ‖ΔW‖.",
 )
 @click.option("--draws", type=click.IntRange(1, 8), default=3, show_default=True, help="Random directions, shuffles.")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What writes the answers; vllm runs checkpoints and adapters.",
+)
 @click.option("--lm-eval", "tasks", help="Tasks of lm-eval, by name, separated by commas.")
 @click.option("-o", "--out", type=PATH, help="Keep every value and answer in this JSON file.")
 @model_options
 @json_option
 def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path | None, **given: Any) -> None:
     """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text."""
-    from steer2edit.assess import assess, with_baselines
-    from steer2edit.evaluate import open_candidate
+    from steer2edit.evaluation.assess import assess, with_baselines
+    from steer2edit.evaluation.evaluate import open_candidate
     from steer2edit.model import load_model
-    from steer2edit.report import render_evaluation
+    from steer2edit.report.tables import render_evaluation
 
     checkpoint, spec = open_model(model, given)
     questions = _questions(given)
@@ -86,6 +93,8 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
     chosen = [open_candidate(loaded, checkpoint, where, read_runtime(given)) for where in candidates]
     suite = _suite(given, loaded, questions)
     strengths = numbers(given["strengths"], "--strengths")
+    if given["engine"] == "vllm":
+        suite = _through_vllm(suite, given, candidates)
     if given["baselines"] or strengths:
         scoring = _scoring(given, checkpoint, spec, loaded)
         if given["baselines"]:
@@ -100,13 +109,13 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
                 progress=progress_bar(),
             )
         else:
-            from steer2edit.baselines import steering
+            from steer2edit.evaluation.baselines import steering
 
             chosen += steering(loaded, scoring, strengths)
     context = {"model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "behavior": given["behavior"]}
     found = assess(loaded, suite, chosen, split=given["split"], context=context, progress=progress_bar())
     if given["tasks"]:
-        from steer2edit.harness import lm_eval
+        from steer2edit.evaluation.harness import lm_eval
 
         found = replace(found, context={**found.context, "lm_eval": lm_eval(loaded, chosen, given["tasks"].split(","))})
     if out is not None:
@@ -127,6 +136,7 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
 @click.option("--patience", type=click.IntRange(1), help="Stop when so many trials left the front as it was.")
 @click.option("--kl-range", default="0.003,0.3", show_default=True, help="KL that plans aim at, least and most.")
 @click.option("--max-kl", type=float, default=1.0, show_default=True, help="Plans above it are not evaluated further.")
+@click.option("--allow-degenerate", is_flag=True, help="Let repetitive and empty answers onto the front.")
 @click.option("--attribute", help="The metric to improve; the first one of the behaviour's unless given.")
 @click.option("--metric", "utility", default="KL", show_default=True, help="The metric to keep.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
@@ -141,9 +151,9 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
 def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
     from steer2edit.model import load_model
-    from steer2edit.report import render_study
-    from steer2edit.study import run_study
-    from steer2edit.tune import Search, read_grid
+    from steer2edit.report.tables import render_study
+    from steer2edit.search.study import run_study
+    from steer2edit.search.tune import Search, read_grid
 
     checkpoint, spec = open_model(model, given)
     kl_range = numbers(given["kl_range"], "--kl-range")
@@ -165,6 +175,7 @@ def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
         strength=given["strength"],
         attribute=given["attribute"],
         utility=given["utility"],
+        allow_degenerate=given["allow_degenerate"],
     )
     questions = _questions(given)
     loaded = load_model(checkpoint, spec, read_runtime(given))
@@ -193,8 +204,8 @@ def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @click.option("--png", "pngs", is_flag=True, help="Each figure as a PNG too, beside the page.")
 def report(source: Path, out: Path, evaluation: Path | None, pngs: bool) -> None:
     """One page that shows what an edit does: trade-off, changes, answers, how to load and to reproduce it."""
-    from steer2edit.page import write_report
-    from steer2edit.study import read_report
+    from steer2edit.report.page import write_report
+    from steer2edit.search.study import read_report
 
     write_report(read_report(source, evaluation), out, pngs=pngs)
     click.echo(str(out))
@@ -214,7 +225,7 @@ def chat(model: str, edited: str, system: str | None, max_new_tokens: int, **giv
     from rich.console import Console
 
     from steer2edit.chat import Chat, side_by_side
-    from steer2edit.evaluate import open_candidate
+    from steer2edit.evaluation.evaluate import open_candidate
     from steer2edit.model import load_model
 
     checkpoint, spec = open_model(model, given)
@@ -238,6 +249,17 @@ def chat(model: str, edited: str, system: str | None, max_new_tokens: int, **giv
             console.print(side_by_side(conversation.ask(question), (checkpoint.name, candidate.name)))
 
 
+def _through_vllm(suite: Suite, given: dict[str, Any], candidates: tuple[str, ...]) -> Suite:
+    from steer2edit.evaluation.vllm_engine import VllmEngine
+
+    if given["baselines"] or given["strengths"] or any(Path(where).is_file() for where in candidates):
+        raise click.UsageError(
+            "vLLM runs checkpoints and adapters: emit plans first (steer2edit emit PLAN MODEL --to lora), and leave "
+            "baselines to --engine transformers"
+        )
+    return replace(suite, run=VllmEngine(given["dtype"]))
+
+
 def _questions(given: dict[str, Any]) -> Any:
     found = read_held_out(given)
     if found is None:
@@ -247,9 +269,9 @@ def _questions(given: dict[str, Any]) -> Any:
 
 def _suite(given: dict[str, Any], loaded: Any, questions: Any) -> Suite:
     from steer2edit.compiler import neutral_text
-    from steer2edit.heldout import builtin_questions, read_questions
-    from steer2edit.metrics import check_patterns, load_function
-    from steer2edit.suite import Suite
+    from steer2edit.evaluation.heldout import builtin_questions, read_questions
+    from steer2edit.evaluation.metrics import check_patterns, load_function
+    from steer2edit.evaluation.suite import Suite
 
     check_patterns(given["patterns"])
     useful = given["useful"]

@@ -152,7 +152,7 @@ def read_behavior(given: dict[str, Any]) -> Any:
 
 def read_held_out(given: dict[str, Any]) -> Any:
     """The questions of --eval, or those that come with --behavior; None where there are neither."""
-    from steer2edit.heldout import builtin_questions, read_questions
+    from steer2edit.evaluation.heldout import builtin_questions, read_questions
 
     if given["questions"]:
         return read_questions(given["questions"])

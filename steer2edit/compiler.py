@@ -17,16 +17,17 @@ from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength, quadratic_start
 from steer2edit.encoding import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.evaluation.heldout import Question
 from steer2edit.files import check_new
-from steer2edit.heldout import Question, prompt_digest
 from steer2edit.model import LoadedModel, Runtime, edited, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.rows import prompt_digest
 from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
 
 if TYPE_CHECKING:
-    from steer2edit.evaluate import Evaluation
+    from steer2edit.evaluation.evaluate import Evaluation
 
 KL_BUDGET = 0.05
 METHOD = "steering"
@@ -116,7 +117,7 @@ def compile(
     }
     if questions is None:
         return Compiled(plan, statistics, folders, lowerings)
-    from steer2edit.assess import prove
+    from steer2edit.evaluation.assess import prove
 
     evaluation = prove(loaded, scoring, plan, text, questions, folders, progress)
     return Compiled(plan, statistics, folders, lowerings, evaluation)

@@ -94,6 +94,11 @@ class NeutralText:
         self._base = torch.cat(list(self._hidden("base on neutral text", loaded, self._batches))).cpu()
 
     @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The windows' token ids."""
+        return [tuple(window) for window in self._windows]
+
+    @property
     def tokens(self) -> int:
         """Predictions that are compared."""
         return sum(len(window) - 1 for window in self._windows)

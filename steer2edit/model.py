@@ -5,6 +5,7 @@ This module and those above it are the only ones that import transformers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,16 +34,28 @@ class Runtime:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with its tokenizer and the compiler's view of it."""
+    """A model ready to run, with its tokenizer and the compiler's view of it.
+
+    ``folder`` is where the weights lie, and ``adapter`` the adapter that is on them, for engines that load files.
+    """
 
     model: Any
     tokenizer: Any
     spec: ModelSpec
+    folder: Path | None = None
+    adapter: Path | None = None
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        found = set(ends) if isinstance(ends, list) else {ends}
+        return {token for token in (*found, self.tokenizer.eos_token_id) if token is not None}
 
     @property
     def context(self) -> int:
@@ -80,7 +93,7 @@ class LoadedModel:
 def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runtime()) -> LoadedModel:
     """Load a checkpoint's model and tokenizer for inference. Raises CheckpointError with transformers' own reason."""
     tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
-    return LoadedModel(load_weights(checkpoint.path, runtime), tokenizer, spec)
+    return LoadedModel(load_weights(checkpoint.path, runtime), tokenizer, spec, checkpoint.path)
 
 
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
@@ -108,6 +121,22 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The model under a PEFT adapter, whose layers PEFT puts into the model itself; ``.unload()`` takes them out again.
+
+    Raises CheckpointError with PEFT's own reason.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 renamed; any other warning is worth seeing
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        try:
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"PEFT cannot load {folder}: {_first_line(error)}") from None
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

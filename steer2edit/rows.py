@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import re
@@ -77,6 +78,14 @@ def prompt_of(value: object) -> Prompt:
         return value
     assert isinstance(value, list)
     return tuple(Message(message["role"], message["content"]) for message in value)
+
+
+def prompt_digest(prompt: Prompt) -> str:
+    """16 hex digits of SHA-256 over a prompt, its case and white space aside; one user message counts as its text."""
+    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
+        prompt = prompt[0].content
+    text = prompt if isinstance(prompt, str) else json.dumps([list(message) for message in prompt])
+    return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def prompt_fault(prompt: object) -> str:

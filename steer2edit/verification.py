@@ -6,7 +6,6 @@ base with the plan applied by hooks are compared with those of the artefact, loa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
-from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights
+from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, with_adapter
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.targets import PLAN, read_receipt, resolve
@@ -111,7 +110,7 @@ def compare_numbers(
         advance(1)
         hooked = _logits(loaded, lambda: edited(loaded, plan))
         advance(1)
-        model = _with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
+        model = with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
         artefact = _logits(replace(loaded, model=model))
         advance(1)
     stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
@@ -206,15 +205,6 @@ def _compare_adapter(
     if not same_config:
         problems.append("adapter_config.json differs from the one that the plan gives")
     return Verification("lora", len(found), tuple(problems))
-
-
-def _with_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        # peft reads a property that transformers 5 renamed; any other warning is worth seeing
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 class _RoundingMeter:

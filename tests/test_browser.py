@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("matplotlib")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
+from made_reports import HOSTILE, hostile_report, make_evaluation, make_plan, make_report  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
-from test_page import HOSTILE, hostile_report, make_evaluation, make_plan, make_report  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-from steer2edit.page import Report, write_report  # noqa: E402
+from steer2edit.plan import merge  # noqa: E402
+from steer2edit.report.page import Report, write_report  # noqa: E402
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -78,6 +80,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "whole": make_report(30, 9, 1536, evaluation=make_evaluation(64, strengths=strengths)),
         "deep": make_report(80, 64, 32),
         "plan": Report(make_plan(3, 4, 0)),
+        "merged": Report(merge([make_plan(), make_plan(lam=2.0)])),
         "script": hostile_report(HOSTILE[0]),
         "image": hostile_report(HOSTILE[1]),
         "long": hostile_report("x" * 3000),
@@ -96,6 +99,9 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> None:
     for log in ("browser", "performance"):
         browser.get_log(log)
     browser.get(page.as_uri())
+    # on a busy machine get() may return from the second visit of a page before all of it is read
+    ready = "return document.readyState === 'complete'"
+    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(ready))
 
 
 def requested(browser: Any) -> list[str]:
@@ -106,7 +112,7 @@ def requested(browser: Any) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["whole", "deep", "plan", "script", "image", "long"])
+@pytest.mark.parametrize("name", ["whole", "deep", "plan", "merged", "script", "image", "long"])
 def test_the_page_fits_is_read_and_asks_for_nothing(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
 ) -> None:

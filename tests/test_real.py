@@ -61,7 +61,7 @@ def test_answers_become_shorter(compiled: Path, smollm2: Path) -> None:
     from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.encoding import render_prompt
-    from steer2edit.evaluate import generate
+    from steer2edit.evaluation.evaluate import generate
     from steer2edit.model import Runtime, load_model
 
     prompts = [

@@ -18,10 +18,10 @@ from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, 
 from steer2edit.contrast import LABELS, Example
 from steer2edit.demo import world
 from steer2edit.errors import Steer2EditError
-from steer2edit.figures import heatmap
-from steer2edit.generation import generate
+from steer2edit.evaluation.generation import generate
 from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, steered
 from steer2edit.progress import Progress, silent
+from steer2edit.report.figures import heatmap
 from steer2edit.targets import emit
 from steer2edit.verification import verify
 
@@ -93,7 +93,7 @@ def _run_one(
 
     artefact = replace(loaded, model=load_weights(folders["checkpoint"], _RUNTIME))
     tasks = world.tasks(behavior.name)
-    before, after = (_answers(model, tasks) for model in (loaded, artefact))
+    before, after = (answers_to(model, tasks) for model in (loaded, artefact))
     rows = [
         {"model": "base", **_rates(tasks, before), "kl": 0.0},
         {"model": "edited checkpoint", **_rates(tasks, after), "kl": plan.measured["kl"]},
@@ -101,12 +101,12 @@ def _run_one(
     component = make_plan(scoring, method="component", progress=progress)
     component = settle_strength(loaded, component, kl_budget=KL_BUDGET, neutral=neutral)
     with edited(loaded, component):
-        rates = _rates(tasks, _answers(loaded, tasks))
+        rates = _rates(tasks, answers_to(loaded, tasks))
     rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured["kl"]})
     vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}
     for strength in STEERING:
         with steered(loaded, vectors, strength):
-            rates = _rates(tasks, _answers(loaded, tasks))
+            rates = _rates(tasks, answers_to(loaded, tasks))
             rows.append({"model": f"steering × {strength:g}", **rates, "kl": neutral.measure().kl})
     asked = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
     # those that changed what is counted come first
@@ -146,7 +146,8 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _answers(loaded: LoadedModel, tasks: Sequence[world.Task]) -> list[str]:
+def answers_to(loaded: LoadedModel, tasks: Sequence[world.Task]) -> list[str]:
+    """What the model writes after each task's prompt."""
     found = generate(loaded, [task.prompt for task in tasks], max_new_tokens=40)
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 

@@ -24,15 +24,15 @@ from steer2edit.checkpoint import read_json
 from steer2edit.compiler import make_plan
 from steer2edit.divergence import Divergence, quadratic_start
 from steer2edit.errors import PlanError
-from steer2edit.evaluate import Row, measure, plan_candidate
+from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
+from steer2edit.evaluation.metrics import Metric, Neutral, Task
+from steer2edit.evaluation.suite import Suite
 from steer2edit.files import write_text
-from steer2edit.journal import Journal, Params, Trial
-from steer2edit.metrics import Metric, Neutral, Task
 from steer2edit.model import LoadedModel, edited
-from steer2edit.pareto import front_of, knee_of
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.suite import Suite
+from steer2edit.search.journal import Journal, Params, Trial
+from steer2edit.search.pareto import front_of, knee_of
 
 FORMAT = "steer2edit.study.1"
 PAPER_GRID: Mapping[str, tuple[float, ...]] = {
@@ -50,8 +50,9 @@ class Search:
 
     ``methods`` are proposed with their layers, classes and a KL in ``kl_range`` (log-uniform); or ``grid`` gives values of a
     method's options, all combinations of which are tried at ``strength`` times what the method gives. A plan whose KL is
-    above ``max_kl`` is not evaluated further. The search ends after ``trials``, or after ``patience`` trials that left the
-    front as it was.
+    above ``max_kl`` is not evaluated further, and one whose answers repeat themselves or say nothing more than the base's do
+    is kept from the front unless ``allow_degenerate``. The search ends after ``trials``, or after ``patience`` trials that left
+    the front as it was.
     """
 
     methods: tuple[str, ...] = ("steering",)
@@ -64,6 +65,7 @@ class Search:
     strength: float = 1.0
     attribute: str | None = None
     utility: str = "KL"
+    allow_degenerate: bool = False
 
     def points(self) -> list[Params]:
         """The grid's combinations, in order."""
@@ -232,7 +234,7 @@ class _Bench:
         for name, slack in _DEGENERATE.items():
             if name in row.samples:
                 checks[name] = row.samples[name].estimate(_metric(self.tasks, name)).value
-                if checks[name] > self.base[name] + slack:
+                if checks[name] > self.base[name] + slack and not self.search.allow_degenerate:
                     state, note = "degenerate", f"{name} is {checks[name]:.2f}, the base's {self.base[name]:.2f}"
         return Trial(number, params, state, kl, found[0], found[1], checks, note, row.seconds)
 

@@ -17,9 +17,9 @@ from typing import Any
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.estimates import Estimate
+from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files import RECEIPT, write_text
-from steer2edit.metrics import Metric, Sample, Task
-from steer2edit.model import LoadedModel, Runtime, edited, load_weights
+from steer2edit.model import LoadedModel, Runtime, edited, load_weights, with_adapter
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.targets import PLAN, read_receipt
@@ -192,7 +192,7 @@ def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], 
 
     @contextmanager
     def enter() -> Iterator[LoadedModel]:
-        other = replace(loaded, model=load_weights(path, runtime))
+        other = replace(loaded, model=load_weights(path, runtime), folder=path)
         mine, theirs = (m.get_input_embeddings().weight.shape[0] for m in (loaded.model, other.model))
         if mine != theirs:
             raise CheckpointError(f"{path} has {theirs} tokens in its vocabulary, the base {mine}: not the same model")
@@ -204,15 +204,9 @@ def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], 
 def _adapter(loaded: LoadedModel, path: Path) -> Callable[[], AbstractContextManager[LoadedModel]]:
     @contextmanager
     def enter() -> Iterator[LoadedModel]:
-        from peft import PeftModel
-
+        adapted = with_adapter(loaded.model, path)
         try:
-            adapted = PeftModel.from_pretrained(loaded.model, str(path))
-        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"PEFT cannot load {path}: {(str(error).splitlines() or [''])[0]}") from None
-        try:
-            # PEFT has put its layers into the loaded model itself
-            yield loaded
+            yield replace(loaded, adapter=path)
         finally:
             adapted.unload()
 

@@ -10,8 +10,8 @@ from tabulate import tabulate
 from steer2edit.plan import EditPlan
 
 if TYPE_CHECKING:
-    from steer2edit.evaluate import Evaluation
-    from steer2edit.study import Study
+    from steer2edit.evaluation.evaluate import Evaluation
+    from steer2edit.search.study import Study
     from steer2edit.verification import Verification
 
 _KINDS = {"attn_out": "head", "mlp_out": "neuron"}

@@ -21,9 +21,9 @@ from steer2edit.divergence import NeutralText
 from steer2edit.encoding import Encoded, encode, render_prompt
 from steer2edit.errors import DataError
 from steer2edit.estimates import Estimate, estimate
-from steer2edit.generation import generate
-from steer2edit.heldout import Question
-from steer2edit.likelihood import response_log_probabilities
+from steer2edit.evaluation.generation import generate
+from steer2edit.evaluation.heldout import Question
+from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.model import LoadedModel
 from steer2edit.progress import Progress, silent
 from steer2edit.rows import Message, Prompt

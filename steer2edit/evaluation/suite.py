@@ -9,8 +9,18 @@ from typing import Any
 
 from steer2edit.divergence import NeutralText
 from steer2edit.errors import DataError
-from steer2edit.heldout import Question, Split, prompt_digest, take
-from steer2edit.metrics import Answers, Choice, Generate, Neutral, Preference, Task, prompt_text, through_transformers
+from steer2edit.evaluation.heldout import Question, Split, take
+from steer2edit.evaluation.metrics import (
+    Answers,
+    Choice,
+    Generate,
+    Neutral,
+    Preference,
+    Task,
+    prompt_text,
+    through_transformers,
+)
+from steer2edit.rows import prompt_digest
 
 SAMPLES = 16
 

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from steer2edit.errors import DataError, listing, shown
-from steer2edit.rows import Message, Prompt, Shape, parse_json_lines, prompt_fault, prompt_of, read_source, text_fault
+from steer2edit.rows import (
+    Message,
+    Prompt,
+    Shape,
+    parse_json_lines,
+    prompt_digest,
+    prompt_fault,
+    prompt_of,
+    read_source,
+    text_fault,
+)
 
 Split = Literal["select", "report"]
 _COLUMNS = ("prompt", "positive", "negative", "choices", "labels", "answer")
@@ -38,14 +47,6 @@ class Question:
     def digest(self) -> str:
         """16 hex digits that stand for the prompt."""
         return prompt_digest(self.prompt)
-
-
-def prompt_digest(prompt: Prompt) -> str:
-    """16 hex digits of SHA-256 over a prompt, its case and white space aside; one user message counts as its text."""
-    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
-        prompt = prompt[0].content
-    text = prompt if isinstance(prompt, str) else json.dumps([list(message) for message in prompt])
-    return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def read_questions(source: str | Path) -> list[Question]:

@@ -28,7 +28,7 @@ def generate(
     rows = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ends = _end_tokens(loaded)
+    ends = loaded.end_tokens
     found: dict[int, list[int]] = {}
     with progress("generate", total=len(rows)) as advance, torch.inference_mode():
         for first in range(0, len(order), batch_size):
@@ -49,9 +49,3 @@ def generate(
                 found[index] = row[:end]
             advance(len(chosen))
     return [found[index] for index in range(len(rows))]
-
-
-def _end_tokens(loaded: LoadedModel) -> set[int]:
-    ends = loaded.model.generation_config.eos_token_id
-    found = set(ends) if isinstance(ends, list) else {ends}
-    return {token for token in (*found, loaded.tokenizer.eos_token_id) if token is not None}

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.analysis import Scoring
-from steer2edit.baselines import Match, baselines, neutral_kl, steering, steering_at
 from steer2edit.divergence import NeutralText
-from steer2edit.evaluate import Candidate, Evaluation, evaluate, plan_candidate
-from steer2edit.heldout import Question, Split, builtin_questions, refuse_seen
+from steer2edit.evaluation.baselines import Match, baselines, neutral_kl, steering, steering_at
+from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
+from steer2edit.evaluation.heldout import Question, Split, builtin_questions, refuse_seen
+from steer2edit.evaluation.suite import Suite
 from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.suite import Suite
 from steer2edit.targets import EVALUATION, REPORT, read_receipt
+
+PROOF = 32
+"""Questions of each kind behind a compile's own report: enough to see an effect, and a matter of minutes on a CPU."""
 
 
 def assess(
@@ -69,10 +72,10 @@ def prove(
 
     Writes the evaluation and the report page into each artefact's folder; without matplotlib, the evaluation alone.
     """
-    from steer2edit.page import Report, write_report
+    from steer2edit.report.page import Report, write_report
 
     source = scoring.statistics.source
-    suite = Suite(questions, builtin_questions("knowledge") or [], neutral, system=source.get("system"))
+    suite = Suite(questions, builtin_questions("knowledge") or [], neutral, system=source.get("system"), limit=PROOF)
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
     held = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), progress=progress)

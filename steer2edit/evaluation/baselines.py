@@ -17,7 +17,7 @@ from steer2edit.analysis import TINY, Scoring, analyse
 from steer2edit.compiler import make_plan
 from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
 from steer2edit.errors import PlanError, Steer2EditError
-from steer2edit.evaluate import Candidate, plan_candidate
+from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.methods import load
 from steer2edit.model import LoadedModel, edited, steered
 from steer2edit.plan import Edit, EditPlan, LowRank
@@ -65,7 +65,7 @@ def baselines(
         for name, kind, other in made:
             note, settled = "at equal ‖ΔW‖", other
             if goal is not None and kind != "flipped":
-                note, settled = "at equal KL", _at_kl(loaded, other, neutral, goal)
+                note, settled = "at equal KL", to_kl(loaded, other, neutral, goal)
             found.append(plan_candidate(loaded, name, settled, kind, note))
             advance(1)
     return found
@@ -152,7 +152,9 @@ def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> flo
         return neutral.measure().kl
 
 
-def _at_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float) -> EditPlan:
+def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float) -> EditPlan:
+    """The plan at the strength that meets a KL. Raises PlanError where none does."""
+
     def measure(strength: float, glance: bool = False) -> Divergence:
         with edited(loaded, plan, strength):
             return neutral.measure(glance=glance)

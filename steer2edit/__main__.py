@@ -1,0 +1,5 @@
+"""``python -m steer2edit`` is the command line."""
+
+from steer2edit.cli import main
+
+main(prog_name="steer2edit")

@@ -1,0 +1,179 @@
+"""The page's sections on the plan itself: what it changes, how it is loaded, how it is made again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steer2edit import __version__
+from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.plan import EditPlan, LowRank, Scores
+from steer2edit.report.drawing import Drawing
+from steer2edit.report.figures import KINDS, tables
+from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
+from steer2edit.report.tables import describe_plan
+from steer2edit.report.wording import divergence, number, pairs, plain_value
+
+_PLAN = "PLAN"
+
+
+def changed(plan: EditPlan, drawings: Sequence[Drawing]) -> list[Html]:
+    """What the plan does to the weights: totals, figures, the strongest components, layers, tensors."""
+    described = describe_plan(plan)
+    totals: list[tuple[str, object]] = [
+        ("Tensors changed", len(plan.edits)),
+        ("Size, ‖ΔW‖ in all", number(plan.norm)),
+        ("Method", _method(plan.method)),
+        *_measured(plan.measured),
+    ]
+    parts: list[Html] = []
+    rows: list[list[object]]
+    for role, kind in KINDS.items():
+        sites = tables(plan, role)
+        if sites:
+            totals.append((f"Edited {kind}s", _edited(list(sites.values()))))
+        if strongest := described["components"][kind]:
+            rows = [[row["layer"], row[kind], *_scored(sites[row["layer"]], row[kind])] for row in strongest]
+            heads = ["layer", kind, "λ", "g", "sign of g", "g, shuffled labels"]
+            parts.append(table(f"Strongest {kind}s by |λ|", heads, rows))
+    if merged := _merged(plan.method):
+        parts.append(table("Merged plans", ["plan", "method", "weight", "options", "SHA-256"], merged))
+    if layers := described["layers"]:
+        names = list(dict.fromkeys(name for row in layers for name in row))
+        rows = [[plain_value(row.get(name, "–")) for name in names] for row in layers]
+        parts.append(folded("Layer by layer", table("What was edited in each layer", names, rows)))
+    if plan.edits:
+        rows = [
+            [e.tensor, f"rank {e.A.shape[0]}" if isinstance(e, LowRank) else "bias", number(e.norm)] for e in plan.edits
+        ]
+        parts.append(folded("Edited tensors", table("Every tensor changed", ["tensor", "edit", "‖ΔW‖"], rows)))
+    return [fact_list(totals), figures(drawings), *parts]
+
+
+def loading(plan: EditPlan, receipt: Mapping[str, Any] | None) -> list[Html]:
+    """How the artefact is loaded, or made where there is none."""
+    if receipt is None:
+        said = "There is no artefact yet. The plan makes one without running the model:"
+        return [tag("p", said), code(_emit(plan, "checkpoint"), _emit(plan, "lora"))]
+    target = receipt.get("target")
+    if target == "lora":
+        base = json.dumps(plan.base.name, ensure_ascii=False)
+        revision = f", revision={json.dumps(plan.base.revision)}" if plan.base.revision else ""
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({base}{revision})",
+            'model = PeftModel.from_pretrained(base, "path/to/the/folder")',
+        ]
+    elif target == "checkpoint":
+        lines = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/the/folder")',
+        ]
+    else:
+        lines = [_emit(plan, str(target))]
+    facts = [
+        ("Target", target),
+        ("Exactness", receipt.get("exactness")),
+        ("Remarks", "; ".join(receipt.get("notes") or ())),
+    ]
+    return [code(*lines), fact_list([(key, given) for key, given in facts if given])]
+
+
+def reproduction(
+    plan: EditPlan,
+    evaluation: Evaluation | None,
+    receipt: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    command: str,
+) -> list[Html]:
+    """The commands, and everything that the result depends on."""
+    receipt = receipt or {}
+    context = {} if evaluation is None else evaluation.context
+    seeds = {"search": settings.get("seed"), "split": context.get("split_seed", settings.get("split_seed"))}
+    facts = [
+        ("Base", plan.base.name),
+        ("Revision", plan.base.revision),
+        ("Base fingerprint", plan.base.fingerprint),
+        ("Plan, SHA-256", plan.hash),
+        ("Method", _method(plan.method)),
+        ("Options", _options(plan.method)),
+        ("Data", plan.data.get("name")),
+        ("Data, SHA-256", plan.data.get("data")),
+        ("Examples", plain_value(plan.data.get("examples"))),
+        ("System message", plan.data.get("system")),
+        ("Strength", plain_value(plan.measured.get("strength"))),
+        ("Seeds", pairs(seeds)),
+        ("Versions", pairs(receipt.get("versions") or {"steer2edit": __version__})),
+    ]
+    lines = [
+        *([command] if command else []),
+        f"steer2edit show {_PLAN}",
+        _emit(plan, str(receipt.get("target") or "checkpoint")),
+        f"steer2edit verify FOLDER --base {shlex.quote(plan.base.name)}",
+    ]
+    said = f"{_PLAN} is the plan, FOLDER where the artefact goes."
+    known = [(key, given) for key, given in facts if given not in (None, "", "–")]
+    return [code(*lines), tag("p", said), fact_list(known)]
+
+
+def _method(method: Mapping[str, Any]) -> str:
+    if plans := method.get("plans"):
+        return f"{method.get('name')} of {len(plans)} {'plan' if len(plans) == 1 else 'plans'}"
+    return str(method.get("name", "–"))
+
+
+def _options(method: Mapping[str, Any]) -> str:
+    return pairs({key: given for key, given in method.items() if key not in ("name", "plans")})
+
+
+def _merged(method: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
+    """A row for each plan that ``plan.merge`` added up; those of a plan that was merged itself come after it, as 2.1, 2.2."""
+    rows: list[list[object]] = []
+    for place, part in enumerate(method.get("plans", ()), 1):
+        name, inner = f"{prefix}{place}", part["method"]
+        rows.append([name, _method(inner), number(part["weight"]), _options(inner) or "–", part["plan"]])
+        rows += _merged(inner, f"{name}.")
+    return rows
+
+
+def _measured(measured: Mapping[str, Any]) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = []
+    if measured.get("strength") is not None:
+        facts.append(("Strength", number(measured["strength"])))
+    if measured.get("kl") is not None:
+        over = f" over {measured['tokens']:,} tokens of neutral text" if "tokens" in measured else ""
+        facts.append(("KL from the base", f"{divergence(measured)}{over}"))
+    if measured.get("kl_budget") is not None:
+        facts.append(("KL budget", f"{number(measured['kl_budget'])} nats/token"))
+    if measured.get("perplexity") is not None and measured.get("base_perplexity") is not None:
+        facts.append(("Perplexity", f"{number(measured['base_perplexity'])} → {number(measured['perplexity'])}"))
+    return facts
+
+
+def _edited(sites: Sequence[Scores]) -> str:
+    edited, total = sum(int((site.lam != 0).sum()) for site in sites), sum(len(site.lam) for site in sites)
+    if any(site.interval is None for site in sites):
+        return f"{edited:,} of {total:,}"
+    stable = sum(int(site.stable.sum()) for site in sites)
+    return f"{edited:,} of {total:,}; the sign of g is stable in {stable:,}"
+
+
+def _scored(site: Scores, index: int) -> list[str]:
+    g = number(float(site.g[index]), signed=True)
+    sign, null = "–", "–"
+    if site.interval is not None:
+        low, high = (number(float(end)) for end in site.interval[:, index])
+        g, sign = f"{g} [{low}, {high}]", "stable" if bool(site.stable[index]) else "in doubt"
+    if site.null is not None:
+        null = number(float(site.null[index]), signed=True)
+    return [number(float(site.lam[index]), signed=True), g, sign, null]
+
+
+def _emit(plan: EditPlan, target: str) -> str:
+    revision = f" --revision {shlex.quote(plan.base.revision)}" if plan.base.revision else ""
+    return f"steer2edit emit {_PLAN} {shlex.quote(plan.base.name)}{revision} --to {shlex.quote(target)} -o FOLDER"

@@ -1,0 +1,176 @@
+"""The page's sections on what was measured: candidates, answers, a study's selection, and the limits of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steer2edit.estimates import DRAWS
+from steer2edit.evaluation.evaluate import Evaluation, Row
+from steer2edit.evaluation.metrics import Metric
+from steer2edit.plan import EditPlan
+from steer2edit.report.markup import Html, fact_list, folded, joined, table, tag
+from steer2edit.report.tradeoff import chosen_row
+from steer2edit.report.verdict import direction
+from steer2edit.report.wording import cut, interval, pairs, plain_interval, plain_value, ratio
+
+_SHOWN = 6  # answers
+
+
+def candidates(evaluation: Evaluation | None) -> list[Html]:
+    """Every candidate's metrics, and what changed against the base."""
+    if evaluation is None:
+        return []
+    chosen = chosen_row(evaluation)
+    heads = []
+    for metric in evaluation.metrics:
+        unit = f"{metric.unit}, " if metric.unit else ""
+        count = _count(evaluation, metric)
+        heads.append(joined(metric.name, tag("small", f"{unit}{metric.goal} is better, n = {count}")))
+    rows: list[list[object]] = []
+    for row in evaluation.rows:
+        note = "chosen edit" + (f", {row.note}" if row.note else "") if row is chosen else row.note
+        name = joined(row.name, tag("small", note) if note else "")
+        rows.append([name, *(_cell(evaluation, row, metric) for metric in evaluation.metrics)])
+    said = [
+        f"Each cell: the value with its 95 % interval, then the change against {evaluation.rows[0].name}, paired by question"
+        + (" (a ratio for perplexity)" if any(m.exponential for m in evaluation.metrics) else "")
+        + ". A change is called better or worse where its interval leaves no doubt of the direction; one that is not called "
+        "anything may be none."
+    ]
+    if context := pairs(evaluation.context):
+        said.append(f"Measured on: {context}.")
+    return [
+        *(tag("p", one) for one in said),
+        table("Every candidate on the same questions", ["candidate", *heads], rows),
+    ]
+
+
+def answers(evaluation: Evaluation | None) -> list[Html]:
+    """What the base and the chosen edit answer, those first that differ."""
+    row = chosen_row(evaluation)
+    if evaluation is None or row is None:
+        return []
+    base = evaluation.rows[0]
+    asked = list(zip(evaluation.prompts, base.answers, row.answers, strict=False))
+    if not asked:
+        return []
+    differ = [one for one in asked if one[1] != one[2]]
+    shown = [*differ, *(one for one in asked if one[1] == one[2])][:_SHOWN]
+    said = f"{len(differ)} of {len(asked)} answers differ. " + (
+        f"These are the first {min(len(differ), _SHOWN)} that do, in the order asked: not the best, and not picked by hand."
+        if differ
+        else "The first are shown."
+    )
+    if 0 < len(differ) < len(shown):
+        said += " The others are the same before and after."
+    blocks = []
+    for prompt, before, after in shown:
+        sides = [(base.name, before), (row.name, after)] if before != after else [("both the same", before)]
+        columns = [
+            tag("div", tag("h4", name), tag("p", cut(answer, 700) or "(empty)", class_="said"))
+            for name, answer in sides
+        ]
+        question = tag("h3", cut(prompt, 300), class_="said")
+        blocks.append(tag("article", question, tag("div", *columns, class_="sides")))
+    return [tag("p", said), *blocks]
+
+
+def selection(
+    trials: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], evaluation: Evaluation | None
+) -> list[Html]:
+    """A study's trials: how many, the front, the knee, and on which questions."""
+    if not trials:
+        return []
+    states = [str(trial.get("state")) for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    front = [trial for trial in trials if trial.get("front")]
+    sampler = f" by {settings['sampler']}" if settings.get("sampler") else ""
+    seed = f", seed {settings['seed']}" if "seed" in settings else ""
+    said = [
+        f"{len(trials)} trials{sampler}{seed}: {counts}. {len(front)} are on the front: no other trial is as good in both and "
+        "better in one."
+    ]
+    said += [
+        f"Trial {trial['number']} is the knee: the point of the front that lies farthest over the straight line from the base "
+        "to the front's strongest point, both axes scaled to that line."
+        for trial in trials
+        if trial.get("knee")
+    ]
+    said.append("These numbers are on the selection split, and the best of many trials looks better there than it is.")
+    split = None if evaluation is None else evaluation.context.get("split")
+    if split == "report":
+        said.append("The table of candidates is on other questions, the reporting split.")
+    elif split == "select":
+        said.append("The table of candidates is on the same questions: it is no independent check.")
+    parts = [tag("p", one) for one in said]
+    if front:
+        parts.append(_front(front, settings))
+    rest = [(key, plain_value(given)) for key, given in settings.items() if key not in ("attribute", "utility")]
+    if rest:
+        parts.append(folded("Settings of the study", fact_list(rest)))
+    return parts
+
+
+def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
+    """What the page does not show."""
+    said = []
+    if evaluation is not None:
+        counts = ", ".join(f"{m.name} {_count(evaluation, m)}" for m in evaluation.metrics)
+        said.append(
+            f"Intervals are 95 % bootstraps ({DRAWS} draws) over questions, or over windows of neutral text: {counts}. They say "
+            "how far another sample of such questions would move the numbers, not what questions of another kind would show."
+        )
+        if split := evaluation.context.get("split"):
+            said.append(f"Everything in the table of candidates is on the {split} split.")
+        comparisons = (len(evaluation.rows) - 1) * len(evaluation.metrics)
+        if comparisons > 1:
+            said.append(
+                f"The table holds {comparisons} comparisons with the base and corrects for none: of intervals where nothing "
+                "changed, about one in twenty leaves out no change."
+            )
+    else:
+        said.append("The behaviour was not measured here: nothing on this page says that the edit does what it is for.")
+    if plan.measured.get("kl") is not None:
+        said.append("KL is measured on neutral text, and says little of how far the model moves on other text.")
+    if any(site.interval is not None for site in plan.scores.values()):
+        said.append("Intervals of g are over resampled contrast examples, component by component.")
+    if any(site.null is not None for site in plan.scores.values()):
+        said.append("The scores under shuffled labels are of one shuffling.")
+    said.append("An edit shifts tendencies: measure it on prompts of your own.")
+    return [tag("ul", *(tag("li", one) for one in said))]
+
+
+def _count(evaluation: Evaluation, metric: Metric) -> int:
+    return max((len(r.samples[metric.name].values) for r in evaluation.rows if metric.name in r.samples), default=0)
+
+
+def _cell(evaluation: Evaluation, row: Row, metric: Metric) -> str:
+    if metric.name not in row.samples:
+        return "–"
+    found = interval(evaluation.estimate(row, metric.name))
+    # the base's own divergence is 0: the change would say the same again
+    if row is evaluation.rows[0] or metric.name == "KL":
+        return found
+    change = evaluation.change(row, metric.name)
+    word = {0: "", 1: "better", -1: "worse"}[direction(metric, change)]
+    shown = ratio(change) if metric.exponential else interval(change, signed=True)
+    return joined(found, tag("small", joined(shown, tag("span", word, class_=word) if word else "")))
+
+
+def _front(front: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Html:
+    given = {role: settings.get(role) or {} for role in ("attribute", "utility")}
+    names = {role: str(objective.get("name", role)) for role, objective in given.items()}
+    heads = [
+        joined(names[role], tag("small", f"{objective['goal']} is better") if objective.get("goal") else "")
+        for role, objective in given.items()
+    ]
+    apart = names["utility"] != "KL"
+    rows: list[list[object]] = []
+    for trial in front:
+        name = joined(trial["number"], tag("small", "the knee") if trial.get("knee") else "")
+        kl = [plain_value(trial.get("kl"))] if apart else []
+        estimates = [plain_interval(trial.get(role)) for role in names]
+        rows.append([name, *estimates, *kl, pairs(trial.get("params") or {})])
+    columns = ["trial", *heads, *(["KL"] if apart else []), "parameters"]
+    return table("The front, on the selection split", columns, rows)

@@ -1,0 +1,110 @@
+"""The report: one HTML file that says what an edit does, how well that is known, what it changed and how to get it again.
+
+It loads nothing and runs nothing. Whatever comes from data is escaped where it enters a tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steer2edit import __version__
+from steer2edit.errors import Steer2EditError
+from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.files import write_text
+from steer2edit.plan import EditPlan
+from steer2edit.report.changes import changed, loading, reproduction
+from steer2edit.report.drawing import Drawing
+from steer2edit.report.figures import of_plan
+from steer2edit.report.markup import STYLE, figures, section, tag
+from steer2edit.report.measured import answers, candidates, limits, selection
+from steer2edit.report.tradeoff import tradeoff
+from steer2edit.report.verdict import verdict_on
+
+_CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is made of: a plan; the rest where there is some.
+
+    ``trials`` and ``settings`` are a study's, as ``tune.StudyResult.described`` has them; ``receipt`` is an artefact's;
+    ``command`` is what was typed.
+    """
+
+    plan: EditPlan
+    evaluation: Evaluation | None = None
+    receipt: Mapping[str, Any] | None = None
+    trials: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:
+    """Write the page and, with ``pngs``, each figure as ``<stem>-<name>.png`` beside it; the files written.
+
+    Raises Steer2EditError without matplotlib, or where a file cannot be written.
+    """
+    drawings = _drawings(report)
+    write_text(path, _page(report, drawings))
+    written = [path]
+    for drawing in drawings if pngs else ():
+        file = path.with_name(f"{path.stem}-{drawing.name}.png")
+        try:
+            file.write_bytes(drawing.png())
+        except OSError as error:
+            raise Steer2EditError(f"cannot write {file}: {error.strerror or error}") from None
+        written.append(file)
+    return written
+
+
+def render_page(report: Report) -> str:
+    """The report as one HTML text. Raises Steer2EditError without matplotlib."""
+    return _page(report, _drawings(report))
+
+
+def verdict(report: Report) -> str:
+    """What came of the edit, in plain words with their numbers, and whether chance does as well."""
+    return verdict_on(report.plan, report.evaluation, report.settings)
+
+
+def _drawings(report: Report) -> list[Drawing]:
+    found = tradeoff(report.evaluation, report.trials, report.settings)
+    return [*([] if found is None else [found]), *of_plan(report.plan)]
+
+
+def _page(report: Report, drawings: Sequence[Drawing]) -> str:
+    name = f"{report.plan.data.get('name') or 'edits'} in {report.plan.base.name}"
+    plan, evaluation = report.plan, report.evaluation
+    sections = (
+        section("tradeoff", "Trade-off", figures(one for one in drawings if one.name == "tradeoff")),
+        section("candidates", "Candidates", *candidates(evaluation)),
+        section("answers", "Before and after", *answers(evaluation)),
+        section("changed", "What changed", *changed(plan, [one for one in drawings if one.name != "tradeoff"])),
+        section("selection", "Selection", *selection(report.trials, report.settings, evaluation)),
+        section("load", "Load it", *loading(plan, report.receipt)),
+        section(
+            "reproduce",
+            "Reproduce it",
+            *reproduction(plan, evaluation, report.receipt, report.settings, report.command),
+        ),
+        section("limits", "Limits", *limits(plan, evaluation)),
+    )
+    head = (
+        '<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CSP}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"{tag('title', name)}\n<style>{STYLE}</style>"
+    )
+    header = tag(
+        "header",
+        tag("p", "steer2edit report", class_="eyebrow"),
+        tag("h1", name),
+        tag("p", verdict(report), class_="verdict"),
+    )
+    footer = tag("footer", f"Made by steer2edit {__version__}. This file loads nothing from anywhere.")
+    body = "\n".join([header, tag("main", *(one for one in sections if one)), footer])
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'

@@ -1,0 +1,96 @@
+"""What came of an edit, in words: how far its numbers move, and whether chance moves them as far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steer2edit.estimates import Estimate
+from steer2edit.evaluation.evaluate import Evaluation, Row
+from steer2edit.evaluation.metrics import Metric
+from steer2edit.plan import EditPlan
+from steer2edit.report.tradeoff import chosen_row, objectives
+from steer2edit.report.wording import divergence, interval, number, ratio
+
+# one of a kind, and several
+_CHANCE = {"random": ("a random direction", "random directions"), "shuffled": ("shuffled labels", "shuffled labels")}
+
+
+def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[str, Any]) -> str:
+    """What came of the edit, in plain words with their numbers, and whether chance does as well."""
+    axes, row = objectives(evaluation, settings), chosen_row(evaluation)
+    if evaluation is None or axes is None or row is None:
+        return _unmeasured(plan)
+    utility, attribute = axes
+    change = evaluation.change(row, attribute.name)
+    cost = evaluation.estimate(row, utility.name)
+    at = f"a {utility.name} of {number(cost.value)} {utility.unit}".strip()
+    chance = {kind: [other for other in evaluation.rows if other.kind == kind] for kind in _CHANCE}
+    beside = [_best_of(evaluation, attribute, kind, rows) for kind, rows in chance.items() if rows]
+    said = "; ".join([f"{_moved(attribute, change)} at {at}", *beside])
+    changes = {kind: [evaluation.change(row, attribute.name) for row in rows] for kind, rows in chance.items() if rows}
+    return f"{said}. {_judged(attribute, change, changes)}"
+
+
+def direction(metric: Metric, change: Estimate) -> int:
+    """1 where a change is for the better, -1 where it is for the worse, 0 where its interval leaves that open."""
+    none = 1.0 if metric.exponential else 0.0
+    # not "low <= none <= high": intervals that are not finite decide nothing
+    above, below = change.low > none, change.high < none
+    if not (above or below):
+        return 0
+    return 1 if above == (metric.goal == "more") else -1
+
+
+def _unmeasured(plan: EditPlan) -> str:
+    said = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
+    if plan.measured.get("kl") is not None:
+        said += f", and moves the model by {divergence(plan.measured)} on neutral text"
+    return f"{said}. What it does to the behaviour was not measured."
+
+
+def _moved(metric: Metric, change: Estimate) -> str:
+    name, unit = metric.name[:1].upper() + metric.name[1:], f" {metric.unit}" if metric.unit else ""
+    if metric.exponential:
+        return f"{name} is {ratio(change)} the base's"
+    if not direction(metric, change):
+        return f"{name} changes by {interval(change, signed=True)}{unit}, which may be no change,"
+    ends = sorted(map(abs, (change.low, change.high)))
+    size = f"{number(abs(change.value))}{unit} [{number(ends[0])}, {number(ends[1])}]"
+    return f"{name} {'rises' if change.value > 0 else 'falls'} by {size}"
+
+
+def _best_of(evaluation: Evaluation, metric: Metric, kind: str, rows: Sequence[Row]) -> str:
+    changes = [(evaluation.change(row, metric.name), row) for row in rows]
+    best, row = (max if metric.goal == "more" else min)(changes, key=lambda one: one[0].value)
+    one, several = _CHANCE[kind]
+    which = one if len(rows) == 1 else f"the best of {len(rows)} {several}"
+    note = f" {row.note}" if row.note.startswith("at ") else ""
+    return f"{which}{note}: {ratio(best) if metric.exponential else interval(best, signed=True)}"
+
+
+def _judged(metric: Metric, change: Estimate, chance: Mapping[str, Sequence[Estimate]]) -> str:
+    """Whether the change is one, is the one wanted, and is more than the changes that chance gives, by kind."""
+    said = []
+    sign = direction(metric, change)
+    if not sign:
+        said.append("The edit is not distinguishable from no change.")
+    elif sign < 0:
+        said.append(f"That is the wrong way: {metric.goal} is better.")
+    alike, ahead = [], []
+    for kind, others in chance.items():
+        # a comparison with nan is false, and an interval that is not known is overlapped by all
+        if not all(other.high < change.low or other.low > change.high for other in others):
+            alike.append(_CHANCE[kind][0])
+        elif any((other.value > change.value) == (metric.goal == "more") for other in others):
+            ahead.append(_CHANCE[kind][0])
+    if alike:
+        said.append(f"The edit is not distinguishable from {' or '.join(alike)}.")
+    if ahead:
+        said.append(f"Of {' and '.join(ahead)} one does better than the edit.")
+    if not chance:
+        said.append("No random direction was measured beside it, so what any edit of this size does is not known.")
+    elif sign > 0 and not alike and not ahead:
+        beaten = " or ".join(_CHANCE[kind][0] for kind in chance)
+        said.append(f"That is more than {beaten} {'gives' if list(chance) == ['random'] else 'give'}.")
+    return " ".join(said)

@@ -1,0 +1,1 @@
+"""Finding the edit with the best trade-off."""

@@ -1,0 +1,110 @@
+"""Held-out questions: read with every fault named, dealt out by their own prompt, refused where they were seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer2edit.contrast import behaviors, load_behavior
+from steer2edit.errors import DataError
+from steer2edit.evaluation.heldout import (
+    Question,
+    builtin_questions,
+    read_questions,
+    refuse_seen,
+    take,
+)
+from steer2edit.rows import Message, prompt_digest
+
+
+def questions(prompts: list[str]) -> list[Question]:
+    return [Question(prompt, "test") for prompt in prompts]
+
+
+@given(st.lists(st.text(min_size=1, max_size=30), unique_by=prompt_digest, max_size=40), st.integers(0, 5))
+def test_the_splits_part_the_prompts_whatever_their_order(prompts: list[str], seed: int) -> None:
+    select, report = (take(questions(prompts), split, seed) for split in ("select", "report"))  # type: ignore[arg-type]
+    assert sorted(q.digest for q in select + report) == sorted(map(prompt_digest, prompts))
+    turned = take(questions(prompts[::-1]), "select", seed)
+    assert {q.digest for q in turned} == {q.digest for q in select}
+
+
+def test_other_seeds_deal_otherwise_and_both_sides_get_about_half() -> None:
+    prompts = [f"question {i}" for i in range(400)]
+    sides = [{q.digest for q in take(questions(prompts), "select", seed)} for seed in range(3)]
+    assert len({frozenset(side) for side in sides}) == 3
+    assert all(150 < len(side) < 250 for side in sides)
+
+
+def test_a_prompt_is_known_again_in_other_clothes() -> None:
+    assert prompt_digest("What is  it?\n") == prompt_digest((Message("user", "what is it?"),))
+    assert prompt_digest("What is it?") != prompt_digest("What was it?")
+    assert prompt_digest("a") != prompt_digest((Message("system", "s"), Message("user", "a")))
+
+
+def test_what_was_seen_is_refused_by_name() -> None:
+    held = questions(["How old is the Sun?", "How far is it?"])
+    refuse_seen(held, [prompt_digest("Another one")], "the plan")
+    with pytest.raises(DataError, match=r"1 of 2 prompts .* choose the plan(.|\n)*How old is the Sun"):
+        refuse_seen(held, [prompt_digest("how old is the sun?")], "the plan")
+
+
+@pytest.mark.parametrize("name", [*behaviors(), "knowledge"])
+def test_what_comes_with_the_package_is_disjoint_from_the_contrast_data(name: str) -> None:
+    found = builtin_questions(name)
+    assert found is not None
+    digests = [q.digest for q in found]
+    assert len(set(digests)) == len(digests)
+    for behavior in behaviors():
+        assert not set(digests) & {prompt_digest(example.prompt) for example in load_behavior(behavior)}
+    assert min(len(take(found, split)) for split in ("select", "report")) >= 25  # type: ignore[arg-type]
+    assert builtin_questions("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"positive": "a", "negative": "b"}, '"prompt" is missing'),
+        ({"prompt": 3}, "prompt: expected a string"),
+        ({"prompt": "p", "positive": "a"}, "positive stands alone"),
+        ({"prompt": "p", "positive": "a", "negative": " "}, "negative holds nothing but white space"),
+        ({"prompt": "p", "choices": ["a"], "answer": 0}, "at least two texts"),
+        ({"prompt": "p", "choices": "ab", "answer": 0}, "at least two texts"),
+        ({"prompt": "p", "choices": ["a", "b"], "answer": 2}, "expected the index"),
+        ({"prompt": "p", "choices": ["a", "b"], "answer": True}, "expected the index"),
+        ({"prompt": "p", "choices": ["a", "b"]}, "expected the index"),
+        ({"prompt": "p", "choices": ["a", "b"], "labels": [1]}, "a 0 or 1 for each"),
+        ({"prompt": "p", "choices": ["a", "b"], "labels": [1, 1]}, "not all"),
+        ({"prompt": "p", "choices": ["a", "b"], "labels": [0, 0]}, "not all"),
+        ({"prompt": "p", "answer": {}}, "expected a text or a list"),
+        ({"prompt": "p", "answer": [" "]}, "expected a text or a list"),
+        ([1], "expected an object"),
+    ],
+)
+def test_every_fault_is_named(tmp_path: Path, row: object, fault: str) -> None:
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"prompt": "fine"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="held-out questions") as caught:
+        read_questions(path)
+    assert "line 2" in str(caught.value) and fault in str(caught.value)
+
+
+def test_all_forms_are_read(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p1"},
+        {"prompt": "p2", "positive": "a", "negative": "b"},
+        {"prompt": "p3", "choices": ["a", "b"], "answer": "b"},
+        {"prompt": "p4", "choices": ["a", "b", "c"], "labels": [1, 0, 1]},
+        {"prompt": [{"role": "user", "content": "p5"}], "answer": ["42", "forty-two"]},
+        {"prompt": "p6", "answer": 7},
+    ]
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps(rows))
+    found = read_questions(path)
+    assert [q.labels for q in found[2:4]] == [(False, True), (True, False, True)]
+    assert found[4].answers == ("42", "forty-two") and found[5].answers == ("7",)
+    assert all(q.prompt[0].role == "user" for q in found)  # type: ignore[union-attr]

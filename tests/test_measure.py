@@ -1,0 +1,149 @@
+"""eval, chat, report and the report of a compile, through the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ROWS
+from rich.console import Console
+
+from steer2edit.chat import side_by_side
+from steer2edit.cli import main
+from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.targets import EVALUATION, REPORT
+
+TEXT = "the old cat sees a small bird and the river runs . " * 36
+HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name, rows in (("pairs", ROWS), ("held", HELD)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "neutral.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_llama: Path, files: Path) -> Path:
+    out = files / "out"
+    result = run(
+        "compile", tiny_llama, "--data", files / "pairs.jsonl", "--eval", files / "held.jsonl", "--neutral",
+        files / "neutral.txt", "--to", "checkpoint", "--to", "lora", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "random direction 1" in result.stdout and "report:" in result.stdout
+    return out
+
+
+def test_a_compile_with_questions_brings_its_proof(tiny_llama: Path, compiled: Path) -> None:
+    for target in ("checkpoint", "lora"):
+        found = Evaluation.load(compiled / target / EVALUATION)
+        assert [row.kind for row in found.rows] == ["base", "edit", "steering", "random"]
+        page = (compiled / target / REPORT).read_text()
+        assert page.count("<svg") >= 2 and "margin" in page
+    sent = run("push", compiled / "lora", "user/name", "--dry-run")
+    assert EVALUATION not in sent.stdout and REPORT not in sent.stdout
+    verified = run("verify", compiled / "lora", "--level", "bytes", "--base", tiny_llama)
+    assert verified.exit_code == 0, verified.output
+
+
+def test_a_compile_with_data_alone_measures_the_kl_only(tiny_llama: Path, files: Path, tmp_path: Path) -> None:
+    result = run(
+        "compile",
+        tiny_llama,
+        "--data",
+        files / "pairs.jsonl",
+        "--neutral",
+        files / "neutral.txt",
+        "--out",
+        tmp_path / "x",
+    )
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "x" / EVALUATION).exists()
+
+
+def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, compiled: Path, files: Path) -> None:
+    plan = compiled / "lora" / "steer2edit" / "plan.safetensors"
+    settings = ["--eval", files / "held.jsonl", "--neutral", files / "neutral.txt", "--max-new-tokens", 4]
+    result = run(
+        "eval", tiny_llama, plan, compiled / "checkpoint", compiled / "lora", *settings, "--data", files / "pairs.jsonl",
+        "--baselines", "--draws", 1, "--strengths", "0.5,1", "--pattern", "the", "-o", files / "e.json", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["kind"] for row in rows] == [
+        "base", "edit", "edit", "edit", *["steering"] * 3, "random", "shuffled", "flipped", "whole", "ablation",
+    ]  # fmt: skip
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert {"KL", "perplexity", "margin", "accuracy", "length", "/the/"} <= set(rows[0]["metrics"])
+    kl = [row["metrics"]["KL"]["value"] for row in rows[1:4]]
+    assert kl[1:] == pytest.approx([kl[0], kl[0]], rel=0.05)
+    again = run("eval", tiny_llama, *settings, "--utility", "none")
+    assert again.exit_code == 0 and "split report" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--baselines"], "name one"),
+        (["--pattern", "("], "no regular expression"),
+        (["--function", "nowhere.py:f"], "file.py:name"),
+        (["--strengths", "a"], "no list of numbers"),
+        (["--utility", "nowhere.jsonl"], "does not exist"),
+        (["nothing"], "does not exist"),
+        (["--strengths", "1"], "--data"),
+        (["--lm-eval", "no_such_task"], "lm-eval"),
+    ],
+)
+def test_bad_arguments_of_eval(tiny_llama: Path, files: Path, given: list[str], message: str) -> None:
+    result = run("eval", tiny_llama, *given, "--eval", files / "held.jsonl", "--neutral", files / "neutral.txt")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_without_questions_there_is_nothing_to_measure(tiny_llama: Path) -> None:
+    result = run("eval", tiny_llama)
+    assert result.exit_code == 2 and "--eval FILE" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["plan", "folder", "evaluation"])
+def test_report_of_a_plan_and_of_an_artefact(compiled: Path, tmp_path: Path, what: str) -> None:
+    folder = compiled / "checkpoint"
+    source = folder if what == "folder" else folder / "steer2edit" / "plan.safetensors"
+    more = ["--evaluation", folder / EVALUATION] if what == "evaluation" else []
+    result = run("report", source, "-o", tmp_path / "r.html", *more)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "r.html").read_text()
+    assert ("calibrated margin" in page) is (what != "plan")
+    missing = run("report", tmp_path / "nothing", "-o", tmp_path / "x.html")
+    assert missing.exit_code == 2 and "does not exist" in missing.stderr
+
+
+def test_chat_shows_both_answers_and_keeps_both_conversations(tiny_llama: Path, compiled: Path) -> None:
+    lines = "what is the cat ?\n\n/reset\nwhat is the dog ?\n/quit\nwhat is lost ?\n"
+    result = run("chat", tiny_llama, compiled / "lora", "--max-new-tokens", 5, stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert "> what is the cat ?" in result.stdout and "> what is the dog ?" in result.stdout
+    assert "lost" not in result.stdout
+    assert result.stdout.count("tiny-llama") == 2 and "lora" in result.stdout
+
+
+def test_columns_are_beside_each_other_and_cannot_move_the_cursor() -> None:
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(side_by_side(("left \x1b[2J[bold]words " * 9, "右" * 50 + "\nright"), ("one", "two")))
+    text = console.export_text()
+    assert "\x1b" not in text and "[bold]words" in text.replace("\n", "")
+    assert any("left" in line and "右" in line for line in text.splitlines())
