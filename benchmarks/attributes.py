@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=int, help="questions")
     parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--no-utility", action="store_true", help="leave the questions of general knowledge out")
     parser.add_argument("--random", action="store_true", help="a random direction too")
     options = parser.parse_args()
 
@@ -64,7 +65,7 @@ def main() -> None:
     scoring = Scoring(checkpoint, spec, capture_statistics(loaded, checkpoint, behavior))
     suite = Suite(
         builtin_questions(options.behavior) or [],
-        builtin_questions("knowledge") or [],
+        [] if options.no_utility else builtin_questions("knowledge") or [],
         neutral,
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,

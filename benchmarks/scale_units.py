@@ -99,7 +99,9 @@ def main() -> None:
         loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
         statistics = capture_statistics(loaded, checkpoint, behavior)
         text = NeutralText(loaded, neutral, max_tokens=options.tokens)
-        plan = component.plan(Scoring(checkpoint, loaded.spec, statistics), component.Options(scale="absolute"))
+        plan = component.plan(
+            Scoring(checkpoint, loaded.spec, statistics), component.Options(scale="absolute", stable=False)
+        )
         row: list[object] = [checkpoint.name, behavior.name]
         for unit, candidate in zip(UNITS, units(checkpoint, loaded, statistics, plan), strict=True):
             try:

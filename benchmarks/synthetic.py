@@ -13,7 +13,18 @@ import torch
 from steer2edit.architecture import ModelSpec, Role
 from steer2edit.checkpoint import INDEX, Checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.statistics import LABELS, Label, Moments, Side, Statistics
+from steer2edit.statistics import (
+    POPULATIONS,
+    RESAMPLES,
+    SOURCES,
+    Kind,
+    Moments,
+    Population,
+    Resampled,
+    Side,
+    Source,
+    Statistics,
+)
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
 _SCALE = 0.02
@@ -59,18 +70,30 @@ def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[Role]
 
 
 def random_statistics(checkpoint: Checkpoint, spec: ModelSpec) -> Statistics:
-    """Statistics of the right shapes: planning takes as long whatever the numbers are."""
-    generator = torch.Generator().manual_seed(0)
-    sizes: dict[tuple[str, Side], int] = {(f"residual.{n}", "output"): spec.hidden_size for n in range(spec.layers)}
-    for site in spec.sites:
-        sizes[site.key, "input"], sizes[site.key, "output"] = site.in_features, site.out_features
-    moments: dict[tuple[str, Side, Label], Moments] = {}
-    for (key, side), size in sizes.items():
-        for label in LABELS:
+    """Statistics of the right shapes, with everything that a capture keeps: planning takes as long whatever the numbers are."""
+    generator = torch.Generator().manual_seed(1)
+    keys = [(site.key, "input", site.in_features) for site in spec.sites]
+    keys += [(site.key, "output", site.out_features) for site in spec.sites]
+    keys += [(f"residual.{layer}", "output", spec.hidden_size) for layer in range(spec.layers)]
+    moments: dict[tuple[str, Side, Population], Moments] = {}
+    resampled: dict[tuple[Kind, str, Side], Resampled] = {}
+    for key, side, size in keys:
+        for population in POPULATIONS:
             mean = torch.randn(size, generator=generator, dtype=torch.float64)
-            moments[key, side, label] = Moments(mean, mean.square() + 1)
+            moments[key, side, population] = Moments(mean, mean.square() + 1)  # type: ignore[index]
+        for kind, count in RESAMPLES.items():
+            drawn = torch.randn(count, 2, size, generator=generator)
+            resampled[kind, key, side] = Resampled(drawn)  # type: ignore[index]
+    blocks: dict[tuple[str, Source], torch.Tensor] = {}
+    for site in spec.sites:
+        if site.heads is not None:
+            for source in SOURCES:
+                rows = torch.randn(site.heads, 32, site.in_features // site.heads, generator=generator)
+                blocks[site.key, source] = rows.transpose(1, 2) @ rows / 32
     source = {"name": "random", "fingerprint": checkpoint.fingerprint, "model": checkpoint.name}
-    return Statistics(moments, dict.fromkeys(LABELS, 1), dict.fromkeys(LABELS, 1), source)
+    counts = dict.fromkeys(POPULATIONS, 1)
+    weights = {kind: torch.ones(count, 2) for kind, count in RESAMPLES.items()}
+    return Statistics(moments, counts, dict(counts), source, blocks, resampled, weights)
 
 
 def _layer(number: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -22,6 +22,7 @@ from steer2edit.cli_options import (
     print_result,
     progress_bar,
     quieten_transformers,
+    read_background,
     read_behavior,
     read_budgets,
     read_held_out,
@@ -121,6 +122,7 @@ def compile(
         options=read_method_options(given),
         **read_budgets(given),
         neutral=read_neutral(given),
+        background=read_background(given),
         runtime=read_runtime(given),
         batch_tokens=given["batch_tokens"],
         questions=None if given["no_report"] else read_held_out(given),
@@ -165,7 +167,12 @@ def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
     behavior = read_behavior(given)
     loaded = load_model(checkpoint, spec, read_runtime(given))
     statistics = capture_statistics(
-        loaded, checkpoint, behavior, batch_tokens=given["batch_tokens"], progress=progress_bar()
+        loaded,
+        checkpoint,
+        behavior,
+        background=read_background(given),
+        batch_tokens=given["batch_tokens"],
+        progress=progress_bar(),
     )
     statistics.save(out)
     result = {

@@ -19,6 +19,7 @@ from steer2edit.cli_options import (
     options,
     print_result,
     progress_bar,
+    read_background,
     read_behavior,
     read_held_out,
     read_neutral,
@@ -74,7 +75,8 @@ suite_options = options(
     show_default=True,
     help="What writes the answers; vllm runs checkpoints and adapters.",
 )
-@click.option("--lm-eval", "tasks", help="Tasks of lm-eval, by name, separated by commas.")
+@click.option("--lm-eval", "tasks", help="Tasks of lm-eval, by name, separated by commas; --limit bounds them too.")
+@click.option("--lm-eval-path", help="A folder with task files of your own.")
 @click.option("-o", "--out", type=PATH, help="Keep every value and answer in this JSON file.")
 @model_options
 @json_option
@@ -117,7 +119,10 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
     if given["tasks"]:
         from steer2edit.evaluation.harness import lm_eval
 
-        found = replace(found, context={**found.context, "lm_eval": lm_eval(loaded, chosen, given["tasks"].split(","))})
+        scores = lm_eval(
+            loaded, chosen, given["tasks"].split(","), limit=given["limit"], include_path=given["lm_eval_path"]
+        )
+        found = replace(found, context={**found.context, "lm_eval": scores})
     if out is not None:
         found.save(out)
     print_result(found.described(), as_json, lambda _: render_evaluation(found))
@@ -297,7 +302,12 @@ def _scoring(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any) -> 
         return Scoring(checkpoint, spec, Statistics.load(given["stats"]))
     behavior = read_behavior(given)
     statistics = capture_statistics(
-        loaded, checkpoint, behavior, batch_tokens=given["batch_tokens"], progress=progress_bar()
+        loaded,
+        checkpoint,
+        behavior,
+        background=read_background(given),
+        batch_tokens=given["batch_tokens"],
+        progress=progress_bar(),
     )
     return Scoring(checkpoint, spec, statistics)
 

@@ -49,6 +49,12 @@ data_options = options(
         help="A pair's responses cut to the shorter's length, or whole.",
     ),
     click.option(
+        "--background",
+        "background_file",
+        type=PATH,
+        help="Your own text of all that the behaviour is not, instead of the packaged one.",
+    ),
+    click.option(
         "--batch-tokens",
         type=click.IntRange(16),
         default=4096,
@@ -68,6 +74,12 @@ method_options = options(
         "--moments",
         type=click.Choice(["heads", "diagonal"]),
         help="steering: weigh a head's columns together, or each by itself.",
+    ),
+    click.option(
+        "--background-weight",
+        "background",
+        type=float,
+        help="steering: the background text's weight in the moments, 0 to 1.  [default: 0.5]",
     ),
     click.option(
         "--all-components",
@@ -91,7 +103,19 @@ method_options = options(
     click.option("--embedding", is_flag=True, default=None, help="ablation: the token embedding too (untied models)."),
 )
 _METHOD_OPTIONS = (
-    *("sites", "carriers", "moments", "stable", "rho_attn", "rho_mlp", "alpha", "tau_attn", "tau_mlp", "slope"),
+    *(
+        "sites",
+        "carriers",
+        "moments",
+        "background",
+        "stable",
+        "rho_attn",
+        "rho_mlp",
+        "alpha",
+        "tau_attn",
+        "tau_mlp",
+        "slope",
+    ),
     *("top_heads", "top_neurons", "scale", "layers", "direction_layer", "embedding"),
 )
 strength_options = options(
@@ -168,7 +192,8 @@ def read_method_options(given: dict[str, Any]) -> Any:
     known = {field.name for field in fields(options_class)}
     chosen = {name: given[name] for name in _METHOD_OPTIONS if given[name] is not None}
     if strange := sorted(chosen.keys() - known):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        names = {"stable": "all-components", "background": "background-weight"}
+        flags = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in strange)
         raise click.UsageError(f"the method {given['method']} has no option {flags}")
     if chosen.get("scale") == "absolute":
         # the paper's edit to the letter knows nothing of stability
@@ -206,13 +231,20 @@ def read_budgets(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_neutral(given: dict[str, Any]) -> str | None:
-    if given["neutral"] is None:
+    return _text(given["neutral"], "--neutral")
+
+
+def read_background(given: dict[str, Any]) -> str | None:
+    return _text(given["background_file"], "--background")
+
+
+def _text(path: Path | None, flag: str) -> str | None:
+    if path is None:
         return None
     try:
-        text: str = given["neutral"].read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"cannot read {given['neutral']}: {error}", param_hint="--neutral") from None
-    return text
+        raise click.BadParameter(f"cannot read {path}: {error}", param_hint=flag) from None
 
 
 def read_runtime(given: dict[str, Any]) -> Any:

@@ -81,6 +81,7 @@ def compile(
     kl_budget: float | None = None,
     class_budgets: Mapping[Role, float] | None = None,
     neutral: str | Sequence[str] | None = None,
+    background: str | Sequence[str] | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008
     batch_tokens: int = 4096,
     questions: Sequence[Question] | None = None,
@@ -103,7 +104,9 @@ def compile(
     if isinstance(behavior, Statistics):
         statistics = behavior
     else:
-        statistics = capture_statistics(loaded, checkpoint, behavior, batch_tokens=batch_tokens, progress=progress)
+        statistics = capture_statistics(
+            loaded, checkpoint, behavior, background=background, batch_tokens=batch_tokens, progress=progress
+        )
     scoring = Scoring(checkpoint, spec, statistics)
     plan = make_plan(scoring, method=method, options=options, progress=progress)
     text = neutral_text(loaded, neutral, progress)

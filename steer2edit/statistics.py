@@ -27,6 +27,7 @@ Source = Literal["contrast", "neutral"]
 Side = Literal["input", "output"]
 Kind = Literal["bootstrap", "shuffled"]
 LABELS: tuple[Label, Label] = ("positive", "negative")
+SOURCES: tuple[Source, Source] = ("contrast", "neutral")
 POPULATIONS: tuple[Population, ...] = (*LABELS, "neutral")
 RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
 FORMAT = "steer2edit.statistics.2"
@@ -132,7 +133,7 @@ class Statistics:
             moments[key] = Moments(*(average(mine, theirs, a, b) for mine, theirs in parts))
         count = {
             source: [sum(one.examples[p] for p in POPULATIONS if _SOURCES[p] == source) for one in (self, other)]
-            for source in ("contrast", "neutral")
+            for source in SOURCES
         }
         blocks = {
             key: average(self.blocks.get(key), other.blocks.get(key), *count[key[1]])
@@ -277,7 +278,7 @@ class Accumulator:
                 # a resample that drew none of a class has that class's plain mean
                 drawn = torch.where(self._total[rows][:, None] > 0, means[rows], means[[0, 1] * RESAMPLES[kind]])
                 resampled[kind, key, side] = Resampled(drawn.view(-1, 2, drawn.shape[1]).float())
-        counts = {s: sum(self._examples[p] for p in POPULATIONS if _SOURCES[p] == s) for s in ("contrast", "neutral")}
+        counts = {s: sum(self._examples[p] for p in POPULATIONS if _SOURCES[p] == s) for s in SOURCES}
         return Statistics(
             moments,
             dict(self._examples),

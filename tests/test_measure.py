@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,29 @@ def test_columns_are_beside_each_other_and_cannot_move_the_cursor() -> None:
     text = console.export_text()
     assert "\x1b" not in text and "[bold]words" in text.replace("\n", "")
     assert any("left" in line and "右" in line for line in text.splitlines())
+
+
+def test_tasks_of_lm_eval_run_on_the_same_candidates(tiny_llama: Path, compiled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"what is the {row['prompt'].split()[3]} ?", "choices": ["red .", "old ."]} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "answer": 0}) + "\n" for row in rows))
+    (tmp_path / "colours.yaml").write_text(
+        "task: colours\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.harness import lm_eval
+    from steer2edit.model import load_model
+
+    checkpoint = open_checkpoint(tiny_llama)
+    loaded = load_model(checkpoint, read_spec(checkpoint))
+    candidate = open_candidate(loaded, checkpoint, str(compiled / "lora"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lm-eval's own
+        found = lm_eval(loaded, [candidate], ["colours"], include_path=str(tmp_path))
+    assert [row[""] for row in found["colours"]] == ["base", candidate.name]
+    assert all(0 <= row["acc"] <= 1 for row in found["colours"])

@@ -35,6 +35,7 @@ def compiled(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint",
         "--to",
         "lora",
+        "--no-report",
         "--out",
         str(out),
     ]
@@ -57,28 +58,17 @@ def test_the_artefact_verifies(compiled: Path, smollm2: Path, target: str) -> No
         assert numbers["difference"] <= 1e-4
 
 
-def test_answers_become_shorter(compiled: Path, smollm2: Path) -> None:
-    from steer2edit.architecture import read_spec
-    from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.encoding import render_prompt
-    from steer2edit.evaluation.evaluate import generate
-    from steer2edit.model import Runtime, load_model
-
-    prompts = [
-        "What is the largest planet in the solar system?",
-        "How does a bicycle stay upright?",
-        "Why do leaves change colour in autumn?",
-        "What should I keep in mind when buying a used car?",
-        "Who painted the Mona Lisa?",
-        "How can I sleep better at night?",
-        "What is a good way to learn a new language?",
-        "Explain what inflation is.",
-    ]
-    lengths = []
-    for folder in (smollm2, compiled / "checkpoint"):
-        checkpoint = open_checkpoint(folder)
-        loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="bfloat16"))
-        texts = [render_prompt(prompt, loaded.tokenizer) for prompt in prompts]
-        answers = generate(loaded, texts, max_new_tokens=100, add_special_tokens=False)
-        lengths.append(sum(map(len, answers)))
-    assert lengths[1] < 0.9 * lengths[0]
+def test_answers_become_shorter_and_a_random_direction_does_not_do_that(
+    compiled: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    plan = compiled / "lora" / "steer2edit" / "plan.safetensors"
+    arguments = [
+        "eval", str(smollm2), str(plan), "--behavior", "concise", "--limit", "12", "--max-new-tokens", "80",
+        "--baselines", "--draws", "1", "--dtype", "bfloat16", "--json",
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = {row["kind"]: row for row in json.loads(result.stdout)["rows"]}
+    length = {kind: row["metrics"]["length"]["value"] for kind, row in rows.items()}
+    assert length["edit"] < 0.7 * length["base"]
+    assert length["edit"] < 0.85 * min(length[kind] for kind in ("random", "shuffled", "whole", "steering"))

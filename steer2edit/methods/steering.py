@@ -6,7 +6,7 @@ push of one on the behaviour's own inputs with as little energy as it can have:
     minimise  Σ_j a_jᵀ S_j a_j   subject to   a · x_bar = 1      ⇒      a_j ∝ S_j⁻¹ x_bar_j
 
 where j runs over the components (heads' blocks of columns; single neurons) and S_j is the second moment of the component's
-input, the mean of that on the contrast data and that on background text, plus eps times its mean diagonal. Moments between
+input, half of it on the contrast data and half on background text, plus eps times its mean diagonal. Moments between
 components are left out: a stays a sum of single components' work. The full solution would fire on every token alike
 (a·x ≈ 1), which is activation steering; with blocks it fires less on text unlike the contrast data. docs/strength.md has
 the measurements.
@@ -27,7 +27,7 @@ from steer2edit.architecture import Role
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import Statistics
+from steer2edit.statistics import SOURCES, Statistics
 
 # of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much
 _EPS = 0.01
@@ -36,13 +36,15 @@ _EPS = 0.01
 @dataclass(frozen=True)
 class Options:
     """``sites`` are the writers that carry the vector (by default attention alone, which did best at equal KL). ``moments`` says
-    whether a head's columns are weighed together, or each by itself. ``stable`` leaves out components whose score's bootstrap
-    interval holds zero; of the others ``carriers`` is the share that carries the vector at each site, the most reliable first.
-    ``layers`` are the first and last layer edited.
+    whether a head's columns are weighed together, or each by itself, and ``background`` is the background's weight in them
+    against the contrast data's, 0 to 1. ``stable`` leaves out components whose score's bootstrap interval holds zero; of the
+    others ``carriers`` is the share that carries the vector at each site, the most reliable first. ``layers`` are the first
+    and last layer edited.
     """
 
     sites: Literal["attn", "mlp", "both"] = "attn"
     moments: Literal["heads", "diagonal"] = "heads"
+    background: float = 0.5
     carriers: float = 1.0
     stable: bool = True
     layers: tuple[int, int] | None = None
@@ -52,6 +54,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     """One rank-1 edit for each writer chosen. Raises PlanError for a share of carriers outside (0, 1]."""
     if not 0 < options.carriers <= 1:
         raise PlanError(f"--carriers is {options.carriers}, expected a share above 0 and at most 1")
+    if not 0 <= options.background <= 1:
+        raise PlanError(f"--background-weight is {options.background}, expected a number from 0 to 1")
     spec = scoring.spec
     roles = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(options.sites, {Role.ATTN_OUT, Role.MLP_OUT})
     first, last = spec.layer_range(options.layers)
@@ -74,13 +78,13 @@ def _functional(statistics: Statistics, one: SiteScores, options: Options) -> to
     site, x = one.site, one.x_bar.double()
     by_component = x.view(site.components, -1)
     if site.heads is not None and options.moments == "heads":
-        S = (
-            statistics.block_moments(site.key, "contrast") + statistics.block_moments(site.key, "neutral")
-        ).double() / 2
+        contrast, neutral = (statistics.block_moments(site.key, name).double() for name in SOURCES)
+        S = (1 - options.background) * contrast + options.background * neutral
         floor = _EPS * float(S.diagonal(dim1=1, dim2=2).mean()) + TINY
         weights = torch.linalg.solve(S + floor * torch.eye(S.shape[1], dtype=S.dtype), by_component)
     else:
-        energy = (statistics.energy(site.key) + statistics.energy(site.key, "neutral")) / 2
+        contrast, neutral = (statistics.energy(site.key, name) for name in SOURCES)
+        energy = (1 - options.background) * contrast + options.background * neutral
         weights = by_component / (energy + _EPS * energy.mean() + TINY).view(site.components, -1)
     reliability = (weights * by_component).sum(dim=1)
     if options.stable:
