@@ -12,6 +12,7 @@ from steer2edit import __version__
 from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
     PATH,
+    capture_given,
     data_options,
     force_option,
     json_option,
@@ -160,20 +161,8 @@ def compile(
 @json_option
 def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
     """Run MODEL over contrast data once and keep the statistics."""
-    from steer2edit.compiler import capture_statistics
-    from steer2edit.model import load_model
-
     checkpoint, spec = open_model(model, given)
-    behavior = read_behavior(given)
-    loaded = load_model(checkpoint, spec, read_runtime(given))
-    statistics = capture_statistics(
-        loaded,
-        checkpoint,
-        behavior,
-        background=read_background(given),
-        batch_tokens=given["batch_tokens"],
-        progress=progress_bar(),
-    )
+    statistics = capture_given(given, checkpoint, spec)
     statistics.save(out)
     result = {
         "statistics": str(out),

@@ -11,6 +11,7 @@ import click
 
 from steer2edit.cli_options import (
     PATH,
+    capture_given,
     data_options,
     json_option,
     model_options,
@@ -19,8 +20,6 @@ from steer2edit.cli_options import (
     options,
     print_result,
     progress_bar,
-    read_background,
-    read_behavior,
     read_held_out,
     read_neutral,
     read_runtime,
@@ -295,21 +294,12 @@ def _suite(given: dict[str, Any], loaded: Any, questions: Any) -> Suite:
 
 def _scoring(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any) -> Any:
     from steer2edit.analysis import Scoring
-    from steer2edit.compiler import capture_statistics
     from steer2edit.statistics import Statistics
 
-    if given["stats"]:
-        return Scoring(checkpoint, spec, Statistics.load(given["stats"]))
-    behavior = read_behavior(given)
-    statistics = capture_statistics(
-        loaded,
-        checkpoint,
-        behavior,
-        background=read_background(given),
-        batch_tokens=given["batch_tokens"],
-        progress=progress_bar(),
+    stats = given["stats"]
+    return Scoring(
+        checkpoint, spec, Statistics.load(stats) if stats else capture_given(given, checkpoint, spec, loaded)
     )
-    return Scoring(checkpoint, spec, statistics)
 
 
 def _plan_of(where: str) -> Any:

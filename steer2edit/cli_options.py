@@ -174,6 +174,23 @@ def read_behavior(given: dict[str, Any]) -> Any:
     return Behavior.builtin(given["behavior"], given["system"], given["span"])
 
 
+def capture_given(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any = None) -> Any:
+    """The statistics of the data that was given; the model is loaded once the data is known to be good."""
+    from steer2edit.compiler import capture_statistics
+    from steer2edit.model import load_model
+
+    behavior, background = read_behavior(given), read_background(given)
+    loaded = load_model(checkpoint, spec, read_runtime(given)) if loaded is None else loaded
+    return capture_statistics(
+        loaded,
+        checkpoint,
+        behavior,
+        background=background,
+        batch_tokens=given["batch_tokens"],
+        progress=progress_bar(),
+    )
+
+
 def read_held_out(given: dict[str, Any]) -> Any:
     """The questions of --eval, or those that come with --behavior; None where there are neither."""
     from steer2edit.evaluation.heldout import builtin_questions, read_questions

@@ -233,3 +233,37 @@ def statistics_of() -> Callable[..., Any]:
         return capture_statistics(loaded, checkpoint, Behavior("rows", examples), batch_tokens=batch_tokens)
 
     return capture
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_llama: Path) -> Any:
+    """The tiny llama, loaded. Hooks come off again; nothing else may be changed."""
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+    from steer2edit.model import load_model
+
+    checkpoint = open_checkpoint(tiny_llama)
+    return load_model(checkpoint, read_spec(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def scoring(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Any:
+    """The tiny llama's scores on ROWS."""
+    from steer2edit.analysis import Scoring
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(tiny_llama)
+    return Scoring(checkpoint, read_spec(checkpoint), statistics_of(tiny_llama))
+
+
+def run(*arguments: object, stdin: str | None = None) -> Any:
+    """The command line in this process: a click Result; anything but a clean exit is raised."""
+    from click.testing import CliRunner
+
+    from steer2edit.cli import main
+
+    result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result

@@ -12,19 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import ROWS, llama_config, make_tokenizer, save_tiny
+from conftest import ROWS, llama_config, make_tokenizer, run, save_tiny
 from safetensors.torch import load_file, save_file
 
-from steer2edit.cli import main
 from steer2edit.plan import EditPlan
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

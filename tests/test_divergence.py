@@ -12,22 +12,16 @@ import pytest
 import torch
 
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import Role
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan, neutral_text, settle_strength
 from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.methods import steering
-from steer2edit.model import LoadedModel, edited, load_model
+from steer2edit.model import LoadedModel, edited
 from steer2edit.plan import EditPlan
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(tiny_llama)
-    return load_model(checkpoint, read_spec(checkpoint))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import read_spec
-from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan, settle_strength
 from steer2edit.divergence import NeutralText
 from steer2edit.errors import CheckpointError, DataError, PlanError
@@ -38,7 +34,7 @@ from steer2edit.evaluation.metrics import (
     load_function,
 )
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel, edited, load_model
+from steer2edit.model import LoadedModel, edited
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.targets import emit
 
@@ -54,18 +50,6 @@ QUESTIONS = [
     )
     for i, row in enumerate(ROWS)
 ]
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(tiny_llama)
-    return load_model(checkpoint, read_spec(checkpoint))
-
-
-@pytest.fixture(scope="module")
-def scoring(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Scoring:
-    checkpoint = open_checkpoint(tiny_llama)
-    return Scoring(checkpoint, read_spec(checkpoint), statistics_of(tiny_llama))
 
 
 @pytest.fixture(scope="module")

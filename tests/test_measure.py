@@ -8,24 +8,15 @@ import warnings
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from conftest import ROWS
+from conftest import ROWS, run
 from rich.console import Console
 
 from steer2edit.chat import side_by_side
-from steer2edit.cli import main
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.targets import EVALUATION, REPORT
 
 TEXT = "the old cat sees a small bird and the river runs . " * 36
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
-
-
-def run(*arguments: object, stdin: str | None = None) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

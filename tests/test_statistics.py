@@ -12,19 +12,11 @@ import torch
 from conftest import ROWS
 
 from steer2edit import contrast
-from steer2edit.architecture import read_spec
 from steer2edit.capture import capture
-from steer2edit.checkpoint import open_checkpoint
 from steer2edit.encoding import Encoded, encode
 from steer2edit.errors import PlanError
-from steer2edit.model import LoadedModel, batches, load_model
+from steer2edit.model import LoadedModel, batches
 from steer2edit.statistics import LABELS, POPULATIONS, Statistics
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(tiny_llama)
-    return load_model(checkpoint, read_spec(checkpoint))
 
 
 @pytest.fixture(scope="module")

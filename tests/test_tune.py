@@ -8,26 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from conftest import ROWS
+from conftest import ROWS, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import read_spec
-from steer2edit.checkpoint import open_checkpoint
-from steer2edit.cli import main
 from steer2edit.divergence import NeutralText
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.heldout import Question
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel, load_model
+from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
 from steer2edit.search.pareto import front_of, knee_of, spread
 from steer2edit.search.tune import PAPER_GRID, Search, StudyResult, plan_of, read_grid, tune
@@ -74,18 +69,6 @@ def test_grids_are_read_and_the_papers_has_125_points() -> None:
     for text in ("papers", "rho_attn=", "=1"):
         with pytest.raises(PlanError, match="--grid"):
             read_grid([text])
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(tiny_llama)
-    return load_model(checkpoint, read_spec(checkpoint))
-
-
-@pytest.fixture(scope="module")
-def scoring(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Scoring:
-    checkpoint = open_checkpoint(tiny_llama)
-    return Scoring(checkpoint, read_spec(checkpoint), statistics_of(tiny_llama))
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +189,6 @@ def test_a_sqlite_storage_is_shared_by_workers(
     one = tune(loaded, scoring, suite, search, storage=url)
     two = tune(loaded, scoring, suite, search, storage=url)
     assert points(one) == points(two)
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
