@@ -91,7 +91,7 @@ class NeutralText:
         self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
         order = [i for batch in self._batches for i in batch]
         self._owners = torch.tensor([i for i in order for _ in self._windows[i][1:]])
-        self._base = torch.cat(list(self._hidden("base on neutral text", loaded, self._batches))).cpu()
+        self._base = torch.cat(list(self._hidden("base on neutral text", loaded, self._batches, progress))).cpu()
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
@@ -116,7 +116,8 @@ class NeutralText:
         chosen = [self._batches[-1][-2:]] if glance else self._batches
         sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
         at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
-        for hidden in self._hidden("KL on neutral text", loaded, chosen):
+        progress = silent if glance else self._progress
+        for hidden in self._hidden("KL on neutral text", loaded, chosen, progress):
             for now in torch.split(hidden, _CHUNK):
                 rows = slice(at, at + len(now))
                 at = rows.stop
@@ -135,12 +136,12 @@ class NeutralText:
         return Windows(tuple(len(self._windows[i]) - 1 for i in kept), *columns)
 
     def _hidden(
-        self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]]
+        self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]], progress: Progress
     ) -> Iterator[torch.Tensor]:
         """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
         pad = loaded.tokenizer.pad_token_id or 0
         total = sum(len(self._windows[i]) - 1 for batch in chosen_batches for i in batch)
-        with self._progress(stage, total=total) as advance, torch.inference_mode():
+        with progress(stage, total=total) as advance, torch.inference_mode():
             for chosen in chosen_batches:
                 texts = [self._windows[i] for i in chosen]
                 ids, mask = pad_right(texts, pad, loaded.device)

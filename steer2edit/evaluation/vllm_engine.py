@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ class VllmEngine:
     """
 
     def __init__(self, dtype: str = "auto", context: int = 2048) -> None:
+        # results go to stdout, and vLLM's log would too
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         try:
             import vllm
         except ImportError:
