@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from steer2edit.analysis import Scoring
@@ -57,16 +58,26 @@ def run(
 ) -> dict[str, Any]:
     """Compile each behaviour into both targets under ``out``, verify them, and count attribute and utility."""
     started = time.perf_counter()
+    # for matrices as small as these, threads only wait for each other
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = _run_all(out, behaviors, force, progress)
+    finally:
+        torch.set_num_threads(threads)
+    ok = all(check["ok"] for one in results.values() for check in one["verified"].values())
+    return {"ok": ok, "behaviors": results, "seconds": time.perf_counter() - started}
+
+
+def _run_all(out: Path, behaviors: Sequence[str], force: bool, progress: Progress) -> dict[str, Any]:
     chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
     folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
     checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
     loaded = load_model(checkpoint, read_spec(checkpoint), _RUNTIME)
-    results = {
+    return {
         name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
         for name, behavior in chosen.items()
     }
-    ok = all(check["ok"] for one in results.values() for check in one["verified"].values())
-    return {"ok": ok, "behaviors": results, "seconds": time.perf_counter() - started}
 
 
 def _run_one(
