@@ -19,6 +19,7 @@ from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 
 _CHUNK = 256
+_GLANCE = 512
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,14 @@ class NeutralText:
     def measure(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Divergence:
         """Compare the model, with whatever hooks are on it, with the base; or another model, of the same tokens.
 
-        A ``glance`` takes two windows alone.
+        A ``glance`` takes the last few windows alone, some 500 tokens.
         """
         return self.windows(loaded, glance=glance).divergence()
 
     def windows(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Windows:
         """The same, window by window."""
         loaded = self._loaded if loaded is None else loaded
-        chosen = [self._batches[-1][-2:]] if glance else self._batches
+        chosen = self._glanced() if glance else self._batches
         sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
         at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
         progress = silent if glance else self._progress
@@ -134,6 +135,15 @@ class NeutralText:
         kept = sorted(i for batch in chosen for i in batch)
         columns = (tuple(column.tolist()) for column in sums[kept].T)
         return Windows(tuple(len(self._windows[i]) - 1 for i in kept), *columns)
+
+    def _glanced(self) -> list[list[int]]:
+        """The last windows of the last batch; from its end, so that they stand at the end of the base's states too."""
+        last = self._batches[-1]
+        count, tokens = 0, 0
+        while count < len(last) and tokens < _GLANCE:
+            count += 1
+            tokens += len(self._windows[last[-count]])
+        return [last[-count:]]
 
     def _hidden(
         self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]], progress: Progress
