@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import run
 
 from steer2edit.cli import main
+from steer2edit.contrast import neutral_text
 from steer2edit.evaluation.heldout import builtin_questions
 from steer2edit.evaluation.metrics import prompt_text
 from steer2edit.targets import REPORT
@@ -28,15 +31,25 @@ def smollm2() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _both_cores() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def made(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a compile printed, with its report on a dozen of the packaged questions."""
     folder = tmp_path_factory.mktemp("real")
     rows = [{"prompt": prompt_text(q.prompt)} for q in (builtin_questions("concise") or [])[:24]]
+    (folder / "neutral.txt").write_text(neutral_text()[:6000])
     (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(
-        "compile", smollm2, "--behavior", "concise", "--eval", folder / "held.jsonl", "--dtype", "bfloat16",
-        "--to", "checkpoint", "--to", "lora", "--out", folder / "concise", "--json",
+        "compile", smollm2, "--behavior", "concise", "--eval", folder / "held.jsonl", "--neutral",
+        folder / "neutral.txt", "--dtype", "bfloat16", "--to", "checkpoint", "--to", "lora", "--out", folder / "concise",
+        "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return {"out": folder / "concise", **json.loads(result.stdout)}
