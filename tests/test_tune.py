@@ -24,8 +24,9 @@ from steer2edit.evaluation.heldout import Question
 from steer2edit.evaluation.suite import Suite
 from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
+from steer2edit.search.journal import Trial
 from steer2edit.search.pareto import front_of, knee_of, spread
-from steer2edit.search.tune import PAPER_GRID, Search, StudyResult, plan_of, read_grid, tune
+from steer2edit.search.tune import PAPER_GRID, Search, StudyResult, _stale, plan_of, read_grid, tune
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
@@ -158,13 +159,15 @@ def test_answers_that_degenerate_keep_a_plan_from_the_front(
     assert not {trial.number for trial in judged} & set(result.front)
 
 
-def test_patience_ends_a_search_that_finds_nothing_new(
-    loaded: LoadedModel, scoring: Scoring, suite: Suite, tmp_path: Path
-) -> None:
-    search = Search(trials=60, patience=4, kl_range=(0.02, 0.0200001), allow_degenerate=True)
-    result = tune(loaded, scoring, suite, search, storage=tmp_path / "journal")
-    assert len(result.trials) < 60
-    assert not {t.number for t in result.trials[-4:]} & set(result.front)
+def test_patience_ends_a_search_that_finds_nothing_new() -> None:
+    def trial(number: int, value: float, kl: float) -> Trial:
+        return Trial(number, {}, "complete", kl, {"value": value}, {"value": kl})
+
+    found = [trial(0, 5.0, 0.1), trial(1, 9.0, 0.2), trial(2, 4.0, 0.3), trial(3, 3.0, 0.4)]
+    goals = ("more", "less")
+    assert _stale(found, 2, goals)
+    assert not _stale(found, 3, goals)  # one of the last three is on the front
+    assert not _stale(found, 4, goals) and not _stale(found, None, goals)
 
 
 def test_a_grid_tries_every_point_once_from_one_read(
