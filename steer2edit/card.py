@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
 
+_COMPILED = (
+    "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the Hub files a target's artefact, and what it is in words."""
+
+    said: str
+    relation: str | None
+    library: str
+    tags: tuple[str, ...] = ()
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "checkpoint": _Kind(f"A checkpoint {_COMPILED}", "finetune", "transformers"),
+    "lora": _Kind(f"A LoRA adapter {_COMPILED}", "adapter", "peft", ("lora",)),
+    "gguf": _Kind(f"A LoRA adapter for llama.cpp {_COMPILED}", "adapter", "gguf", ("lora", "gguf")),
+    "gguf-vector": _Kind(
+        "A control vector for llama.cpp, made by steer2edit: run-time steering with the mean push of a compiled edit.",
+        "adapter",
+        "gguf",
+        ("control-vector", "gguf"),
+    ),
+}
+
 
 def model_card(receipt: Mapping[str, Any], spec: ModelSpec, checkpoint: Checkpoint) -> str:
     """The text of ``README.md``, with the Hub's metadata block."""
     from huggingface_hub import ModelCardData
 
-    adapter = receipt["target"] == "lora"
+    target = receipt["target"]
+    kind = _KINDS[target]
     base = receipt["base"]
     data = ModelCardData(
         base_model=base["name"] if "/" in base["name"] else None,
-        base_model_relation=("adapter" if adapter else "finetune") if "/" in base["name"] else None,
-        library_name="peft" if adapter else "transformers",
+        base_model_relation=kind.relation if "/" in base["name"] else None,
+        library_name=kind.library,
         license=base_licence(checkpoint.path),
         pipeline_tag="text-generation",
-        tags=["steer2edit", "activation-steering", *(["lora"] if adapter else [])],
+        tags=["steer2edit", "activation-steering", *kind.tags],
     )
     behaviour = receipt["data"].get("name", "a steering vector")
     total = sum(change["norm"] ** 2 for change in receipt["changed"]) ** 0.5
@@ -55,9 +84,7 @@ def model_card(receipt: Mapping[str, Any], spec: ModelSpec, checkpoint: Checkpoi
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {_cell(base['name'])}, edited: {_cell(behaviour)}\n\n"
-        f"{'A LoRA adapter' if adapter else 'A checkpoint'} with a steering vector compiled into its weights by "
-        "steer2edit: no training, no hooks, no changed architecture.\n\n"
-        f"```python\n{_loading(adapter, base['name'])}\n```\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{kind.said}\n\n{_loading(target, base['name'])}\n\n| | |\n|---|---|\n{table}\n\n"
         "`steer2edit.json` lists every changed tensor; `steer2edit/plan.safetensors` is the plan that reproduces this "
         "artefact from the base (`steer2edit show`, `steer2edit verify`).\n"
     )
@@ -75,17 +102,20 @@ def base_licence(folder: Path) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _loading(adapter: bool, base: str) -> str:
-    if not adapter:
+def _loading(target: str, base: str) -> str:
+    if target == "checkpoint":
         return (
-            "from transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```'
         )
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{_cell(base)}")\n'
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
-    )
+    if target == "lora":
+        return (
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{_cell(base)}")\n'
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```'
+        )
+    option = "--lora adapter.gguf" if target == "gguf" else "--control-vector control-vector.gguf"
+    return f"```\nllama-server -m base.gguf {option}\n```\n\nwhere `base.gguf` is any GGUF of {_cell(base)}."
 
 
 def _cell(value: object) -> str:

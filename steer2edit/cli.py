@@ -92,7 +92,7 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     multiple=True,
     default=["checkpoint"],
     show_default=True,
-    help="checkpoint or lora; may be repeated.",
+    help="checkpoint, lora, gguf or gguf-vector; may be repeated.",
 )
 @click.option("--stats", type=PATH, help="Statistics of an earlier capture, instead of data.")
 @click.option(
@@ -234,13 +234,13 @@ def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
 @main.command()
 @click.argument("plan_file", metavar="PLAN", type=PATH)
 @click.argument("model")
-@click.option("--to", required=True, help="checkpoint or lora.")
+@click.option("--to", required=True, help="checkpoint, lora, gguf or gguf-vector.")
 @click.option("-o", "--out", type=PATH, required=True, help="Folder of the artefact.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @json_option
 @force_option
 def emit(plan_file: Path, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool) -> None:
-    """Lower a plan into a checkpoint or a LoRA adapter. Runs no model."""
+    """Lower a plan into a checkpoint, an adapter or a control vector. Runs no model."""
     from steer2edit.plan import EditPlan
     from steer2edit.targets import emit as emit_plan
 

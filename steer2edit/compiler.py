@@ -22,6 +22,7 @@ from steer2edit.files import check_new
 from steer2edit.model import LoadedModel, Runtime, edited, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.push import record_push
 from steer2edit.rows import prompt_digest
 from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
@@ -178,6 +179,7 @@ def make_plan(
         )
     module = methods.load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
+    plan = record_push(plan, scoring.spec, statistics)
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 

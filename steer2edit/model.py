@@ -188,6 +188,28 @@ def steered(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: 
         yield
 
 
+@contextmanager
+def pushed(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Within the block a vector ``[hidden]`` is added to the residual stream after each named layer's block."""
+    device = loaded.device
+
+    def pushing(vector: torch.Tensor) -> Callable[..., Any]:
+        push = vector.to(device, torch.float32)
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            stream = output[0] if isinstance(output, tuple) else output
+            moved = (stream + push.to(stream.device)).to(stream.dtype)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, vector in vectors.items():
+            module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
+            stack.enter_context(_hooked(module, pushing(vector)))
+        yield
+
+
 def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices in batches of like length, longest first, each of at most ``max_tokens`` with its padding.
 

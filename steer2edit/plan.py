@@ -27,18 +27,33 @@ _TABLE = ("g", "lam", "projection", "interval", "null")
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W + B A``: ``B`` is [out, r], ``A`` is [r, in], float32."""
+    """``W + B A``: ``B`` is [out, r], ``A`` is [r, in], float32.
+
+    ``push`` [r] is what ``A`` gives on the typical input of the data behind the plan, where that is known: ``B push`` is
+    the edit's constant part (``push.record_push``).
+    """
 
     tensor: str
     B: torch.Tensor
     A: torch.Tensor
+    push: torch.Tensor | None = None
 
     def scaled(self, factor: float) -> LowRank:
-        return replace(self, A=self.A * factor)
+        return replace(self, A=self.A * factor, push=None if self.push is None else self.push * factor)
 
     def dense(self) -> torch.Tensor:
         """The update itself, [out, in]."""
         return self.B @ self.A
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same update as ``B`` [out, rank] and ``A`` [rank, in] of like magnitude, filled up with zeros."""
+        B, A = torch.zeros(self.B.shape[0], rank), torch.zeros(rank, self.A.shape[1])
+        # the magnitude is shared between both factors by a power of two, which rounds nothing
+        ratio = self.A.norm(dim=1) / self.B.norm(dim=0).clamp(min=1e-30)
+        share = torch.exp2((ratio.clamp(min=1e-30).log2() / 2).round())
+        B[:, : self.B.shape[1]] = self.B * share
+        A[: self.A.shape[0]] = self.A / share[:, None]
+        return B, A
 
     @property
     def norm(self) -> float:
@@ -171,6 +186,8 @@ class EditPlan:
         for edit in self.edits:
             if isinstance(edit, LowRank):
                 tensors[f"{edit.tensor}.B"], tensors[f"{edit.tensor}.A"] = edit.B, edit.A
+                if edit.push is not None:
+                    tensors[f"{edit.tensor}.push"] = edit.push
             else:
                 tensors[f"{edit.tensor}.bias"] = edit.delta
         for key, table in self.scores.items():
@@ -213,9 +230,12 @@ def _edit(entry: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit
     name = entry["tensor"]
     edit: Edit
     if entry["op"] == "low_rank":
-        edit = LowRank(name, tensors[f"{name}.B"], tensors[f"{name}.A"])
+        edit = LowRank(name, tensors[f"{name}.B"], tensors[f"{name}.A"], tensors.get(f"{name}.push"))
         sound = edit.B.ndim == edit.A.ndim == 2 and edit.B.shape[1] == edit.A.shape[0]
         parts = [edit.B, edit.A]
+        if edit.push is not None:
+            sound = sound and edit.push.shape == edit.A.shape[:1]
+            parts.append(edit.push)
     elif entry["op"] == "bias":
         edit = Bias(name, tensors[f"{name}.bias"])
         sound, parts = edit.delta.ndim == 1, [edit.delta]
@@ -249,7 +269,9 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
 
 def _add(first: Edit, second: Edit) -> Edit:
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)))
+        known = first.push is not None and second.push is not None
+        push = torch.cat((first.push, second.push)) if known else None  # type: ignore[arg-type]
+        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), push)
     if isinstance(first, Bias) and isinstance(second, Bias):
         return Bias(first.tensor, first.delta + second.delta)
     raise PlanError(f"the plans edit {first.tensor} by different operations")

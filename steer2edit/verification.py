@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 
+from steer2edit import targets
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
-from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, with_adapter
+from steer2edit.gguf_files import read_control_vector, read_gguf
+from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, pushed, with_adapter
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.targets import PLAN, read_receipt, resolve
+from steer2edit.targets import PLAN, gguf, gguf_vector, read_receipt, resolve
 from steer2edit.targets.checkpoint import updated_blocks
 
 TOLERANCE = 1e-4
+_GGUF_TARGETS = ("gguf", "gguf-vector")
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",
     "Water boils at a lower temperature on a mountain because",
@@ -85,11 +88,15 @@ def verify(
     checkpoint = _open_base(plan, base)
     spec = read_spec(checkpoint)
     resolve(plan, checkpoint, spec)
-    compare = _compare_adapter if receipt["target"] == "lora" else _compare_checkpoint
-    result = compare(folder, plan, checkpoint, spec, progress)
+    target = str(receipt["target"])
+    if target in _GGUF_TARGETS:
+        result = _compare_gguf(folder, target, plan, checkpoint, spec, progress)
+    else:
+        compare = _compare_adapter if target == "lora" else _compare_checkpoint
+        result = compare(folder, plan, checkpoint, spec, progress)
     result = replace(result, problems=(*problems, *result.problems))
     if numbers and result.ok:
-        found, wrong = compare_numbers(folder, receipt["target"], plan, checkpoint, spec, runtime, progress)
+        found, wrong = compare_numbers(folder, target, plan, checkpoint, spec, runtime, progress)
         result = replace(result, numbers=found, problems=wrong)
     return result
 
@@ -103,18 +110,20 @@ def compare_numbers(
     runtime: Runtime,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Largest differences between the logits of base + hooks and those of the artefact, on probe prompts; problems."""
+    """Largest differences between the logits of base + hooks and those of the artefact, on probe prompts; problems.
+
+    GGUF files are read back and applied by hooks: this shows what they hold, not what an engine makes of it.
+    """
     with progress("compare logits", total=3) as advance:
         loaded = load_model(checkpoint, spec, runtime)
         base = _logits(loaded)
         advance(1)
         hooked = _logits(loaded, lambda: edited(loaded, plan))
         advance(1)
-        model = with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
-        artefact = _logits(replace(loaded, model=model))
+        artefact = _artefact_logits(loaded, folder, target, plan, runtime)
         advance(1)
     stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
-    rounds = target != "lora" and stored - {"F32", "F64"}
+    rounds = target == "gguf-vector" or (target == "checkpoint" and stored - {"F32", "F64"})
     largest = max(float(logits.abs().max()) for logits in hooked)
     effect, difference = _difference(base, hooked), _difference(hooked, artefact)
     found = {
@@ -127,7 +136,11 @@ def compare_numbers(
     problems = []
     if not rounds and not difference <= TOLERANCE:
         problems.append(f"logits differ from base + plan by {difference:.3g}, more than {TOLERANCE:g}")
-    if plan.edits and difference >= max(effect, TOLERANCE):
+    if target == "gguf-vector":
+        # a constant push may well miss the plan by more than the plan moves; it has to move the model at all
+        if plan.edits and not _difference(base, artefact) > TOLERANCE:
+            problems.append("the logits under the control vector are the base's: it does not act")
+    elif plan.edits and difference >= max(effect, TOLERANCE):
         problems.append(
             f"the artefact is as far from base + plan ({difference:.3g}) as the base itself ({effect:.3g}): it does not act"
         )
@@ -207,6 +220,37 @@ def _compare_adapter(
     return Verification("lora", len(found), tuple(problems))
 
 
+def _compare_gguf(
+    folder: Path, target: str, plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
+) -> Verification:
+    import tempfile
+
+    module = targets.load(target)
+    problems = []
+    with tempfile.TemporaryDirectory() as scratch, progress("compare GGUF", total=1) as advance:
+        module.lower(plan, checkpoint, spec, Path(scratch), silent)
+        ours, theirs = Path(scratch) / module.FILE, folder / module.FILE
+        expected_fields, expected = read_gguf(ours)
+        fields, found = read_gguf(theirs)
+        same = ours.read_bytes() == theirs.read_bytes()
+        advance(1)
+    problems += [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is not in the plan" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} differs from the plan"
+        for name in sorted(expected.keys() & found.keys())
+        if not _same(expected[name], found[name])
+    ]
+    problems += [
+        f"the field {key} is {fields.get(key)!r}, expected {expected_fields.get(key)!r}"
+        for key in sorted(expected_fields.keys() | fields.keys())
+        if fields.get(key) != expected_fields.get(key)
+    ]
+    if not same and not problems:
+        problems.append(f"{module.FILE} differs from the file that the plan gives")
+    return Verification(target, len(found), tuple(problems))
+
+
 class _RoundingMeter:
     """Sums over blocks: planned·stored, planned², stored²."""
 
@@ -249,6 +293,19 @@ def _logits(
             .cpu()
             for prompt in PROMPTS
         ]
+
+
+def _artefact_logits(
+    loaded: LoadedModel, folder: Path, target: str, plan: EditPlan, runtime: Runtime
+) -> list[torch.Tensor]:
+    if target == "gguf":
+        adapter = gguf.read_back(folder, plan, loaded.spec)
+        return _logits(loaded, lambda: edited(loaded, adapter))
+    if target == "gguf-vector":
+        _, vectors = read_control_vector(folder / gguf_vector.FILE)
+        return _logits(loaded, lambda: pushed(loaded, vectors))
+    model = with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
+    return _logits(replace(loaded, model=model))
 
 
 def _difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

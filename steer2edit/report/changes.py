@@ -68,6 +68,10 @@ def loading(plan: EditPlan, receipt: Mapping[str, Any] | None) -> list[Html]:
             f"base = AutoModelForCausalLM.from_pretrained({base}{revision})",
             'model = PeftModel.from_pretrained(base, "path/to/the/folder")',
         ]
+    elif target == "gguf":
+        lines = ["llama-server -m base.gguf --lora adapter.gguf"]
+    elif target == "gguf-vector":
+        lines = ["llama-server -m base.gguf --control-vector control-vector.gguf"]
     elif target == "checkpoint":
         lines = [
             "from transformers import AutoModelForCausalLM",

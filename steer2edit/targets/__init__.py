@@ -52,14 +52,14 @@ class Lowering:
 
 def names() -> list[str]:
     """The targets there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> ModuleType:
     """The target called ``name``. Raises TargetError naming the known ones."""
     if name not in names():
         raise TargetError(f"there is no target {name!r}; known: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
 def emit(

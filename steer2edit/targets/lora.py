@@ -64,14 +64,9 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
 
 
 def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    B, A = torch.zeros(site.out_features, rank), torch.zeros(rank, site.in_features)
     if edit is not None:
-        # the magnitude is shared between both factors by a power of two, which rounds nothing
-        ratio = edit.A.norm(dim=1) / edit.B.norm(dim=0).clamp(min=1e-30)
-        share = torch.exp2((ratio.clamp(min=1e-30).log2() / 2).round())
-        B[:, : edit.B.shape[1]] = edit.B * share
-        A[: edit.A.shape[0]] = edit.A / share[:, None]
-    return B, A
+        return edit.factors(rank)
+    return torch.zeros(site.out_features, rank), torch.zeros(rank, site.in_features)
 
 
 def _leaf(site: Site) -> str:

@@ -1,0 +1,121 @@
+"""The GGUF target: a LoRA adapter for llama.cpp that is exactly the plan's low-rank update.
+
+It goes with any GGUF of the base, quantised or not (``llama-server -m base.gguf --lora adapter.gguf``). GGUF holds every
+matrix as output × input, whatever the base's own files do, so B and A go in as they are. ``adapter.lora.alpha`` is the rank:
+llama.cpp multiplies by alpha / rank, and a user's ``--lora-scaled`` of 1 is then the plan's own strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Role
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.gguf_files import Fields, library, read_gguf, write_gguf
+from steer2edit.plan import EditPlan, LowRank
+from steer2edit.progress import Progress
+from steer2edit.targets import Change, Lowering, resolve
+
+FILE = "adapter.gguf"
+
+# llama.cpp's architecture of each model type: what its converter gives the base, which an adapter has to repeat
+ARCHITECTURES: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral"), "llama"),
+    **{"ministral3": "mistral3", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "olmo": "olmo", "granite": "granite"},
+    **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
+    **{"smollm3": "smollm3", "cohere": "command-r", "cohere2": "cohere2", "nemotron": "nemotron"},
+    **{"stablelm": "stablelm", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "arcee": "arcee"},
+    **{"apertus": "apertus", "seed_oss": "seed_oss", "glm": "chatglm", "glm4": "glm4", "minicpm3": "minicpm3"},
+    **{"exaone4": "exaone4", "starcoder2": "starcoder2", "gpt_neox": "gptneox", "gpt2": "gpt2"},
+    **{"gpt_bigcode": "starcoder", "bloom": "bloom", "falcon": "falcon", "mpt": "mpt", "jais2": "jais2"},
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), "qwen2vl"),
+    "qwen3_vl_text": "qwen3vl",
+}
+
+
+def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+    """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
+    resolved = resolve(plan, checkpoint, spec)
+    if not resolved:
+        raise TargetError("the plan is empty; there is nothing for an adapter to carry")
+    refused = [
+        f"{name}: {'a bias' if not isinstance(edit, LowRank) else 'the embedding'}"
+        for name, (edit, site) in resolved.items()
+        if not isinstance(edit, LowRank) or site.role is Role.EMBED
+    ]
+    if refused:
+        raise TargetError(
+            f"a GGUF adapter carries low-rank edits of dense writers only, and none of these:\n{listing(refused)}\n"
+            "Use --to checkpoint, and convert that."
+        )
+    architecture = architecture_of(spec)
+    names = tensor_names(spec, architecture)
+    edits = {site.key: edit for edit, site in resolved.values() if isinstance(edit, LowRank)}
+    rank = max(edit.B.shape[1] for edit in edits.values())
+    tensors: dict[str, torch.Tensor] = {}
+    for key, edit in edits.items():
+        B, A = edit.factors(rank)
+        tensors[f"{names[key]}.lora_a"], tensors[f"{names[key]}.lora_b"] = A, B
+    fields: Fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
+    write_gguf(folder / FILE, architecture, tensors, fields)
+    changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
+    notes = (f"For GGUF files of the base, whose general.architecture is {architecture}.",)
+    return Lowering("exact", changes, notes, {"rank": rank, "architecture": architecture, "files": [FILE]})
+
+
+def read_back(folder: Path, plan: EditPlan, spec: ModelSpec) -> EditPlan:
+    """The plan that an adapter's file amounts to when llama.cpp adds it at scale 1. Raises PlanError for other files."""
+    fields, tensors = read_gguf(folder / FILE)
+    architecture = architecture_of(spec)
+    expected = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
+    wrong = [
+        f"{key} is {fields.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if fields.get(key) != value
+    ]
+    if wrong:
+        raise PlanError(f"{folder / FILE} is not this base's adapter:\n{listing(wrong)}")
+    sites = {name: spec.site(key) for key, name in tensor_names(spec, architecture).items()}
+    edits = []
+    for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
+        A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
+        if name not in sites or A is None or B is None:
+            raise PlanError(f"{folder / FILE}: {name} is no writer of this model, or half of its pair is missing")
+        # alpha 0 stands for "no alpha" in llama.cpp
+        alpha = float(fields.get("adapter.lora.alpha", 0.0))
+        scale = alpha / B.shape[1] if alpha else 1.0
+        edits.append(LowRank(sites[name].tensor, B, A * scale))
+    return EditPlan(plan.base, tuple(edits))
+
+
+def architecture_of(spec: ModelSpec) -> str:
+    """llama.cpp's name for a model's family. Raises TargetError where it has none that this version knows."""
+    if spec.model_type not in ARCHITECTURES:
+        raise TargetError(
+            f"llama.cpp's architecture for the model type {spec.model_type!r} is not known to this version; known are "
+            f"{', '.join(sorted(ARCHITECTURES))}. Use --to lora, or --to checkpoint and llama.cpp's converter."
+        )
+    return ARCHITECTURES[spec.model_type]
+
+
+def tensor_names(spec: ModelSpec, architecture: str) -> dict[str, str]:
+    """GGUF's name of each writer's matrix, by site key, from the gguf library's own tables."""
+    gguf = library()
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise TargetError(f"the installed gguf library does not know the architecture {architecture}; upgrade it")
+    table = gguf.get_tensor_name_map(kinds[architecture], spec.layers)
+    names = {}
+    for site in spec.sites:
+        # inside a multimodal model the language model's modules lie one level deeper; converters leave that level out
+        module = site.module.replace("model.language_model.", "model.", 1)
+        name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise TargetError(f"gguf's table for {architecture} has no name for {module}")
+        names[site.key] = name
+    return names

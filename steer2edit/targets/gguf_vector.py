@@ -1,0 +1,46 @@
+"""The control-vector target: the plan's behaviour as run-time steering for llama.cpp, for those who stay with that.
+
+A control vector adds one direction to the stream after each block, at every token. Of an edit ``B A`` it can carry the
+constant part alone: ``B (A x_bar)``, what the edit pushes on the typical input of its own data (``push.residual_push``). What
+an edit does beyond that, pushing more at some tokens and less at others, is lost, so this target is *approximate*; ``verify``
+measures by how much. llama.cpp has no direction for block 0: its push joins block 1's, which reaches every later block
+as before, and only block 1 itself reads the stream without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer2edit.architecture import ModelSpec
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError
+from steer2edit.gguf_files import CONTROL_VECTOR, Fields, write_gguf
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress
+from steer2edit.push import residual_push
+from steer2edit.targets import Change, Lowering, resolve
+
+FILE = "control-vector.gguf"
+
+
+def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+    """Write ``control-vector.gguf`` into ``folder``. Raises TargetError for plans whose push is not known."""
+    resolve(plan, checkpoint, spec)
+    vectors = residual_push(plan, checkpoint, spec)
+    if not vectors:
+        raise TargetError("the plan is empty; there is nothing for a control vector to carry")
+    if spec.layers < 2:
+        raise TargetError("llama.cpp adds control vectors from the second block on, and this model has one")
+    moved = 0 in vectors
+    if moved:
+        vectors[1] = vectors.pop(0) + vectors.get(1, 0)
+    tensors = {f"direction.{layer}": vectors[layer] for layer in sorted(vectors)}
+    fields: Fields = {f"{CONTROL_VECTOR}.model_hint": spec.model_type, f"{CONTROL_VECTOR}.layer_count": len(tensors)}
+    write_gguf(folder / FILE, CONTROL_VECTOR, tensors, fields)
+    changes = tuple(Change(name, "ControlVector", float(vector.double().norm())) for name, vector in tensors.items())
+    notes: tuple[str, ...] = (
+        "Carries the mean push of each edit on its own data, at every token alike; the weights push selectively.",
+    )
+    if moved:
+        notes += ("Block 0's push is added after block 1: llama.cpp has no direction for block 0.",)
+    return Lowering("approximate", changes, notes, {"files": [FILE], "layers": sorted(vectors)})

@@ -1,0 +1,182 @@
+"""GGUF artefacts hold the plan: the adapter exactly, the control vector its constant part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import family_config, llama_config, run, save_tiny
+from safetensors.torch import load_file
+
+from steer2edit import targets
+from steer2edit.analysis import Scoring
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.compiler import make_plan
+from steer2edit.errors import PlanError, TargetError
+from steer2edit.gguf_files import read_control_vector, read_gguf, write_gguf
+from steer2edit.plan import Base, Bias, EditPlan, LowRank, merge
+from steer2edit.push import residual_push
+from steer2edit.targets import gguf, gguf_vector
+from steer2edit.verification import verify
+
+
+@pytest.fixture(scope="module")
+def case(scoring: Scoring) -> tuple[Scoring, EditPlan]:
+    """Scores of the tiny llama and a plan that edits both writers of every layer."""
+    from steer2edit.methods.steering import Options
+
+    return scoring, make_plan(scoring, options=Options(sites="both")).scaled(0.5)
+
+
+def emit(case: tuple[Scoring, EditPlan], to: str, out: Path, plan: EditPlan | None = None) -> targets.Lowering:
+    scoring, made = case
+    return targets.emit(plan or made, scoring.checkpoint, scoring.spec, to, out)
+
+
+def test_the_adapter_reads_back_as_the_plan_and_as_the_peft_adapter(case: Any, tmp_path: Path) -> None:
+    scoring, plan = case
+    other = replace(plan, edits=tuple(LowRank(e.tensor, e.B.flip(0), e.A.flip(1)) for e in plan.edits[:2]))
+    both = merge([plan, other], [1.0, -0.7])
+    emit(case, "gguf", tmp_path / "gguf", both)
+    emit(case, "lora", tmp_path / "lora", both)
+    back = gguf.read_back(tmp_path / "gguf", both, scoring.spec)
+    assert {edit.tensor for edit in back.edits} == {edit.tensor for edit in both.edits}
+    peft = load_file(tmp_path / "lora/adapter_model.safetensors")
+    _, tensors = read_gguf(tmp_path / "gguf" / gguf.FILE)
+    names = gguf.tensor_names(scoring.spec, "llama")
+    for site in scoring.spec.sites:
+        ours, planned = back.edit_of(site.tensor), both.edit_of(site.tensor)
+        assert isinstance(ours, LowRank) and isinstance(planned, LowRank)
+        assert torch.allclose(ours.dense(), planned.dense(), rtol=0, atol=1e-6 * planned.norm)
+        for half, key in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            assert torch.equal(
+                tensors[f"{names[site.key]}.{half}"], peft[f"base_model.model.{site.module}.{key}.weight"]
+            )
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-vector"])
+def test_gguf_artefacts_verify_and_are_reproduced_byte_for_byte(case: Any, tmp_path: Path, to: str) -> None:
+    scoring, _ = case
+    emit(case, to, tmp_path / "one")
+    emit(case, to, tmp_path / "two", EditPlan.load(tmp_path / "one" / targets.PLAN))
+    file = targets.load(to).FILE
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    result = verify(tmp_path / "one", scoring.checkpoint.path)
+    assert result.ok, result.problems
+    assert result.numbers["effect"] > 1e-2
+    assert to == "gguf-vector" or result.numbers["difference"] <= 1e-4
+    shown = run("verify", tmp_path / "one", "--base", scoring.checkpoint.path)
+    assert shown.exit_code == 0, shown.output
+    card = (tmp_path / "one/README.md").read_text()
+    assert "llama-server -m base.gguf" in card and "library_name: gguf" in card
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-vector"])
+def test_a_changed_file_is_found(case: Any, tmp_path: Path, to: str) -> None:
+    scoring, _ = case
+    emit(case, to, tmp_path / "out")
+    file = tmp_path / "out" / targets.load(to).FILE
+    fields, tensors = read_gguf(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * 1.01
+    kept = {key: value for key, value in fields.items() if key != "general.architecture"}
+    write_gguf(file, fields["general.architecture"], tensors, kept)
+    result = verify(tmp_path / "out", scoring.checkpoint.path)
+    assert result.problems == (f"{name} differs from the plan",)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(PlanError, match="not a readable GGUF file"):
+        verify(tmp_path / "out", scoring.checkpoint.path)
+
+
+def test_a_control_vector_is_the_steering_vectors_of_each_block_together(case: Any, tmp_path: Path) -> None:
+    # the steering method pushes by strength * v on the typical input, by construction
+    scoring, _ = case
+    emit(case, "gguf-vector", tmp_path / "out")
+    hint, found = read_control_vector(tmp_path / "out" / gguf_vector.FILE)
+    v = {site.key: 0.5 * scoring.statistics.difference(site.key).float() for site in scoring.spec.sites}
+    layer = [v[f"attn_out.{i}"] + v[f"mlp_out.{i}"] for i in range(3)]
+    assert hint == "llama" and sorted(found) == [1, 2]
+    for vector, expected in ((found[1], layer[0] + layer[1]), (found[2], layer[2])):
+        assert torch.allclose(vector, expected, atol=1e-5 * float(expected.norm()))
+
+
+def test_the_push_follows_scaling_merging_and_files(case: Any, tmp_path: Path) -> None:
+    scoring, plan = case
+    both = merge([plan, plan.scaled(3.0)], [2.0, -1.0])
+    both.save(tmp_path / "both.plan.safetensors")
+    again = EditPlan.load(tmp_path / "both.plan.safetensors")
+    assert again.hash == both.hash
+    one, two = (residual_push(p, scoring.checkpoint, scoring.spec) for p in (plan, again))
+    assert all(torch.allclose(two[layer], -one[layer], atol=1e-5) for layer in one)
+
+
+def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statistics_of: Callable[..., Any]) -> None:
+    from steer2edit.methods.steering import Options
+    from steer2edit.model import load_model, steered
+
+    folder = save_tiny(tmp_path / "gemma", family_config("gemma3_text"))
+    checkpoint = open_checkpoint(folder)
+    spec = read_spec(checkpoint)
+    statistics = statistics_of(folder)
+    plan = make_plan(Scoring(checkpoint, spec, statistics), options=Options(sites="attn")).scaled(0.02)
+    predicted = residual_push(plan, checkpoint, spec)[0]
+    loaded = load_model(checkpoint, spec)
+    site = spec.site("attn_out.0")
+    seen: list[torch.Tensor] = []
+    norm = loaded.model.get_submodule("model.layers.0.post_attention_layernorm")
+    handle = norm.register_forward_hook(lambda _m, _i, out: seen.append(out.flatten(0, 1)))
+    ids = torch.randint(4, 60, (8, 24))
+    vector = 0.02 * statistics.difference(site.key).float()
+    with torch.inference_mode():
+        loaded.model(input_ids=ids)
+        with steered(loaded, {site.key: vector}, 1.0):
+            loaded.model(input_ids=ids)
+    handle.remove()
+    moved = (seen[1] - seen[0]).mean(dim=0)
+    assert torch.cosine_similarity(moved, predicted, dim=0) > 0.9
+    assert 0.6 < float(moved.norm() / predicted.norm()) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("gpt2", "gpt2"), ("gpt_neox", "gptneox"), ("gemma3_text", "gemma3"), ("phi", "phi2"), ("falcon", "falcon")],
+)
+def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str, architecture: str) -> None:
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", family_config(model_type)))
+    spec = read_spec(checkpoint)
+    edits = tuple(LowRank(s.tensor, torch.randn(s.out_features, 1), torch.randn(1, s.in_features)) for s in spec.sites)
+    plan = EditPlan(Base(checkpoint.name, None, checkpoint.fingerprint), edits)
+    targets.emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
+    fields, tensors = read_gguf(tmp_path / "out" / gguf.FILE)
+    assert fields["general.architecture"] == architecture
+    assert tensors["blk.1.ffn_down.weight.lora_a"].shape == (1, spec.site("mlp_out.1").in_features)
+    assert tensors["blk.1.ffn_down.weight.lora_b"].shape == (spec.hidden_size, 1)
+    result = verify(tmp_path / "out", checkpoint.path)
+    assert result.ok, result.problems
+
+
+def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: Path) -> None:
+    _, plan = case
+    unknown = replace(plan, edits=tuple(replace(e, push=None) for e in plan.edits))  # type: ignore[type-var]
+    with pytest.raises(TargetError, match="typical input is not known"):
+        emit(case, "gguf-vector", tmp_path / "out", unknown)
+    biased = open_checkpoint(save_tiny(tmp_path / "biased", llama_config(attention_bias=True)))
+    spec = read_spec(biased)
+    edit = Bias(str(spec.site("attn_out.0").bias), torch.ones(32))
+    base = Base(biased.name, None, biased.fingerprint)
+    with pytest.raises(TargetError, match="a bias"):
+        targets.emit(EditPlan(base, (edit,)), biased, spec, "gguf", tmp_path / "out")
+    with pytest.raises(TargetError, match="no-such-family"):
+        targets.emit(
+            EditPlan(base, (LowRank(spec.sites[0].tensor, torch.ones(32, 1), torch.ones(1, 64)),)),
+            biased,
+            replace(spec, model_type="no-such-family"),
+            "gguf",
+            tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
