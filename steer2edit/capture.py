@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from steer2edit.architecture import Site
+from steer2edit.distributed import ALONE, World
 from steer2edit.encoding import Encoded
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
+from steer2edit.resume import EVERY_SECONDS, Partial, identity
 from steer2edit.statistics import Accumulator, Side, Statistics
 
 
@@ -25,25 +29,48 @@ def capture(
     *,
     batch_tokens: int = 4096,
     source: dict[str, Any] | None = None,
+    world: World = ALONE,
+    keep: Path | None = None,
+    keep_every: float = EVERY_SECONDS,
     progress: Progress = silent,
 ) -> Statistics:
     """Moments at every writer, and of the residual stream after every block.
 
     ``batch_tokens`` bounds a batch with its padding; the result does not depend on it beyond float rounding.
-    ``source`` is stored with the statistics (model fingerprint, data hash).
+    ``source`` is stored with the statistics (model fingerprint, data hash). The processes of a ``world`` share the batches,
+    and each has the whole result. Sums are kept at ``keep`` every ``keep_every`` seconds, and a run that finds its own there
+    goes on from them; the file is the caller's to remove once the result is safe.
     """
-    accumulator = Accumulator()
     pad = loaded.tokenizer.pad_token_id or 0
-    plan = batches([len(example.ids) for example in examples], batch_tokens)
+    lengths = [len(example.ids) for example in examples]
+    everything = batches(lengths, batch_tokens)
+    costs = [len(indices) * lengths[indices[0]] for indices in everything]
+    plan = [everything[i] for i in world.share(costs)]
+    accumulator, done, partial = Accumulator(), 0, None
+    if keep is not None:
+        ids = [(e.label, e.row, e.start, e.ids) for e in examples]
+        described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
+        partial = Partial(keep, identity(described), keep_every)
+        accumulator, done = partial.load(len(plan))
+    stage = f"capture, which goes on after {done} of {len(plan)} batches" if done else "capture"
     span = _Span(accumulator)
-    with _capturing(loaded, span), progress("capture", total=sum(len(e.ids) for e in examples)) as advance:
-        for indices in plan:
-            chosen = [examples[i] for i in indices]
-            ids, mask = pad_right([example.ids for example in chosen], pad, loaded.device)
-            span.select(chosen, ids.shape[1])
-            with torch.inference_mode():
-                loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
-            advance(sum(len(example.ids) for example in chosen))
+
+    def run() -> None:
+        total = sum(lengths[i] for indices in plan for i in indices)
+        with _capturing(loaded, span), progress(stage, total=total) as advance:
+            advance(sum(lengths[i] for indices in plan[:done] for i in indices))
+            for number, indices in enumerate(plan[done:], start=done + 1):
+                chosen = [examples[i] for i in indices]
+                ids, mask = pad_right([example.ids for example in chosen], pad, loaded.device)
+                span.select(chosen, ids.shape[1])
+                with torch.inference_mode():
+                    loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
+                if partial is not None:
+                    partial.keep(accumulator, number)
+                advance(sum(len(example.ids) for example in chosen))
+
+    world.together(run)
+    accumulator = Accumulator.of(world.total(accumulator.state()))
     return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from steer2edit import __version__
+from steer2edit.cli_capture import capture
 from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
     PATH,
-    capture_given,
     data_options,
     force_option,
     json_option,
@@ -33,17 +35,35 @@ from steer2edit.cli_options import (
     strength_options,
 )
 from steer2edit.errors import Steer2EditError
+from steer2edit.launch import process_of
 
 
 class _Group(click.Group):
-    """Turns every error of the library into one message and exit code 2."""
+    """Turns every error of the library into one message and exit code 2, also where several processes meet it."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        process = process_of(os.environ)
         try:
             return super().invoke(ctx)
-        except Steer2EditError as error:
-            click.echo(f"Error: {error}", err=True)
+        except (Steer2EditError, click.ClickException) as error:
+            if process is not None and process.rank > 0:
+                # process 0 says it; torchrun ends all of them as soon as one has failed
+                time.sleep(1)
+            elif isinstance(error, click.ClickException):
+                raise
+            else:
+                click.echo(f"Error: {error}", err=True)
             sys.exit(2)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        process = process_of(os.environ)
+        if process is not None and name != "capture":
+            raise click.UsageError(
+                f"{name} runs in one process, and this is one of {process.size}: capture over all of them "
+                f"(torchrun … -m steer2edit capture), then start {name} by itself with --stats"
+            )
+        return name, command, rest
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -151,29 +171,6 @@ def compile(
         return "\n".join(lines)
 
     print_result(result, as_json, render)
-
-
-@main.command()
-@click.argument("model")
-@data_options
-@click.option("-o", "--out", type=PATH, required=True, help="The statistics file, *.stats.safetensors.")
-@model_options
-@json_option
-def capture(model: str, out: Path, as_json: bool, **given: Any) -> None:
-    """Run MODEL over contrast data once and keep the statistics."""
-    checkpoint, spec = open_model(model, given)
-    statistics = capture_given(given, checkpoint, spec)
-    statistics.save(out)
-    result = {
-        "statistics": str(out),
-        "examples": dict(statistics.examples),
-        "tokens": dict(statistics.tokens),
-    }
-    print_result(
-        result,
-        as_json,
-        lambda r: f"{r['statistics']}: {r['examples']} examples, {r['tokens']} response tokens",
-    )
 
 
 @main.command()
@@ -295,5 +292,5 @@ def push(folder: Path, repository: str, private: bool, dry_run: bool, as_json: b
     print_result(result, as_json, lambda r: "\n".join([*r["files"], r["url"] or "nothing was sent (--dry-run)"]))
 
 
-for command in (evaluate, tune, report, chat):
+for command in (capture, evaluate, tune, report, chat):
     main.add_command(command)

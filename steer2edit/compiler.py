@@ -14,6 +14,7 @@ from steer2edit.analysis import Scoring
 from steer2edit.architecture import Role, read_spec
 from steer2edit.capture import capture
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.distributed import ALONE, World
 from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength, quadratic_start
 from steer2edit.encoding import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
@@ -23,6 +24,7 @@ from steer2edit.model import LoadedModel, Runtime, edited, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.push import record_push
+from steer2edit.resume import EVERY_SECONDS
 from steer2edit.rows import prompt_digest
 from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
@@ -134,11 +136,15 @@ def capture_statistics(
     *,
     background: str | Sequence[str] | None = None,
     batch_tokens: int = 4096,
+    world: World = ALONE,
+    keep: Path | None = None,
+    keep_every: float = EVERY_SECONDS,
     progress: Progress = silent,
 ) -> Statistics:
     """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
 
     The background stands for everything else the model may read; without one the packaged English text is taken.
+    ``world``, ``keep`` and ``keep_every`` are those of :func:`capture.capture`.
     """
     texts = contrast.background_text() if background is None else background
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -153,10 +159,23 @@ def capture_statistics(
         "model": checkpoint.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    encoded = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
-    neutral = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
-    encoded += [Encoded(tuple(ids), 1, "neutral", row) for row, ids in enumerate(neutral)]
-    return capture(loaded, encoded, batch_tokens=batch_tokens, source=source, progress=progress)
+
+    def encoded() -> list[Encoded]:
+        found = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
+        neutral = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
+        return found + [Encoded(tuple(ids), 1, "neutral", row) for row, ids in enumerate(neutral)]
+
+    examples = world.together(encoded)
+    return capture(
+        loaded,
+        examples,
+        batch_tokens=batch_tokens,
+        source=source,
+        world=world,
+        keep=keep,
+        keep_every=keep_every,
+        progress=progress,
+    )
 
 
 def make_plan(

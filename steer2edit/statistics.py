@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -261,6 +261,36 @@ class Accumulator:
                 self._blocks[key, source] += found
             else:
                 self._blocks[key, source] = found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything summed so far, float64 by name. The states of disjoint examples add up to that of all of them."""
+        counts = [[counted[population] for population in POPULATIONS] for counted in (self._examples, self._tokens)]
+        state = {"total": self._total.clone(), "counts": torch.tensor(counts, dtype=torch.float64)}
+        state |= {f"sums/{key}/{side}": sums for (key, side), sums in self._sums.items()}
+        return state | {f"blocks/{key}/{source}": sums for (key, source), sums in self._blocks.items()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, torch.Tensor]) -> Accumulator:
+        """The accumulator whose :meth:`state` this was. Raises PlanError for any other tensors."""
+        made = cls()
+        if strange := [name for name, values in state.items() if values.dtype != torch.float64]:
+            raise PlanError(f"the sums {strange[0]!r} are not float64")
+        for name, values in state.items():
+            if name == "total" and values.shape == (_ROWS,):
+                made._total = values
+            elif name == "counts" and values.shape == (2, len(POPULATIONS)):
+                made._examples, made._tokens = (
+                    {p: int(count) for p, count in zip(POPULATIONS, row.tolist(), strict=True)} for row in values
+                )
+            elif (
+                (parts := name.split("/"))[0] == "sums" and len(parts) == 3 and len(values) == _ROWS + len(POPULATIONS)
+            ):
+                made._sums[parts[1], cast(Side, parts[2])] = values
+            elif parts[0] == "blocks" and len(parts) == 3 and values.ndim == 3:
+                made._blocks[parts[1], cast(Source, parts[2])] = values
+            else:
+                raise PlanError(f"unknown sums {name!r} of shape {list(values.shape)}")
+        return made
 
     def result(self, source: Mapping[str, Any]) -> Statistics:
         """The statistics so far."""

@@ -1,0 +1,88 @@
+"""The command that captures: in one process, in several, and going on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steer2edit.cli_options import (
+    PATH,
+    data_options,
+    json_option,
+    model_options,
+    open_model,
+    print_result,
+    progress_bar,
+    read_background,
+    read_behavior,
+    read_runtime,
+)
+
+
+@click.command()
+@click.argument("model")
+@data_options
+@click.option("-o", "--out", type=PATH, required=True, help="The statistics file, *.stats.safetensors.")
+@click.option(
+    "--keep-every",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds between two times that the sums are kept.",
+)
+@model_options
+@json_option
+def capture(model: str, out: Path, keep_every: float, as_json: bool, **given: Any) -> None:
+    """Run MODEL over contrast data once and keep the statistics.
+
+    Under torchrun or accelerate launch the processes share the data. Sums are kept in OUT.partial while it runs; started
+    again after an interruption, it goes on from there.
+    """
+    from dataclasses import replace
+
+    from steer2edit.compiler import capture_statistics
+    from steer2edit.distributed import joined, own_device
+    from steer2edit.model import load_model
+    from steer2edit.progress import silent
+    from steer2edit.resume import partial_path
+
+    with joined() as world:
+
+        def ready() -> Any:
+            checkpoint, spec = open_model(model, given)
+            # the data first: it is quickly known to be bad
+            behavior, background = read_behavior(given), read_background(given)
+            runtime = read_runtime(given)
+            runtime = replace(runtime, device=own_device(runtime.device))
+            return checkpoint, behavior, background, load_model(checkpoint, spec, runtime)
+
+        checkpoint, behavior, background, loaded = world.together(ready)
+        keep = partial_path(out, world.rank, world.size)
+        statistics = capture_statistics(
+            loaded,
+            checkpoint,
+            behavior,
+            background=background,
+            batch_tokens=given["batch_tokens"],
+            world=world,
+            keep=keep,
+            keep_every=keep_every,
+            progress=progress_bar() if world.rank == 0 else silent,
+        )
+        world.together(lambda: statistics.save(out) if world.rank == 0 else None)
+        keep.unlink(missing_ok=True)
+    if world.rank > 0:
+        return
+    result = {
+        "statistics": str(out),
+        "examples": dict(statistics.examples),
+        "tokens": dict(statistics.tokens),
+        "processes": world.size,
+    }
+    print_result(
+        result,
+        as_json,
+        lambda r: f"{r['statistics']}: {r['examples']} examples, {r['tokens']} response tokens",
+    )
