@@ -12,10 +12,11 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -61,6 +62,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_STAMPED = ("size", "time of writing", "inode")
 EDITABLE = frozenset({"F64", "F32", "F16", "BF16"})
 # bits of every dtype of the format, also of those that torch may not have
 _BITS = {
@@ -102,6 +104,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     shards: tuple[str, ...]
     from_hub: bool = field(default=False, compare=False)
+    stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """The tensor in blocks of its first axis: ``(first row, block)``, in the stored dtype.
@@ -114,7 +117,7 @@ class Checkpoint:
         row_bytes = info.nbytes // rows if rows else 0
         step = max(1, min(rows, block_bytes // row_bytes if row_bytes else rows))
         buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
-        with open(self.path / info.shard, "rb", buffering=0) as file:
+        with _opened(self.path / info.shard) as file:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 raw = buffer[: count * row_bytes]
@@ -125,9 +128,27 @@ class Checkpoint:
         """The whole tensor, in the stored dtype and shape."""
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        with open(self.path / info.shard, "rb", buffering=0) as file:
+        with _opened(self.path / info.shard) as file:
             _pread(file.fileno(), info.offset, raw, info)
         return raw.view(_torch_dtype(info)).view(info.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a shard is not the file that was opened: another size, time of writing, or inode."""
+        changed = []
+        for shard, stamp in self.stamps.items():
+            try:
+                now = _stamp(self.path / shard)
+            except OSError as error:
+                changed.append(f"{shard}: {error.strerror}")
+                continue
+            if now != stamp:
+                what = zip(_STAMPED, stamp, now, strict=True)
+                changed.append(f"{shard}: " + ", ".join(f"{name} {a} -> {b}" for name, a, b in what if a != b))
+        if changed:
+            raise CheckpointError(
+                f"{self.path} was changed while it was read, so nothing made from it can be trusted:\n{listing(changed)}\n"
+                "Run again when nothing writes there."
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,6 +167,8 @@ class Checkpoint:
                 count = min(128, info.nbytes)
                 start = min(info.nbytes // 2, info.nbytes - count)
                 digest.update(os.pread(files[info.shard], count, info.offset + start))
+        except OSError as error:
+            raise CheckpointError(f"cannot read the shards of {self.path}: {error.strerror or error}") from None
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
@@ -165,9 +188,13 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     weight_map = _weight_map(path)
     shards = tuple(dict.fromkeys(weight_map.values())) if weight_map else (SINGLE,)
     found: dict[str, TensorInfo] = {}
+    stamps = {}
     problems = []
     for shard in shards:
         try:
+            # before its header: whatever is written from here on is noticed
+            with suppress(OSError, ValueError):
+                stamps[shard] = _stamp(path / shard)
             found |= {info.name: info for info in read_header(path / shard)}
         except CheckpointError as error:
             problems.append(str(error))
@@ -180,7 +207,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         found = {tensor: found[tensor] for tensor in found if tensor in weight_map}
     if problems:
         raise CheckpointError(f"{path} is not a sound checkpoint:\n{listing(problems)}")
-    return Checkpoint(path, name, commit, config, found, shards, from_hub=commit is not None)
+    return Checkpoint(path, name, commit, config, found, shards, from_hub=commit is not None, stamps=stamps)
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -312,10 +339,25 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype:
         raise CheckpointError(f"{info.name!r} is stored as {info.dtype}, which is copied but not read") from None
 
 
+def _stamp(path: Path) -> tuple[int, ...]:
+    told = path.stat()
+    return told.st_size, told.st_mtime_ns, told.st_ino
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+
+
 def _pread(descriptor: int, offset: int, raw: torch.Tensor, info: TensorInfo) -> None:
     view, done = raw.numpy().data, 0
     while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], offset + done)
+        try:
+            got = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {info.name!r} in {info.shard}: {error.strerror or error}") from None
         if got == 0:
             raise CheckpointError(f"{info.shard} ended while {info.name!r} was read: it was changed or truncated")
         done += got

@@ -32,7 +32,9 @@ from steer2edit.cli_options import (
     read_method_options,
     read_neutral,
     read_runtime,
+    read_writing,
     strength_options,
+    writing_options,
 )
 from steer2edit.errors import Steer2EditError
 from steer2edit.launch import process_of
@@ -122,6 +124,7 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
 @method_options
 @strength_options
 @model_options
+@writing_options
 @json_option
 @force_option
 def compile(
@@ -148,6 +151,7 @@ def compile(
         batch_tokens=given["batch_tokens"],
         questions=None if given["no_report"] else read_held_out(given),
         force=force,
+        writing=read_writing(given),
         progress=progress_bar(),
     )
     result = {
@@ -234,15 +238,27 @@ def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
 @click.option("--to", required=True, help="checkpoint, lora, gguf or gguf-vector.")
 @click.option("-o", "--out", type=PATH, required=True, help="Folder of the artefact.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@writing_options
 @json_option
 @force_option
-def emit(plan_file: Path, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool) -> None:
+def emit(
+    plan_file: Path, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool, **given: Any
+) -> None:
     """Lower a plan into a checkpoint, an adapter or a control vector. Runs no model."""
     from steer2edit.plan import EditPlan
     from steer2edit.targets import emit as emit_plan
 
     checkpoint, spec = open_model(model, {"revision": revision})
-    lowering = emit_plan(EditPlan.load(plan_file), checkpoint, spec, to, out, force=force, progress=progress_bar())
+    lowering = emit_plan(
+        EditPlan.load(plan_file),
+        checkpoint,
+        spec,
+        to,
+        out,
+        force=force,
+        writing=read_writing(given),
+        progress=progress_bar(),
+    )
     result = {
         "artefact": str(out),
         "exactness": lowering.exactness,

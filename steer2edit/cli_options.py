@@ -125,6 +125,14 @@ strength_options = options(
     click.option("--kl-budget-mlp", type=float, help="The same for the MLPs' edits alone."),
     click.option("--neutral", type=PATH, help="Your own neutral text, instead of the packaged one."),
 )
+writing_options = options(
+    click.option(
+        "--jobs",
+        type=click.IntRange(1),
+        help="Pieces written at a time.  [default: as many as there are processors, at most 4]",
+    ),
+    click.option("--link", is_flag=True, help="Hard-link the shards that no edit touches instead of copying them."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is there already.")
 
@@ -269,6 +277,12 @@ def read_runtime(given: dict[str, Any]) -> Any:
 
     quieten_transformers()
     return Runtime(given["device"], given["dtype"], given["device_map"], given["trust_remote_code"])
+
+
+def read_writing(given: dict[str, Any]) -> Any:
+    from steer2edit.targets import Writing
+
+    return Writing(given["jobs"], given["link"])
 
 
 def quieten_transformers() -> None:

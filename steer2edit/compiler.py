@@ -89,6 +89,7 @@ def compile(
     batch_tokens: int = 4096,
     questions: Sequence[Question] | None = None,
     force: bool = False,
+    writing: targets.Writing = targets.Writing(),  # noqa: B008
     progress: Progress = silent,
 ) -> Compiled:
     """Compile a behaviour into ``model``'s weights.
@@ -118,7 +119,7 @@ def compile(
     )
 
     lowerings = {
-        target: targets.emit(plan, checkpoint, spec, target, folder, force=force, progress=progress)
+        target: targets.emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
         for target, folder in folders.items()
     }
     if questions is None:
@@ -199,6 +200,7 @@ def make_plan(
     module = methods.load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
     plan = record_push(plan, scoring.spec, statistics)
+    checkpoint.check_unchanged()
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 

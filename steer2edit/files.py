@@ -11,48 +11,28 @@ from pathlib import Path
 
 import torch
 
+from steer2edit.durable import exclusive, sync_file, sync_folder, sync_tree
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
 
 RECEIPT = "steer2edit.json"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file by way of a temporary one beside it. Raises Steer2EditError on a full disk."""
+    """Write one safetensors file, whole or not at all. Raises Steer2EditError where that fails, as on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise Steer2EditError(f"cannot write {path}: {error.strerror or error}") from None
-    temporary = Path(name)
-    try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
+        with _replacing(path) as temporary:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
+    except SafetensorError as error:
         raise Steer2EditError(f"cannot write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one text file by way of a temporary one beside it. Raises Steer2EditError where that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise Steer2EditError(f"cannot write {path}: {error.strerror or error}") from None
+    """Write one text file, whole or not at all. Raises Steer2EditError where that fails."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -83,30 +63,63 @@ def check_new(path: Path, force: bool = False) -> None:
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    Raises TargetError where ``path`` exists and ``force`` is not set; with it, the old folder is replaced at the end.
+    Everything in it is forced to the disk first. Raises TargetError where ``path`` exists and ``force`` is not set (with it,
+    the old folder is replaced at the end), where another run is writing it, and where writing fails.
     """
     path = path.expanduser()
-    check_new(path, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        temporary.chmod(0o755)
-    except OSError as error:
-        raise TargetError(f"cannot create {path}: {error.strerror or error}") from None
-    try:
-        yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.replace(old)
+        with exclusive(path):
+            check_new(path, force)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
             try:
-                temporary.replace(path)
-            except OSError:
-                old.replace(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+                temporary.chmod(0o755)
+                yield temporary
+                sync_tree(temporary)
+                _put_in_place(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise TargetError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise TargetError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.replace(path)
+        sync_folder(path.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    path.replace(old)
+    try:
+        temporary.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(old)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes ``path``'s place when the block ends well; the last of several writers wins."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path, wait=True):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                yield temporary
+                temporary.chmod(0o644)
+                sync_file(temporary)
+                temporary.replace(path)
+                sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise Steer2EditError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    name = f" ({Path(error.filename).name})" if isinstance(error.filename, str) else ""
+    return f"{error.strerror or error}{name}"

@@ -7,7 +7,9 @@ A target module has ``lower(plan, checkpoint, spec, folder, progress) -> Lowerin
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import os
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -50,6 +52,20 @@ class Lowering:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How files are written: ``jobs`` at a time (None: as many as there are processors, at most four), and whether shards
+    that no edit touches become hard links to the base's.
+    """
+
+    jobs: int | None = None
+    link: bool = False
+
+    @property
+    def workers(self) -> int:
+        return min(4, os.cpu_count() or 1) if self.jobs is None else self.jobs
+
+
 def names() -> list[str]:
     """The targets there are."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
@@ -70,12 +86,14 @@ def emit(
     out: str | Path,
     *,
     force: bool = False,
+    writing: Writing = Writing(),
     progress: Progress = silent,
 ) -> Lowering:
     """Lower ``plan`` into the new folder ``out``, with receipt, plan and model card.
 
-    The folder appears only when it is complete. Raises PlanError for a plan made for another model, TargetError
-    where ``out`` exists, the disk is full, or the target cannot express the plan.
+    The folder appears only when it is complete and on the disk. Raises PlanError for a plan made for another model,
+    TargetError where ``out`` exists, the disk is full, or the target cannot express the plan, and CheckpointError where the
+    base was changed since it was opened.
     """
     from steer2edit.card import model_card
 
@@ -83,8 +101,11 @@ def emit(
     resolve(plan, checkpoint, spec)
     if Path(out).expanduser().resolve() == checkpoint.path.resolve():
         raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
+    checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
-        lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress)
+        # only a target that copies shards has a use for it
+        how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
+        lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)
         plan.save(folder / PLAN)
         receipt = {
             "format": FORMAT,

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,49 +23,81 @@ from steer2edit.errors import TargetError
 from steer2edit.files import RECEIPT
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, resolve
+from steer2edit.targets import Change, Lowering, Writing, resolve
 
 _COPY_BYTES = 64 << 20
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
 
-def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+def lower(
+    plan: EditPlan,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    folder: Path,
+    progress: Progress,
+    writing: Writing = Writing(),  # noqa: B008
+) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
     edits = resolve(plan, checkpoint, spec)
     left_out = copy_other_files(checkpoint, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
+    edited = {checkpoint.tensors[name].shard for name in edits}
+    linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]
     changes: list[Change] = []
-    with progress("write checkpoint", total=sum(sizes.values())) as advance, ThreadPoolExecutor(2) as pool:
-        for shard, size in sizes.items():
-            source, target = checkpoint.path / shard, folder / shard
-            with open(target, "wb") as file:
-                file.truncate(size)
-            names = sorted(
-                (n for n in edits if checkpoint.tensors[n].shard == shard),
-                key=lambda n: checkpoint.tensors[n].offset,
-            )
-            jobs: list[Callable[[], Change | int]] = []
-            end = 0
-            for name in names:
-                info = checkpoint.tensors[name]
-                jobs += _copies(source, target, end, info.offset)
-                jobs.append(lambda name=name, target=target: _rewrite(checkpoint, *edits[name], target))  # type: ignore[misc]
-                end = info.offset + info.nbytes
-            jobs += _copies(source, target, end, size)
-            for done in pool.map(lambda job: job(), jobs):
-                if isinstance(done, Change):
-                    changes.append(done)
-                    advance(checkpoint.tensors[done.tensor].nbytes)
-                else:
-                    advance(done)
+    total = sum(size for shard, size in sizes.items() if shard not in linked)
+    with progress("write checkpoint", total=total) as advance, ThreadPoolExecutor(writing.workers) as pool:
+        jobs: list[Callable[[], Change | int]] = []
+        # in the order of the files' bytes, so that however many jobs run, a disk reads and writes nearly in sequence
+        for shard in (shard for shard in sizes if shard not in linked):
+            jobs += _shard_jobs(checkpoint, edits, shard, sizes[shard], folder / shard)
+        for done in pool.map(lambda job: job(), jobs):
+            if isinstance(done, Change):
+                changes.append(done)
+                advance(checkpoint.tensors[done.tensor].nbytes)
+            else:
+                advance(done)
+    checkpoint.check_unchanged()
     dtypes = sorted({checkpoint.tensors[name].dtype for name in edits})
+    notes = [f"left out {name}: another copy of the unedited weights" for name in left_out]
+    if linked:
+        notes.append(
+            f"{len(linked)} of {len(sizes)} shards are hard links to the base's files: whoever writes into one of them in place "
+            "changes both; copying the folder ends that"
+        )
     return Lowering(
         exactness=f"exact up to one rounding to {', '.join(dtypes)}" if edits else "exact",
         changes=tuple(changes),
-        notes=tuple(f"left out {name}: another copy of the unedited weights" for name in left_out),
-        details={"shards": len(sizes), "bytes": sum(sizes.values())},
+        notes=tuple(notes),
+        details={"shards": len(sizes), "linked": linked, "bytes": sum(sizes.values())},
     )
+
+
+def _shard_jobs(
+    checkpoint: Checkpoint, edits: Mapping[str, tuple[Edit, Site]], shard: str, size: int, target: Path
+) -> Iterator[Callable[[], Change | int]]:
+    """What makes one shard, in the order of its bytes; the file is there, in its size, before the first job."""
+    source = checkpoint.path / shard
+    # exclusive: nothing is ever opened for writing here that was not made here, least of all a link
+    with open(target, "xb") as file:
+        file.truncate(size)
+    names = [name for name in edits if checkpoint.tensors[name].shard == shard]
+    end = 0
+    for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
+        info = checkpoint.tensors[name]
+        yield from _copies(source, target, end, info.offset)
+        yield lambda name=name: _rewrite(checkpoint, *edits[name], target)  # type: ignore[misc]
+        end = info.offset + info.nbytes
+    yield from _copies(source, target, end, size)
+
+
+def _link(checkpoint: Checkpoint, shard: str, folder: Path) -> bool:
+    """Whether the shard could be linked; a link to a link would point out of the folder, so the file itself is."""
+    try:
+        os.link(os.path.realpath(checkpoint.path / shard), folder / shard)
+    except OSError:  # another file system, or one without hard links: it is copied
+        return False
+    return True
 
 
 def updated_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -116,7 +148,10 @@ def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Ch
             before.update(_bytes(block))
             data = _bytes(new)
             after.update(data)
-            _pwrite(file.fileno(), data, info.offset + first * row_bytes)
+            try:
+                _pwrite(file.fileno(), data, info.offset + first * row_bytes)
+            except OSError as error:
+                raise TargetError(f"cannot write {edit.tensor}: {error.strerror or error}") from None
     return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
 
 
@@ -129,16 +164,19 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).flatten().numpy().data
 
 
-def _copies(source: Path, target: Path, start: int, end: int) -> list[Callable[[], Change | int]]:
-    pieces = range(start, end, _COPY_BYTES)
-    return [lambda at=at: _copy(source, target, at, min(_COPY_BYTES, end - at)) for at in pieces]  # type: ignore[misc]
+def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], Change | int]]:
+    for at in range(start, end, _COPY_BYTES):
+        yield lambda at=at: _copy(source, target, at, min(_COPY_BYTES, end - at))  # type: ignore[misc]
 
 
 def _copy(source: Path, target: Path, offset: int, count: int) -> int:
-    with open(source, "rb", buffering=0) as reading, open(target, "r+b", buffering=0) as writing:
-        done = 0
-        while done < count:
-            done += _copy_some(reading.fileno(), writing.fileno(), offset + done, count - done)
+    try:
+        with open(source, "rb", buffering=0) as reading, open(target, "r+b", buffering=0) as writing:
+            done = 0
+            while done < count:
+                done += _copy_some(reading.fileno(), writing.fileno(), offset + done, count - done)
+    except OSError as error:
+        raise TargetError(f"cannot copy {source.name}: {error.strerror or error}") from None
     return count
 
 
