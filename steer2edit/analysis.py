@@ -73,8 +73,11 @@ class Scoring:
 
 
 def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> SiteScores:
-    directions, inputs = [statistics.difference(site.key).float()[None]], [statistics.x_bar(site.key).float()[None]]
-    resampled = ("bootstrap", site.key, "output") in statistics.resampled
+    directions, inputs = (
+        [statistics.difference(site.vector_key).float()[None]],
+        [statistics.x_bar(site.key).float()[None]],
+    )
+    resampled = ("bootstrap", site.vector_key, "output") in statistics.resampled
     if resampled:
         for kind, count in (("bootstrap", None), ("shuffled", 1)):
             directions.append(statistics.resamples(kind, site.key, "output").difference()[:count])  # type: ignore[arg-type]
@@ -119,7 +122,7 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
     projection, squares = by_rows(checkpoint, site, v, x)
     # whatever v_hat is: 0 · inf and 0 · NaN are NaN
     if not bool(projection.isfinite().all()):
-        raise CheckpointError(f"{site.tensor} holds NaN or infinity; the checkpoint is damaged")
+        raise CheckpointError(f"{site.matrix} holds NaN or infinity; the checkpoint is damaged")
     return Analysis(projection, squares.sqrt_())
 
 
@@ -165,7 +168,7 @@ def _analyse_in_out(
 def _wide_blocks(checkpoint: Checkpoint, site: Site) -> Iterator[tuple[int, torch.Tensor]]:
     """``(first row, block)`` in float32; a block's memory is used again for the next."""
     wide = torch.empty(0)
-    for first, block in checkpoint.blocks(site.tensor):
+    for first, block in checkpoint.blocks(site.locate(checkpoint)):
         if wide.shape[0] < block.shape[0]:
             wide = torch.empty(block.shape)
         yield first, wide[: block.shape[0]].copy_(block)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
 from steer2edit.errors import ArchitectureError, listing
 from steer2edit.families import FAMILIES, LLAMA, REFUSED, WRAPPERS, WRITER_LEAVES, Family, Orientation
+from steer2edit.mixtures import MIXTURES
+from steer2edit.routing import Router, integer, read_router
+from steer2edit.sites import ModelSpec, Norm, Role, Site, part_of
+
+__all__ = ["ModelSpec", "Norm", "Role", "Site", "read_spec"]
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # where wrappers put the language model: (prefix on disk, prefix of the module in transformers)
@@ -31,89 +34,14 @@ _QUANTISED = re.compile(
 # the vectors of a plain pre-norm block
 _PLAIN_GAINS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 _EXPERT = re.compile(r"\bexperts\b|\bblock_sparse_moe\b|\bshared_expert")
-
-
-class Role(str, Enum):
-    """What a site is to the residual stream."""
-
-    ATTN_OUT = "attn_out"
-    MLP_OUT = "mlp_out"
-    EMBED = "embed"
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm between a writer's output and the stream; its gain is ``offset`` + the tensor's values."""
-
-    tensor: str
-    offset: float
-
-
-@dataclass(frozen=True)
-class Site:
-    """One weight matrix at the residual stream.
-
-    ``in_features`` and ``out_features`` are those of ``y = W x`` whatever the file's ``orientation``. ``heads`` is the
-    number of attention heads, each a block of ``in_features / heads`` input columns, and None for an MLP, whose
-    components are its single input columns.
-    """
-
-    role: Role
-    layer: int
-    tensor: str
-    module: str
-    orientation: Orientation
-    out_features: int
-    in_features: int
-    heads: int | None = None
-    bias: str | None = None
-    norm: Norm | None = None
-
-    @property
-    def key(self) -> str:
-        """Stable name used in statistics and plans: ``attn_out.3``."""
-        return f"{self.role.value}.{self.layer}"
-
-    @property
-    def components(self) -> int:
-        """How many components (heads or neurons) are scored here."""
-        return self.heads if self.heads is not None else self.in_features
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the compiler knows of a model: ``sites`` are the writers, attention before MLP, layer by layer."""
-
-    model_type: str
-    family: str
-    hidden_size: int
-    layers: int
-    sites: tuple[Site, ...]
-    embedding: Site
-    tied_embeddings: bool
-    block_modules: str
-
-    def site(self, key: str) -> Site:
-        """The writer called ``key``; KeyError where there is none."""
-        return self._by_key[key]
-
-    def layer_range(self, chosen: tuple[int, int] | None) -> tuple[int, int]:
-        """First and last layer of ``chosen``, or of the whole model. Raises ArchitectureError where they are not there."""
-        first, last = chosen or (0, self.layers - 1)
-        if not 0 <= first <= last < self.layers:
-            raise ArchitectureError(f"layers {first}-{last} are not all in this model, which has 0-{self.layers - 1}")
-        return first, last
-
-    @property
-    def _by_key(self) -> Mapping[str, Site]:
-        return {site.key: site for site in self.sites}
+_KNOWN = (*FAMILIES, *MIXTURES)
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """Find every residual writer of a checkpoint.
+    """Find every residual writer and router of a checkpoint.
 
-    Raises ArchitectureError, with all that is missing or left over, for quantised checkpoints, mixtures of
-    experts, families known to be unfit, and layouts that no family describes.
+    Raises ArchitectureError, with all that is missing or left over, for quantised checkpoints, families known to be
+    unfit, and layouts that no family describes.
     """
     config = checkpoint.config
     text = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
@@ -122,9 +50,9 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         if name in REFUSED:
             raise ArchitectureError(f"{checkpoint.name} ({name}) cannot be compiled: {REFUSED[name]}")
     _refuse_quantised(checkpoint)
-    hidden = _integer(text, "hidden_size", "n_embd", "d_model")
-    layers = _integer(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    heads = _integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    hidden = integer(text, "hidden_size", "n_embd", "d_model")
+    layers = _layers(text)
+    heads = integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
     if layers > len(checkpoint.tensors):
         raise ArchitectureError(
             f"config.json gives {checkpoint.name} {layers} layers, its files hold {len(checkpoint.tensors)} tensors"
@@ -136,36 +64,10 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
     wrapped = text is not config or model_type in WRAPPERS
     family, prefix, module = _find_family(checkpoint, model_type, layers, wrapped)
-    sites, problems, claimed = [], [], set()
+    reader = _Reader(checkpoint, text, family, prefix, module, hidden, heads)
     for layer in range(layers):
-        for role, leaf, norm in (
-            (Role.ATTN_OUT, family.attn_out, family.attn_norm),
-            (Role.MLP_OUT, family.mlp_out, family.mlp_norm),
-        ):
-            base = f"{prefix}{layer}."
-            info = checkpoint.tensors.get(f"{base}{leaf}.weight")
-            if info is None:
-                problems.append(f"layer {layer}: {base}{leaf}.weight is missing ({role.value})")
-                continue
-            claimed.add(info.name)
-            bias = f"{base}{leaf}.bias"
-            if norm is not None and f"{base}{norm}.weight" not in checkpoint.tensors:
-                problems.append(f"layer {layer}: {base}{norm}.weight is missing (the norm after {leaf})")
-            site = Site(
-                role=role,
-                layer=layer,
-                tensor=info.name,
-                module=f"{module}{layer}.{leaf}",
-                orientation=family.orientation,
-                out_features=hidden,
-                in_features=_in_features(info, family.orientation),
-                heads=heads if role is Role.ATTN_OUT else None,
-                bias=bias if bias in checkpoint.tensors else None,
-                norm=Norm(f"{base}{norm}.weight", family.norm_offset) if norm else None,
-            )
-            sites.append(site)
-            problems += _check_matrix(info, site, text)
-    problems += _unclaimed(checkpoint, prefix, layers, claimed)
+        reader.layer(layer)
+    problems = [*reader.problems, *_unclaimed(checkpoint, prefix, layers, reader.claimed)]
     if problems:
         raise ArchitectureError(
             f"{checkpoint.name} ({model_type or 'no model_type'}) does not match the {family.name} layout:\n{listing(problems)}"
@@ -175,30 +77,157 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         family=family.name,
         hidden_size=hidden,
         layers=layers,
-        sites=tuple(sites),
+        sites=tuple(reader.sites),
         embedding=_embedding(checkpoint, family, prefix, module, hidden),
         tied_embeddings=_tied(checkpoint, config, text),
         block_modules=module,
+        routers=tuple(reader.routers),
     )
+
+
+class _Reader:
+    """Collects the writers of one checkpoint block by block, and everything that is wrong with them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: Mapping[str, Any],
+        family: Family,
+        prefix: str,
+        module: str,
+        hidden: int,
+        heads: int,
+    ) -> None:
+        self.checkpoint, self.text, self.family = checkpoint, text, family
+        self.prefix, self.module, self.hidden, self.heads = prefix, module, hidden, heads
+        self.sites: list[Site] = []
+        self.routers: list[Router] = []
+        self.problems: list[str] = []
+        self.claimed: set[str] = set()
+
+    def layer(self, layer: int) -> None:
+        """Find the writers of a block: attention or another mixer, then an MLP or experts."""
+        family, found = self.family, len(self.sites)
+        for leaf in family.mixers:
+            self._writer(layer, Role.MIXER_OUT, leaf, family.attn_norm, optional=True)
+        mixed = len(self.sites) > found
+        if family.attn_out not in family.mixers:
+            self._writer(layer, Role.ATTN_OUT, family.attn_out, family.attn_norm, optional=mixed or family.partial)
+        routed = family.mixture is not None and self._experts(layer)
+        # in granite's mixtures the shared expert has the place of a dense model's MLP
+        if not (routed and family.mixture and family.mixture.shared == family.mlp_out):
+            self._writer(layer, Role.MLP_OUT, family.mlp_out, family.mlp_norm, optional=routed or family.partial)
+        if len(self.sites) == found and family.partial:
+            self.problems.append(f"layer {layer}: no writer was found")
+
+    def _writer(self, layer: int, role: Role, leaf: str, norm: str | None, *, optional: bool = False) -> None:
+        base, family = f"{self.prefix}{layer}.", self.family
+        info = self.checkpoint.tensors.get(f"{base}{leaf}.weight")
+        if info is None:
+            if not optional:
+                self.problems.append(f"layer {layer}: {base}{leaf}.weight is missing ({role.value})")
+            return
+        heads = self.heads if role is Role.ATTN_OUT or leaf == family.attn_out else None
+        width = _in_features(info, family.orientation)
+        if leaf == family.attn_out and leaf in family.mixers:
+            # one name for attention and for what stands in its place: only the widths tell them apart
+            role, heads = (Role.ATTN_OUT, heads) if width == self.heads * self._head_size() else (Role.MIXER_OUT, None)
+        bias = f"{base}{leaf}.bias"
+        site = Site(
+            role=role,
+            layer=layer,
+            tensor=info.name,
+            module=f"{self.module}{layer}.{family.module(leaf)}",
+            orientation=family.orientation,
+            out_features=self.hidden,
+            in_features=width,
+            heads=heads,
+            bias=bias if bias in self.checkpoint.tensors else None,
+            norm=self._norm(layer, leaf, norm),
+        )
+        self._keep(site, info)
+
+    def _experts(self, layer: int) -> bool:
+        """Claim a block's experts and router, if it has them."""
+        mixture = self.family.mixture
+        assert mixture is not None
+        base = f"{self.prefix}{layer}."
+        router, problems = read_router(self.checkpoint, self.text, mixture, base, f"{self.module}{layer}.", layer)
+        self.problems += problems
+        if router is None:
+            return bool(problems)
+        self.routers.append(router)
+        norm = mixture.norm or self.family.mlp_norm
+        for expert in range(router.experts):
+            name = f"{base}{mixture.output.format(e=expert)}"
+            info = self.checkpoint.tensors.get(name)
+            if info is None:
+                self.problems.append(f"layer {layer}: {name} is missing (expert {expert} of {router.experts})")
+                if mixture.layout != "separate":
+                    break
+                continue
+            part = None if mixture.layout == "separate" else (expert, router.experts)
+            if part is not None and (not info.shape or info.shape[0] % router.experts):
+                self.problems.append(
+                    f"{name} has the shape {list(info.shape)}; expected {router.experts} experts on axis 0"
+                )
+                break
+            orientation: Orientation = "out_in" if mixture.layout in ("separate", "out_in") else "in_out"
+            output_bias = mixture.output_bias and f"{base}{mixture.output_bias}"
+            site = Site(
+                role=Role.EXPERT_OUT,
+                layer=layer,
+                tensor=name,
+                module=router.experts_module,
+                orientation=orientation,
+                out_features=self.hidden,
+                in_features=_in_features(part_of(info, part), orientation),
+                bias=output_bias if output_bias in self.checkpoint.tensors else None,
+                norm=self._norm(layer, "the experts", norm),
+                expert=expert,
+                part=part,
+            )
+            self._keep(site, info)
+        if mixture.shared is not None:
+            self._writer(layer, Role.SHARED_EXPERT_OUT, mixture.shared, norm, optional=True)
+        return True
+
+    def _norm(self, layer: int, leaf: str, norm: str | None) -> Norm | None:
+        if norm is None:
+            return None
+        name = f"{self.prefix}{layer}.{norm}.weight"
+        if name not in self.checkpoint.tensors:
+            self.problems.append(f"layer {layer}: {name} is missing (the norm after {leaf})")
+        return Norm(name, self.family.norm_offset)
+
+    def _keep(self, site: Site, info: TensorInfo) -> None:
+        self.claimed.add(info.name)
+        self.sites.append(site)
+        self.problems += _check_matrix(site, self.checkpoint, self._head_size())
+
+    def _head_size(self) -> int:
+        given = [key for key in ("v_head_dim", "head_dim") if self.text.get(key) is not None]
+        return integer(self.text, *given) if given else self.hidden // self.heads
 
 
 def _find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: bool) -> tuple[Family, str, str]:
     """The family, the prefix of its blocks on disk (``model.layers.``), and that of their modules."""
-    by_type = next((family for family in FAMILIES if model_type in family.model_types), None)
+    by_type = next((family for family in _KNOWN if model_type in family.model_types), None)
     # unknown types may follow the common names; only llama's are free of traps of orientation and norms
     family = by_type or LLAMA
+    writers = [f"{leaf}.weight" for leaf in (family.attn_out, *family.mixers)]
     for prefix, module in _prefixes(family, wrapped):  # noqa: B007
-        hits = [i for i in range(layers) if f"{prefix}{i}.{family.attn_out}.weight" in checkpoint.tensors]
+        hits = [i for i in range(layers) if any(f"{prefix}{i}.{leaf}" in checkpoint.tensors for leaf in writers)]
         if hits:
             break
     else:
         prefix, module = _prefixes(family, wrapped)[0]
         hits = []
-    experts = sorted(name for name in checkpoint.tensors if _EXPERT.search(name))
+    experts = [] if family.mixture else sorted(name for name in checkpoint.tensors if _EXPERT.search(name))
     if experts:
         raise ArchitectureError(
-            f"{checkpoint.name} ({model_type}) is a mixture of experts ({len(experts)} expert tensors, such as {experts[0]}); "
-            "this version compiles dense models only"
+            f"{checkpoint.name} ({model_type}) is a mixture of experts ({len(experts)} expert tensors, such as {experts[0]}) "
+            "that is not described; add an entry to steer2edit/mixtures.py that names its experts and routers"
         )
     if by_type is None:
         strange = _gains(checkpoint, prefix) - _PLAIN_GAINS
@@ -219,14 +248,14 @@ def _prefixes(family: Family, wrapped: bool) -> list[tuple[str, str]]:
     tail = family.blocks.split(".", 1)[1]
     # a wrapper's file may have the bare model's names, its modules are always nested
     module = f"model.language_model.{tail}." if wrapped else f"{family.blocks}."
-    prefixes = [(f"{family.blocks}.", module)]
+    prefixes = [(f"{family.prefix or family.blocks}.", module)]
     prefixes += [(f"{on_disk}{tail}.", f"{nested}{tail}.") for on_disk, nested in _LANGUAGE_PREFIXES]
     # files saved from the bare model without its head, such as gpt2's
     return [*prefixes, (f"{tail}.", module)]
 
 
 def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) -> str:
-    known = [name for family in FAMILIES for name in family.model_types]
+    known = [name for family in _KNOWN for name in family.model_types]
     near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)
     block = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.)(\d+)\.(.+)$")
     inside = sorted({m.group(3) for name in checkpoint.tensors if (m := block.match(name)) and m.group(2) == "0"})
@@ -237,23 +266,21 @@ def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) 
     )
 
 
-def _check_matrix(info: TensorInfo, site: Site, text: Mapping[str, Any]) -> list[str]:
-    problems = []
+def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
+    problems, info = [], site.locate(checkpoint)
     if info.dtype not in EDITABLE:
         problems.append(f"{info.name} is stored as {info.dtype}; editable are {', '.join(sorted(EDITABLE))}")
     axis = 0 if site.orientation == "out_in" else 1
     if len(info.shape) != 2 or 0 in info.shape or info.shape[axis] != site.out_features:
         problems.append(f"{info.name} has the shape {list(info.shape)}; expected {site.out_features} on axis {axis}")
-    elif site.heads is not None:
-        given = [key for key in ("v_head_dim", "head_dim") if text.get(key) is not None]
-        size = _integer(text, *given) if given else site.out_features // site.heads
-        if site.heads * size != site.in_features:
-            problems.append(f"{info.name} has {site.in_features} input columns; expected {site.heads} heads of {size}")
+    elif site.heads is not None and site.heads * head_size != site.in_features:
+        problems.append(f"{info.name} has {site.in_features} input columns; expected {site.heads} heads of {head_size}")
     return problems
 
 
 def _unclaimed(checkpoint: Checkpoint, prefix: str, layers: int, claimed: set[str]) -> list[str]:
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)\.weight")
+    # fused experts are parameters of their own, without ``.weight``
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+?)(?:\.weight)?")
     problems = []
     for name, info in checkpoint.tensors.items():
         match = pattern.fullmatch(name)
@@ -266,14 +293,14 @@ def _unclaimed(checkpoint: Checkpoint, prefix: str, layers: int, claimed: set[st
 
 def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> Site:
     leaf = family.embedding.rsplit(".", 1)[-1]
-    root = prefix.removesuffix(family.blocks.rsplit(".", 1)[-1] + ".")
-    info = checkpoint.tensors.get(f"{root}{leaf}.weight")
+    blocks = family.blocks.rsplit(".", 1)[-1] + "."
+    name = f"{prefix.removesuffix(blocks)}{family.disk_embedding or leaf}.weight"
+    info = checkpoint.tensors.get(name)
     if info is None or len(info.shape) != 2 or info.shape[1] != hidden:
         shape = "is missing" if info is None else f"has the shape {list(info.shape)}"
-        raise ArchitectureError(f"{root}{leaf}.weight {shape}; expected the token embedding, [vocabulary, {hidden}]")
-    path = module.removesuffix(family.blocks.rsplit(".", 1)[-1] + ".") + leaf
+        raise ArchitectureError(f"{name} {shape}; expected the token embedding, [vocabulary, {hidden}]")
     # a row per token: read as a matrix, it maps a one-hot token to the stream and is stored input × output
-    return Site(Role.EMBED, 0, info.name, path, "in_out", hidden, info.shape[0])
+    return Site(Role.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, info.shape[0])
 
 
 def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
@@ -281,6 +308,13 @@ def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, 
     flags = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
     # a wrapper and its text config may disagree
     return any(flags) if flags else not any(name in checkpoint.tensors for name in heads)
+
+
+def _layers(text: Mapping[str, Any]) -> int:
+    kinds = text.get("layers_block_type")
+    if isinstance(kinds, list) and kinds and text.get("num_hidden_layers") is None:
+        return len(kinds)
+    return integer(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -299,13 +333,3 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 def _in_features(info: TensorInfo, orientation: Orientation) -> int:
     shape = info.shape or (0,)
     return shape[-1] if orientation == "out_in" else shape[0]
-
-
-def _integer(config: Mapping[str, Any], *keys: str) -> int:
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 24:
-            return value
-        if value is not None:
-            raise ArchitectureError(f"config.json: {key} is {value!r}, expected a positive whole number")
-    raise ArchitectureError(f"config.json has no {' or '.join(keys)}")

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,6 +92,15 @@ class TensorInfo:
     offset: int
     nbytes: int
 
+    def part(self, index: int, count: int) -> TensorInfo:
+        """The ``index``-th of ``count`` equal parts of the first axis, which goes where there is one part for each row."""
+        rows, *rest = self.shape
+        if rows % count or not 0 <= index < count:
+            raise ValueError(f"{self.name} has {rows} rows; there is no part {index} of {count}")
+        shape = (rows // count, *rest) if rows > count else tuple(rest)
+        size = self.nbytes // count
+        return replace(self, name=f"{self.name}[{index}]", shape=shape, offset=self.offset + index * size, nbytes=size)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -106,13 +115,13 @@ class Checkpoint:
     from_hub: bool = field(default=False, compare=False)
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
-    def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tensor in blocks of its first axis: ``(first row, block)``, in the stored dtype.
+    def blocks(self, tensor: str | TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor, or part of one, in blocks of its first axis: ``(first row, block)``, in the stored dtype.
 
         A scalar or one-row tensor is one block. A block's memory is used again for the next. Raises CheckpointError where
         the file ends early.
         """
-        info = self.tensors[name]
+        info = self._info(tensor)
         rows, *rest = info.shape or (1,)
         row_bytes = info.nbytes // rows if rows else 0
         step = max(1, min(rows, block_bytes // row_bytes if row_bytes else rows))
@@ -124,9 +133,12 @@ class Checkpoint:
                 _pread(file.fileno(), info.offset + first * row_bytes, raw, info)
                 yield first, raw.view(_torch_dtype(info)).view(count, *rest)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, in the stored dtype and shape."""
-        info = self.tensors[name]
+    def _info(self, tensor: str | TensorInfo) -> TensorInfo:
+        return self.tensors[tensor] if isinstance(tensor, str) else tensor
+
+    def read(self, tensor: str | TensorInfo) -> torch.Tensor:
+        """The whole tensor, or part of one, in the stored dtype and shape."""
+        info = self._info(tensor)
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with _opened(self.path / info.shard) as file:
             _pread(file.fileno(), info.offset, raw, info)

@@ -256,7 +256,7 @@ def settle_strength(
 def _settle_classes(
     loaded: LoadedModel, plan: EditPlan, budgets: Mapping[Role, float], neutral: NeutralText
 ) -> tuple[EditPlan, dict[str, Any]]:
-    roles = {tensor: site.role for site in loaded.spec.sites for tensor in (site.tensor, site.bias) if tensor}
+    roles = {name: site.role.kind for name, site in loaded.spec.owners.items()}
     found: dict[str, Any] = {}
     factors: dict[Role, float] = {}
     for role in sorted({roles[edit.tensor] for edit in plan.edits if edit.tensor in roles}):
@@ -275,7 +275,7 @@ def _settle_classes(
             factors[role] = settled.strength
             found[name] = {"strength": settled.strength, "kl_budget": budgets[role], "kl": settled.divergence.kl}
     tensors = {tensor: factors.get(role, 1.0) for tensor, role in roles.items()}
-    keys = {site.key: factors.get(site.role, 1.0) for site in loaded.spec.sites}
+    keys = {site.key: factors.get(site.role.kind, 1.0) for site in loaded.spec.sites}
     return plan.reweighted(tensors, keys), found
 
 

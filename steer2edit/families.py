@@ -1,16 +1,43 @@
 """Model families as data: where each one's residual writers are, and what is done to their output.
 
-A family is added by adding an entry here, and nowhere else. Names are those of the checkpoint's tensors inside
-one block, without ``.weight``; ``blocks`` and ``embedding`` are module paths in transformers.
+A dense family is added by adding an entry here, a mixture of experts by one in ``mixtures.py``, and nowhere else. Names
+are those of the checkpoint's tensors inside one block, without ``.weight``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Orientation = Literal["out_in", "in_out"]
+Layout = Literal["separate", "out_in", "in_out", "stacked"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Where a family's experts and routers are inside one block, on disk unless said otherwise.
+
+    ``output`` is the experts' output matrix, with ``{e}`` where each expert has a tensor of its own (layout ``separate``).
+    Fused tensors hold all experts: [E, out, in] (``out_in``), [E, in, out] (``in_out``) or [E * in, out] (``stacked``);
+    ``output_bias`` is then [E, out]. ``router`` maps a token to a logit for each expert; ``bias`` is a vector [E] that takes
+    part in the selection alone (``bias_of`` scores), or is added to the logits. A config may switch the bias off by
+    ``bias_flag``. ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has
+    another name. ``shared`` names the experts that every token passes through, and ``norm`` a norm after the experts'
+    sum that dense blocks lack.
+    """
+
+    output: str = "mlp.experts.{e}.down_proj.weight"
+    layout: Layout = "separate"
+    output_bias: str | None = None
+    router: str = "mlp.gate.weight"
+    bias: str | None = None
+    bias_of: Literal["scores", "logits"] = "scores"
+    bias_flag: str | None = None
+    shared: str | None = None
+    norm: str | None = None
+    block: str = "mlp"
+    router_module: str = "gate"
 
 
 @dataclass(frozen=True)
@@ -19,7 +46,10 @@ class Family:
 
     ``attn_norm`` and ``mlp_norm`` name a norm that stands between a writer's output and the residual stream
     (sandwich-norm and post-norm families); ``norm_offset`` is what the norm adds to its stored gain (1 for the Gemma
-    norms). ``in_out`` is the orientation of GPT-2's Conv1D, whose matrices are stored input × output.
+    norms). ``in_out`` is the orientation of GPT-2's Conv1D, whose matrices are stored input × output. ``mixers`` are
+    writers that some blocks have in place of attention, or beside it, and ``partial`` says that a block may lack either
+    part. ``blocks`` and ``embedding`` are module paths in transformers; ``modules`` gives a module's name where the
+    file's differs, ``prefix`` the file's ``blocks``, and ``disk_embedding`` the last part of its embedding's name.
     """
 
     name: str
@@ -32,6 +62,16 @@ class Family:
     attn_norm: str | None = None
     mlp_norm: str | None = None
     norm_offset: float = 0.0
+    mixers: tuple[str, ...] = ()
+    partial: bool = False
+    mixture: Mixture | None = None
+    modules: Mapping[str, str] = field(default_factory=dict)
+    prefix: str | None = None
+    disk_embedding: str | None = None
+
+    def module(self, leaf: str) -> str:
+        """The path inside a block of the module that a tensor ``leaf`` belongs to."""
+        return self.modules.get(leaf, leaf)
 
 
 LLAMA = Family(
@@ -61,7 +101,7 @@ LLAMA = Family(
             "apertus",
             "seed_oss",
         ),
-        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "flint", "granite_swa"),
+        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "granite_swa"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
     ),
 )

@@ -234,13 +234,12 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
 
 
 def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:
-    owners = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
-    unknown = [edit.tensor for edit in plan.edits if edit.tensor not in owners]
+    unknown = [edit.tensor for edit in plan.edits if edit.tensor not in spec.owners]
     if unknown:
         raise PlanError(f"the plan edits {unknown[0]}, which is no residual writer of this model")
     grouped: dict[str, tuple[Site, list[Edit]]] = {}
     for edit in plan.edits:
-        site = owners[edit.tensor]
+        site = spec.owners[edit.tensor]
         grouped.setdefault(site.module, (site, []))[1].append(edit)
     return list(grouped.values())
 

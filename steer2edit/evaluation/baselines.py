@@ -82,7 +82,7 @@ def steering(
 
 def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl: float) -> Candidate:
     """Activation steering at the strength that meets a KL."""
-    vectors = {site.key: scoring.statistics.difference(site.key).float() for site in scoring.spec.sites}
+    vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
 
     def measure(strength: float, glance: bool = False) -> Divergence:
         with steered(loaded, vectors, strength):
@@ -129,12 +129,12 @@ def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
 
 def whole_matrices(scoring: Scoring, plan: EditPlan) -> EditPlan:
     """For every edited matrix ``v_hat (Wᵀ v_hat)ᵀ``, the rank-1 edit that knows no components, at the edit's ‖ΔW‖."""
-    sites = {site.tensor: site for site in scoring.spec.sites}
+    sites = {site.matrix: site for site in scoring.spec.sites}
     edits = []
     for edit in plan.edits:
         site = sites.get(edit.tensor)
         if site is not None and isinstance(edit, LowRank):
-            v = scoring.statistics.difference(site.key).float()
+            v = scoring.statistics.difference(site.vector_key).float()
             v_hat = v / v.norm().clamp(min=TINY)
             A = analyse(scoring.checkpoint, site, v_hat[None]).projection
             edits.append(_of_norm(LowRank(edit.tensor, v_hat[:, None], A), edit.norm))

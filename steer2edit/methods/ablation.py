@@ -57,10 +57,10 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         for site in sites:
             u_hat = _through_norm(checkpoint, site, r)
             found = analyse(checkpoint, site, u_hat[None])
-            edits.append(LowRank(site.tensor, -options.alpha * u_hat[:, None], found.projection))
-            if site.bias is not None:
-                along = float(checkpoint.read(site.bias).float() @ u_hat)
-                edits.append(Bias(site.bias, -options.alpha * along * u_hat))
+            edits.append(LowRank(site.matrix, -options.alpha * u_hat[:, None], found.projection))
+            if site.bias_vector is not None:
+                along = float(checkpoint.read(site.locate_bias(checkpoint)).float() @ u_hat)
+                edits.append(Bias(site.bias_vector, -options.alpha * along * u_hat))
             advance(1)
     base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
     method = {"name": "ablation", **asdict(options), "direction_layer": layer, "layers": [first, last]}

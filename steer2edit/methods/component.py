@@ -122,16 +122,16 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     spec = scoring.spec
     first, last = spec.layer_range(options.layers)
     rules = {role: options.rule(role) for role in (Role.ATTN_OUT, Role.MLP_OUT)}
-    sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role] is not None]
+    sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role.kind] is not None]
     scored = scoring.score(sites, progress)
     settled = {}
     for role, rule in rules.items():
-        scores = [_eligible(one, options) for one in scored if one.site.role is role]
+        scores = [_eligible(one, options) for one in scored if one.site.role.kind is role]
         if rule is not None and scores:
             settled[role] = rule.settle(torch.cat(scores))
     edits, tables = [], {}
     for one in scored:
-        lam, edit = _edit(one, settled[one.site.role], options)
+        lam, edit = _edit(one, settled[one.site.role.kind], options)
         tables[one.site.key] = replace(one.table, lam=lam)
         if bool(lam.any()):
             edits.append(edit)
@@ -162,4 +162,4 @@ def _edit(one: SiteScores, rule: Rule, options: Options) -> tuple[torch.Tensor, 
         push = float(lam @ (k_hat * one.x_bar.view(site.components, -1)).sum(dim=1))
         lam = lam * (one.size / push) if push > TINY * one.size else torch.zeros_like(lam)
     A = (lam[:, None] * k_hat).reshape(1, -1)
-    return lam, LowRank(site.tensor, one.v_hat[:, None].clone(), A)
+    return lam, LowRank(site.matrix, one.v_hat[:, None].clone(), A)

@@ -59,7 +59,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     spec = scoring.spec
     roles = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(options.sites, {Role.ATTN_OUT, Role.MLP_OUT})
     first, last = spec.layer_range(options.layers)
-    sites = [site for site in spec.sites if site.role in roles and first <= site.layer <= last]
+    sites = [site for site in spec.sites if site.role.kind in roles and first <= site.layer <= last]
     edits, tables = [], {}
     for one in scoring.score(sites, progress):
         a = one.size * _functional(scoring.statistics, one, options)
@@ -67,7 +67,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         lam = one.table.g.sign() * a.view(one.site.components, -1).norm(dim=1)
         tables[one.site.key] = replace(one.table, lam=lam)
         if bool(a.any()):
-            edits.append(LowRank(one.site.tensor, one.v_hat[:, None].clone(), a[None, :].clone()))
+            edits.append(LowRank(one.site.matrix, one.v_hat[:, None].clone(), a[None, :].clone()))
     base = Base(scoring.checkpoint.name, scoring.checkpoint.revision, scoring.checkpoint.fingerprint)
     method = {"name": "steering", **asdict(options), "layers": [first, last]}
     return EditPlan(base, tuple(edits), tables, method)

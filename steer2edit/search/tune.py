@@ -252,8 +252,8 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
     plan = make_plan(scoring, method=method, options=module.Options(**options))
     if "mlp_share" in params:
         share = {Role.ATTN_OUT: 1.0, Role.MLP_OUT: params["mlp_share"]}
-        tensors = {t: share[site.role] for site in scoring.spec.sites for t in (site.tensor, site.bias) if t}
-        plan = plan.reweighted(tensors, {site.key: share[site.role] for site in scoring.spec.sites})
+        tensors = {name: share.get(site.role.kind, 1.0) for name, site in scoring.spec.owners.items()}
+        plan = plan.reweighted(tensors, {site.key: share[site.role.kind] for site in scoring.spec.sites})
     return plan
 
 

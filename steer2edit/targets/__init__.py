@@ -142,10 +142,9 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
     Raises PlanError, with all problems, where the plan was made for another model or does not fit this one.
     """
     plan.check_base(checkpoint)
-    sites = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
     resolved, problems = {}, []
     for edit in plan.edits:
-        site = sites.get(edit.tensor)
+        site = spec.owners.get(edit.tensor)
         if site is None:
             problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
         elif isinstance(edit, LowRank) and (edit.B.shape[0], edit.A.shape[1]) != (

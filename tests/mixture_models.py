@@ -1,0 +1,118 @@
+"""Tiny random mixtures of experts of every family, built from configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import COMMON_SETTINGS, make_tokenizer
+
+from steer2edit.mixtures import MIXTURES
+
+MIXTURE_TYPES = [name for family in MIXTURES for name in family.model_types]
+EXPERTS, TOP_K, WIDTH = 8, 2, 12
+_MLA = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+_COUNTS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), TOP_K),
+    "moe_intermediate_size": WIDTH,
+    "shared_expert_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 20,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    # the first layer dense, where the family can have that
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_layer_start_index": 1,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+}
+_LINEAR = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+# what a type needs beside the common settings, or instead of them
+_SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "deepseek_v2", "glm4_moe_lite", "glm_moe_dsa", "axk1"), _MLA),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _LINEAR),
+    "mistral4": {
+        **_MLA,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "gpt_oss": _ROPE,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "jamba": {
+        "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "granitemoehybrid": {
+        "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 16, "shared_intermediate_size": 20,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "granitemoeshared": {"shared_intermediate_size": 20},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": None,
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16,
+    },
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
+    },
+    # as published: a dense block is called mlp, which saving would rename
+    "kimi_linear": {**_MLA, "first_k_dense_replace": 0},
+    "bailing_hybrid": {**_MLA, "layer_group_size": 2},
+    "llama4_text": {"moe_layers": [1, 2], "intermediate_size_mlp": 40},
+}  # fmt: skip
+
+
+def mixture_config(model_type: str, **changes: Any) -> Any:
+    """A config of three layers with eight experts of which two are taken; the first is dense where the family allows it."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind().to_dict(), *kind.attribute_map}
+    common = {**COMMON_SETTINGS, "num_hidden_layers": 3, **_COUNTS}
+    settings = {name: value for name, value in common.items() if name in known}
+    return kind(**{**settings, **_SPECIAL.get(model_type, {}), **changes})
+
+
+def save_mixture(folder: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A random mixture whose experts, routers and biases all matter, saved with a tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    torch.manual_seed(seed)
+    # Mistral 4 is known as a part of its multimodal model alone
+    auto = AutoModelForImageTextToText if config.model_type == "mistral4" else AutoModelForCausalLM
+    model = auto.from_config(config)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if not value.is_floating_point() or "inv_freq" in name or "A_log" in name or name.endswith(".D"):
+                continue
+            if value.ndim >= 2 and "conv" not in name and "moe_statics" not in name:
+                value.normal_(0, 1 / value.shape[-1] ** 0.5)
+            else:
+                value.add_(torch.randn_like(value) * 0.1)
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    name: (lambda folder, name=name: save_mixture(folder, mixture_config(name)))  # type: ignore[misc]
+    for name in MIXTURE_TYPES
+}

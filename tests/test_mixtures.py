@@ -1,0 +1,147 @@
+"""Every family of mixtures, on a tiny random model: writers and routers are all found, and are all there is."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K
+from safetensors.torch import load_file, save_file
+
+from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.errors import ArchitectureError
+from steer2edit.model import LoadedModel, load_weights
+
+# same length, same last token
+CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
+
+
+class Case:
+    """A tiny mixture on disk, as the compiler sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        self.spec: ModelSpec = read_spec(self.checkpoint)
+
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(load_weights(self.folder), None, self.spec)
+
+    def matrix(self, site: Site) -> torch.Tensor:
+        stored = self.checkpoint.read(site.locate(self.checkpoint))
+        return stored if site.orientation == "out_in" else stored.T
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    root = tmp_path_factory.mktemp("mixtures")
+    return functools.cache(lambda name: Case(MODELS[name](root / name)))
+
+
+@pytest.fixture(params=MIXTURE_TYPES)
+def case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
+    return build(request.param)
+
+
+def experts_down(loaded: LoadedModel, site: Site) -> torch.Tensor:
+    """An expert's output matrix in memory, [out, in], a view."""
+    module = loaded.module(site)
+    if hasattr(module, "mlp"):  # DBRX stacks its experts
+        width = site.in_features
+        return module.mlp.w2[site.expert * width : (site.expert + 1) * width].T  # type: ignore[operator]
+    down: torch.Tensor = module.down_proj[site.expert]
+    return down if down.shape == (site.out_features, site.in_features) else down.T
+
+
+def test_the_experts_of_a_spec_are_the_modules_of_transformers(case: Case) -> None:
+    loaded, spec = case.loaded(), case.spec
+    assert spec.routers and all((router.experts, router.top_k) == (EXPERTS, TOP_K) for router in spec.routers)
+    counted = Counter(site.layer for site in spec.sites if site.role is Role.EXPERT_OUT)
+    assert counted == {router.layer: EXPERTS for router in spec.routers}
+    for site in spec.sites:
+        W = case.matrix(site)
+        assert W.shape == (site.out_features, site.in_features)
+        held = experts_down(loaded, site) if site.expert is not None else loaded.module(site).weight
+        assert torch.equal(held, W)
+    for router in spec.routers:
+        module = loaded.model.get_submodule(router.router_module)
+        weight = next(p for p in module.parameters() if p.shape == (EXPERTS, spec.hidden_size))
+        assert torch.equal(weight, case.checkpoint.read(router.tensor))
+    names = [name for site in spec.sites for name in (site.matrix, site.bias_vector) if name]
+    assert len(set(names)) == len(names) and all(spec.owners[name].matrix or name for name in names)
+
+
+def test_without_its_writers_a_mixture_knows_no_context(case: Case) -> None:
+    loaded = case.loaded()
+
+    def last() -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = loaded.model(input_ids=CONTEXTS, use_cache=False).logits[:, -1]
+            return logits
+
+    before = last()
+    assert (before[0] - before[1]).abs().max() > 1e-3
+    ours = {id(p): p for site in case.spec.sites for p in writing_parameters(loaded.module(site))}
+    for parameter in ours.values():
+        parameter.zero_()
+    silent = last()
+    assert torch.equal(silent[0], silent[1])
+    blocks = [loaded.model.get_submodule(f"{case.spec.block_modules}{i}") for i in range(case.spec.layers)]
+    others = [p for block in blocks for p in block.parameters() if p.ndim >= 2 and id(p) not in ours]
+    for parameter in others:
+        parameter.normal_()
+    assert torch.equal(last(), silent)
+
+
+def writing_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of a writer's module; of all a layer's experts, those of their output matrices."""
+    outputs = ("down_proj", "down_proj_bias", "w2")
+    named = list(module.named_parameters())
+    held = [p for name, p in named if name.rsplit(".", 1)[-1] in outputs]
+    return held or [p for _, p in named]
+
+
+def rewritten(source: Path, folder: Path, drop: str | None = None, **config: Any) -> Path:
+    """A copy of a checkpoint without one tensor, or with other config values."""
+    folder.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != drop}, folder / "model.safetensors")
+    settings = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **config}))
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ArchitectureError) as caught:
+        read_spec(open_checkpoint(folder))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "told"),
+    [("experts.3.w2.weight", "is missing (expert 3 of 8)"), ("gate.weight", "is missing")],
+)
+def test_a_missing_expert_or_router_stops_the_compile(
+    build: Callable[[str], Case], tmp_path: Path, leaf: str, told: str
+) -> None:
+    name = f"model.layers.1.block_sparse_moe.{leaf}"
+    assert f"{name} {told}" in refusal(rewritten(build("mixtral").folder, tmp_path / "out", drop=name))
+
+
+def test_a_count_that_does_not_fit_the_router_stops_the_compile(build: Callable[[str], Case], tmp_path: Path) -> None:
+    folder = rewritten(build("mixtral").folder, tmp_path / "out", num_local_experts=7)
+    assert "expected 7 rows" in refusal(folder)
+
+
+def test_an_unknown_mixture_is_refused_with_the_place_to_describe_it(
+    build: Callable[[str], Case], tmp_path: Path
+) -> None:
+    message = refusal(rewritten(build("qwen3_moe").folder, tmp_path / "out", model_type="unheard_of"))
+    assert "is a mixture of experts" in message and "steer2edit/mixtures.py" in message
