@@ -1,15 +1,24 @@
-"""The model card of an artefact: what it is, how to load it, what changed."""
+"""The model card of an artefact or a plan: what it is, how to load it, what changed, what it does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from steer2edit.architecture import ModelSpec
-from steer2edit.checkpoint import Checkpoint
+from steer2edit.report.wording import interval, pairs
 
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.evaluation.evaluate import Evaluation
+    from steer2edit.plan import EditPlan
+
+HERE = "path/to/this/folder"
+"""Stands in a card for the repository's name until there is one."""
+_BASE = "path/to/the/base"
 _COMPILED = (
     "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
 )
@@ -20,7 +29,7 @@ class _Kind:
     """How the Hub files a target's artefact, and what it is in words."""
 
     said: str
-    relation: str | None
+    relation: str
     library: str
     tags: tuple[str, ...] = ()
 
@@ -35,89 +44,217 @@ _KINDS: Mapping[str, _Kind] = {
         "gguf",
         ("control-vector", "gguf"),
     ),
+    "plan": _Kind(
+        "A plan of steer2edit: the low-rank edits that compile a steering vector into the base's weights, from which a "
+        "checkpoint or an adapter is made.",
+        "adapter",
+        "steer2edit",
+        ("steer2edit-plan",),
+    ),
 }
 
 
-def model_card(receipt: Mapping[str, Any], spec: ModelSpec, checkpoint: Checkpoint) -> str:
-    """The text of ``README.md``, with the Hub's metadata block."""
-    from huggingface_hub import ModelCardData
+def model_card(
+    receipt: Mapping[str, Any],
+    *,
+    repository: str | None = None,
+    evaluation: Evaluation | None = None,
+    plot: str | None = None,
+) -> str:
+    """The text of ``README.md``, with the Hub's metadata block, from a receipt.
 
-    target = receipt["target"]
-    kind = _KINDS[target]
-    base = receipt["base"]
-    data = ModelCardData(
-        base_model=base["name"] if "/" in base["name"] else None,
-        base_model_relation=kind.relation if "/" in base["name"] else None,
-        library_name=kind.library,
-        license=base_licence(checkpoint.path),
-        pipeline_tag="text-generation",
-        tags=["steer2edit", "activation-steering", *kind.tags],
-    )
-    behaviour = receipt["data"].get("name", "a steering vector")
+    ``repository`` is where it goes, once that is known; ``evaluation`` gives the table of the trade-off, and ``plot`` names
+    its picture in the repository. Of an evaluation only numbers are shown, never a prompt or an answer.
+    """
+    base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
+    behaviour = receipt["data"].get("name") or "a steering vector"
     total = sum(change["norm"] ** 2 for change in receipt["changed"]) ** 0.5
-    measured = receipt["measured"]
     rows = [
-        ("Base", f"{base['name']}" + (f" at `{base['revision']}`" if base["revision"] else "")),
-        ("Base fingerprint", f"`{base['fingerprint']}`"),
+        ("Base", base["name"] + (f" at {base['revision']}" if base["revision"] else "")),
+        ("Base fingerprint", base["fingerprint"]),
         ("Behaviour", behaviour),
-        (
-            "Method",
-            ", ".join(f"{key} = {value}" for key, value in receipt["method"].items() if value is not None),
-        ),
+        ("Method", method_of(receipt["method"])),
         ("Changed tensors", f"{len(receipt['changed'])}, ‖ΔW‖ = {total:.4g} in all"),
         ("Exactness", receipt["exactness"]),
-        ("Plan", f"`{receipt['plan']['sha256']}`"),
+        ("Plan, SHA-256", receipt["plan"]["sha256"]),
     ]
     if "kl" in measured:
-        rows.append(
-            (
-                "KL from the base on neutral text",
-                f"{measured['kl']:.4f} nats a token over {measured['tokens']} tokens",
-            )
-        )
-        rows.append(
-            (
-                "Perplexity on neutral text",
-                f"{measured['base_perplexity']:.3f} before, {measured['perplexity']:.3f} after",
-            )
-        )
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {_cell(base['name'])}, edited: {_cell(behaviour)}\n\n"
-        f"{kind.said}\n\n{_loading(target, base['name'])}\n\n| | |\n|---|---|\n{table}\n\n"
-        "`steer2edit.json` lists every changed tensor; `steer2edit/plan.safetensors` is the plan that reproduces this "
-        "artefact from the base (`steer2edit show`, `steer2edit verify`).\n"
-    )
+        kl = f"{measured['kl']:.4f} nats a token over {measured['tokens']} tokens"
+        perplexity = f"{measured['base_perplexity']:.3f} before, {measured['perplexity']:.3f} after"
+        rows += [("KL from the base on neutral text", kl), ("Perplexity on neutral text", perplexity)]
+    rows.append(("Made with", pairs(receipt["versions"])))
+    title = f"{inline(base['name'])}, edited: {inline(behaviour)}"
+    parts = [
+        f"---\n{_metadata(receipt)}\n---",
+        f"# {title}",
+        _KINDS[target].said,
+        *_loading(receipt, repository or HERE),
+        "## What changed",
+        _table([["", ""], *rows]),
+    ]
+    if evaluation is not None:
+        parts += _measured(evaluation, plot)
+    parts.append(_receipt(target))
+    return "\n\n".join(parts) + "\n"
 
 
-def base_licence(folder: Path) -> str | None:
-    """The licence in the base's own card, if it has one."""
+def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a card takes over from the base: its licence, languages, and task."""
+    known = base_metadata(checkpoint.path / "README.md")
+    if "pipeline_tag" not in known:
+        images = isinstance(checkpoint.config.get("vision_config"), dict)
+        known["pipeline_tag"] = "image-text-to-text" if images else "text-generation"
+    return known
+
+
+def base_metadata(card: Path) -> dict[str, Any]:
+    """Licence, its name and link, languages and task in the metadata of a base's own card; empty where it has none."""
     from huggingface_hub import metadata_load
 
     try:
-        metadata = metadata_load(folder / "README.md") or {}
+        metadata = metadata_load(card) or {}
     except (OSError, ValueError):
+        return {}
+    keys = ("license", "license_name", "license_link", "pipeline_tag")
+    found = {key: metadata[key] for key in keys if _short(metadata.get(key))}
+    languages = metadata.get("language")
+    languages = languages if isinstance(languages, list) else [languages]
+    if languages and all(map(_short, languages)):
+        found["language"] = languages
+    return found
+
+
+def plan_receipt(plan: EditPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a plan that was not emitted, in the form of a receipt."""
+    from steer2edit import __version__
+
+    return {
+        "target": "plan",
+        "exactness": "the edits themselves, in float32",
+        "base": vars(plan.base),
+        "plan": {"sha256": plan.hash},
+        "method": dict(plan.method),
+        "measured": dict(plan.measured),
+        "data": dict(plan.data),
+        "changed": [{"norm": edit.norm} for edit in plan.edits],
+        "card": {"pipeline_tag": "text-generation", **metadata},
+        "versions": {"steer2edit": __version__},
+    }
+
+
+def method_of(method: Mapping[str, Any]) -> str:
+    """A method and its options in words; a merged plan as the number of its parts."""
+    parts = method.get("plans")
+    if isinstance(parts, list):
+        return f"{method.get('name')} of {len(parts)} plans"
+    options = pairs({key: value for key, value in method.items() if key != "name"})
+    return f"{method.get('name')}" + (f": {options}" if options else "")
+
+
+def inline(value: object) -> str:
+    """Text from a folder or a data file, in one line, in which nothing is Markdown, HTML or a link."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], text)
+    text = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text)
+    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _metadata(receipt: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    target, base = receipt["target"], receipt["base"]
+    kind = _KINDS[target]
+    taken = dict(receipt.get("card") or {})
+    link = taken.get("license_link")
+    if link is not None and "://" not in link and not (target == "checkpoint" and base["revision"] is None):
+        # a link inside the base's repository; nothing of it lies here
+        taken["license_link"] = _file_of(base, link)
+    published = base["revision"] is not None
+    data = ModelCardData(
+        base_model=base["name"] if published else None,
+        base_model_relation=kind.relation if published else None,
+        library_name=kind.library,
+        tags=["steer2edit", "activation-steering", *kind.tags],
+        **{key: value for key, value in taken.items() if value is not None},
+    )
+    return str(data.to_yaml())
+
+
+def _file_of(base: Mapping[str, Any], name: str) -> str | None:
+    from huggingface_hub import constants
+
+    if base["revision"] is None:
         return None
-    licence = metadata.get("license")
-    return licence if isinstance(licence, str) else None
+    return f"{constants.ENDPOINT}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
 
 
-def _loading(target: str, base: str) -> str:
+def _loading(receipt: Mapping[str, Any], place: str) -> list[str]:
+    target, base = receipt["target"], receipt["base"]
+    published, where = base["revision"] is not None, json.dumps(place)
+    images = (receipt.get("card") or {}).get("pipeline_tag") == "image-text-to-text"
+    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+    name = base["name"] if published else _BASE
     if target == "checkpoint":
-        return (
-            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```'
-        )
-    if target == "lora":
-        return (
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{_cell(base)}")\n'
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```'
-        )
-    option = "--lora adapter.gguf" if target == "gguf" else "--control-vector control-vector.gguf"
-    return f"```\nllama-server -m base.gguf {option}\n```\n\nwhere `base.gguf` is any GGUF of {_cell(base)}."
+        lines = [f"from transformers import {auto}", f"model = {auto}.from_pretrained({where})"]
+    elif target == "lora" and published and not images:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            f"model = AutoPeftModelForCausalLM.from_pretrained({where})",
+        ]
+    elif target == "lora":
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({json.dumps(name)}), {where})",
+        ]
+    elif target == "plan":
+        return [f"```console\n$ pip install steer2edit\n$ steer2edit emit {place} {name} --to lora --out adapter\n```"]
+    else:
+        option, file = ("--lora", "adapter.gguf") if target == "gguf" else ("--control-vector", "control-vector.gguf")
+        fetched = [] if place == HERE else [f"$ hf download {place} {file} --local-dir ."]
+        lines = [*fetched, f"$ llama-server -m base.gguf {option} {file}"]
+        said = f"`base.gguf` is any GGUF of {inline(base['name'])}."
+        return ["```console\n" + "\n".join(lines) + "\n```", said]
+    return ["```python\n" + "\n".join(lines) + "\n```"]
 
 
-def _cell(value: object) -> str:
-    # names come from folders and data files: they may not break out of the table or the heading
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("```", "'''")
+def _measured(found: Evaluation, plot: str | None) -> list[str]:
+    metrics = found.metrics
+    rows: list[Sequence[object]] = [["", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]]
+    for row in found.rows:
+        cells = [interval(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in metrics]
+        # a candidate may be called after the file it came from
+        rows.append([re.split(r"[/\\]", row.name)[-1] if row.kind == "edit" else row.name, *cells])
+    counts = (
+        f"{m.name} over {found.estimate(found.rows[0], m.name).count}"
+        for m in metrics
+        if m.name in found.rows[0].samples
+    )
+    said = (
+        f"Measured on held-out questions (split {inline(found.context.get('split'))}): {inline(', '.join(counts))}. "
+        "Brackets are bootstrap 95 % intervals."
+    )
+    picture = [f"![The attribute against its cost]({plot})"] if plot else []
+    return ["## The trade-off", *picture, _table(rows), said]
+
+
+def _receipt(target: str) -> str:
+    if target == "plan":
+        return (
+            "`plan.safetensors` holds every edit and the score of every component; `steer2edit show` prints them, "
+            "`steer2edit emit` makes a checkpoint or an adapter of them."
+        )
+    return (
+        "`steer2edit.json` is the receipt: every changed tensor, with its hash before and after where it was rewritten. "
+        "`steer2edit/plan.safetensors` is the plan that reproduces this artefact from the base; `steer2edit verify` "
+        "checks that it does."
+    )
+
+
+def _table(rows: Sequence[Sequence[object]]) -> str:
+    head, *body = [f"| {' | '.join(map(inline, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def _short(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()

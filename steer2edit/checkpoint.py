@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,14 +19,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from steer2edit.errors import CheckpointError, listing
+from steer2edit.errors import CheckpointError, HubError, listing
+from steer2edit.hub import read_reference, snapshot
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # large enough that Python's share is small, small enough that a block stays in the processor's cache
 BLOCK_BYTES = 1 << 20
 _MAX_HEADER = 100 << 20
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # weights in other formats, which a safetensors compile neither reads nor passes on
 _HUB_IGNORE = [
     "*.bin",
@@ -188,7 +187,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a folder, or a Hub id (fetched through huggingface_hub into its cache).
+    """Open a folder, or a Hub id ``user/name`` or ``user/name@revision`` (fetched through huggingface_hub into its cache).
 
     Raises CheckpointError naming every problem found: missing files, an index that does not match its
     shards, damaged headers.
@@ -284,17 +283,16 @@ def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, str | N
         if revision is not None:
             raise CheckpointError(f"--revision {revision} was given, but {path} is a local folder")
         return path, path.resolve().name, None
-    if not _HUB_ID.fullmatch(str(model)):
-        raise CheckpointError(f"{model} does not exist (and is not of the form of a Hub id, user/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    reference = read_reference(model, revision)
+    if reference is None:
+        raise CheckpointError(
+            f"{model} does not exist (and is not of the form of a Hub id, user/name or user/name@revision)"
+        )
     try:
-        folder = snapshot_download(str(model), revision=revision, ignore_patterns=_HUB_IGNORE)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{model} is neither a folder here nor could be fetched from the Hub: {reason}") from None
-    return Path(folder), str(model), Path(folder).name
+        folder = snapshot(reference, ignore=_HUB_IGNORE)
+    except HubError as error:
+        raise CheckpointError(f"{model} is neither a folder here nor could be fetched from the Hub: {error}") from None
+    return folder, reference.repository, folder.name
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:

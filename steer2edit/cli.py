@@ -12,10 +12,12 @@ import click
 
 from steer2edit import __version__
 from steer2edit.cli_capture import capture
+from steer2edit.cli_hub import push
 from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
     PATH,
     data_options,
+    find_plan,
     force_option,
     json_option,
     method_options,
@@ -215,25 +217,24 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
 
 
 @main.command()
-@click.argument("plan_file", metavar="PLAN", type=PATH)
+@click.argument("plan_file", metavar="PLAN")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Heads and neurons to list.")
 @click.option("--plot", type=PATH, help="Draw the heat-map into this PNG, SVG or PDF.")
 @json_option
-def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
-    """What a plan, or the plan in an artefact's folder, changes."""
+def show(plan_file: str, top: int, plot: Path | None, as_json: bool) -> None:
+    """What a plan, or the plan in an artefact's folder, here or on the Hub, changes."""
     from steer2edit.plan import EditPlan
     from steer2edit.report.figures import heatmap
     from steer2edit.report.tables import describe_plan, render_plan
-    from steer2edit.targets import PLAN
 
-    loaded = EditPlan.load(plan_file / PLAN if plan_file.is_dir() else plan_file)
+    loaded = EditPlan.load(find_plan(plan_file))
     if plot is not None:
         heatmap(loaded, plot)
     print_result(describe_plan(loaded, top), as_json, lambda _: render_plan(loaded, top))
 
 
 @main.command()
-@click.argument("plan_file", metavar="PLAN", type=PATH)
+@click.argument("plan_file", metavar="PLAN")
 @click.argument("model")
 @click.option("--to", required=True, help="checkpoint, lora, gguf or gguf-vector.")
 @click.option("-o", "--out", type=PATH, required=True, help="Folder of the artefact.")
@@ -242,15 +243,15 @@ def show(plan_file: Path, top: int, plot: Path | None, as_json: bool) -> None:
 @json_option
 @force_option
 def emit(
-    plan_file: Path, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool, **given: Any
+    plan_file: str, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool, **given: Any
 ) -> None:
-    """Lower a plan into a checkpoint, an adapter or a control vector. Runs no model."""
+    """Lower a plan, from here or from the Hub, into a checkpoint, an adapter or a control vector. Runs no model."""
     from steer2edit.plan import EditPlan
     from steer2edit.targets import emit as emit_plan
 
     checkpoint, spec = open_model(model, {"revision": revision})
     lowering = emit_plan(
-        EditPlan.load(plan_file),
+        EditPlan.load(find_plan(plan_file)),
         checkpoint,
         spec,
         to,
@@ -269,7 +270,7 @@ def emit(
 
 
 @main.command()
-@click.argument("folder", type=PATH)
+@click.argument("folder", metavar="DIR")
 @click.option("--base", help="The base's folder or Hub id, if it is not where the receipt says.")
 @click.option(
     "--level",
@@ -280,33 +281,20 @@ def emit(
 )
 @model_options
 @json_option
-def verify(folder: Path, base: str | None, level: str, as_json: bool, **given: Any) -> None:
-    """Check an artefact against its base and plan: bytes, then logits. Exit code 1 if a check fails."""
+def verify(folder: str, base: str | None, level: str, as_json: bool, **given: Any) -> None:
+    """Check an artefact, here or on the Hub, against its base and plan: bytes, then logits. Exit code 1 if a check fails."""
     from dataclasses import asdict
 
+    from steer2edit.hub import fetch
     from steer2edit.report.tables import render_verification
     from steer2edit.verification import verify as verify_artefact
 
     runtime = read_runtime({**given, "dtype": "float32" if given["dtype"] == "auto" else given["dtype"]})
-    result = verify_artefact(folder, base, numbers=level == "numbers", runtime=runtime, progress=progress_bar())
+    result = verify_artefact(fetch(folder), base, numbers=level == "numbers", runtime=runtime, progress=progress_bar())
     print_result({"ok": result.ok, **asdict(result)}, as_json, lambda _: render_verification(result))
     if not result.ok:
         sys.exit(1)
 
 
-@main.command()
-@click.argument("folder", type=PATH)
-@click.argument("repository", metavar="USER/NAME")
-@click.option("--private", is_flag=True, help="Create the repository as private.")
-@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
-@json_option
-def push(folder: Path, repository: str, private: bool, dry_run: bool, as_json: bool) -> None:
-    """Upload an artefact to the Hub."""
-    from steer2edit.hub import push as push_artefact
-
-    result = push_artefact(folder, repository, private=private, dry_run=dry_run)
-    print_result(result, as_json, lambda r: "\n".join([*r["files"], r["url"] or "nothing was sent (--dry-run)"]))
-
-
-for command in (capture, evaluate, tune, report, chat):
+for command in (capture, evaluate, tune, report, chat, push):
     main.add_command(command)

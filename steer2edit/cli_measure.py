@@ -13,6 +13,7 @@ from steer2edit.cli_options import (
     PATH,
     capture_given,
     data_options,
+    find_plan,
     json_option,
     model_options,
     numbers,
@@ -305,9 +306,8 @@ def _scoring(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any) -> 
 def _plan_of(where: str) -> Any:
     from steer2edit.errors import PlanError
     from steer2edit.plan import EditPlan
-    from steer2edit.targets import PLAN
 
-    path = Path(where)
-    if path.is_dir() and not (path / PLAN).is_file():
+    path = find_plan(where)
+    if not path.is_file():
         raise PlanError(f"{where} holds no plan; --baselines are held against a plan or an artefact of steer2edit")
-    return EditPlan.load(path / PLAN if path.is_dir() else path)
+    return EditPlan.load(path)

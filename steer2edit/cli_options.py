@@ -154,6 +154,18 @@ def open_model(model: str, given: dict[str, Any]) -> Any:
     return checkpoint, read_spec(checkpoint)
 
 
+def find_plan(where: str) -> Path:
+    """A plan's file, or the plan inside an artefact's folder, here or on the Hub, from where nothing else is fetched."""
+    from steer2edit.files import PLAN_FILE
+    from steer2edit.hub import fetch
+    from steer2edit.targets import PLAN
+
+    found = fetch(where, only=[PLAN, PLAN_FILE])
+    if not found.is_dir():
+        return found
+    return next((found / name for name in (PLAN, PLAN_FILE) if (found / name).is_file()), found / PLAN)
+
+
 def progress_bar() -> Any:
     """The progress of commands: bars on stderr."""
     from steer2edit.progress import bar

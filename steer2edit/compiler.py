@@ -202,6 +202,9 @@ def make_plan(
     plan = record_push(plan, scoring.spec, statistics)
     checkpoint.check_unchanged()
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
+    if described["system"] is not None:
+        # plans are published: of the texts behind them they hold digests only
+        described["system"] = prompt_digest(described["system"])
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 
 

@@ -30,6 +30,10 @@ class TargetError(Steer2EditError):
     """A plan that cannot be lowered to the target that was asked for."""
 
 
+class HubError(Steer2EditError):
+    """The Hub could not be reached, or refused."""
+
+
 def listing(problems: Iterable[str], limit: int = 10) -> str:
     """Problems as an indented list, one a line, with a count of those past ``limit``."""
     found = list(problems)

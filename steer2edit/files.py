@@ -15,6 +15,8 @@ from steer2edit.durable import exclusive, sync_file, sync_folder, sync_tree
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
 
 RECEIPT = "steer2edit.json"
+PLAN_FILE = "plan.safetensors"
+"""A plan that was published by itself."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
-from steer2edit.errors import DataError, listing, shown
+from steer2edit.errors import DataError, HubError, listing, shown
+from steer2edit.hub import dataset_file, read_reference
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ Build = Callable[[dict[str, object], str, int, list[str]], list[T]]
 
 
 def read_source(source: str | Path, shape: Shape, build: Build[T]) -> list[T]:
-    """What ``build`` makes of each row of a file, or of a Hub dataset ``user/name`` or ``user/name:file``, in order.
+    """What ``build`` makes of each row of a file, or of a Hub dataset ``user/name[@revision][:file]``, in order.
 
     Raises DataError, which lists every problem with its line or row.
     """
@@ -61,10 +62,17 @@ def read_source(source: str | Path, shape: Shape, build: Build[T]) -> list[T]:
         raise DataError(f"{path} is a folder; name a file in it ({', '.join(_READERS)})")
     if exists:
         return _read(path, path.name, shape, build)
-    repo, _, file = str(source).partition(":")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII) and PurePosixPath(repo).suffix not in _READERS:
-        return _read(*_download(repo, file), shape, build)
-    raise DataError(f"{source} does not exist, and is no Hub dataset (user/name or user/name:file) either")
+    repository, _, file = str(source).partition(":")
+    reference = read_reference(repository)
+    if reference is not None and "/" in reference.repository:
+        try:
+            path, file = dataset_file(reference, file, tuple(_READERS))
+        except HubError as error:
+            raise DataError(str(error)) from None
+        return _read(path, f"{reference}:{file}", shape, build)
+    raise DataError(
+        f"{source} does not exist, and is no Hub dataset (user/name, user/name:file or user/name@revision:file) either"
+    )
 
 
 def parse_json_lines(data: bytes, name: str, shape: Shape, build: Build[T]) -> list[T]:
@@ -115,31 +123,6 @@ def text_fault(key: str, value: object, filled: bool = False) -> str:
         return f"{key} is empty" if not value else f"{key} holds nothing but white space"
     half = re.search("[\ud800-\udfff]", value)
     return f"{key} holds half of a surrogate pair, which is no character" if half else ""
-
-
-def _download(repo: str, file: str) -> tuple[Path, str]:
-    """The local copy of a dataset's file and its name in messages; the only file, if none is named."""
-    import huggingface_hub
-
-    try:
-        if not file:
-            held = huggingface_hub.list_repo_files(repo, repo_type="dataset")
-            paths = [path for path in map(PurePosixPath, sorted(held)) if path.suffix.lower() in _READERS]
-            found = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
-            if not found:
-                raise DataError(f"the dataset {repo} on the Hub holds no file in a format of {', '.join(_READERS)}")
-            if len(found) > 1:
-                raise DataError(
-                    f"the dataset {repo} on the Hub holds several data files; name one as {repo}:{found[0]}\n"
-                    f"{listing(found)}"
-                )
-            file = found[0]
-        return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}:{file}"
-    except DataError:
-        raise
-    except Exception as error:  # its errors have no base in common over the supported versions
-        name = f"{repo}:{file}" if file else repo
-        raise DataError(f"cannot read {name}: no such file here, and the Hub says: {_reason(error)}") from None
 
 
 # A reader yields each row with its place, and notes what it cannot read.

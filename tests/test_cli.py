@@ -107,7 +107,7 @@ def test_push_dry_run_lists_the_artefact_and_sends_nothing(
     run("compile", tiny_llama, "--data", data, "--neutral", neutral, "--out", tmp_path / "out", "--to", "lora")
     (tmp_path / "out" / ".secret").write_text("token")
     result = run("push", tmp_path / "out", "user/name", "--dry-run", "--json")
-    assert json.loads(result.stdout)["files"] == [
+    assert [entry["file"] for entry in json.loads(result.stdout)["files"]] == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "steer2edit.json", "steer2edit/plan.safetensors",
     ]  # fmt: skip
     assert run("push", tiny_llama, "user/name", "--dry-run").exit_code == 2

@@ -241,14 +241,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     files: list[str] = []
     path = write(tmp_path, PAIRS, "jsonl")
 
-    def list_repo_files(repo: str, *, repo_type: str) -> list[str]:
-        assert repo_type == "dataset"
+    def list_repo_files(repo: str, *, repo_type: str, revision: str | None) -> list[str]:
+        assert repo_type == "dataset" and revision in (None, "v1")
         if repo == "user/unknown":
             raise OSError("no such dataset\nmore")
         return files
 
-    def hf_hub_download(repo: str, file: str, *, repo_type: str) -> str:
-        assert repo_type == "dataset"
+    def hf_hub_download(repo: str, file: str, *, repo_type: str, revision: str | None) -> str:
+        assert repo_type == "dataset" and revision in (None, "v1")
         if file not in files:
             raise OSError("no such file")
         return str(path)
@@ -263,6 +263,7 @@ def test_a_dataset_on_the_hub(hub: list[str]) -> None:
     examples = read_contrast("user/name")
     assert examples == read_contrast("user/name:data/train.jsonl")
     assert examples[0].where == "user/name:data/train.jsonl line 1"
+    assert read_contrast("user/name@v1")[0].where == "user/name@v1:data/train.jsonl line 1"
 
 
 def test_a_dataset_with_several_files_is_not_guessed_at(hub: list[str]) -> None:

@@ -18,7 +18,8 @@ from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.estimates import Estimate
 from steer2edit.evaluation.metrics import Metric, Sample, Task
-from steer2edit.files import RECEIPT, write_text
+from steer2edit.files import PLAN_FILE, RECEIPT, write_text
+from steer2edit.hub import fetch
 from steer2edit.model import LoadedModel, Runtime, edited, load_weights, with_adapter
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -161,12 +162,14 @@ def plan_candidate(loaded: LoadedModel, name: str, plan: EditPlan, kind: str = "
 
 
 def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runtime: Runtime = Runtime()) -> Candidate:  # noqa: B008
-    """A candidate from a plan file, an artefact or adapter folder, or another checkpoint's folder.
+    """A candidate from a plan file, an artefact or adapter folder, or another checkpoint's folder, here or on the Hub.
 
     Raises PlanError for what is none of these or was made for another model.
     """
-    path = Path(where).expanduser()
-    name = path.name.removesuffix(".plan.safetensors") or str(path)
+    path = fetch(where)
+    name = Path(where).name.removesuffix(".plan.safetensors") or str(path)
+    if (path / PLAN_FILE).is_file() and not (path / RECEIPT).is_file():
+        path = path / PLAN_FILE  # a plan published alone
     if path.is_file():
         plan = EditPlan.load(path)
         plan.check_base(checkpoint)

@@ -109,7 +109,7 @@ def reproduction(
         ("Data", plan.data.get("name")),
         ("Data, SHA-256", plan.data.get("data")),
         ("Examples", plain_value(plan.data.get("examples"))),
-        ("System message", plan.data.get("system")),
+        ("System message, digest", plan.data.get("system")),
         ("Strength", plain_value(plan.measured.get("strength"))),
         ("Seeds", pairs(seeds)),
         ("Versions", pairs(receipt.get("versions") or {"steer2edit": __version__})),

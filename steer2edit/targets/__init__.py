@@ -6,6 +6,7 @@ A target module has ``lower(plan, checkpoint, spec, folder, progress) -> Lowerin
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -25,6 +26,7 @@ from steer2edit.files import RECEIPT, new_folder
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
+CARD = "README.md"
 PLAN = "steer2edit/plan.safetensors"
 EVALUATION = "steer2edit/evaluation.json"
 REPORT = "steer2edit/report.html"
@@ -95,7 +97,7 @@ def emit(
     TargetError where ``out`` exists, the disk is full, or the target cannot express the plan, and CheckpointError where the
     base was changed since it was opened.
     """
-    from steer2edit.card import model_card
+    from steer2edit.card import inherited, model_card
 
     target = load(to)
     resolve(plan, checkpoint, spec)
@@ -119,10 +121,15 @@ def emit(
             "changed": [asdict(change) for change in lowering.changes],
             "notes": list(lowering.notes),
             "details": dict(lowering.details),
+            "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
+            "card": inherited(checkpoint),
             "versions": _versions(),
         }
+        card = model_card(receipt)
+        # a card that somebody wrote on since is known by its hash, and not written anew when it is pushed
+        receipt["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
         (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(receipt, spec, checkpoint), encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
     return lowering
 
 
