@@ -12,6 +12,7 @@ import click
 
 from steer2edit import __version__
 from steer2edit.cli_capture import capture
+from steer2edit.cli_diff import diff, revert
 from steer2edit.cli_hub import push
 from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
@@ -296,5 +297,5 @@ def verify(folder: str, base: str | None, level: str, as_json: bool, **given: An
         sys.exit(1)
 
 
-for command in (capture, evaluate, tune, report, chat, push):
+for command in (capture, evaluate, tune, report, chat, push, diff, revert):
     main.add_command(command)

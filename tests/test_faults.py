@@ -256,6 +256,6 @@ def test_a_link_that_cannot_be_made_is_a_copy(case: Case, monkeypatch: pytest.Mo
 def test_bytes_do_not_depend_on_the_number_of_jobs(case: Case, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case.emit()
     whole = digest(case.out)
-    monkeypatch.setattr("steer2edit.targets.checkpoint._COPY_BYTES", 1000)
+    monkeypatch.setattr("steer2edit.targets.checkpoint.COPY_BYTES", 1000)
     case.emit(writing=Writing(jobs), force=True)
     assert digest(case.out) == whole

@@ -6,7 +6,6 @@ edited tensor is read, summed in float32, rounded once and written, block by blo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -19,13 +18,13 @@ import torch
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
+from steer2edit.copying import COPY_BYTES, copy_range, write_at
 from steer2edit.errors import TargetError
 from steer2edit.files import RECEIPT
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.progress import Progress
 from steer2edit.targets import Change, Lowering, Writing, resolve
 
-_COPY_BYTES = 64 << 20
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
@@ -149,7 +148,7 @@ def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Ch
             data = _bytes(new)
             after.update(data)
             try:
-                _pwrite(file.fileno(), data, info.offset + first * row_bytes)
+                write_at(file.fileno(), data, info.offset + first * row_bytes)
             except OSError as error:
                 raise TargetError(f"cannot write {edit.tensor}: {error.strerror or error}") from None
     return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
@@ -165,40 +164,5 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], Change | int]]:
-    for at in range(start, end, _COPY_BYTES):
-        yield lambda at=at: _copy(source, target, at, min(_COPY_BYTES, end - at))  # type: ignore[misc]
-
-
-def _copy(source: Path, target: Path, offset: int, count: int) -> int:
-    try:
-        with open(source, "rb", buffering=0) as reading, open(target, "r+b", buffering=0) as writing:
-            done = 0
-            while done < count:
-                done += _copy_some(reading.fileno(), writing.fileno(), offset + done, count - done)
-    except OSError as error:
-        raise TargetError(f"cannot copy {source.name}: {error.strerror or error}") from None
-    return count
-
-
-def _copy_some(source: int, target: int, offset: int, count: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            copied = os.copy_file_range(source, target, count, offset, offset)
-        except OSError as error:
-            if error.errno not in {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}:
-                raise
-        else:
-            if copied:
-                return copied
-            raise TargetError("a shard became shorter while it was copied")
-    data = os.pread(source, min(count, 8 << 20), offset)
-    if not data:
-        raise TargetError("a shard became shorter while it was copied")
-    _pwrite(target, memoryview(data), offset)
-    return len(data)
-
-
-def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+    for at in range(start, end, COPY_BYTES):
+        yield lambda at=at: copy_range(source, at, target, at, min(COPY_BYTES, end - at))  # type: ignore[misc]
