@@ -14,6 +14,7 @@ from steer2edit import __version__
 from steer2edit.cli_capture import capture
 from steer2edit.cli_diff import diff, revert
 from steer2edit.cli_hub import push
+from steer2edit.cli_import import import_
 from steer2edit.cli_measure import chat, evaluate, report, tune
 from steer2edit.cli_options import (
     PATH,
@@ -35,8 +36,10 @@ from steer2edit.cli_options import (
     read_method_options,
     read_neutral,
     read_runtime,
+    read_vectors,
     read_writing,
     strength_options,
+    vectors_option,
     writing_options,
 )
 from steer2edit.errors import Steer2EditError
@@ -120,6 +123,7 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
     help="checkpoint, lora, gguf or gguf-vector; may be repeated.",
 )
 @click.option("--stats", type=PATH, help="Statistics of an earlier capture, instead of data.")
+@vectors_option
 @click.option(
     "--eval", "questions", help="Held-out questions for the report; those of --behavior come with the package."
 )
@@ -139,10 +143,12 @@ def compile(
     from steer2edit.statistics import Statistics
     from steer2edit.targets import REPORT
 
+    vectors = read_vectors(given)
     compiled = compile_model(
         model,
-        Statistics.load(stats) if stats and only_statistics(given) else read_behavior(given),
+        Statistics.load(stats) if stats and only_statistics(given) else read_behavior(given, vectors),
         out,
+        vectors=vectors,
         to=to,
         revision=given["revision"],
         method=given["method"],
@@ -183,6 +189,7 @@ def compile(
 @main.command()
 @click.argument("model")
 @click.option("--stats", type=PATH, required=True, help="Statistics made by capture.")
+@vectors_option
 @click.option("-o", "--out", type=PATH, required=True, help="The plan file, *.plan.safetensors.")
 @method_options
 @strength_options
@@ -195,10 +202,14 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
     from steer2edit.model import load_model
     from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.statistics import Statistics
+    from steer2edit.vectors import substituted
 
     checkpoint, spec = open_model(model, given)
+    statistics, vectors = Statistics.load(stats), read_vectors(given)
+    if vectors is not None:
+        statistics = substituted(vectors, statistics, checkpoint, spec)
     made = make_plan(
-        Scoring(checkpoint, spec, Statistics.load(stats)),
+        Scoring(checkpoint, spec, statistics),
         method=given["method"],
         options=read_method_options(given),
         progress=progress_bar(),
@@ -297,5 +308,15 @@ def verify(folder: str, base: str | None, level: str, as_json: bool, **given: An
         sys.exit(1)
 
 
-for command in (capture, evaluate, tune, report, chat, push, diff, revert):
+for command in (
+    capture,
+    chat,
+    diff,
+    evaluate,
+    import_,
+    push,
+    report,
+    revert,
+    tune,
+):
     main.add_command(command)

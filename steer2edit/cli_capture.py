@@ -32,9 +32,12 @@ from steer2edit.cli_options import (
     show_default=True,
     help="Seconds between two times that the sums are kept.",
 )
+@click.option(
+    "--background-only", is_flag=True, help="No contrast data: what planning with imported vectors needs of a model."
+)
 @model_options
 @json_option
-def capture(model: str, out: Path, keep_every: float, as_json: bool, **given: Any) -> None:
+def capture(model: str, out: Path, keep_every: float, background_only: bool, as_json: bool, **given: Any) -> None:
     """Run MODEL over contrast data once and keep the statistics.
 
     Under torchrun or accelerate launch the processes share the data. Sums are kept in OUT.partial while it runs; started
@@ -42,7 +45,7 @@ def capture(model: str, out: Path, keep_every: float, as_json: bool, **given: An
     """
     from dataclasses import replace
 
-    from steer2edit.compiler import capture_statistics
+    from steer2edit.compiler import Behavior, capture_statistics
     from steer2edit.distributed import joined, own_device
     from steer2edit.model import load_model
     from steer2edit.progress import silent
@@ -53,7 +56,10 @@ def capture(model: str, out: Path, keep_every: float, as_json: bool, **given: An
         def ready() -> Any:
             checkpoint, spec = open_model(model, given)
             # the data first: it is quickly known to be bad
-            behavior, background = read_behavior(given), read_background(given)
+            if background_only and (given["data"] or given["behavior"]):
+                raise click.UsageError("--background-only stands in place of --data and --behavior")
+            behavior = Behavior("background", ()) if background_only else read_behavior(given)
+            background = read_background(given)
             runtime = read_runtime(given)
             runtime = replace(runtime, device=own_device(runtime.device))
             return checkpoint, behavior, background, load_model(checkpoint, spec, runtime)

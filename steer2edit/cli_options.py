@@ -133,6 +133,12 @@ writing_options = options(
     ),
     click.option("--link", is_flag=True, help="Hard-link the shards that no edit touches instead of copying them."),
 )
+vectors_option = click.option(
+    "--vectors",
+    "vectors_file",
+    type=PATH,
+    help="Steering vectors made elsewhere, as steer2edit import reads them, in place of the captured difference.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace an artefact that is there already.")
 
@@ -184,14 +190,24 @@ def only_statistics(given: dict[str, Any]) -> bool:
     return True
 
 
-def read_behavior(given: dict[str, Any]) -> Any:
+def read_behavior(given: dict[str, Any], vectors: Any = None) -> Any:
+    """The behaviour that was given; beside vectors from elsewhere, none need be, and the background text is read alone."""
     from steer2edit.compiler import Behavior
 
+    if vectors is not None and not given["data"] and not given["behavior"]:
+        return Behavior(str(vectors.source.get("name", "imported vectors")), (), given["system"], given["span"])
     if bool(given["data"]) == bool(given["behavior"]):
         raise click.UsageError("give exactly one of --data, --behavior and (where there is one) --stats")
     if given["data"]:
         return Behavior.from_data(given["data"], given["system"], given["span"])
     return Behavior.builtin(given["behavior"], given["system"], given["span"])
+
+
+def read_vectors(given: dict[str, Any]) -> Any:
+    """The vectors of --vectors, or None."""
+    from steer2edit.importers import read_vectors as read
+
+    return read(given["vectors_file"]) if given["vectors_file"] else None
 
 
 def capture_given(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any = None) -> Any:
@@ -236,11 +252,11 @@ def read_method_options(given: dict[str, Any]) -> Any:
         # the paper's edit to the letter knows nothing of stability
         chosen.setdefault("stable", False)
     if "layers" in chosen:
-        chosen["layers"] = _layers(chosen["layers"])
+        chosen["layers"] = read_layers(chosen["layers"])
     return options_class(**chosen)
 
 
-def _layers(text: str) -> tuple[int, int]:
+def read_layers(text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
     if not first.isdigit() or (dash and not last.isdigit()):
         raise click.BadParameter(

@@ -28,6 +28,7 @@ from steer2edit.resume import EVERY_SECONDS
 from steer2edit.rows import prompt_digest
 from steer2edit.statistics import Statistics
 from steer2edit.targets import Lowering
+from steer2edit.vectors import Vectors, substituted
 
 if TYPE_CHECKING:
     from steer2edit.evaluation.evaluate import Evaluation
@@ -76,6 +77,7 @@ def compile(
     behavior: Behavior | Statistics,
     out: str | Path,
     *,
+    vectors: Vectors | None = None,
     to: Sequence[str] = ("checkpoint",),
     revision: str | None = None,
     method: str = METHOD,
@@ -97,6 +99,7 @@ def compile(
     ``strength`` multiplies the method's edit; without it, the largest is taken whose measured mean KL on neutral text (nats
     per token) is within ``kl_budget``, 0.05 unless given. With one target ``out`` is its folder, with several a folder for
     each inside.
+    With ``vectors`` from elsewhere these take the place of the captured difference, and a behaviour without examples will do.
     ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. With held-out
     ``questions`` the edit is also measured, beside activation steering and a random direction, and each artefact gets
     the evaluation and a report page. Raises a Steer2EditError for whatever is wrong with the input.
@@ -104,6 +107,8 @@ def compile(
     folders = artefact_folders(out, to, force)
     checkpoint = open_checkpoint(model, revision)
     spec = read_spec(checkpoint)
+    if vectors is not None:
+        vectors.check(spec)
     loaded = load_model(checkpoint, spec, runtime)
     if isinstance(behavior, Statistics):
         statistics = behavior
@@ -111,6 +116,8 @@ def compile(
         statistics = capture_statistics(
             loaded, checkpoint, behavior, background=background, batch_tokens=batch_tokens, progress=progress
         )
+    if vectors is not None:
+        statistics = substituted(vectors, statistics, checkpoint, spec)
     scoring = Scoring(checkpoint, spec, statistics)
     plan = make_plan(scoring, method=method, options=options, progress=progress)
     text = neutral_text(loaded, neutral, progress)
@@ -144,7 +151,8 @@ def capture_statistics(
 ) -> Statistics:
     """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
 
-    The background stands for everything else the model may read; without one the packaged English text is taken.
+    The background stands for everything else the model may read; without one the packaged English text is taken. Without
+    examples it is captured alone, for vectors from elsewhere.
     ``world``, ``keep`` and ``keep_every`` are those of :func:`capture.capture`.
     """
     texts = contrast.background_text() if background is None else background
@@ -205,6 +213,8 @@ def make_plan(
     if described["system"] is not None:
         # plans are published: of the texts behind them they hold digests only
         described["system"] = prompt_digest(described["system"])
+    if "vectors" in statistics.source:
+        described["vectors"] = statistics.source["vectors"]
     return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
 
 

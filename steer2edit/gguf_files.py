@@ -29,8 +29,8 @@ def write_gguf(path: Path, architecture: str, tensors: Mapping[str, torch.Tensor
     writer.close()
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Fields and float tensors of a GGUF file. Raises PlanError for damaged files and for quantised tensors."""
+def read_gguf(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Fields and, with ``tensors``, float tensors of a GGUF file. Raises PlanError for damaged files and quantised tensors."""
     gguf = library()
     try:
         reader = gguf.GGUFReader(path)
@@ -39,6 +39,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise PlanError(f"{path} does not exist") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise PlanError(f"{path} is not a readable GGUF file: {error}") from None
+    if not tensors:
+        return fields, {}
     floats = {"F32", "F16", "F64"}
     strange = [
         f"{tensor.name} is {tensor.tensor_type.name}"

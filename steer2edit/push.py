@@ -17,17 +17,21 @@ from steer2edit.errors import TargetError, listing
 from steer2edit.plan import Edit, EditPlan, LowRank
 from steer2edit.statistics import LABELS, Statistics
 
+# what these write reaches the stream at some tokens only, or weighted by a router
+_CONDITIONAL = (Role.EMBED, Role.EXPERT_OUT, Role.SHARED_EXPERT_OUT)
+
 
 def record_push(plan: EditPlan, spec: ModelSpec, statistics: Statistics) -> EditPlan:
     """The plan with every low-rank edit's ``push`` filled in where its typical input was captured.
 
     Behind a norm the push is what reaches its gain: ``A x_bar`` over the root mean square of the site's output.
     """
-    sites = {site.tensor: site for site in spec.sites}
 
     def pushing(edit: Edit) -> Edit:
-        site = sites.get(edit.tensor)
-        if site is None or not isinstance(edit, LowRank) or (site.key, "input", "positive") not in statistics.moments:
+        site = spec.owners.get(edit.tensor)
+        if site is None or site.role in _CONDITIONAL or not isinstance(edit, LowRank):
+            return edit
+        if (site.key, "input", "positive") not in statistics.moments:
             return edit
         push = edit.A.double() @ statistics.x_bar(site.key).double()
         if site.norm is not None:
@@ -48,14 +52,13 @@ def residual_push(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> di
 
     Raises TargetError for edits whose push is not known.
     """
-    sites = {tensor: site for site in (*spec.sites, spec.embedding) for tensor in (site.tensor, site.bias) if tensor}
     unknown = []
     found: dict[int, torch.Tensor] = {}
     for edit in plan.edits:
-        site = sites[edit.tensor]
-        if isinstance(edit, LowRank) and edit.push is not None and site.role is not Role.EMBED:
+        site = spec.owners[edit.tensor]
+        if isinstance(edit, LowRank) and edit.push is not None and site.role not in _CONDITIONAL:
             vector = edit.B.double() @ edit.push.double()
-        elif not isinstance(edit, LowRank) and site.norm is None:
+        elif not isinstance(edit, LowRank) and site.norm is None and site.role not in _CONDITIONAL:
             vector = edit.delta.double()
         else:
             unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
@@ -87,6 +90,8 @@ def stream_factor(checkpoint: Checkpoint) -> float:
 def _reason(edit: Edit, site: Site) -> str:
     if site.role is Role.EMBED:
         return "the embedding's push differs from token to token"
+    if site.role in _CONDITIONAL:
+        return "an expert pushes only where it is routed to"
     if not isinstance(edit, LowRank):
         return "a bias before a norm"
     return "the plan was not made from statistics, so its typical input is not known"

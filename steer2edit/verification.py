@@ -299,7 +299,7 @@ def _artefact_logits(
     loaded: LoadedModel, folder: Path, target: str, plan: EditPlan, runtime: Runtime
 ) -> list[torch.Tensor]:
     if target == "gguf":
-        adapter = gguf.read_back(folder, plan, loaded.spec)
+        adapter = gguf.read_back(folder / gguf.FILE, plan.base, loaded.spec)
         return _logits(loaded, lambda: edited(loaded, adapter))
     if target == "gguf-vector":
         _, vectors = read_control_vector(folder / gguf_vector.FILE)

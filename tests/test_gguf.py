@@ -44,7 +44,7 @@ def test_the_adapter_reads_back_as_the_plan_and_as_the_peft_adapter(case: Any, t
     both = merge([plan, other], [1.0, -0.7])
     emit(case, "gguf", tmp_path / "gguf", both)
     emit(case, "lora", tmp_path / "lora", both)
-    back = gguf.read_back(tmp_path / "gguf", both, scoring.spec)
+    back = gguf.read_back(tmp_path / "gguf" / gguf.FILE, both.base, scoring.spec)
     assert {edit.tensor for edit in back.edits} == {edit.tensor for edit in both.edits}
     peft = load_file(tmp_path / "lora/adapter_model.safetensors")
     _, tensors = read_gguf(tmp_path / "gguf" / gguf.FILE)

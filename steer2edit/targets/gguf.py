@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role
+from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.gguf_files import Fields, library, read_gguf, write_gguf
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan import Base, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress
 from steer2edit.targets import Change, Lowering, resolve
 
@@ -35,6 +35,17 @@ ARCHITECTURES: Mapping[str, str] = {
     **{"gpt_bigcode": "starcoder", "bloom": "bloom", "falcon": "falcon", "mpt": "mpt", "jais2": "jais2"},
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), "qwen2vl"),
     "qwen3_vl_text": "qwen3vl",
+    # mixtures: their attention and shared experts
+    **{
+        "mixtral": "llama",
+        "qwen2_moe": "qwen2moe",
+        "qwen3_moe": "qwen3moe",
+        "olmoe": "olmoe",
+        "granitemoe": "granitemoe",
+    },
+    **{"gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe"},
+    **{"hunyuan_v1_moe": "hunyuan-moe", "phimoe": "phimoe", "exaone_moe": "exaone-moe"},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
 }
 
 
@@ -43,11 +54,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     resolved = resolve(plan, checkpoint, spec)
     if not resolved:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    refused = [
-        f"{name}: {'a bias' if not isinstance(edit, LowRank) else 'the embedding'}"
-        for name, (edit, site) in resolved.items()
-        if not isinstance(edit, LowRank) or site.role is Role.EMBED
-    ]
+    refused = [f"{name}: {what}" for name, (edit, site) in resolved.items() if (what := _refusal(edit, site))]
     if refused:
         raise TargetError(
             f"a GGUF adapter carries low-rank edits of dense writers only, and none of these:\n{listing(refused)}\n"
@@ -68,9 +75,9 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     return Lowering("exact", changes, notes, {"rank": rank, "architecture": architecture, "files": [FILE]})
 
 
-def read_back(folder: Path, plan: EditPlan, spec: ModelSpec) -> EditPlan:
+def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:
     """The plan that an adapter's file amounts to when llama.cpp adds it at scale 1. Raises PlanError for other files."""
-    fields, tensors = read_gguf(folder / FILE)
+    fields, tensors = read_gguf(path)
     architecture = architecture_of(spec)
     expected = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
     wrong = [
@@ -79,18 +86,24 @@ def read_back(folder: Path, plan: EditPlan, spec: ModelSpec) -> EditPlan:
         if fields.get(key) != value
     ]
     if wrong:
-        raise PlanError(f"{folder / FILE} is not this base's adapter:\n{listing(wrong)}")
+        raise PlanError(f"{path} is not this base's adapter:\n{listing(wrong)}")
     sites = {name: spec.site(key) for key, name in tensor_names(spec, architecture).items()}
     edits = []
     for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
         A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if name not in sites or A is None or B is None:
-            raise PlanError(f"{folder / FILE}: {name} is no writer of this model, or half of its pair is missing")
+            raise PlanError(f"{path}: {name} is no writer of this model, or half of its pair is missing")
         # alpha 0 stands for "no alpha" in llama.cpp
         alpha = float(fields.get("adapter.lora.alpha", 0.0))
         scale = alpha / B.shape[1] if alpha else 1.0
-        edits.append(LowRank(sites[name].tensor, B, A * scale))
-    return EditPlan(plan.base, tuple(edits))
+        edits.append(LowRank(sites[name].matrix, B, A * scale))
+    return EditPlan(base, tuple(edits))
+
+
+def _refusal(edit: Edit, site: Site) -> str:
+    if not isinstance(edit, LowRank):
+        return "a bias"
+    return {Role.EMBED: "the embedding", Role.EXPERT_OUT: "an expert"}.get(site.role, "")
 
 
 def architecture_of(spec: ModelSpec) -> str:
@@ -110,8 +123,8 @@ def tensor_names(spec: ModelSpec, architecture: str) -> dict[str, str]:
     if architecture not in kinds:
         raise TargetError(f"the installed gguf library does not know the architecture {architecture}; upgrade it")
     table = gguf.get_tensor_name_map(kinds[architecture], spec.layers)
-    names = {}
-    for site in spec.sites:
+    names: dict[str, str] = {}
+    for site in (site for site in spec.sites if site.expert is None):
         # inside a multimodal model the language model's modules lie one level deeper; converters leave that level out
         module = site.module.replace("model.language_model.", "model.", 1)
         name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))

@@ -23,10 +23,12 @@ from steer2edit.targets import Change, Lowering, resolve
 def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
     resolved = resolve(plan, checkpoint, spec)
+    # transformers holds a layer's experts as one fused parameter: no module that an adapter could wrap
+    kinds = {Role.EMBED: "the embedding", Role.EXPERT_OUT: "an expert"}
     refused = [
-        f"{name}: {'a bias' if not isinstance(edit, LowRank) else 'the embedding'}"
+        f"{name}: {kinds.get(site.role, 'a bias') if isinstance(edit, LowRank) else 'a bias'}"
         for name, (edit, site) in resolved.items()
-        if not isinstance(edit, LowRank) or site.role is Role.EMBED
+        if not isinstance(edit, LowRank) or site.role in kinds
     ]
     if refused:
         raise TargetError(

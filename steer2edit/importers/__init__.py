@@ -1,0 +1,94 @@
+"""Reading what others made: steering vectors to compile, and finished low-rank edits to show, rescale and compose.
+
+One file, one kind of source. What a file holds is found by looking into it, never by its name alone; what was not
+established about a format is refused rather than guessed. Pickles are read with ``weights_only=True`` and no otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from steer2edit.architecture import ModelSpec
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import DataError
+from steer2edit.plan import EditPlan
+from steer2edit.vectors import Vectors
+
+SUPPORTED = (
+    "control-vector GGUF (repeng, llama.cpp), SteeringVector files of the steering-vectors library, per-layer .pt, .npz, .npy "
+    "and .safetensors, Steer2Edit's direction files and edit packs, SAELens folders, PEFT and GGUF LoRA adapters"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file's entries become layers.
+
+    ``layers`` are the first and last layer of a file's single vector; ``offset`` is added to every layer number of a file (-1
+    where entry i is transformers' ``hidden_states[i]``, the stream before block i); ``features`` are an SAE's decoder rows.
+    """
+
+    layers: tuple[int, int] | None = None
+    offset: int = 0
+    features: tuple[int, ...] = ()
+
+
+class Edits(Protocol):
+    """Low-rank edits that are not yet tied to a base."""
+
+    def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
+        """The same as a plan for ``checkpoint``. Raises DataError where they do not fit it."""
+        ...
+
+
+def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:
+    """What is in a file or folder. Raises DataError for what is not supported, with what is."""
+    from steer2edit.importers import adapters, authors, gguf_sources, layerwise, saes
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if (path / adapters.CONFIG).is_file():
+            return adapters.read_peft(path)
+        if (path / saes.CONFIG).is_file():
+            return saes.read_sae(path, reading)
+        raise DataError(f"{path} holds no {adapters.CONFIG} and no {saes.CONFIG}; supported: {SUPPORTED}")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        return gguf_sources.read(path, reading)
+    if suffix == ".safetensors":
+        return layerwise.read_safetensors(path, reading)
+    if suffix in (".npz", ".npy"):
+        return layerwise.read_numpy(path, reading)
+    if suffix in (".pt", ".pth", ".bin"):
+        held = layerwise.load_pickle(path)
+        if authors.is_directions(held):
+            return authors.read_directions(held, described(path, "Steer2Edit directions"))
+        if authors.is_edit_pack(held):
+            return authors.EditPack(held, described(path, "Steer2Edit edit pack"))
+        return layerwise.read_held(held, path, reading)
+    raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not supported; supported: {SUPPORTED}")
+
+
+def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:
+    """Steering vectors from any supported source. Raises DataError for a source of finished edits."""
+    found = read(path, reading)
+    if isinstance(found, Vectors):
+        return found
+    raise DataError(
+        f"{path} holds finished edits, not steering vectors: make a plan of it with steer2edit import {path} --model MODEL -o "
+        "x.plan.safetensors, and compile with --plan"
+    )
+
+
+def described(path: Path, kind: str, **more: Any) -> dict[str, Any]:
+    """The source of what was read: format, name, and the file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return {"format": kind, "name": path.stem, "file": path.name, "sha256": digest.hexdigest(), **more}

@@ -1,0 +1,129 @@
+"""PEFT LoRA adapters as plans: ``ΔW = s B A`` on residual writers, with s = alpha/r, or alpha/√r for rslora."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.architecture import ModelSpec
+from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.errors import CheckpointError, DataError, PlanError, listing
+from steer2edit.files import load_tensors
+from steer2edit.importers import described
+from steer2edit.plan import Base, Edit, EditPlan, LowRank
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PAIR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
+# settings that make an adapter more than W + s B A, and what each is
+_MORE = {
+    "use_dora": "DoRA rescales every column of W",
+    "modules_to_save": "whole modules are replaced",
+    "lora_bias": "a bias is added",
+    "layer_replication": "layers are repeated",
+    "trainable_token_indices": "rows of the embedding are replaced",
+    "target_parameters": "fused parameters are targeted",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "use_qalora": "inputs are pooled",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "a router mixes several adapters",
+}
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """The adapter in a folder. Raises DataError where it is more than plain LoRA, with everything that is."""
+    try:
+        config = read_json(folder / CONFIG)
+        tensors, _ = load_tensors(folder / WEIGHTS)
+    except (CheckpointError, PlanError) as error:
+        raise DataError(str(error)) from None
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}: biases are replaced")
+    problems += [f"{key} is set: {why}" for key, why in _MORE.items() if config.get(key)]
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _PAIR.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            problems.append(f"{name} {list(tensor.shape)} is no matrix lora_A or lora_B")
+        else:
+            pairs.setdefault(match.group(1), {})[match.group(2)] = tensor.float()
+    factors = {}
+    for module, pair in pairs.items():
+        if pair.keys() != {"A", "B"} or pair["B"].shape[1] != pair["A"].shape[0]:
+            problems.append(f"{module} has not both factors, or they do not fit together")
+            continue
+        rank = pair["A"].shape[0]
+        scale = _scale(config, module, rank)
+        if scale is None:
+            problems.append(f"{module} has the rank {rank}, its config says r = {_setting(config, 'r', module)}")
+        else:
+            factors[module] = (pair["B"], pair["A"] * scale)
+    if problems or not factors:
+        raise DataError(
+            f"{folder} is not a plain LoRA adapter, W + s B A:\n{listing(problems or ['it holds no factors'])}"
+        )
+    base = config.get("base_model_name_or_path")
+    source = described(folder / WEIGHTS, "PEFT LoRA adapter", adapter_of=base if isinstance(base, str) else None)
+    return PeftAdapter(factors, {**source, "name": folder.resolve().name})
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter's ``B`` [out, r] and scaled ``A`` [r, in], by module path."""
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    source: Mapping[str, Any]
+
+    def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
+        """A low-rank edit for each writer that the adapter changes. Raises DataError listing all that is no writer."""
+        dense = (site for site in spec.sites if site.expert is None)
+        sites = {name: site for site in dense for name in (site.module, site.tensor.removesuffix(".weight"))}
+        edits: list[Edit] = []
+        problems = []
+        for module, (B, A) in self.factors.items():
+            site = sites.get(module)
+            if not bool(B.any() and A.any()):
+                continue
+            if site is None:
+                problems.append(f"{module} does not write to the residual stream")
+            elif (B.shape[0], A.shape[1]) != (site.out_features, site.in_features):
+                problems.append(
+                    f"{module} is {site.out_features} x {site.in_features}, its update {B.shape[0]} x {A.shape[1]}"
+                )
+            elif not bool(B.isfinite().all() and A.isfinite().all()):
+                problems.append(f"{module} holds NaN or infinity")
+            else:
+                edits.append(LowRank(site.matrix, B.clone(), A.clone()))
+        if problems:
+            raise DataError(
+                f"{len(problems)} of the adapter's modules cannot be part of a plan, which edits residual writers "
+                f"(such as {spec.sites[0].module}) alone:\n{listing(problems)}"
+            )
+        base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+        method = {"name": "imported", **self.source}
+        return EditPlan(base, tuple(edits), method=method, data={"name": self.source["name"]})
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
+    """``alpha / r`` (``alpha / √r`` for rslora); None where the config gives another rank."""
+    if _setting(config, "r", module) != rank:
+        return None
+    alpha = float(_setting(config, "lora_alpha", module) or 0.0)
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _setting(config: Mapping[str, Any], key: str, module: str) -> Any:
+    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+    for pattern, value in patterns.items():
+        # peft's own rule: a pattern is a name, or its end after a dot
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config.get(key, 8)
