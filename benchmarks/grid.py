@@ -21,8 +21,9 @@ from steer2edit.compiler import Behavior, capture_statistics, make_plan, neutral
 from steer2edit.contrast import load_behavior
 from steer2edit.encoding import encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
+from steer2edit.hooks import edited
 from steer2edit.methods import component
-from steer2edit.model import Runtime, batches, edited, load_model, pad_right
+from steer2edit.model import Runtime, batches, load_model, pad_right
 from steer2edit.search.tune import PAPER_GRID, Search
 
 

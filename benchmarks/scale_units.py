@@ -25,8 +25,9 @@ from steer2edit.demo import world
 from steer2edit.demo.run import demo_behavior, model_folder, neutral_documents
 from steer2edit.divergence import Divergence, NeutralText, find_strength
 from steer2edit.errors import Steer2EditError
+from steer2edit.hooks import edited
 from steer2edit.methods import component
-from steer2edit.model import LoadedModel, Runtime, edited, load_model
+from steer2edit.model import LoadedModel, Runtime, load_model
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.statistics import Statistics
 

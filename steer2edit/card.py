@@ -68,7 +68,7 @@ def model_card(
     """
     base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
     behaviour = receipt["data"].get("name") or "a steering vector"
-    total = sum(change["norm"] ** 2 for change in receipt["changed"]) ** 0.5
+    total = sum((change["norm"] or 0.0) ** 2 for change in receipt["changed"]) ** 0.5
     rows = [
         ("Base", base["name"] + (f" at {base['revision']}" if base["revision"] else "")),
         ("Base fingerprint", base["fingerprint"]),

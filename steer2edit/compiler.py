@@ -20,7 +20,8 @@ from steer2edit.encoding import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.heldout import Question
 from steer2edit.files import check_new
-from steer2edit.model import LoadedModel, Runtime, edited, load_model
+from steer2edit.hooks import edited
+from steer2edit.model import LoadedModel, Runtime, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.push import record_push

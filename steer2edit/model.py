@@ -1,4 +1,4 @@
-"""Running a model through transformers: loading, and plans or steering vectors applied by hooks.
+"""Running a model through transformers: loading it, its parts, its batches.
 
 This module and those above it are the only ones that import transformers.
 """
@@ -6,18 +6,17 @@ This module and those above it are the only ones that import transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
-from steer2edit.errors import ArchitectureError, CheckpointError, PlanError
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.errors import ArchitectureError, CheckpointError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -161,55 +160,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@contextmanager
-def edited(loaded: LoadedModel, plan: EditPlan, factor: float = 1.0) -> Iterator[None]:
-    """Within the block the model behaves as if ``factor`` times the plan were in its weights.
-
-    The update is applied as ``y + B (A x)`` at each edited matrix, in the activations' dtype or better, so a plan is tried
-    without touching a weight.
-    """
-    with ExitStack() as stack:
-        for site, edits in _by_site(loaded.spec, plan):
-            module = loaded.module(site)
-            hook = _embedding_hook if site.role is Role.EMBED else _linear_hook
-            stack.enter_context(_hooked(module, hook(edits, factor, next(module.parameters()))))
-        yield
-
-
-@contextmanager
-def steered(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Iterator[None]:
-    """Within the block ``strength`` times a vector ``[out]`` is added to each named site's output (activation steering)."""
-    with ExitStack() as stack:
-        for key, vector in vectors.items():
-            module = loaded.module(loaded.spec.site(key))
-            weight = next(module.parameters())
-            push = (strength * vector).to(weight.device, torch.float32)
-            stack.enter_context(_hooked(module, lambda _m, _i, out, push=push: (out + push).to(out.dtype)))
-        yield
-
-
-@contextmanager
-def pushed(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """Within the block a vector ``[hidden]`` is added to the residual stream after each named layer's block."""
-    device = loaded.device
-
-    def pushing(vector: torch.Tensor) -> Callable[..., Any]:
-        push = vector.to(device, torch.float32)
-
-        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-            stream = output[0] if isinstance(output, tuple) else output
-            moved = (stream + push.to(stream.device)).to(stream.dtype)
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, vector in vectors.items():
-            module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
-            stack.enter_context(_hooked(module, pushing(vector)))
-        yield
-
-
 def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices in batches of like length, longest first, each of at most ``max_tokens`` with its padding.
 
@@ -233,47 +183,6 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     return ids.to(device), mask.to(device)
 
 
-def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:
-    unknown = [edit.tensor for edit in plan.edits if edit.tensor not in spec.owners]
-    if unknown:
-        raise PlanError(f"the plan edits {unknown[0]}, which is no residual writer of this model")
-    grouped: dict[str, tuple[Site, list[Edit]]] = {}
-    for edit in plan.edits:
-        site = spec.owners[edit.tensor]
-        grouped.setdefault(site.module, (site, []))[1].append(edit)
-    return list(grouped.values())
-
-
-def _linear_hook(edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    device = weight.device
-    pairs = [((factor * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
-    biases = [(factor * e.delta).to(device) for e in edits if not isinstance(e, LowRank)]
-
-    def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0].to(torch.float32)
-        y = output.to(torch.float32)
-        for a, b in pairs:
-            y = y + (x @ a) @ b
-        for delta in biases:
-            y = y + delta
-        return y.to(output.dtype)
-
-    return hook
-
-
-def _embedding_hook(edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    pairs = [((factor * e.A).to(weight.device).T, e.B.to(weight.device).T) for e in edits if isinstance(e, LowRank)]
-
-    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        # some families scale the embedding's rows inside the module
-        scale = float(getattr(module, "embed_scale", 1.0))
-        for a, b in pairs:
-            output = output + (scale * (a[inputs[0]] @ b)).to(output.dtype)
-        return output
-
-    return hook
-
-
 @contextmanager
 def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -283,15 +192,6 @@ def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         del body.forward
-
-
-@contextmanager
-def _hooked(module: Any, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _first_line(error: BaseException) -> str:

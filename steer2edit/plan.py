@@ -17,67 +17,15 @@ import torch
 
 from steer2edit.errors import PlanError
 from steer2edit.files import load_tensors, save_tensors
+from steer2edit.ops import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
 
+__all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
+
 FORMAT = "steer2edit.plan.1"
 _TABLE = ("g", "lam", "projection", "interval", "null")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``W + B A``: ``B`` is [out, r], ``A`` is [r, in], float32.
-
-    ``push`` [r] is what ``A`` gives on the typical input of the data behind the plan, where that is known: ``B push`` is
-    the edit's constant part (``push.record_push``).
-    """
-
-    tensor: str
-    B: torch.Tensor
-    A: torch.Tensor
-    push: torch.Tensor | None = None
-
-    def scaled(self, factor: float) -> LowRank:
-        return replace(self, A=self.A * factor, push=None if self.push is None else self.push * factor)
-
-    def dense(self) -> torch.Tensor:
-        """The update itself, [out, in]."""
-        return self.B @ self.A
-
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same update as ``B`` [out, rank] and ``A`` [rank, in] of like magnitude, filled up with zeros."""
-        B, A = torch.zeros(self.B.shape[0], rank), torch.zeros(rank, self.A.shape[1])
-        # the magnitude is shared between both factors by a power of two, which rounds nothing
-        ratio = self.A.norm(dim=1) / self.B.norm(dim=0).clamp(min=1e-30)
-        share = torch.exp2((ratio.clamp(min=1e-30).log2() / 2).round())
-        B[:, : self.B.shape[1]] = self.B * share
-        A[: self.A.shape[0]] = self.A / share[:, None]
-        return B, A
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of the update, without forming it."""
-        gram = (self.B.double().T @ self.B.double()) * (self.A.double() @ self.A.double().T)
-        return float(gram.sum().clamp(min=0).sqrt())
-
-
-@dataclass(frozen=True)
-class Bias:
-    """``b + delta`` on a bias that the model already has: ``delta`` is [out], float32."""
-
-    tensor: str
-    delta: torch.Tensor
-
-    def scaled(self, factor: float) -> Bias:
-        return replace(self, delta=self.delta * factor)
-
-    @property
-    def norm(self) -> float:
-        return float(self.delta.double().norm())
-
-
-Edit = LowRank | Bias
 
 
 @dataclass(frozen=True)
@@ -113,6 +61,38 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """Changes of the architecture: experts removed, by layer, and how many each token passes through from now on.
+
+    Edits count the experts as the base does: what is removed is removed last.
+    """
+
+    remove: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    top_k: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.remove) or self.top_k is not None
+
+    def described(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"remove": {str(layer): list(gone) for layer, gone in self.remove.items()}, "top_k": self.top_k}
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Structure:
+        """What :meth:`described` gave. Raises ValueError for anything else."""
+        remove = {int(layer): tuple(gone) for layer, gone in described["remove"].items()}
+        numbers = [n for gone in remove.values() for n in gone]
+        if any(type(n) is not int or n < 0 for n in [*remove, *numbers]) or any(
+            not gone or len(set(gone)) < len(gone) for gone in remove.values()
+        ):
+            raise ValueError("its removed experts are no lists of different numbers")
+        top_k = described["top_k"]
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"its experts per token are {top_k!r}")
+        return cls(remove, top_k)
+
+
+@dataclass(frozen=True)
 class EditPlan:
     """Edits in order, one for each tensor, with the scores behind them.
 
@@ -126,6 +106,7 @@ class EditPlan:
     method: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    structure: Structure = Structure()
 
     def __post_init__(self) -> None:
         names = [edit.tensor for edit in self.edits]
@@ -145,8 +126,8 @@ class EditPlan:
 
     @property
     def norm(self) -> float:
-        """Frobenius norm of all updates together."""
-        return float(sum(edit.norm**2 for edit in self.edits) ** 0.5)
+        """Frobenius norm of all updates together whose size the plan knows."""
+        return float(sum((edit.norm or 0.0) ** 2 for edit in self.edits) ** 0.5)
 
     def check_base(self, checkpoint: Checkpoint) -> None:
         """Raise PlanError unless the plan was made for this checkpoint."""
@@ -182,25 +163,19 @@ class EditPlan:
         save_tensors(Path(path), tensors, {"plan": described})
 
     def _parts(self) -> tuple[dict[str, torch.Tensor], str]:
-        tensors = {}
-        for edit in self.edits:
-            if isinstance(edit, LowRank):
-                tensors[f"{edit.tensor}.B"], tensors[f"{edit.tensor}.A"] = edit.B, edit.A
-                if edit.push is not None:
-                    tensors[f"{edit.tensor}.push"] = edit.push
-            else:
-                tensors[f"{edit.tensor}.bias"] = edit.delta
+        tensors = {name: value for edit in self.edits for name, value in edit_tensors(edit).items()}
         for key, table in self.scores.items():
             values = ((f"{key}.{name}", getattr(table, name)) for name in _TABLE)
             tensors |= {name: value for name, value in values if value is not None}
         described = {
             "format": FORMAT,
             "base": vars(self.base),
-            "edits": [{"tensor": e.tensor, "op": "low_rank" if isinstance(e, LowRank) else "bias"} for e in self.edits],
+            "edits": [{"tensor": edit.tensor, "op": edit.op} for edit in self.edits],
             "scored": list(self.scores),
             "method": dict(self.method),
             "measured": dict(self.measured),
             "data": dict(self.data),
+            **({"structure": self.structure.described()} if self.structure else {}),
         }
         return tensors, json.dumps(described)
 
@@ -212,7 +187,7 @@ class EditPlan:
             described = json.loads(metadata["plan"])
             if described["format"] != FORMAT:
                 raise PlanError(f"{path} has the format {described['format']!r}, expected {FORMAT!r}")
-            edits = tuple(_edit(entry, tensors) for entry in described["edits"])
+            edits = tuple(read_edit(entry, tensors) for entry in described["edits"])
             scores = {
                 key: Scores(
                     *(tensors[f"{key}.{name}"] for name in _TABLE[:3]),
@@ -221,29 +196,11 @@ class EditPlan:
                 for key in described["scored"]
             }
             base = Base(**described["base"])
-            return cls(base, edits, scores, described["method"], described["measured"], described["data"])
+            structure = Structure.read(described["structure"]) if "structure" in described else Structure()
+            method, measured, data = (described[name] for name in ("method", "measured", "data"))
+            return cls(base, edits, scores, method, measured, data, structure)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan of steer2edit: {error!r}") from None
-
-
-def _edit(entry: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Edit:
-    name = entry["tensor"]
-    edit: Edit
-    if entry["op"] == "low_rank":
-        edit = LowRank(name, tensors[f"{name}.B"], tensors[f"{name}.A"], tensors.get(f"{name}.push"))
-        sound = edit.B.ndim == edit.A.ndim == 2 and edit.B.shape[1] == edit.A.shape[0]
-        parts = [edit.B, edit.A]
-        if edit.push is not None:
-            sound = sound and edit.push.shape == edit.A.shape[:1]
-            parts.append(edit.push)
-    elif entry["op"] == "bias":
-        edit = Bias(name, tensors[f"{name}.bias"])
-        sound, parts = edit.delta.ndim == 1, [edit.delta]
-    else:
-        raise PlanError(f"the plan holds the unknown operation {entry['op']!r} on {name}")
-    if not sound or any(part.dtype != torch.float32 or not bool(part.isfinite().all()) for part in parts):
-        raise PlanError(f"the plan's factors for {name} do not fit together, are not float32, or are not finite")
-    return edit
 
 
 def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:
@@ -259,19 +216,11 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
         )
     if len({plan.base.fingerprint for plan in given}) > 1:
         raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
+    if any(plan.structure for plan in given):
+        raise PlanError("a plan that removes experts cannot be merged: it changes what the others count")
     edits: dict[str, Edit] = {}
     for plan, factor in zip(given, factors, strict=True):
         for edit in plan.scaled(factor).edits:
-            edits[edit.tensor] = _add(edits[edit.tensor], edit) if edit.tensor in edits else edit
+            edits[edit.tensor] = added(edits[edit.tensor], edit) if edit.tensor in edits else edit
     parts = [{"method": dict(p.method), "weight": f, "plan": p.hash} for p, f in zip(given, factors, strict=True)]
     return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts})
-
-
-def _add(first: Edit, second: Edit) -> Edit:
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        known = first.push is not None and second.push is not None
-        push = torch.cat((first.push, second.push)) if known else None  # type: ignore[arg-type]
-        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), push)
-    if isinstance(first, Bias) and isinstance(second, Bias):
-        return Bias(first.tensor, first.delta + second.delta)
-    raise PlanError(f"the plans edit {first.tensor} by different operations")

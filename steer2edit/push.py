@@ -14,7 +14,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.statistics import LABELS, Statistics
 
 # what these write reaches the stream at some tokens only, or weighted by a router
@@ -58,7 +58,7 @@ def residual_push(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> di
         site = spec.owners[edit.tensor]
         if isinstance(edit, LowRank) and edit.push is not None and site.role not in _CONDITIONAL:
             vector = edit.B.double() @ edit.push.double()
-        elif not isinstance(edit, LowRank) and site.norm is None and site.role not in _CONDITIONAL:
+        elif isinstance(edit, Bias) and site.norm is None and site.role not in _CONDITIONAL:
             vector = edit.delta.double()
         else:
             unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
@@ -92,6 +92,8 @@ def _reason(edit: Edit, site: Site) -> str:
         return "the embedding's push differs from token to token"
     if site.role in _CONDITIONAL:
         return "an expert pushes only where it is routed to"
-    if not isinstance(edit, LowRank):
+    if isinstance(edit, Bias):
         return "a bias before a norm"
+    if not isinstance(edit, LowRank):
+        return "routing and gains push no vector"
     return "the plan was not made from statistics, so its typical input is not known"

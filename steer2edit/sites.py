@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -21,6 +22,7 @@ class Role(str, Enum):
     MLP_OUT = "mlp_out"
     EXPERT_OUT = "expert_out"
     SHARED_EXPERT_OUT = "shared_expert_out"
+    ROUTER = "router"
     EMBED = "embed"
 
     @property
@@ -28,7 +30,7 @@ class Role(str, Enum):
         """ATTN_OUT for all that moves information between tokens, MLP_OUT for all that works on each token by itself."""
         if self in (Role.ATTN_OUT, Role.MIXER_OUT):
             return Role.ATTN_OUT
-        return self if self is Role.EMBED else Role.MLP_OUT
+        return self if self in (Role.EMBED, Role.ROUTER) else Role.MLP_OUT
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,25 @@ class Site:
         """How many components (heads or neurons) are scored here."""
         return self.heads if self.heads is not None else self.in_features
 
-    def locate(self, checkpoint: Checkpoint) -> TensorInfo:
-        """Where the matrix lies, as a tensor of two axes."""
+    def locate(self, checkpoint: Checkpoint, name: str | None = None) -> TensorInfo:
+        """Where the matrix lies, as a tensor of two axes; or the bias, as one of one axis, if ``name`` is its name."""
+        if name is not None and name == self.bias_vector and self.bias is not None:
+            bias = part_of(checkpoint.tensors[self.bias], self.part)
+            return replace(bias, shape=(math.prod(bias.shape),))
         return part_of(checkpoint.tensors[self.tensor], self.part)
 
-    def locate_bias(self, checkpoint: Checkpoint) -> TensorInfo:
-        """Where the bias lies. Raises ValueError where there is none."""
-        if self.bias is None:
-            raise ValueError(f"{self.tensor} has no bias")
-        return part_of(checkpoint.tensors[self.bias], self.part)
+
+def _router_site(router: Router, hidden: int) -> Site:
+    return Site(
+        role=Role.ROUTER,
+        layer=router.layer,
+        tensor=router.tensor,
+        module=router.router_module,
+        orientation="out_in",
+        out_features=router.experts,
+        in_features=hidden,
+        bias=router.bias,
+    )
 
 
 def part_name(tensor: str, part: tuple[int, int] | None) -> str:
@@ -132,8 +144,8 @@ class ModelSpec:
 
     @cached_property
     def owners(self) -> Mapping[str, Site]:
-        """The site of each matrix and bias that a plan may name, the embedding among them."""
-        sites = (*self.sites, self.embedding)
+        """The site of each matrix and bias that a plan may name, embedding and routers among them."""
+        sites = (*self.sites, self.embedding, *(_router_site(router, self.hidden_size) for router in self.routers))
         return {name: site for site in sites for name in (site.matrix, site.bias_vector) if name}
 
     def router(self, layer: int) -> Router:

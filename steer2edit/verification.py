@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from steer2edit import targets
-from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
 from steer2edit.gguf_files import read_control_vector, read_gguf
-from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, pushed, with_adapter
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.hooks import edited, pushed
+from steer2edit.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.targets import PLAN, gguf, gguf_vector, read_receipt, resolve
+from steer2edit.targets import PLAN, gguf, gguf_vector, located, read_receipt, resolve
 from steer2edit.targets.checkpoint import updated_blocks
 
 TOLERANCE = 1e-4
@@ -122,7 +123,7 @@ def compare_numbers(
         advance(1)
         artefact = _artefact_logits(loaded, folder, target, plan, runtime)
         advance(1)
-    stored = {checkpoint.tensors[edit.tensor].dtype for edit in plan.edits}
+    stored = {located(checkpoint, edit, spec.owners[edit.tensor]).dtype for edit in plan.edits}
     rounds = target == "gguf-vector" or (target == "checkpoint" and stored - {"F32", "F64"})
     largest = max(float(logits.abs().max()) for logits in hooked)
     effect, difference = _difference(base, hooked), _difference(hooked, artefact)
@@ -168,29 +169,55 @@ def _compare_checkpoint(
             problems.append(str(error))
     with progress("compare tensors", total=sum(info.nbytes for info in checkpoint.tensors.values())) as advance:
         artefact = replace(checkpoint, path=folder)
+        places = _by_tensor(checkpoint, edits)
         for name, info in checkpoint.tensors.items():
             if ours.get(name) != info:
                 problems.append(f"{name} is missing, or lies elsewhere or in another dtype than in the base")
-            elif name in edits:
-                edit, site = edits[name]
-                meter = _RoundingMeter(name)
-                same = True
-                for (first, old, new), (_, found) in zip(
-                    updated_blocks(checkpoint, edit, site), artefact.blocks(name), strict=True
-                ):
-                    same = same and _same(new, found)
-                    meter.add(edit, site.orientation == "out_in", first, old, found)
-                roundings.append(meter.result())
-                if not same:
-                    problems.append(f"{name} is not the base's tensor with the plan's edit")
-            elif not all(
-                _same(a, b) for (_, a), (_, b) in zip(checkpoint.blocks(name), artefact.blocks(name), strict=True)
-            ):
-                problems.append(f"{name} differs from the base, though the plan does not edit it")
-            advance(info.nbytes)
+                advance(info.nbytes)
+                continue
+            for piece, one in places.get(name, [(info, None)]):
+                if one is None:
+                    pairs = zip(checkpoint.blocks(piece), artefact.blocks(piece), strict=True)
+                    if not all(_same(a, b) for (_, a), (_, b) in pairs):
+                        problems.append(f"{piece.name} differs from the base, though the plan does not edit it")
+                else:
+                    same, rounding = _compare_edited(checkpoint, artefact, piece, *one)
+                    roundings.append(rounding)
+                    if not same:
+                        problems.append(f"{piece.name} is not the base's tensor with the plan's edit")
+                advance(piece.nbytes)
     extra = sorted(set(ours) - set(checkpoint.tensors))
     problems += [f"{name} is not in the base" for name in extra]
     return Verification("checkpoint", len(checkpoint.tensors), tuple(problems), tuple(roundings))
+
+
+def _by_tensor(
+    checkpoint: Checkpoint, edits: Mapping[str, tuple[Edit, Site]]
+) -> dict[str, list[tuple[TensorInfo, tuple[Edit, Site] | None]]]:
+    """Every edited tensor of the file in its parts, each with the edit on it, if there is one."""
+    found: dict[str, list[tuple[TensorInfo, tuple[Edit, Site] | None]]] = {}
+    for edit, site in edits.values():
+        name = site.tensor if edit.tensor == site.matrix else str(site.bias)
+        if site.part is None:
+            found[name] = [(located(checkpoint, edit, site), (edit, site))]
+        elif name not in found:
+            parts = [checkpoint.tensors[name].part(i, site.part[1]) for i in range(site.part[1])]
+            found[name] = [(part, edits.get(part.name)) for part in parts]
+    return found
+
+
+def _compare_edited(
+    checkpoint: Checkpoint, artefact: Checkpoint, piece: TensorInfo, edit: Edit, site: Site
+) -> tuple[bool, Rounding]:
+    meter, same = _RoundingMeter(piece.name), True
+    # a vector may be stored with an axis of one
+    shaped = located(checkpoint, edit, site)
+    for (first, old, new), (_, found) in zip(
+        updated_blocks(checkpoint, edit, site), artefact.blocks(shaped), strict=True
+    ):
+        same = same and _same(new, found)
+        meter.add(edit, site.orientation == "out_in", first, old, found)
+    return same, meter.result()
 
 
 def _compare_adapter(
@@ -258,11 +285,11 @@ class _RoundingMeter:
         self.tensor, self.cross, self.planned, self.stored = tensor, 0.0, 0.0, 0.0
 
     def add(self, edit: Edit, out_in: bool, first: int, old: torch.Tensor, new: torch.Tensor) -> None:
-        rows = slice(first, first + old.shape[0])
-        if isinstance(edit, LowRank):
-            planned = edit.B[rows] @ edit.A if out_in else edit.A.T[rows] @ edit.B.T
-        else:
-            planned = edit.delta[rows]
+        # what is added is compared by itself, so that a small edit of a large matrix is not lost in the sum
+        before = torch.zeros(old.shape) if isinstance(edit, (LowRank, Bias)) else old.float()
+        planned = before.clone()
+        edit.apply(planned, first, out_in)
+        planned -= before
         stored = new.float() - old.float()
         self.cross += float((planned * stored).sum(dtype=torch.float64))
         self.planned += float(planned.square().sum(dtype=torch.float64))

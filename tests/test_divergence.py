@@ -17,8 +17,9 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan, neutral_text, settle_strength
 from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
 from steer2edit.errors import DataError, PlanError, Steer2EditError
+from steer2edit.hooks import edited
 from steer2edit.methods import steering
-from steer2edit.model import LoadedModel, edited
+from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12

@@ -34,7 +34,8 @@ from steer2edit.evaluation.metrics import (
     load_function,
 )
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel, edited
+from steer2edit.hooks import edited
+from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.targets import emit
 

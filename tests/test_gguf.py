@@ -116,8 +116,9 @@ def test_the_push_follows_scaling_merging_and_files(case: Any, tmp_path: Path) -
 
 
 def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statistics_of: Callable[..., Any]) -> None:
+    from steer2edit.hooks import steered
     from steer2edit.methods.steering import Options
-    from steer2edit.model import load_model, steered
+    from steer2edit.model import load_model
 
     folder = save_tiny(tmp_path / "gemma", family_config("gemma3_text"))
     checkpoint = open_checkpoint(folder)

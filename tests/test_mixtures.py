@@ -14,10 +14,13 @@ import torch
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K
 from safetensors.torch import load_file, save_file
 
+from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.errors import ArchitectureError
+from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.model import LoadedModel, load_weights
+from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale
+from steer2edit.verification import TOLERANCE, verify
 
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
@@ -116,6 +119,49 @@ def rewritten(source: Path, folder: Path, drop: str | None = None, **config: Any
     settings = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, **config}))
     return folder
+
+
+def random_plan(case: Case, size: float = 0.3) -> EditPlan:
+    """A rank-1 edit of every writer, of ``size`` times its output, and a gain, a row and a bias where there are such."""
+    generator = torch.Generator().manual_seed(0)
+
+    def direction(n: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
+
+    silenced = [site for site in case.spec.sites if site.expert == 3]
+    edits: list[Edit] = [
+        LowRank(site.matrix, direction(site.out_features)[:, None], size * direction(site.in_features)[None])
+        for site in case.spec.sites
+        if site not in silenced
+    ]
+    for site in silenced:
+        edits += [Scale(name, 0.5) for name in (site.matrix, site.bias_vector) if name]
+    for router in case.spec.routers:
+        edits.append(Assign(router.tensor, (2, 5), torch.stack([direction(case.spec.hidden_size) for _ in range(2)])))
+        if router.bias:
+            edits.append(Assign(router.bias, (1,), torch.tensor([0.25])))
+    return EditPlan(Base(case.checkpoint.name, None, case.checkpoint.fingerprint), tuple(edits))
+
+
+def test_a_plan_becomes_a_checkpoint_that_is_the_model_under_hooks(case: Case, tmp_path: Path) -> None:
+    plan = random_plan(case)
+    plan.save(tmp_path / "x.plan.safetensors")
+    assert EditPlan.load(tmp_path / "x.plan.safetensors").hash == plan.hash
+    lowering = targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    assert [change.tensor for change in lowering.changes]
+    assert {change.tensor for change in lowering.changes} == {edit.tensor for edit in plan.edits}
+    result = verify(tmp_path / "out", base=case.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+
+
+def test_edits_of_experts_and_routers_are_refused_as_an_adapter(build: Callable[[str], Case], tmp_path: Path) -> None:
+    case = build("qwen3_moe")
+    with pytest.raises(TargetError) as caught:
+        targets.emit(random_plan(case), case.checkpoint, case.spec, "lora", tmp_path / "out")
+    told = str(caught.value)
+    assert "experts.0.down_proj.weight" in told and "--to checkpoint" in told
+    assert not (tmp_path / "out").exists()
 
 
 def refusal(folder: Path) -> str:

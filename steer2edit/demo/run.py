@@ -20,7 +20,8 @@ from steer2edit.contrast import LABELS, Example
 from steer2edit.demo import world
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.generation import generate
-from steer2edit.model import LoadedModel, Runtime, edited, load_model, load_weights, steered
+from steer2edit.hooks import edited, steered
+from steer2edit.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.progress import Progress, silent
 from steer2edit.report.figures import heatmap
 from steer2edit.targets import emit

@@ -18,9 +18,10 @@ from steer2edit.compiler import make_plan
 from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
+from steer2edit.hooks import edited, steered
 from steer2edit.methods import load
-from steer2edit.model import LoadedModel, edited, steered
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.model import LoadedModel
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import RESAMPLES
 
@@ -98,11 +99,13 @@ def random_direction(plan: EditPlan, seed: int) -> EditPlan:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(edit: Edit) -> Edit:
-        if not isinstance(edit, LowRank):
+        if isinstance(edit, Bias):
             direction = torch.randn(edit.delta.shape, generator=generator)
             return replace(edit, delta=direction * (edit.delta.norm() / direction.norm()))
-        direction = torch.randn(edit.B.shape, generator=generator)
-        return _of_norm(replace(edit, B=direction), edit.norm)
+        if isinstance(edit, LowRank):
+            direction = torch.randn(edit.B.shape, generator=generator)
+            return _of_norm(replace(edit, B=direction), edit.norm)
+        return edit  # routing and gains have no direction
 
     return _with(plan, [drawn(edit) for edit in plan.edits])
 

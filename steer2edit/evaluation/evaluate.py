@@ -19,8 +19,9 @@ from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.estimates import Estimate
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files import PLAN_FILE, RECEIPT, write_text
+from steer2edit.hooks import edited
 from steer2edit.hub import fetch
-from steer2edit.model import LoadedModel, Runtime, edited, load_weights, with_adapter
+from steer2edit.model import LoadedModel, Runtime, load_weights, with_adapter
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.targets import PLAN, read_receipt

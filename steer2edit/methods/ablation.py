@@ -59,7 +59,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
             found = analyse(checkpoint, site, u_hat[None])
             edits.append(LowRank(site.matrix, -options.alpha * u_hat[:, None], found.projection))
             if site.bias_vector is not None:
-                along = float(checkpoint.read(site.locate_bias(checkpoint)).float() @ u_hat)
+                along = float(checkpoint.read(site.locate(checkpoint, site.bias_vector)).float() @ u_hat)
                 edits.append(Bias(site.bias_vector, -options.alpha * along * u_hat))
             advance(1)
     base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)

@@ -46,7 +46,12 @@ def changed(plan: EditPlan, drawings: Sequence[Drawing]) -> list[Html]:
         parts.append(folded("Layer by layer", table("What was edited in each layer", names, rows)))
     if plan.edits:
         rows = [
-            [e.tensor, f"rank {e.A.shape[0]}" if isinstance(e, LowRank) else "bias", number(e.norm)] for e in plan.edits
+            [
+                e.tensor,
+                f"rank {e.A.shape[0]}" if isinstance(e, LowRank) else e.op,
+                "" if e.norm is None else number(e.norm),
+            ]
+            for e in plan.edits
         ]
         parts.append(folded("Edited tensors", table("Every tensor changed", ["tensor", "edit", "‖ΔW‖"], rows)))
     return [fact_list(totals), figures(drawings), *parts]

@@ -28,7 +28,8 @@ from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
 from steer2edit.evaluation.metrics import Metric, Neutral, Task
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files import write_text
-from steer2edit.model import LoadedModel, edited
+from steer2edit.hooks import edited
+from steer2edit.model import LoadedModel
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.search.journal import Journal, Params, Trial

@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any
 
 from steer2edit import __version__
-from steer2edit.architecture import ModelSpec, Site
-from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint, TensorInfo, read_json
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.files import RECEIPT, new_folder
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
 CARD = "README.md"
@@ -35,11 +35,11 @@ FORMAT = "steer2edit.receipt.1"
 
 @dataclass(frozen=True)
 class Change:
-    """One changed tensor: what was done, its size, and its bytes before and after (SHA-256; None for an adapter)."""
+    """One changed tensor: what was done, its bytes before and after (SHA-256; None for an adapter), and ‖ΔW‖, where known."""
 
     tensor: str
     op: str
-    norm: float
+    norm: float | None
     sha256_before: str | None = None
     sha256_after: str | None = None
 
@@ -154,15 +154,11 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
         site = spec.owners.get(edit.tensor)
         if site is None:
             problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
-        elif isinstance(edit, LowRank) and (edit.B.shape[0], edit.A.shape[1]) != (
-            site.out_features,
-            site.in_features,
+        elif not edit.fits(site.out_features, site.in_features) or (
+            isinstance(edit, LowRank) and edit.tensor != site.matrix
         ):
-            problems.append(
-                f"{edit.tensor} is {site.out_features} x {site.in_features}, its update {edit.B.shape[0]} x {edit.A.shape[1]}"
-            )
-        elif not isinstance(edit, LowRank) and edit.delta.shape[0] != site.out_features:
-            problems.append(f"{edit.tensor} has {site.out_features} entries, its update {edit.delta.shape[0]}")
+            shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
+            problems.append(f"{edit.tensor} is {site.out_features} x {site.in_features}, its update has {shapes}")
         else:
             resolved[edit.tensor] = (edit, site)
     if problems:
@@ -173,6 +169,24 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
             "Leave the embedding out."
         )
     return resolved
+
+
+def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
+    """Where the matrix or vector lies that an edit of ``site`` names."""
+    return site.locate(checkpoint, edit.tensor)
+
+
+def adapter_refusal(edit: Edit, site: Site) -> str:
+    """Why an adapter cannot carry an edit; "" where it can."""
+    if site.role is Role.EMBED:
+        return "the embedding"
+    if site.role is Role.ROUTER:
+        return "a router"
+    if site.expert is not None:
+        return "an expert among several"
+    if isinstance(edit, LowRank):
+        return ""
+    return "a bias" if isinstance(edit, Bias) else "a gain"
 
 
 def _versions() -> dict[str, str]:

@@ -21,9 +21,9 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.copying import COPY_BYTES, copy_range, write_at
 from steer2edit.errors import TargetError
 from steer2edit.files import RECEIPT
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, Writing, resolve
+from steer2edit.targets import Change, Lowering, Writing, located, resolve
 
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
@@ -41,7 +41,7 @@ def lower(
     edits = resolve(plan, checkpoint, spec)
     left_out = copy_other_files(checkpoint, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
-    edited = {checkpoint.tensors[name].shard for name in edits}
+    edited = {located(checkpoint, *one).shard for one in edits.values()}
     linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]
     changes: list[Change] = []
     total = sum(size for shard, size in sizes.items() if shard not in linked)
@@ -53,11 +53,11 @@ def lower(
         for done in pool.map(lambda job: job(), jobs):
             if isinstance(done, Change):
                 changes.append(done)
-                advance(checkpoint.tensors[done.tensor].nbytes)
+                advance(located(checkpoint, *edits[done.tensor]).nbytes)
             else:
                 advance(done)
     checkpoint.check_unchanged()
-    dtypes = sorted({checkpoint.tensors[name].dtype for name in edits})
+    dtypes = sorted({located(checkpoint, *one).dtype for one in edits.values()})
     notes = [f"left out {name}: another copy of the unedited weights" for name in left_out]
     if linked:
         notes.append(
@@ -80,10 +80,11 @@ def _shard_jobs(
     # exclusive: nothing is ever opened for writing here that was not made here, least of all a link
     with open(target, "xb") as file:
         file.truncate(size)
-    names = [name for name in edits if checkpoint.tensors[name].shard == shard]
+    places = {name: located(checkpoint, *one) for name, one in edits.items()}
+    names = [name for name, info in places.items() if info.shard == shard]
     end = 0
-    for name in sorted(names, key=lambda name: checkpoint.tensors[name].offset):
-        info = checkpoint.tensors[name]
+    for name in sorted(names, key=lambda name: places[name].offset):
+        info = places[name]
         yield from _copies(source, target, end, info.offset)
         yield lambda name=name: _rewrite(checkpoint, *edits[name], target)  # type: ignore[misc]
         end = info.offset + info.nbytes
@@ -105,17 +106,13 @@ def updated_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[t
     The blocks' memory is used again for the next.
     """
     wide, new = torch.empty(0), torch.empty(0)
-    for first, block in checkpoint.blocks(edit.tensor):
+    for first, block in checkpoint.blocks(site.locate(checkpoint, edit.tensor)):
         if first == 0:
             wide = torch.empty(block.shape, dtype=torch.promote_types(block.dtype, torch.float32))
             new = torch.empty_like(block)
-        rows, count = slice(first, first + block.shape[0]), block.shape[0]
+        count = block.shape[0]
         total = wide[:count].copy_(block)
-        if isinstance(edit, LowRank):
-            left, right = (edit.B, edit.A) if site.orientation == "out_in" else (edit.A.T, edit.B.T)
-            total.addmm_(left[rows].to(total.dtype), right.to(total.dtype))
-        else:
-            total += edit.delta[rows]
+        edit.apply(total, first, site.orientation == "out_in")
         yield first, block, new[:count].copy_(total)
 
 
@@ -137,7 +134,7 @@ def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 
 def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Change:
-    info = checkpoint.tensors[edit.tensor]
+    info = site.locate(checkpoint, edit.tensor)
     row_bytes = info.nbytes // info.shape[0]
     before, after = hashlib.sha256(), hashlib.sha256()
     with open(target, "r+b", buffering=0) as file:

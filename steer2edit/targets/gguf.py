@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.gguf_files import Fields, library, read_gguf, write_gguf
-from steer2edit.plan import Base, Edit, EditPlan, LowRank
+from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, resolve
+from steer2edit.targets import Change, Lowering, adapter_refusal, resolve
 
 FILE = "adapter.gguf"
 
@@ -54,7 +54,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     resolved = resolve(plan, checkpoint, spec)
     if not resolved:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    refused = [f"{name}: {what}" for name, (edit, site) in resolved.items() if (what := _refusal(edit, site))]
+    refused = [f"{name}: {why}" for name, one in resolved.items() if (why := adapter_refusal(*one))]
     if refused:
         raise TargetError(
             f"a GGUF adapter carries low-rank edits of dense writers only, and none of these:\n{listing(refused)}\n"
@@ -98,12 +98,6 @@ def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:
         scale = alpha / B.shape[1] if alpha else 1.0
         edits.append(LowRank(sites[name].matrix, B, A * scale))
     return EditPlan(base, tuple(edits))
-
-
-def _refusal(edit: Edit, site: Site) -> str:
-    if not isinstance(edit, LowRank):
-        return "a bias"
-    return {Role.EMBED: "the embedding", Role.EXPERT_OUT: "an expert"}.get(site.role, "")
 
 
 def architecture_of(spec: ModelSpec) -> str:

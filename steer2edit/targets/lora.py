@@ -11,25 +11,19 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files import save_tensors
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, resolve
+from steer2edit.targets import Change, Lowering, adapter_refusal, resolve
 
 
 def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
     resolved = resolve(plan, checkpoint, spec)
-    # transformers holds a layer's experts as one fused parameter: no module that an adapter could wrap
-    kinds = {Role.EMBED: "the embedding", Role.EXPERT_OUT: "an expert"}
-    refused = [
-        f"{name}: {kinds.get(site.role, 'a bias') if isinstance(edit, LowRank) else 'a bias'}"
-        for name, (edit, site) in resolved.items()
-        if not isinstance(edit, LowRank) or site.role in kinds
-    ]
+    refused = [f"{name}: {why}" for name, one in resolved.items() if (why := adapter_refusal(*one))]
     if refused:
         raise TargetError(
             f"a LoRA adapter that engines load carries none of these edits:\n{listing(refused)}\nUse --to checkpoint."
