@@ -12,6 +12,7 @@ import click
 
 from steer2edit import __version__
 from steer2edit.cli_capture import capture
+from steer2edit.cli_compose import WeightsCommand, compose_given, compose_options, scale
 from steer2edit.cli_diff import diff, revert
 from steer2edit.cli_hub import push
 from steer2edit.cli_import import import_
@@ -111,9 +112,10 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
         sys.exit(1)
 
 
-@main.command()
+@main.command(cls=WeightsCommand)
 @click.argument("model")
 @data_options
+@compose_options
 @click.option("--out", type=PATH, required=True, help="Folder of the artefact.")
 @click.option(
     "--to",
@@ -125,7 +127,10 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
 @click.option("--stats", type=PATH, help="Statistics of an earlier capture, instead of data.")
 @vectors_option
 @click.option(
-    "--eval", "questions", help="Held-out questions for the report; those of --behavior come with the package."
+    "--eval",
+    "questions",
+    multiple=True,
+    help="Held-out questions for the report; those of --behavior come with the package. With --plan one file for each.",
 )
 @click.option("--no-report", is_flag=True, help="Measure nothing but the KL, and make no report page.")
 @method_options
@@ -137,12 +142,23 @@ def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> N
 def compile(
     model: str, out: Path, to: tuple[str, ...], stats: Path | None, as_json: bool, force: bool, **given: Any
 ) -> None:
-    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit, and report what it does."""
+    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, emit, and report what it does.
+
+    With --plan, finished plans are composed into one artefact instead: their updates add, each times its --weight.
+    """
     from steer2edit.compiler import compile as compile_model
     from steer2edit.report.tables import render_evaluation, render_plan
     from steer2edit.statistics import Statistics
     from steer2edit.targets import REPORT
 
+    if given["plans"]:
+        compose_given(model, out, to, force, as_json, {**given, "stats": stats})
+        return
+    if given["weights"]:
+        raise click.UsageError("--weight belongs to --plan")
+    if len(given["questions"]) > 1:
+        raise click.UsageError("several --eval belong to several --plan; give one")
+    given["questions"] = next(iter(given["questions"]), None)
     vectors = read_vectors(given)
     compiled = compile_model(
         model,
@@ -317,6 +333,7 @@ for command in (
     push,
     report,
     revert,
+    scale,
     tune,
 ):
     main.add_command(command)

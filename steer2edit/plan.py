@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,6 +215,8 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
         raise PlanError(
             f"{len(given)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
         )
+    if not all(math.isfinite(factor) for factor in factors):
+        raise PlanError(f"the weights are {factors}, expected finite numbers")
     if len({plan.base.fingerprint for plan in given}) > 1:
         raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
     if any(plan.structure for plan in given):
@@ -222,5 +225,12 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
     for plan, factor in zip(given, factors, strict=True):
         for edit in plan.scaled(factor).edits:
             edits[edit.tensor] = added(edits[edit.tensor], edit) if edit.tensor in edits else edit
-    parts = [{"method": dict(p.method), "weight": f, "plan": p.hash} for p, f in zip(given, factors, strict=True)]
-    return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts})
+    called = [str(plan.data.get("name") or "unnamed") for plan in given]
+    parts = [
+        {"name": name, "method": dict(plan.method), "weight": factor, "plan": plan.hash}
+        for name, plan, factor in zip(called, given, factors, strict=True)
+    ]
+    # nothing may be reported on what any of the parts has seen
+    seen = sorted({digest for plan in given for digest in plan.seen})
+    data = {"name": " + ".join(called), "prompts": seen}
+    return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data)

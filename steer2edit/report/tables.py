@@ -44,7 +44,7 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
     ]
     if plan.data:
         parts.insert(1, f"data     {plan.data.get('name')}, {plan.data.get('examples')}")
-    if measured := described["measured"]:
+    if "kl" in (measured := described["measured"]):
         parts.append(
             f"measured strength {measured['strength']:.4g}, KL {measured['kl']:.4g} "
             f"[{measured['low']:.2g}, {measured['high']:.2g}] nats/token over {measured['tokens']} tokens, "

@@ -1,0 +1,241 @@
+"""Several behaviours in one plan, another dose of one, and how far behaviours get in each other's way.
+
+Ranks add: the update of the composition is exactly the weighted sum of its parts' (``plan.merge``). What the parts do is
+not a sum, since a model is not linear; how much they share says where to look, held-out questions say what became of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit import targets
+from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.compiler import artefact_folders, neutral_text, settle_strength
+from steer2edit.divergence import NeutralText
+from steer2edit.errors import PlanError
+from steer2edit.evaluation.assess import PROOF, assess
+from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
+from steer2edit.evaluation.heldout import Question, builtin_questions
+from steer2edit.evaluation.suite import Suite
+from steer2edit.files import write_text
+from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.plan import EditPlan, LowRank, merge
+from steer2edit.progress import Progress, silent
+
+INTERFERENCE = "steer2edit/interference.json"
+FORMAT = "steer2edit.interference.1"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two plans share at one site, or, with ``site`` None, in all.
+
+    ``update`` is the cosine of both updates as matrices, ``<ΔW, ΔW'> / (‖ΔW‖ ‖ΔW'‖)``: 0 where they cannot meet. ``direction`` is
+    that of what they push on their own data where both know it, else the largest between their column spaces, unsigned.
+    ``components`` is the part of both updates' energy that lies on the same heads or neurons, 0 to 1.
+    """
+
+    first: int
+    second: int
+    site: str | None
+    update: float
+    direction: float
+    components: float
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What a composition gave. ``evaluations`` are by behaviour: base, each part alone, all together."""
+
+    plan: EditPlan
+    artefacts: dict[str, Path]
+    lowerings: dict[str, targets.Lowering]
+    overlaps: tuple[Overlap, ...]
+    evaluations: Mapping[str, Evaluation]
+
+    def described(self) -> dict[str, Any]:
+        """Overlaps and changes in plain values."""
+        return {
+            "format": FORMAT,
+            "plans": [part["name"] for part in self.plan.method["plans"]],
+            "overlaps": [asdict(overlap) for overlap in self.overlaps],
+            "evaluations": {name: found.described() for name, found in self.evaluations.items()},
+        }
+
+
+def compose(
+    model: str | Path,
+    plans: Sequence[EditPlan],
+    weights: Sequence[float],
+    out: str | Path,
+    *,
+    to: Sequence[str] = ("checkpoint",),
+    revision: str | None = None,
+    strength: float | None = None,
+    kl_budget: float | None = None,
+    neutral: str | Sequence[str] | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008
+    questions: Sequence[Sequence[Question] | None] | None = None,
+    measure: bool = True,
+    force: bool = False,
+    writing: targets.Writing = targets.Writing(),  # noqa: B008
+    progress: Progress = silent,
+) -> Composed:
+    """Compile several plans for one base into one artefact, each at its own dose times its weight.
+
+    Without a budget nothing is re-dosed. ``questions`` are those of each plan's behaviour, by default what comes with the
+    package under the behaviour's name. Without ``measure``, a budget and a strength, no model is run. Raises a
+    Steer2EditError for whatever is wrong with the input.
+    """
+    folders = artefact_folders(out, to, force)
+    checkpoint = open_checkpoint(model, revision)
+    spec = read_spec(checkpoint)
+    plan = merge(plans, weights)
+    targets.resolve(plan, checkpoint, spec)
+    parts = [one.scaled(weight) for one, weight in zip(plans, weights, strict=True)]
+    overlaps = overlap(parts, spec)
+    dosed = strength is not None or kl_budget is not None
+    evaluations: dict[str, Evaluation] = {}
+    if measure or dosed:
+        loaded = load_model(checkpoint, spec, runtime)
+        text = neutral_text(loaded, neutral, progress)
+        plan = settle_strength(loaded, plan, strength=strength if dosed else 1.0, kl_budget=kl_budget, neutral=text)
+        if measure:
+            known = [builtin_questions(name) for name in names(plans)] if questions is None else list(questions)
+            evaluations = _measure(loaded, parts, plan, known, text, progress)
+    lowerings = {
+        target: targets.emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
+        for target, folder in folders.items()
+    }
+    composed = Composed(plan, folders, lowerings, overlaps, evaluations)
+    for folder in folders.values():
+        write_text(folder / INTERFERENCE, _json(composed.described()))
+    return composed
+
+
+def rescale(
+    plan: EditPlan,
+    *,
+    factor: float | None = None,
+    kl_budget: float | None = None,
+    class_budgets: Mapping[Role, float] | None = None,
+    loaded: LoadedModel | None = None,
+    neutral: NeutralText | None = None,
+) -> EditPlan:
+    """The plan at ``factor`` times its present dose, or at the largest dose within a KL budget, measured on ``loaded``.
+
+    What was measured of the old dose is dropped; which prompts chose it is not. Raises PlanError unless exactly one of both is
+    given, and for factors that are not finite.
+    """
+    if (factor is None) == (kl_budget is None and class_budgets is None):
+        raise PlanError("give either --by, or a KL budget")
+    kept = {key: plan.measured[key] for key in ("selected_on",) if key in plan.measured}
+    before = float(plan.measured.get("strength", 1.0))
+    bare = replace(plan, measured=kept)
+    if factor is not None:
+        if not math.isfinite(factor):
+            raise PlanError(f"--by is {factor}, expected a finite number")
+        return replace(bare.scaled(factor), measured={**kept, "strength": before * factor})
+    if loaded is None or neutral is None:
+        raise PlanError("a KL budget is measured: it needs the model")
+    settled = settle_strength(loaded, bare, kl_budget=kl_budget, class_budgets=class_budgets, neutral=neutral)
+    return replace(settled, measured={**settled.measured, "strength": before * settled.measured["strength"]})
+
+
+def overlap(plans: Sequence[EditPlan], spec: ModelSpec) -> tuple[Overlap, ...]:
+    """What each pair of plans shares: one entry in all, then one for each site that both edit, in the model's order."""
+    found: list[Overlap] = []
+    for (i, first), (j, second) in combinations(enumerate(plans), 2):
+        mine, theirs = _low_rank(first), _low_rank(second)
+        shared, product = [], 0.0
+        for site in spec.sites:
+            if site.matrix in mine and site.matrix in theirs:
+                a, b = mine[site.matrix], theirs[site.matrix]
+                inner = _inner(a, b)
+                product += inner
+                cosine = inner / max(a.norm * b.norm, 1e-30)
+                shared.append(Overlap(i, j, site.key, cosine, _direction(a, b), _shared_energy(a, b, site)))
+        size = math.prod(math.sqrt(sum(e.norm**2 for e in part.values())) for part in (mine, theirs))
+        weight = [
+            mine[spec.site(o.site or "").matrix].norm * theirs[spec.site(o.site or "").matrix].norm for o in shared
+        ]
+        total = max(sum(weight), 1e-30)
+        mean = [sum(w * getattr(o, key) for w, o in zip(weight, shared, strict=True)) / total for key in _MEANS]
+        found += [Overlap(i, j, None, product / max(size, 1e-30), *mean), *shared]
+    return tuple(found)
+
+
+def names(plans: Sequence[EditPlan]) -> list[str]:
+    """What each plan's behaviour is called; plans of one name are told apart by a number."""
+    called = [str(plan.data.get("name") or "unnamed") for plan in plans]
+    return [
+        name if called.count(name) == 1 else f"{name} {called[: i + 1].count(name)}" for i, name in enumerate(called)
+    ]
+
+
+_MEANS = ("direction", "components")
+
+
+def _measure(
+    loaded: LoadedModel,
+    parts: Sequence[EditPlan],
+    plan: EditPlan,
+    questions: Sequence[Sequence[Question] | None],
+    text: NeutralText,
+    progress: Progress,
+) -> dict[str, Evaluation]:
+    """On each behaviour's questions: the base, each part alone at the dose it has in the composition, all together."""
+    dose = float(plan.measured["strength"])
+    called = names(parts)
+    candidates = [
+        plan_candidate(loaded, name, part.scaled(dose), note="alone") for name, part in zip(called, parts, strict=True)
+    ]
+    candidates.append(plan_candidate(loaded, "together", plan, note=" + ".join(called)))
+    found = {}
+    for name, asked in zip(called, questions, strict=True):
+        if asked:
+            suite = Suite(asked, builtin_questions("knowledge") or [], text, limit=PROOF)
+            found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
+    return found
+
+
+def _low_rank(plan: EditPlan) -> dict[str, LowRank]:
+    return {edit.tensor: edit for edit in plan.edits if isinstance(edit, LowRank) and edit.norm > 0}
+
+
+def _inner(a: LowRank, b: LowRank) -> float:
+    """``<ΔW, ΔW'>`` without forming either."""
+    return float(((a.B.double().T @ b.B.double()) * (a.A.double() @ b.A.double().T)).sum())
+
+
+def _direction(a: LowRank, b: LowRank) -> float:
+    if a.push is not None and b.push is not None:
+        one, two = a.B.double() @ a.push.double(), b.B.double() @ b.push.double()
+        if bool(one.any() and two.any()):
+            return float(torch.cosine_similarity(one, two, dim=0))
+    bases = (torch.linalg.qr(edit.B.double()).Q for edit in (a, b))
+    return float(torch.linalg.matrix_norm(next(bases).T @ next(bases), ord=2).clamp(max=1))
+
+
+def _shared_energy(a: LowRank, b: LowRank, site: Site) -> float:
+    """``Σ_j min(p_j, q_j)`` with p and q how ``‖ΔW_j‖²`` is spread over the components."""
+    spreads = []
+    for edit in (a, b):
+        columns = ((edit.B.double().T @ edit.B.double()) @ edit.A.double() * edit.A.double()).sum(dim=0).clamp(min=0)
+        energy = columns.view(site.components, -1).sum(dim=1)
+        spreads.append(energy / energy.sum().clamp(min=1e-30))
+    return float(torch.minimum(*spreads).sum())
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=1) + "\n"
