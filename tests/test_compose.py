@@ -15,8 +15,9 @@ from steer2edit.analysis import Scoring
 from steer2edit.compiler import make_plan
 from steer2edit.compose import INTERFERENCE, compose, names, overlap, rescale
 from steer2edit.errors import PlanError
+from steer2edit.hooks import edited
 from steer2edit.methods import component, steering
-from steer2edit.model import LoadedModel, edited
+from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.verification import verify
 

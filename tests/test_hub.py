@@ -571,7 +571,8 @@ for target in ("checkpoint", "lora"):
 
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
-from steer2edit.model import edited, load_model
+from steer2edit.hooks import edited
+from steer2edit.model import load_model
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import EditPlan
