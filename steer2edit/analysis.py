@@ -14,6 +14,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import CheckpointError, PlanError
+from steer2edit.fp8 import values
 from steer2edit.plan import Scores
 from steer2edit.progress import Progress, silent
 from steer2edit.statistics import Statistics
@@ -168,7 +169,7 @@ def _analyse_in_out(
 def _wide_blocks(checkpoint: Checkpoint, site: Site) -> Iterator[tuple[int, torch.Tensor]]:
     """``(first row, block)`` in float32; a block's memory is used again for the next."""
     wide = torch.empty(0)
-    for first, block in checkpoint.blocks(site.locate(checkpoint)):
+    for first, block in values(checkpoint, site.locate(checkpoint)):
         if wide.shape[0] < block.shape[0]:
             wide = torch.empty(block.shape)
         yield first, wide[: block.shape[0]].copy_(block)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
-from steer2edit.errors import ArchitectureError, listing
+from steer2edit.errors import ArchitectureError, CheckpointError, listing
 from steer2edit.families import FAMILIES, LLAMA, REFUSED, WRAPPERS, WRITER_LEAVES, Family, Orientation
+from steer2edit.fp8 import FP8, SUFFIX, block_size, scale_info
 from steer2edit.mixtures import MIXTURES
 from steer2edit.routing import Router, integer, read_router
 from steer2edit.sites import ModelSpec, Norm, Role, Site, part_of
@@ -31,6 +32,7 @@ _QUANTISED = re.compile(
     r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
     r"|scales|_data|codes|trellis)|\.quant_state\..+)$"
 )
+_MXFP4_EXPERTS = re.compile(r"\bexperts\.\w+_(blocks|scales)$")
 # the vectors of a plain pre-norm block
 _PLAIN_GAINS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 _EXPERT = re.compile(r"\bexperts\b|\bblock_sparse_moe\b|\bshared_expert")
@@ -82,6 +84,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         tied_embeddings=_tied(checkpoint, config, text),
         block_modules=module,
         routers=tuple(reader.routers),
+        frozen=tuple(reader.frozen),
     )
 
 
@@ -103,6 +106,7 @@ class _Reader:
         self.sites: list[Site] = []
         self.routers: list[Router] = []
         self.problems: list[str] = []
+        self.frozen: list[str] = []
         self.claimed: set[str] = set()
 
     def layer(self, layer: int) -> None:
@@ -161,6 +165,9 @@ class _Reader:
         for expert in range(router.experts):
             name = f"{base}{mixture.output.format(e=expert)}"
             info = self.checkpoint.tensors.get(name)
+            if info is None and f"{name}_blocks" in self.checkpoint.tensors:
+                self.frozen.append(f"{name}_blocks")
+                break
             if info is None:
                 self.problems.append(f"layer {layer}: {name} is missing (expert {expert} of {router.experts})")
                 if mixture.layout != "separate":
@@ -268,7 +275,12 @@ def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) 
 
 def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
     problems, info = [], site.locate(checkpoint)
-    if info.dtype not in EDITABLE:
+    if info.dtype == FP8 and len(info.shape) == 2:
+        try:
+            scale_info(checkpoint, info)
+        except CheckpointError as error:
+            problems.append(str(error))
+    elif info.dtype not in EDITABLE:
         problems.append(f"{info.name} is stored as {info.dtype}; editable are {', '.join(sorted(EDITABLE))}")
     axis = 0 if site.orientation == "out_in" else 1
     if len(info.shape) != 2 or 0 in info.shape or info.shape[axis] != site.out_features:
@@ -318,15 +330,25 @@ def _layers(text: Mapping[str, Any]) -> int:
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse every quantised format but fp8 with block scales, which is edited, and mxfp4 experts, which stay as they are."""
     settings = checkpoint.config.get("quantization_config")
     marked = sorted(name for name in checkpoint.tensors if _QUANTISED.search(name))
-    if not settings and not marked:
-        return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    sign = f"such as {marked[0]}" if marked else "by its config"
+    if block_size(checkpoint.config):
+        marked = [name for name in marked if not name.endswith(SUFFIX)]
+    elif method == "mxfp4" and marked:
+        marked = [name for name in marked if not _MXFP4_EXPERTS.search(name)]
+    elif not settings and not marked:
+        return
+    else:
+        marked = marked or ["by its config"]
+    if not marked:
+        return
+    sign = marked[0] if marked == ["by its config"] else f"such as {marked[0]}"
     raise ArchitectureError(
         f"{checkpoint.name} is quantised ({method or 'unknown format'}, {sign}). Compile the unquantised model "
-        "(bf16, f16 or f32) instead, and quantise the result; a LoRA compiled from it also serves beside the quantised base."
+        "(bf16, f16 or f32, or fp8 with weight_block_size) instead, and quantise the result; a LoRA compiled from it also serves "
+        "beside the quantised base."
     )
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from steer2edit.architecture import ModelSpec
-from steer2edit.checkpoint import DTYPES, Checkpoint, TensorInfo
+from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.fp8 import FP8, SUFFIX, block_size, read_values, scales_of, values
 from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
@@ -29,7 +30,7 @@ _OVERSAMPLING = 8
 # most edits need no wider sketch
 _FIRST_RANK = 4
 # bits of the significand after the first, and the exponent of the smallest normal number
-_PRECISION = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
+_PRECISION = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126), FP8: (3, -6)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def compare(
     ``parts`` tells into how many slices a fused tensor falls. A difference of more than ``max_rank`` singular values above
     the floor is not of low rank. Memory is a few blocks and the factors. Raises CheckpointError where a file cannot be read.
     """
-    shared = [name for name in base.tensors if name in edited.tensors]
+    shared = [name for name in base.tensors if name in edited.tensors and not _is_scale(base, edited, name)]
     found, dtypes, shapes, same = [], {}, {}, 0
     with progress("compare", total=sum(base.tensors[name].nbytes for name in shared)) as advance:
         for name in sorted(shared, key=lambda name: (base.tensors[name].shard, base.tensors[name].offset)):
@@ -128,16 +129,12 @@ class _Pair:
     theirs: TensorInfo
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """``(rows, base, edited)`` in float64."""
-        width = max(DTYPES[info.dtype].itemsize for info in (self.ours, self.theirs))
-        rows = max(1, (1 << 20) // (width * max(self.ours.shape[1], 1)))
-        sizes = (rows * info.nbytes // info.shape[0] for info in (self.ours, self.theirs))
-        pairs = (
-            checkpoint.blocks(info, size)
-            for checkpoint, info, size in zip((self.base, self.edited), (self.ours, self.theirs), sizes, strict=True)
-        )
-        for (first, a), (_, b) in zip(*pairs, strict=True):
-            # in float64: what is left beside a large edit may be ten million times smaller
+        """``(rows, base, edited)`` in float64: what is left beside a large edit may be ten million times smaller."""
+        sizes = (block_size(checkpoint.config) for checkpoint in (self.base, self.edited))
+        tall = math.lcm(*(size[0] for size in sizes if size))
+        rows = max((1 << 20) // (4 * max(self.ours.shape[1], 1) * tall), 1) * tall
+        pairs = zip(values(self.base, self.ours, rows), values(self.edited, self.theirs, rows), strict=True)
+        for (first, a), (_, b) in pairs:
             yield slice(first, first + a.shape[0]), a.double(), b.double()
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,13 +152,13 @@ class _Pair:
 def _difference(
     base: Checkpoint, edited: Checkpoint, ours: TensorInfo, theirs: TensorInfo, max_rank: int
 ) -> TensorDifference | None:
-    if equal(base, edited, ours, theirs):
+    if same_numbers(base, edited, ours, theirs):
         return None
     if ours.dtype not in _PRECISION or theirs.dtype not in _PRECISION:
         # other numbers are compared as bytes only
         return TensorDifference(ours.name, ours.shape, float("nan"), float("nan"), float("nan"))
     if len(ours.shape) != 2 or 0 in ours.shape:
-        a, b = base.read(ours).double(), edited.read(theirs).double()
+        a, b = read_values(base, ours).double(), read_values(edited, theirs).double()
         if torch.equal(a, b):
             return None
         delta = b - a
@@ -194,8 +191,11 @@ def _measured(pair: _Pair, max_rank: int) -> TensorDifference | None:
     sketch = torch.empty(rows, width, dtype=torch.float64)
     noise_rows, noise_columns = torch.zeros_like(sketch[:, 0]), torch.zeros_like(omega[:, 0])
     energy = weight = changed = 0.0
+    scales = scales_of(pair.edited, pair.theirs)
     for where, a, b in pair.blocks():
-        noise = _rounding_variance(b, pair.theirs.dtype)
+        noise = _rounding_variance(
+            b, pair.theirs.dtype, None if scales is None else scales.rows(where.start, len(b), columns)
+        )
         noise_rows[where] = noise.sum(dim=1)
         noise_columns += noise.sum(dim=0)
         weight += float(a.square().sum())
@@ -212,8 +212,8 @@ def _measured(pair: _Pair, max_rank: int) -> TensorDifference | None:
     basis = torch.linalg.qr(pair.transposed_times(basis)).Q
     basis = torch.linalg.qr(pair.times(basis)).Q
     U, S, V = torch.linalg.svd(pair.transposed_times(basis).T, full_matrices=False)
-    values = S.tolist()
-    rank = _rank(values, energy, floor, rounding, max_rank)
+    found = S.tolist()
+    rank = _rank(found, energy, floor, rounding, max_rank)
     kept = max_rank if rank is None else rank
     factors = None
     if rank:
@@ -226,11 +226,11 @@ def _measured(pair: _Pair, max_rank: int) -> TensorDifference | None:
         relative=(energy / max(weight, 1e-300)) ** 0.5,
         entries=changed / (rows * columns),
         rank=rank,
-        singular=tuple(values[:kept]),
-        next=values[kept] if kept < len(values) else 0.0,
+        singular=tuple(found[:kept]),
+        next=found[kept] if kept < len(found) else 0.0,
         floor=floor,
         rounding=rounding,
-        left=_left(values[:kept], energy),
+        left=_left(found[:kept], energy),
         factors=factors,
     )
 
@@ -256,11 +256,21 @@ def _left(values: list[float], energy: float) -> float:
     return math.sqrt(max(energy - sum(value**2 for value in values), 0.0))
 
 
-def _rounding_variance(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """``ulp²/12`` of each entry as it is stored; ``values`` are float64."""
+def _rounding_variance(numbers: torch.Tensor, dtype: str, factors: torch.Tensor | None) -> torch.Tensor:
+    """``ulp²/12`` of each entry as it is stored; float64. ``factors`` are those of an fp8 matrix's blocks."""
     bits, least = _PRECISION[dtype]
-    exponent = torch.frexp(values).exponent.clamp(min=least + 1) - 1
-    return torch.ldexp(torch.ones_like(values), exponent - bits).square_().div_(12)
+    stored = numbers if factors is None else numbers / factors.double().clamp(min=1e-300)
+    exponent = torch.frexp(stored).exponent.clamp(min=least + 1) - 1
+    variance = torch.ldexp(torch.ones_like(numbers), exponent - bits).square_().div_(12)
+    return variance if factors is None else variance.mul_(factors.double().square())
+
+
+def same_numbers(base: Checkpoint, edited: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype and bytes, and the same scales, where they are in fp8."""
+    if not equal(base, edited, ours, theirs):
+        return False
+    scales = [scales_of(checkpoint, info) for checkpoint, info in ((base, ours), (edited, theirs))]
+    return scales[0] is None or scales[1] is None or torch.equal(scales[0].values, scales[1].values)
 
 
 def equal(base: Checkpoint, edited: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> bool:
@@ -274,6 +284,12 @@ def equal(base: Checkpoint, edited: Checkpoint, ours: TensorInfo, theirs: Tensor
 def _bytes_of(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
     raw = TensorInfo(info.name, "U8", (info.nbytes,), info.shard, info.offset, info.nbytes)
     return (block for _, block in checkpoint.blocks(raw))
+
+
+def _is_scale(base: Checkpoint, edited: Checkpoint, name: str) -> bool:
+    # it is compared with its matrix
+    matrix = name.removesuffix(SUFFIX)
+    return matrix != name and all(c.tensors[matrix].dtype == FP8 for c in (base, edited) if matrix in c.tensors)
 
 
 def _other_files(base: Checkpoint, edited: Checkpoint) -> tuple[str, ...]:

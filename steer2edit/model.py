@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
-from steer2edit.checkpoint import Checkpoint
+from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.errors import ArchitectureError, CheckpointError
+from steer2edit.fp8 import SUFFIX, block_size, read_values
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -105,6 +106,9 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         dtype = "float32"
     if dtype != "auto":
         dtype = getattr(torch, dtype)
+    config = path / "config.json"
+    if config.is_file() and block_size(read_json(config)) and not _runs_fp8(device):
+        return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
     try:
@@ -120,6 +124,42 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _runs_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
+    """A model in fp8 with block scales as the numbers that its weights stand for, for devices without fp8.
+
+    transformers does so too, but with blocks of another size where a matrix is no multiple of theirs, and leaves the dtypes
+    mixed. Memory is that of the whole model in ``dtype``.
+    """
+    import transformers
+
+    if runtime.trust_remote_code or runtime.device_map:
+        raise CheckpointError(
+            f"{path} is in fp8, which this device does not run; it is loaded as plain numbers, and then neither with "
+            "--trust-remote-code nor with --device-map"
+        )
+    dtype = torch.bfloat16 if dtype == "auto" else dtype
+    checkpoint = open_checkpoint(path)
+    weights = {
+        name: value.to(dtype) if (value := read_values(checkpoint, name)).is_floating_point() else value
+        for name in checkpoint.tensors
+        if not name.endswith(SUFFIX)
+    }
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        del config.quantization_config
+        kind = getattr(transformers, (config.architectures or [""])[0])
+        model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+    return model
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from steer2edit.copying import COPY_BYTES, copy_range
 from steer2edit.difference import equal, fused_parts
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.files import new_folder
+from steer2edit.fp8 import SUFFIX
 from steer2edit.progress import Progress, silent
 from steer2edit.targets import read_receipt
 from steer2edit.targets.checkpoint import copy_other_files
+
+_PART = re.compile(r"(.+)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -122,16 +126,22 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
 
 def _place(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> TensorInfo | None:
     """Where a tensor lies, or the part of one that a plan calls ``name[3]``."""
-    site = spec.owners.get(name)
-    if name in checkpoint.tensors or site is None or site.part is None:
-        return checkpoint.tensors.get(name)
-    whole = checkpoint.tensors.get(name.rpartition("[")[0])
-    return None if whole is None or whole.shape[0] % site.part[1] else whole.part(*site.part)
+    part = None if name in checkpoint.tensors else _PART.fullmatch(name)
+    whole = checkpoint.tensors.get(part.group(1) if part else name)
+    if part is None or whole is None:
+        return whole
+    count, which = _parts(spec, whole.name), int(part.group(2))
+    return whole.part(which, count) if count and which < count and whole.shape[0] % count == 0 else None
+
+
+def _parts(spec: ModelSpec, name: str) -> int | None:
+    # the scales of a fused tensor in fp8 fall into as many
+    return fused_parts(spec).get(name.removesuffix(SUFFIX))
 
 
 def _different_parts(ours: Checkpoint, theirs: Checkpoint, spec: ModelSpec, name: str) -> list[str]:
     """The parts in which a tensor of several matrices differs; the tensor itself, if it is one matrix or cannot be compared."""
-    a, b, count = ours.tensors.get(name), theirs.tensors.get(name), fused_parts(spec).get(name)
+    a, b, count = ours.tensors.get(name), theirs.tensors.get(name), _parts(spec, name)
     if a is None or b is None or count is None or not _alike(a, b):
         return [name]
     parts = [(a.part(i, count), b.part(i, count)) for i in range(count)]

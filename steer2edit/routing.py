@@ -127,7 +127,8 @@ def _single(config: Mapping[str, Any], key: str) -> int:
 
 def _experts(checkpoint: Checkpoint, mixture: Mixture, base: str) -> list[str]:
     name = f"{base}{mixture.output.format(e=0)}"
-    return [name] if name in checkpoint.tensors else []
+    # in mxfp4 a tensor is two, of blocks and of their scales
+    return [found for found in (name, f"{name}_blocks") if found in checkpoint.tensors]
 
 
 def _groups(text: Mapping[str, Any]) -> tuple[int, int]:

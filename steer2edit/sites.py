@@ -125,7 +125,8 @@ def part_of(info: TensorInfo, part: tuple[int, int] | None) -> TensorInfo:
 class ModelSpec:
     """What the compiler knows of a model: ``sites`` are the writers, attention before MLP, layer by layer.
 
-    ``routers`` are those of the layers that are mixtures of experts.
+    ``routers`` are those of the layers that are mixtures of experts; ``frozen`` tensors hold writers in a format that is read
+    by no one here, and stay as they are.
     """
 
     model_type: str
@@ -137,6 +138,7 @@ class ModelSpec:
     tied_embeddings: bool
     block_modules: str
     routers: tuple[Router, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def site(self, key: str) -> Site:
         """The writer called ``key``; KeyError where there is none."""

@@ -19,13 +19,15 @@ from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
+from steer2edit.fp8 import SUFFIX, block_bytes, scales_of
 from steer2edit.gguf_files import read_control_vector, read_gguf
 from steer2edit.hooks import edited, pushed
 from steer2edit.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
-from steer2edit.plan import Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.rounding import Rounding, RoundingMeter
 from steer2edit.targets import PLAN, gguf, gguf_vector, located, read_receipt, resolve
-from steer2edit.targets.checkpoint import updated_blocks
+from steer2edit.targets.checkpoint import edited_blocks
 
 TOLERANCE = 1e-4
 _GGUF_TARGETS = ("gguf", "gguf-vector")
@@ -35,20 +37,6 @@ PROMPTS = (
     "List three uses of a paper clip:",
     "Once upon a time, in a village by the sea, there lived",
 )
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How much of a tensor's planned update its stored dtype kept.
-
-    ``along_v`` is the part kept along the planned update itself (for a rank-1 edit: of its push along v_hat), ``cosine`` is
-    that between stored and planned update, ``relative`` the norm of their difference over the planned norm.
-    """
-
-    tensor: str
-    along_v: float
-    cosine: float
-    relative: float
 
 
 @dataclass(frozen=True)
@@ -194,29 +182,41 @@ def _compare_checkpoint(
 def _by_tensor(
     checkpoint: Checkpoint, edits: Mapping[str, tuple[Edit, Site]]
 ) -> dict[str, list[tuple[TensorInfo, tuple[Edit, Site] | None]]]:
-    """Every edited tensor of the file in its parts, each with the edit on it, if there is one."""
+    """Every edited tensor of the file in its parts, each with the edit on it, if there is one.
+
+    The scales of an fp8 matrix are compared with it, and are no part by themselves.
+    """
     found: dict[str, list[tuple[TensorInfo, tuple[Edit, Site] | None]]] = {}
     for edit, site in edits.values():
         name = site.tensor if edit.tensor == site.matrix else str(site.bias)
+        count = 1 if site.part is None else site.part[1]
         if site.part is None:
             found[name] = [(located(checkpoint, edit, site), (edit, site))]
         elif name not in found:
-            parts = [checkpoint.tensors[name].part(i, site.part[1]) for i in range(site.part[1])]
+            parts = [checkpoint.tensors[name].part(i, count) for i in range(count)]
             found[name] = [(part, edits.get(part.name)) for part in parts]
+        place = located(checkpoint, edit, site)
+        if scales_of(checkpoint, place) is not None and f"{name}{SUFFIX}" not in found:
+            scales = checkpoint.tensors[f"{name}{SUFFIX}"]
+            parts = [scales.part(i, count) for i in range(count)] if count > 1 else []
+            found[scales.name] = [(part, None) for i, part in enumerate(parts) if f"{name}[{i}]" not in edits]
     return found
 
 
 def _compare_edited(
     checkpoint: Checkpoint, artefact: Checkpoint, piece: TensorInfo, edit: Edit, site: Site
 ) -> tuple[bool, Rounding]:
-    meter, same = _RoundingMeter(piece.name), True
+    meter, same = RoundingMeter(piece.name), True
     # a vector may be stored with an axis of one
     shaped = located(checkpoint, edit, site)
-    for (first, old, new), (_, found) in zip(
-        updated_blocks(checkpoint, edit, site), artefact.blocks(shaped), strict=True
-    ):
-        same = same and _same(new, found)
-        meter.add(edit, site.orientation == "out_in", first, old, found)
+    scales = scales_of(artefact, shaped)
+    blocks = artefact.blocks(shaped, block_bytes(checkpoint, shaped))
+    for block, (_, found) in zip(edited_blocks(checkpoint, edit, site), blocks, strict=True):
+        same = same and _same(block.after, found)
+        if scales is not None and block.scales is not None:
+            row = block.first // scales.size[0]
+            same = same and torch.equal(block.scales.float(), scales.values[row : row + len(block.scales)])
+        meter.add(edit, site.orientation == "out_in", block.first, block.old, found if scales is None else block.new)
     return same, meter.result()
 
 
@@ -276,30 +276,6 @@ def _compare_gguf(
     if not same and not problems:
         problems.append(f"{module.FILE} differs from the file that the plan gives")
     return Verification(target, len(found), tuple(problems))
-
-
-class _RoundingMeter:
-    """Sums over blocks: planned·stored, planned², stored²."""
-
-    def __init__(self, tensor: str) -> None:
-        self.tensor, self.cross, self.planned, self.stored = tensor, 0.0, 0.0, 0.0
-
-    def add(self, edit: Edit, out_in: bool, first: int, old: torch.Tensor, new: torch.Tensor) -> None:
-        # what is added is compared by itself, so that a small edit of a large matrix is not lost in the sum
-        before = torch.zeros(old.shape) if isinstance(edit, (LowRank, Bias)) else old.float()
-        planned = before.clone()
-        edit.apply(planned, first, out_in)
-        planned -= before
-        stored = new.float() - old.float()
-        self.cross += float((planned * stored).sum(dtype=torch.float64))
-        self.planned += float(planned.square().sum(dtype=torch.float64))
-        self.stored += float(stored.square().sum(dtype=torch.float64))
-
-    def result(self) -> Rounding:
-        scale = max(self.planned, 1e-300)
-        error = max(self.planned - 2 * self.cross + self.stored, 0.0)
-        cosine = self.cross / max((self.planned * self.stored) ** 0.5, 1e-300)
-        return Rounding(self.tensor, self.cross / scale, cosine, (error / scale) ** 0.5)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The checkpoint target: the base's folder again, with only the edited tensors' bytes different.
 
 Same shards, names, order, dtypes and metadata. Byte ranges between edited tensors are copied by the kernel; an
-edited tensor is read, summed in float32, rounded once and written, block by block.
+edited tensor is read, summed in float32, rounded once and written, block by block; one in fp8 is quantised again.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
-from steer2edit.checkpoint import Checkpoint
+from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.copying import COPY_BYTES, copy_range, write_at
 from steer2edit.errors import TargetError
 from steer2edit.files import RECEIPT
+from steer2edit.fp8 import FP8, EditedBlock, requantised, scale_info
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress
+from steer2edit.rounding import RoundingMeter
 from steer2edit.targets import Change, Lowering, Writing, located, resolve
 
 # other copies of the weights: they would be unedited, and some engines prefer them
@@ -39,54 +43,91 @@ def lower(
 ) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
     edits = resolve(plan, checkpoint, spec)
+    places = {name: _places(checkpoint, *one) for name, one in edits.items()}
     left_out = copy_other_files(checkpoint, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
-    edited = {located(checkpoint, *one).shard for one in edits.values()}
+    edited = {info.shard for infos in places.values() for info in infos}
     linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]
-    changes: list[Change] = []
+    done: list[_Rewritten] = []
     total = sum(size for shard, size in sizes.items() if shard not in linked)
     with progress("write checkpoint", total=total) as advance, ThreadPoolExecutor(writing.workers) as pool:
-        jobs: list[Callable[[], Change | int]] = []
         # in the order of the files' bytes, so that however many jobs run, a disk reads and writes nearly in sequence
-        for shard in (shard for shard in sizes if shard not in linked):
-            jobs += _shard_jobs(checkpoint, edits, shard, sizes[shard], folder / shard)
-        for done in pool.map(lambda job: job(), jobs):
-            if isinstance(done, Change):
-                changes.append(done)
-                advance(located(checkpoint, *edits[done.tensor]).nbytes)
-            else:
-                advance(done)
+        jobs = [
+            job
+            for shard in sizes
+            if shard not in linked
+            for job in _shard_jobs(checkpoint, edits, places, shard, folder)
+        ]
+        for result in pool.map(lambda job: job(), jobs):
+            if isinstance(result, _Rewritten):
+                done.append(result)
+            advance(result.nbytes if isinstance(result, _Rewritten) else result)
     checkpoint.check_unchanged()
-    dtypes = sorted({located(checkpoint, *one).dtype for one in edits.values()})
+    dtypes = sorted({infos[0].dtype for infos in places.values()})
     notes = [f"left out {name}: another copy of the unedited weights" for name in left_out]
     if linked:
         notes.append(
             f"{len(linked)} of {len(sizes)} shards are hard links to the base's files: whoever writes into one of them in place "
             "changes both; copying the folder ends that"
         )
+    if spec.frozen:
+        notes.append(f"left as in the base: {len(spec.frozen)} quantised expert tensors, such as {spec.frozen[0]}")
+    requantised = [result.requantised for result in done if result.requantised]
     return Lowering(
-        exactness=f"exact up to one rounding to {', '.join(dtypes)}" if edits else "exact",
-        changes=tuple(changes),
+        exactness=_exactness(dtypes),
+        changes=tuple(change for result in done for change in result.changes),
         notes=tuple(notes),
-        details={"shards": len(sizes), "linked": linked, "bytes": sum(sizes.values())},
+        details={
+            "shards": len(sizes),
+            "linked": linked,
+            "bytes": sum(sizes.values()),
+            **({"requantised": requantised} if requantised else {}),
+        },
     )
 
 
+@dataclass(frozen=True)
+class _Rewritten:
+    """One edited matrix: its bytes, what changed, and, of an fp8 matrix, what re-quantising it cost."""
+
+    nbytes: int
+    changes: tuple[Change, ...]
+    requantised: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _exactness(dtypes: Sequence[str]) -> str:
+    rounded = [dtype for dtype in dtypes if dtype != FP8]
+    parts = [f"exact up to one rounding to {', '.join(rounded)}"] if rounded else []
+    if FP8 in dtypes:
+        parts.append("approximate in fp8, with the error of each matrix in the receipt (details.requantised)")
+    return "; ".join(parts) or "exact"
+
+
+def _places(checkpoint: Checkpoint, edit: Edit, site: Site) -> list[TensorInfo]:
+    """The bytes that an edit rewrites: the matrix, and the scales of one in fp8."""
+    info = located(checkpoint, edit, site)
+    return [info, scale_info(checkpoint, info)] if info.dtype == FP8 else [info]
+
+
 def _shard_jobs(
-    checkpoint: Checkpoint, edits: Mapping[str, tuple[Edit, Site]], shard: str, size: int, target: Path
-) -> Iterator[Callable[[], Change | int]]:
+    checkpoint: Checkpoint,
+    edits: Mapping[str, tuple[Edit, Site]],
+    places: Mapping[str, Sequence[TensorInfo]],
+    shard: str,
+    folder: Path,
+) -> Iterator[Callable[[], _Rewritten | int]]:
     """What makes one shard, in the order of its bytes; the file is there, in its size, before the first job."""
-    source = checkpoint.path / shard
+    source, target = checkpoint.path / shard, folder / shard
+    size = source.stat().st_size
     # exclusive: nothing is ever opened for writing here that was not made here, least of all a link
     with open(target, "xb") as file:
         file.truncate(size)
-    places = {name: located(checkpoint, *one) for name, one in edits.items()}
-    names = [name for name, info in places.items() if info.shard == shard]
+    here = [(info, name, i) for name, infos in places.items() for i, info in enumerate(infos) if info.shard == shard]
     end = 0
-    for name in sorted(names, key=lambda name: places[name].offset):
-        info = places[name]
+    for info, name, i in sorted(here, key=lambda entry: entry[0].offset):
         yield from _copies(source, target, end, info.offset)
-        yield lambda name=name: _rewrite(checkpoint, *edits[name], target)  # type: ignore[misc]
+        if i == 0:  # scales are written with their matrix, wherever they lie
+            yield lambda name=name: _rewrite(checkpoint, *edits[name], places[name], folder)  # type: ignore[misc]
         end = info.offset + info.nbytes
     yield from _copies(source, target, end, size)
 
@@ -100,20 +141,25 @@ def _link(checkpoint: Checkpoint, shard: str, folder: Path) -> bool:
     return True
 
 
-def updated_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """``(first row, block, edited block)`` of a tensor in its stored orientation and dtype.
+def edited_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[EditedBlock]:
+    """A tensor in its stored orientation and dtype before and after an edit, block by block.
 
     The blocks' memory is used again for the next.
     """
+    info, out_in = located(checkpoint, edit, site), site.orientation == "out_in"
+    if info.dtype == FP8:
+        yield from requantised(checkpoint, info, edit, out_in)
+        return
     wide, new = torch.empty(0), torch.empty(0)
-    for first, block in checkpoint.blocks(site.locate(checkpoint, edit.tensor)):
+    for first, block in checkpoint.blocks(info):
         if first == 0:
             wide = torch.empty(block.shape, dtype=torch.promote_types(block.dtype, torch.float32))
             new = torch.empty_like(block)
         count = block.shape[0]
         total = wide[:count].copy_(block)
-        edit.apply(total, first, site.orientation == "out_in")
-        yield first, block, new[:count].copy_(total)
+        edit.apply(total, first, out_in)
+        after = new[:count].copy_(total)
+        yield EditedBlock(first, block, after, block, after)
 
 
 def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -133,22 +179,48 @@ def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return left_out
 
 
-def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, target: Path) -> Change:
-    info = site.locate(checkpoint, edit.tensor)
+def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[TensorInfo], folder: Path) -> _Rewritten:
+    info = places[0]
     row_bytes = info.nbytes // info.shape[0]
     before, after = hashlib.sha256(), hashlib.sha256()
-    with open(target, "r+b", buffering=0) as file:
-        for first, block, new in updated_blocks(checkpoint, edit, site):
-            if not _finite(new):
+    meter = RoundingMeter(edit.tensor)
+    old_scales: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    kept = 0
+    with open(folder / info.shard, "r+b", buffering=0) as file:
+        for block in edited_blocks(checkpoint, edit, site):
+            if not _finite(block.new):
                 raise TargetError(f"{edit.tensor}: the edited values do not fit {info.dtype}; lower the strength")
-            before.update(_bytes(block))
-            data = _bytes(new)
+            before.update(_bytes(block.before))
+            data = _bytes(block.after)
             after.update(data)
-            try:
-                write_at(file.fileno(), data, info.offset + first * row_bytes)
-            except OSError as error:
-                raise TargetError(f"cannot write {edit.tensor}: {error.strerror or error}") from None
-    return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
+            _write(file.fileno(), data, info.offset + block.first * row_bytes, edit.tensor)
+            if block.scales is not None and block.old_scales is not None:
+                meter.add(edit, site.orientation == "out_in", block.first, block.old, block.new)
+                kept += int((block.before.view(torch.uint8) == block.after.view(torch.uint8)).sum())
+                old_scales.append(block.old_scales)
+                scales.append(block.scales)
+    change = Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
+    if not scales:
+        return _Rewritten(info.nbytes, (change,))
+    was, now = torch.cat(old_scales), torch.cat(scales)
+    with open(folder / places[1].shard, "r+b", buffering=0) as file:
+        _write(file.fileno(), _bytes(now), places[1].offset, places[1].name)
+    hashes = [hashlib.sha256(_bytes(values)).hexdigest() for values in (was, now)]
+    found = {
+        **asdict(meter.result()),
+        "blocks": now.numel(),
+        "rescaled": int((was != now).sum()),
+        "bytes_kept": kept / info.nbytes,
+    }
+    return _Rewritten(info.nbytes, (change, Change(places[1].name, f"scales of {edit.tensor}", None, *hashes)), found)
+
+
+def _write(descriptor: int, data: memoryview, offset: int, name: str) -> None:
+    try:
+        write_at(descriptor, data, offset)
+    except OSError as error:
+        raise TargetError(f"cannot write {name}: {error.strerror or error}") from None
 
 
 def _finite(values: torch.Tensor) -> bool:
@@ -160,6 +232,6 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).flatten().numpy().data
 
 
-def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], Change | int]]:
+def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], _Rewritten | int]]:
     for at in range(start, end, COPY_BYTES):
         yield lambda at=at: copy_range(source, at, target, at, min(COPY_BYTES, end - at))  # type: ignore[misc]
