@@ -78,7 +78,7 @@ def encode(
     encoded: list[Encoded] = []
     problems: list[str] = []
     for example, ids in zip(examples, _tokenize(wholes, tokenizer, special), strict=True):
-        start = max(1, _common_prefix(prompts[example.prompt], ids))
+        start = max(1, common_prefix(prompts[example.prompt], ids))
         if start >= len(ids):
             problems.append(f"{example.where}: the response {shown(example.response)} yields no token")
         elif start >= max_tokens:
@@ -107,6 +107,12 @@ def windows(tokenizer: Any, texts: Sequence[str], max_tokens: int, size: int = 2
         body = kept[len(start) :]
         found += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
     return found
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens ``a`` and ``b`` begin with alike."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def _templated(tokenizer: Any) -> bool:
@@ -181,8 +187,3 @@ def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]
     probe, *found = batch["input_ids"]
     closed = special and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
     return [list(ids[:-1] if closed else ids) for ids in found]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

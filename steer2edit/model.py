@@ -69,7 +69,10 @@ class LoadedModel:
 
     def body(self) -> Any:
         """The model without its unembedding: ids → last hidden state."""
-        return self.model.base_model
+        base = self.model.base_model
+        # Llama 4's causal model is its own base model; OPT's goes past its base model, to the decoder in it
+        base = self.model.model if base is self.model else base
+        return getattr(base, "decoder", base)
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 log-probabilities ``[n, vocabulary]`` of final hidden states ``[n, hidden]``."""
@@ -223,11 +226,23 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     return ids.to(device), mask.to(device)
 
 
+class _States(tuple[torch.Tensor]):
+    """A body's output that holds final hidden states and, of whatever else a family's forward asks for, nothing."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    body.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    body.forward = lambda *_args, **_kwargs: _States((hidden,))
     try:
         yield
     finally:
