@@ -60,6 +60,12 @@ class Scoring:
     statistics: Statistics
     _known: dict[str, SiteScores] = field(default_factory=dict, repr=False)
 
+    def routed_enough(self, sites: Sequence[Site], min_tokens: int) -> tuple[list[Site], int]:
+        """``sites`` without the experts that had fewer than ``min_tokens`` tokens of contrast data, and how many those are."""
+        tokens = [(site, self.statistics.routed_tokens(site.key)) for site in sites]
+        kept = [site for site, count in tokens if count is None or count >= min_tokens]
+        return kept, len(sites) - len(kept)
+
     def score(self, sites: Sequence[Site], progress: Progress = silent) -> list[SiteScores]:
         """Scores of ``sites`` in their order; each matrix is read once in this object's life.
 
@@ -81,8 +87,14 @@ def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> SiteSc
     resampled = ("bootstrap", site.vector_key, "output") in statistics.resampled
     if resampled:
         for kind, count in (("bootstrap", None), ("shuffled", 1)):
-            directions.append(statistics.resamples(kind, site.key, "output").difference()[:count])  # type: ignore[arg-type]
-            inputs.append(statistics.resamples(kind, site.key, "input").x_bar()[:count])  # type: ignore[arg-type]
+            drawn = statistics.resamples(kind, site.vector_key, "output").difference()[:count]  # type: ignore[arg-type]
+            directions.append(drawn)
+            # an expert's inputs are not resampled: their signs are taken as they are
+            inputs.append(
+                inputs[0].expand(len(drawn), -1)
+                if site.expert is not None
+                else statistics.resamples(kind, site.key, "input").x_bar()[:count]  # type: ignore[arg-type]
+            )
     v, x = torch.cat(directions), torch.cat(inputs)
     if v.shape[1] != site.out_features or x.shape[1] != site.in_features:
         raise PlanError(

@@ -1,7 +1,8 @@
 """Run the model over contrast data once and keep moments of every writer's input and output.
 
 The span of an example is the positions that predict its response's tokens, ``[start-1, end-1)``. Memory does not
-grow with the number of examples, and the unembedding is never computed.
+grow with the number of examples, and the unembedding is never computed. Of a mixture's layers the routing is kept too:
+for each example how often, and with what weight, each expert was chosen.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steer2edit.accumulator import Accumulator
 from steer2edit.architecture import Site
 from steer2edit.distributed import ALONE, World
 from steer2edit.encoding import Encoded
+from steer2edit.experts.forward import Routed, combined, deciding, experts_module, visiting
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 from steer2edit.resume import EVERY_SECONDS, Partial, identity
-from steer2edit.statistics import Accumulator, Side, Statistics
+from steer2edit.routing import Router
+from steer2edit.statistics import SCOPES, Scope, Side, Statistics, routing_key
 
 
 def capture(
@@ -46,12 +51,12 @@ def capture(
     everything = batches(lengths, batch_tokens)
     costs = [len(indices) * lengths[indices[0]] for indices in everything]
     plan = [everything[i] for i in world.share(costs)]
-    accumulator, done, partial = Accumulator(), 0, None
+    accumulator, done, kept = Accumulator(), 0, None
     if keep is not None:
         ids = [(e.label, e.row, e.start, e.ids) for e in examples]
         described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
-        partial = Partial(keep, identity(described), keep_every)
-        accumulator, done = partial.load(len(plan))
+        kept = Partial(keep, identity(described), keep_every)
+        accumulator, done = kept.load(len(plan))
     stage = f"capture, which goes on after {done} of {len(plan)} batches" if done else "capture"
     span = _Span(accumulator)
 
@@ -65,8 +70,8 @@ def capture(
                 span.select(chosen, ids.shape[1])
                 with torch.inference_mode():
                     loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
-                if partial is not None:
-                    partial.keep(accumulator, number)
+                if kept is not None:
+                    kept.keep(accumulator, number)
                 advance(sum(len(example.ids) for example in chosen))
 
     world.together(run)
@@ -81,20 +86,75 @@ class _Span:
         self._accumulator = accumulator
         self._positions = torch.empty(0, dtype=torch.long)
         self._spread = torch.empty(0)
+        self._place = torch.empty(0, dtype=torch.long)
+        self._scopes: dict[Scope, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def select(self, chosen: Sequence[Encoded], width: int) -> None:
         spans = [range(example.start - 1, len(example.ids) - 1) for example in chosen]
         self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)])
         self._positions = torch.tensor([row * width + p for row, span in enumerate(spans) for p in span])
         self._spread = torch.block_diag(*(torch.full((1, len(span)), 1.0 / len(span)) for span in spans))  # type: ignore[no-untyped-call]
+        self._place = torch.full((len(chosen) * width,), -1)
+        self._place[self._positions] = torch.arange(len(self._positions))
+        self._scopes = {scope: _counted(chosen, width, scope) for scope in SCOPES}
 
-    def add(self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None) -> None:
-        device = activations.device
+    def _follow(self, device: torch.device) -> None:
         if self._positions.device != device:
             self._positions, self._spread = self._positions.to(device), self._spread.to(device)
+            self._place = self._place.to(device)
+
+    def add(self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None) -> None:
+        self._follow(activations.device)
         # OPT's MLP runs on [rows * positions, features]
         values = activations.flatten(0, -2).index_select(0, self._positions)
         self._accumulator.add(key, side, values, self._spread, heads)
+
+    def add_expert(self, router: Router, routed: Routed) -> None:
+        self._follow(routed.inner.device)
+        places = self._place[routed.tokens]
+        kept = places >= 0
+        self._accumulator.add_expert(
+            router.layer,
+            routed.expert,
+            router.experts,
+            routed.inner[kept],
+            self._spread[:, places[kept]],
+            routed.weights[kept],
+        )
+
+    def add_routing(self, router: Router, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+        for scope, (counted, tokens) in self._scopes.items():
+            counted = counted.to(chosen.device)
+            per_example = [
+                counted @ torch.zeros(len(chosen), router.experts, device=chosen.device).scatter_add_(1, chosen, each)
+                for each in (torch.ones_like(weights, dtype=torch.float32), weights.float())
+            ]
+            lengths = tokens.to(chosen.device)[:, None]
+            # each example is one draw: its tokens are not independent
+            found = {
+                "selected": per_example[0] / lengths,
+                "mass": per_example[1] / lengths,
+                "counts": torch.cat((per_example[0], lengths), dim=1),
+            }
+            whole = torch.eye(len(lengths), device=chosen.device)
+            for what, values in found.items():
+                self._accumulator.add(routing_key(what, scope, router.layer), "output", values, whole)
+
+
+def _counted(chosen: Sequence[Encoded], width: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of the flattened batch count for each example, [examples, rows · width], and how many do."""
+    mask = torch.zeros(len(chosen), len(chosen), width)
+    for row, example in enumerate(chosen):
+        start, end = max(example.start - 1, 0), len(example.ids) - 1
+        if scope == "response":
+            span = slice(start, end)
+        elif scope == "all" or start == 0:  # text without a prompt counts as a whole
+            span = slice(0, end)
+        else:
+            span = slice(0, start)
+        mask[row, row, span] = 1
+    mask = mask.flatten(1)
+    return mask, mask.sum(dim=1).clamp(min=1)
 
 
 @contextmanager
@@ -112,8 +172,19 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
 
         return hook
 
+    def routed_sum(router: Router) -> Any:
+        def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+            span.add(f"experts_out.{router.layer}", "output", combined(loaded.model, router, output))
+
+        return hook
+
     with ExitStack() as stack:
-        for site in loaded.spec.sites:
+        for router in loaded.spec.routers:
+            stack.enter_context(visiting(loaded.model, router, partial(span.add_expert, router)))
+            stack.enter_context(deciding(loaded.model, router, partial(span.add_routing, router)))
+            module = experts_module(loaded.model, router)
+            stack.callback(module.register_forward_hook(routed_sum(router)).remove)
+        for site in (site for site in loaded.spec.sites if site.expert is None):
             stack.callback(loaded.module(site).register_forward_hook(writer(site)).remove)
         for layer in range(loaded.spec.layers):
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steer2edit.accumulator import Accumulator
 from steer2edit.errors import PlanError
 from steer2edit.files import load_tensors, save_tensors
-from steer2edit.statistics import FORMAT, Accumulator
+from steer2edit.statistics import FORMAT
 
 EVERY_SECONDS = 60.0
 # keeping the sums takes at most a twentieth of the time, however large they are: a gigabyte for 32 layers of 4096

@@ -10,15 +10,15 @@ when the labels mean nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from steer2edit.errors import PlanError
+from steer2edit.expert_statistics import ExpertMoments
 from steer2edit.files import load_tensors, save_tensors
 
 Label = Literal["positive", "negative"]
@@ -26,12 +26,14 @@ Population = Literal["positive", "negative", "neutral"]
 Source = Literal["contrast", "neutral"]
 Side = Literal["input", "output"]
 Kind = Literal["bootstrap", "shuffled"]
+Scope = Literal["prompt", "response", "all"]
+SCOPES: tuple[Scope, ...] = ("prompt", "response", "all")
 LABELS: tuple[Label, Label] = ("positive", "negative")
 SOURCES: tuple[Source, Source] = ("contrast", "neutral")
 POPULATIONS: tuple[Population, ...] = (*LABELS, "neutral")
 RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
 FORMAT = "steer2edit.statistics.2"
-_SOURCES: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "neutral": "neutral"}
+SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "neutral": "neutral"}
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,38 @@ class Statistics:
     blocks: Mapping[tuple[str, Source], torch.Tensor] = field(default_factory=dict)
     resampled: Mapping[tuple[Kind, str, Side], Resampled] = field(default_factory=dict)
     weights: Mapping[Kind, torch.Tensor] = field(default_factory=dict)
+    experts: Mapping[tuple[int, Population], ExpertMoments] = field(default_factory=dict)
 
     def mean(self, key: str, side: Side, population: Population) -> torch.Tensor:
         """The mean activation, float64 ``[features]``. Raises PlanError where it was not captured."""
         return self._moments(key, side, population).mean
 
     def x_bar(self, key: str) -> torch.Tensor:
-        """The typical input of a site: half the sum of both classes' means (Steer2Edit, section 3)."""
-        return (self.mean(key, "input", "positive") + self.mean(key, "input", "negative")) / 2
+        """The typical input of a site: half the sum of both classes' means (Steer2Edit, section 3).
+
+        For an expert that of the classes whose tokens were routed to it.
+        """
+        return self._typical(key, [self._moments(key, "input", label).mean for label in LABELS])
 
     def energy(self, key: str, source: Source = "contrast") -> torch.Tensor:
         """``E[x²]`` of a site's input, elementwise; for the contrast data half the sum of both classes'."""
         if source == "neutral":
             return self._moments(key, "input", "neutral").m2
-        return (self._moments(key, "input", "positive").m2 + self._moments(key, "input", "negative").m2) / 2
+        return self._typical(key, [self._moments(key, "input", label).m2 for label in LABELS])
+
+    def routed_tokens(self, key: str) -> int | None:
+        """How many tokens of the contrast data an expert was given; None for a site that is no expert."""
+        expert = _expert_of(key)
+        if expert is None:
+            return None
+        return sum(int(self._experts(expert[0], label).tokens[expert[1]]) for label in LABELS)
+
+    def _typical(self, key: str, both: list[torch.Tensor]) -> torch.Tensor:
+        expert = _expert_of(key)
+        if expert is not None:
+            there = [float(self._experts(expert[0], label).weight[expert[1]] > 0) for label in LABELS]
+            return (both[0] * there[0] + both[1] * there[1]) / max(sum(there), 1.0)
+        return (both[0] + both[1]) / 2
 
     def block_moments(self, key: str, source: Source) -> torch.Tensor:
         """``E[x_j x_jᵀ]`` of each head's input, float32 ``[heads, d, d]``. Raises PlanError where it was not captured."""
@@ -114,7 +134,7 @@ class Statistics:
             if kind == "shuffled":
                 for label, mean in zip(LABELS, one.means[index].double(), strict=True):
                     moments[key, side, label] = replace(moments[key, side, label], mean=mean)
-        return replace(self, moments=moments, resampled={}, weights={})
+        return replace(self, moments=moments, resampled={}, weights={})  # experts' inputs are what both classes share
 
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of both sets of examples together. Raises PlanError where they are of different models."""
@@ -132,7 +152,7 @@ class Statistics:
             parts = [(getattr(one, name, None), getattr(two, name, None)) for name in ("mean", "m2")]
             moments[key] = Moments(*(average(mine, theirs, a, b) for mine, theirs in parts))
         count = {
-            source: [sum(one.examples[p] for p in POPULATIONS if _SOURCES[p] == source) for one in (self, other)]
+            source: [sum(one.examples[p] for p in POPULATIONS if SOURCE_OF[p] == source) for one in (self, other)]
             for source in SOURCES
         }
         blocks = {
@@ -152,11 +172,20 @@ class Statistics:
             blocks,
             resampled,
             {kind: self.weights[kind] + other.weights[kind] for kind in self.weights},
+            self._merged_experts(other),
         )
+
+    def _merged_experts(self, other: Statistics) -> dict[tuple[int, Population], ExpertMoments]:
+        merged = {**other.experts, **self.experts}
+        for key in self.experts.keys() & other.experts.keys():
+            counts = self.examples[key[1]], other.examples[key[1]]
+            merged[key] = self.experts[key].merged(other.experts[key], *counts)
+        return merged
 
     def save(self, path: str | Path) -> None:
         """Write ``*.stats.safetensors``: ``<site>.<side>.<population>.<mean|m2>`` float64, and float32 besides:
-        ``<site>.input.<contrast|neutral>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``.
+        ``<site>.input.<contrast|neutral>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``, and of experts
+        ``routed.<layer>.<population>.<mean|m2|weighted|weight|tokens>``.
         """
         tensors = {f"{kind}.weights": weights for kind, weights in self.weights.items()}
         for (key, side, population), moments in self.moments.items():
@@ -164,6 +193,8 @@ class Statistics:
             tensors[f"{key}.{side}.{population}.m2"] = moments.m2
         tensors |= {f"{key}.input.{source}.blocks": blocks for (key, source), blocks in self.blocks.items()}
         tensors |= {f"{key}.{side}.{kind}.means": one.means for (kind, key, side), one in self.resampled.items()}
+        for (layer, population), experts in self.experts.items():
+            tensors |= {f"routed.{layer}.{population}.{what}": value for what, value in experts.tensors().items()}
         described = {
             "format": FORMAT,
             "examples": self.examples,
@@ -186,158 +217,60 @@ class Statistics:
             blocks: dict[Any, torch.Tensor] = {}
             resampled: dict[Any, Resampled] = {}
             weights: dict[Any, torch.Tensor] = {}
+            experts: dict[Any, dict[str, torch.Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.endswith(".weights"):
                     weights[name.removesuffix(".weights")] = tensor
                     continue
                 key, side, group, what = name.rsplit(".", 3)
-                if what == "mean":
+                if key == "routed":
+                    experts.setdefault((int(side), group), {})[what] = tensor
+                elif what == "mean":
                     moments[key, side, group] = Moments(tensor, tensors[f"{key}.{side}.{group}.m2"])
                 elif what == "blocks":
                     blocks[key, group] = tensor
                 elif what == "means":
                     resampled[group, key, side] = Resampled(tensor)
             examples, tokens = ({p: int(described[name][p]) for p in POPULATIONS} for name in ("examples", "tokens"))
-            return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights)
+            routed = {key: ExpertMoments.of(values) for key, values in experts.items()}
+            return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights, routed)
         except (KeyError, ValueError, TypeError) as error:
             raise PlanError(f"{path} is not a statistics file of steer2edit: {error!r}") from None
 
+    def _experts(self, layer: int, population: Population) -> ExpertMoments:
+        try:
+            return self.experts[layer, population]
+        except KeyError:
+            raise PlanError(_missing(f"{population} inputs of the experts of layer {layer}")) from None
+
     def _moments(self, key: str, side: Side, population: Population) -> Moments:
+        expert = _expert_of(key)
+        if expert is not None and side == "input":
+            found = self._experts(expert[0], population)
+            return Moments(found.mean[expert[1]], found.m2[expert[1]])
         try:
             return self.moments[key, side, population]
         except KeyError:
             raise PlanError(_missing(f"{population} {side} of {key}")) from None
 
 
+def routing_key(what: str, scope: Scope, layer: int) -> str:
+    """Under which name a layer's routing is kept, each example one draw, over the tokens of ``scope``.
+
+    ``what`` is ``selected`` [experts], the share of tokens that chose the expert; ``mass``, its mean weight; or ``counts``
+    [experts + 1], how many tokens chose it, and how many there were.
+    """
+    return f"{what}.{scope}.{layer}"
+
+
+def _expert_of(key: str) -> tuple[int, int] | None:
+    """Layer and number of an expert, of its site's key."""
+    role, _, numbers = key.partition(".")
+    if role != "expert_out":
+        return None
+    layer, _, expert = numbers.partition(".")
+    return int(layer), int(expert)
+
+
 def _missing(what: str) -> str:
     return f"the statistics hold no {what}; capture them from this model again"
-
-
-class Accumulator:
-    """Sums moments batch by batch; :meth:`result` freezes them."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, Side], torch.Tensor] = {}
-        self._blocks: dict[tuple[str, Source], torch.Tensor] = {}
-        self._total = torch.zeros(_ROWS, dtype=torch.float64)
-        self._examples = dict.fromkeys(POPULATIONS, 0)
-        self._tokens = dict.fromkeys(POPULATIONS, 0)
-        self._weights = torch.empty(0)
-        self._populations: list[Population] = []
-
-    def begin(self, examples: Sequence[tuple[Population, int, int]]) -> None:
-        """Note the batch that comes next: each example's population, its data row and its tokens."""
-        self._populations = [population for population, _, _ in examples]
-        self._weights = torch.stack([_example_weights(population, row) for population, row, _ in examples], dim=1)
-        self._total += self._weights.double().sum(dim=1)
-        for population, _, tokens in examples:
-            self._examples[population] += 1
-            self._tokens[population] += tokens
-
-    def add(self, key: str, side: Side, values: torch.Tensor, spread: torch.Tensor, heads: int | None = None) -> None:
-        """Add ``values`` [tokens, features]; ``spread`` [examples, tokens] holds 1/length at each example's tokens.
-
-        With ``heads``, the second moments of each head's block of features too.
-        """
-        values = values.to(spread.dtype)
-        if self._weights.device != values.device:
-            self._weights = self._weights.to(values.device)
-        by_example = self._weights @ (spread @ values)
-        squares = self._weights[: len(POPULATIONS)] @ (spread @ values.square())
-        sums = torch.cat((by_example, squares)).to("cpu", torch.float64)
-        if (key, side) in self._sums:
-            self._sums[key, side] += sums
-        else:
-            self._sums[key, side] = sums
-        if heads is not None:
-            self._add_blocks(key, values.view(len(values), heads, -1).transpose(0, 1), spread)
-
-    def _add_blocks(self, key: str, values: torch.Tensor, spread: torch.Tensor) -> None:
-        for source in dict.fromkeys(_SOURCES[population] for population in self._populations):
-            rows = [i for i, population in enumerate(self._populations) if _SOURCES[population] == source]
-            scaled = values * spread[rows].sum(dim=0)[:, None]
-            found = (scaled.transpose(1, 2) @ values).to("cpu", torch.float64)  # [heads, d, d]
-            if (key, source) in self._blocks:
-                self._blocks[key, source] += found
-            else:
-                self._blocks[key, source] = found
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything summed so far, float64 by name. The states of disjoint examples add up to that of all of them."""
-        counts = [[counted[population] for population in POPULATIONS] for counted in (self._examples, self._tokens)]
-        state = {"total": self._total.clone(), "counts": torch.tensor(counts, dtype=torch.float64)}
-        state |= {f"sums/{key}/{side}": sums for (key, side), sums in self._sums.items()}
-        return state | {f"blocks/{key}/{source}": sums for (key, source), sums in self._blocks.items()}
-
-    @classmethod
-    def of(cls, state: Mapping[str, torch.Tensor]) -> Accumulator:
-        """The accumulator whose :meth:`state` this was. Raises PlanError for any other tensors."""
-        made = cls()
-        if strange := [name for name, values in state.items() if values.dtype != torch.float64]:
-            raise PlanError(f"the sums {strange[0]!r} are not float64")
-        for name, values in state.items():
-            if name == "total" and values.shape == (_ROWS,):
-                made._total = values
-            elif name == "counts" and values.shape == (2, len(POPULATIONS)):
-                made._examples, made._tokens = (
-                    {p: int(count) for p, count in zip(POPULATIONS, row.tolist(), strict=True)} for row in values
-                )
-            elif (
-                (parts := name.split("/"))[0] == "sums" and len(parts) == 3 and len(values) == _ROWS + len(POPULATIONS)
-            ):
-                made._sums[parts[1], cast(Side, parts[2])] = values
-            elif parts[0] == "blocks" and len(parts) == 3 and values.ndim == 3:
-                made._blocks[parts[1], cast(Source, parts[2])] = values
-            else:
-                raise PlanError(f"unknown sums {name!r} of shape {list(values.shape)}")
-        return made
-
-    def result(self, source: Mapping[str, Any]) -> Statistics:
-        """The statistics so far."""
-        count = len(POPULATIONS)
-        total = self._total.clamp(min=1e-300)[:, None]
-        captured = [p for p in POPULATIONS if self._examples[p]]
-        moments: dict[tuple[str, Side, Population], Moments] = {}
-        resampled: dict[tuple[Kind, str, Side], Resampled] = {}
-        for (key, side), sums in self._sums.items():
-            means, squares = sums[:_ROWS] / total, sums[_ROWS:] / total[:count]
-            for index, population in enumerate(POPULATIONS):
-                if population in captured:
-                    moments[key, side, population] = Moments(means[index].clone(), squares[index].clone())
-            for kind, rows in _RESAMPLED_ROWS.items():
-                # a resample that drew none of a class has that class's plain mean
-                drawn = torch.where(self._total[rows][:, None] > 0, means[rows], means[[0, 1] * RESAMPLES[kind]])
-                resampled[kind, key, side] = Resampled(drawn.view(-1, 2, drawn.shape[1]).float())
-        counts = {s: sum(self._examples[p] for p in POPULATIONS if _SOURCES[p] == s) for s in SOURCES}
-        return Statistics(
-            moments,
-            dict(self._examples),
-            dict(self._tokens),
-            dict(source),
-            {key: (sums / counts[key[1]]).float() for key, sums in self._blocks.items()},
-            resampled,
-            {kind: self._total[rows].view(-1, 2).clone() for kind, rows in _RESAMPLED_ROWS.items()},
-        )
-
-
-# rows of the weights: the populations, then for each resample both labels
-_ROWS = len(POPULATIONS) + 2 * sum(RESAMPLES.values())
-_RESAMPLED_ROWS: Mapping[Kind, slice] = {
-    "bootstrap": slice(len(POPULATIONS), len(POPULATIONS) + 2 * RESAMPLES["bootstrap"]),
-    "shuffled": slice(len(POPULATIONS) + 2 * RESAMPLES["bootstrap"], _ROWS),
-}
-
-
-@lru_cache(maxsize=4096)
-def _example_weights(population: Population, row: int) -> torch.Tensor:
-    """How often one example counts in each row of the sums. A row's examples share their luck, so that pairs stay pairs."""
-    weights = torch.zeros(_ROWS)
-    weights[POPULATIONS.index(population)] = 1
-    if population != "neutral":
-        generator = torch.Generator().manual_seed(row)
-        label = LABELS.index(population)
-        times = torch.poisson(torch.ones(RESAMPLES["bootstrap"]), generator=generator)
-        swapped = torch.randint(2, (RESAMPLES["shuffled"],), generator=generator)
-        weights[_RESAMPLED_ROWS["bootstrap"]].view(-1, 2)[:, label] = times
-        weights[_RESAMPLED_ROWS["shuffled"]].view(-1, 2).scatter_(1, (swapped ^ label)[:, None], 1.0)
-    return weights

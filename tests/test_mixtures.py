@@ -14,12 +14,14 @@ import torch
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K
 from safetensors.torch import load_file, save_file
 
-from steer2edit import targets
+from steer2edit import methods, targets
+from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.model import LoadedModel, load_weights
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale
+from steer2edit.statistics import LABELS, routing_key
 from steer2edit.verification import TOLERANCE, verify
 
 # same length, same last token
@@ -33,6 +35,7 @@ class Case:
         self.folder = folder
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         self.spec: ModelSpec = read_spec(self.checkpoint)
+        self.statistics: Any = None
 
     def loaded(self) -> LoadedModel:
         return LoadedModel(load_weights(self.folder), None, self.spec)
@@ -191,3 +194,48 @@ def test_an_unknown_mixture_is_refused_with_the_place_to_describe_it(
 ) -> None:
     message = refusal(rewritten(build("qwen3_moe").folder, tmp_path / "out", model_type="unheard_of"))
     assert "is a mixture of experts" in message and "steer2edit/mixtures.py" in message
+
+
+def captured(case: Case, statistics_of: Callable[..., Any]) -> Any:
+    if case.statistics is None:
+        case.statistics = statistics_of(case.folder)
+    return case.statistics
+
+
+def test_a_capture_of_experts_is_what_their_matrices_are_given(case: Case, statistics_of: Callable[..., Any]) -> None:
+    """The weighted inputs, put through the experts' matrices, add up to the mean of what the layer's experts wrote."""
+    statistics = captured(case, statistics_of)
+    for router in case.spec.routers:
+        for label in LABELS:
+            moments = statistics.experts[router.layer, label]
+            total = torch.zeros(case.spec.hidden_size, dtype=torch.float64)
+            for site in (s for s in case.spec.sites if s.expert is not None and s.layer == router.layer):
+                total += case.matrix(site).double() @ moments.weighted[site.expert]
+                if site.bias_vector:
+                    bias = case.checkpoint.read(site.locate(case.checkpoint, site.bias_vector)).double()
+                    total += (
+                        bias
+                        * statistics.mean(routing_key("mass", "response", router.layer), "output", label)[site.expert]
+                    )
+            expected = statistics.mean(f"experts_out.{router.layer}", "output", label)
+            assert torch.allclose(total, expected, atol=1e-5 * float(expected.abs().max() + 1))
+            selected = statistics.mean(routing_key("selected", "response", router.layer), "output", label)
+            assert float(selected.sum()) == pytest.approx(TOP_K, abs=1e-6)
+            counts = statistics.mean(routing_key("counts", "response", router.layer), "output", label)
+            assert float(moments.tokens.sum()) == pytest.approx(TOP_K * statistics.tokens[label])
+            assert torch.allclose(counts[:-1] * statistics.examples[label], moments.tokens)
+
+
+@pytest.mark.parametrize("method", ["component", "steering"])
+def test_methods_edit_inside_experts(case: Case, statistics_of: Callable[..., Any], method: str) -> None:
+    module = methods.load(method)
+    scoring = Scoring(case.checkpoint, case.spec, captured(case, statistics_of))
+    given = {"top_neurons": 0.2, "stable": False} if method == "component" else {"sites": "mlp", "stable": False}
+    plan = module.plan(scoring, module.Options(**given, min_tokens=8))
+    edited = {case.spec.owners[edit.tensor].role for edit in plan.edits}
+    assert Role.EXPERT_OUT in edited
+    tokens = {s.key: scoring.statistics.routed_tokens(s.key) for s in case.spec.sites if s.expert is not None}
+    left = sum(count < 8 for count in tokens.values())
+    assert plan.method["experts_left_alone"] == left
+    few = {s.matrix for s in case.spec.sites if s.expert is not None and tokens[s.key] < 8}
+    assert not few & {edit.tensor for edit in plan.edits}

@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import ROWS, run
 
+from steer2edit.accumulator import Accumulator
 from steer2edit.errors import PlanError
 from steer2edit.files import load_tensors
 from steer2edit.resume import Partial, identity, partial_path
-from steer2edit.statistics import Accumulator, Statistics
+from steer2edit.statistics import Statistics
 
 # the process kills itself once it has kept its sums the given number of times
 KILLED = """

@@ -72,6 +72,13 @@ def deciding(model: Any, router: Router, decide: Decide) -> Iterator[None]:
         handle.remove()
 
 
+def combined(model: Any, router: Router, given: torch.Tensor) -> torch.Tensor:
+    """The routed experts' sum, [tokens, hidden], of what their module returned."""
+    if _scales_inputs(experts_module(model, router)):
+        return given.view(router.experts, -1, given.shape[-1]).sum(dim=0)
+    return given
+
+
 @contextmanager
 def router_inputs(model: Any, router: Router, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Within the block ``see`` is called with what the router is given, [tokens, hidden]."""

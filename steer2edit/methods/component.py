@@ -40,7 +40,8 @@ class Options:
     ``slope``, or from ``top_*``, a budget: this many components, or below 1 this share of them, by |g| over all layers; tau is
     then the first score left out. ``rho <= 0`` or ``top == 0`` leaves the class alone. With nothing given for either class
     the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``stable`` leaves out components whose score's bootstrap interval
-    holds zero. ``layers`` are the first and last layer edited.
+    holds zero. ``layers`` are the first and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to
+    are left alone.
     """
 
     rho_attn: float | None = None
@@ -54,6 +55,7 @@ class Options:
     scale: Literal["relative", "absolute"] = "relative"
     stable: bool = True
     layers: tuple[int, int] | None = None
+    min_tokens: int = 32
 
     def rule(self, role: Role) -> Rule | None:
         """The rule for heads or neurons; None where they are left alone. Raises PlanError for contradictions."""
@@ -123,6 +125,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     first, last = spec.layer_range(options.layers)
     rules = {role: options.rule(role) for role in (Role.ATTN_OUT, Role.MLP_OUT)}
     sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role.kind] is not None]
+    sites, too_few = scoring.routed_enough(sites, options.min_tokens)
     scored = scoring.score(sites, progress)
     settled = {}
     for role, rule in rules.items():
@@ -139,6 +142,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         "name": "component",
         **{key: value for key, value in asdict(options).items() if value is not None},
         "layers": [first, last],
+        "experts_left_alone": too_few,
         **{f"threshold_{role.value}": rule.tau for role, rule in settled.items()},
     }
     checkpoint = scoring.checkpoint

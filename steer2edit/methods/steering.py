@@ -39,7 +39,7 @@ class Options:
     whether a head's columns are weighed together, or each by itself, and ``background`` is the background's weight in them
     against the contrast data's, 0 to 1. ``stable`` leaves out components whose score's bootstrap interval holds zero; of the
     others ``carriers`` is the share that carries the vector at each site, the most reliable first. ``layers`` are the first
-    and last layer edited.
+    and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to are left alone.
     """
 
     sites: Literal["attn", "mlp", "both"] = "attn"
@@ -48,6 +48,7 @@ class Options:
     carriers: float = 1.0
     stable: bool = True
     layers: tuple[int, int] | None = None
+    min_tokens: int = 32
 
 
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
@@ -60,6 +61,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     roles = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(options.sites, {Role.ATTN_OUT, Role.MLP_OUT})
     first, last = spec.layer_range(options.layers)
     sites = [site for site in spec.sites if site.role.kind in roles and first <= site.layer <= last]
+    sites, too_few = scoring.routed_enough(sites, options.min_tokens)
     edits, tables = [], {}
     for one in scoring.score(sites, progress):
         a = one.size * _functional(scoring.statistics, one, options)
@@ -69,7 +71,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         if bool(a.any()):
             edits.append(LowRank(one.site.matrix, one.v_hat[:, None].clone(), a[None, :].clone()))
     base = Base(scoring.checkpoint.name, scoring.checkpoint.revision, scoring.checkpoint.fingerprint)
-    method = {"name": "steering", **asdict(options), "layers": [first, last]}
+    method = {"name": "steering", **asdict(options), "layers": [first, last], "experts_left_alone": too_few}
     return EditPlan(base, tuple(edits), tables, method)
 
 
