@@ -136,7 +136,9 @@ def test_a_matrix_is_read_once_however_many_plans_are_made(setup: Setup, monkeyp
     scoring = Scoring(*setup)
     read: list[str] = []
     blocks = Checkpoint.blocks
-    monkeypatch.setattr(Checkpoint, "blocks", lambda self, info: (read.append(info.name), blocks(self, info))[1])
+    monkeypatch.setattr(
+        Checkpoint, "blocks", lambda self, info, *size: (read.append(info.name), blocks(self, info, *size))[1]
+    )
     for heads in (1, 2, 3):
         component.plan(scoring, component.Options(top_heads=heads, top_neurons=5))
     assert sorted(read) == sorted(site.tensor for site in setup[1].sites)
