@@ -53,7 +53,10 @@ def fetch(where: str | Path, only: Sequence[str] | None = None) -> Path:
     reference = read_reference(where)
     if path.exists() or reference is None or "/" not in reference.repository:
         return path
-    return snapshot(reference, only=only)
+    try:
+        return snapshot(reference, only=only)
+    except HubError as error:
+        raise HubError(f"{where} is nothing here, and could not be fetched from the Hub: {error}") from None
 
 
 def snapshot(reference: Reference, only: Sequence[str] | None = None, ignore: Sequence[str] | None = None) -> Path:
