@@ -54,7 +54,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     _refuse_quantised(checkpoint)
     hidden = integer(text, "hidden_size", "n_embd", "d_model")
     layers = _layers(text)
-    heads = integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    heads = _heads(text, model_type)
     if layers > len(checkpoint.tensors):
         raise ArchitectureError(
             f"config.json gives {checkpoint.name} {layers} layers, its files hold {len(checkpoint.tensors)} tensors"
@@ -113,14 +113,15 @@ class _Reader:
         """Find the writers of a block: attention or another mixer, then an MLP or experts."""
         family, found = self.family, len(self.sites)
         for leaf in family.mixers:
-            self._writer(layer, Role.MIXER_OUT, leaf, family.attn_norm, optional=True)
+            self._writer(layer, Role.MIXER_OUT, leaf, None if family.bare_mixers else family.attn_norm, optional=True)
         mixed = len(self.sites) > found
+        mlp_norm = None if mixed and family.bare_mixers else family.mlp_norm
         if family.attn_out not in family.mixers:
             self._writer(layer, Role.ATTN_OUT, family.attn_out, family.attn_norm, optional=mixed or family.partial)
         routed = family.mixture is not None and self._experts(layer)
         # in granite's mixtures the shared expert has the place of a dense model's MLP
         if not (routed and family.mixture and family.mixture.shared == family.mlp_out):
-            self._writer(layer, Role.MLP_OUT, family.mlp_out, family.mlp_norm, optional=routed or family.partial)
+            self._writer(layer, Role.MLP_OUT, family.mlp_out, mlp_norm, optional=routed or family.partial)
         if len(self.sites) == found and family.partial:
             self.problems.append(f"layer {layer}: no writer was found")
 
@@ -203,6 +204,9 @@ class _Reader:
         if norm is None:
             return None
         name = f"{self.prefix}{layer}.{norm}.weight"
+        other = f"{self.prefix}{layer}.{self.family.norm_aliases.get(norm, norm)}.weight"
+        if name not in self.checkpoint.tensors and other in self.checkpoint.tensors:
+            name = other
         if name not in self.checkpoint.tensors:
             self.problems.append(f"layer {layer}: {name} is missing (the norm after {leaf})")
         return Norm(name, self.family.norm_offset)
@@ -213,6 +217,8 @@ class _Reader:
         self.problems += _check_matrix(site, self.checkpoint, self._head_size())
 
     def _head_size(self) -> int:
+        if not self.heads:
+            return 0
         given = [key for key in ("v_head_dim", "head_dim") if self.text.get(key) is not None]
         return integer(self.text, *given) if given else self.hidden // self.heads
 
@@ -304,7 +310,7 @@ def _unclaimed(checkpoint: Checkpoint, prefix: str, layers: int, claimed: set[st
 
 
 def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> Site:
-    leaf = family.embedding.rsplit(".", 1)[-1]
+    leaf = family.embedding.removeprefix(family.blocks.rsplit(".", 1)[0] + ".")
     blocks = family.blocks.rsplit(".", 1)[-1] + "."
     name = f"{prefix.removesuffix(blocks)}{family.disk_embedding or leaf}.weight"
     info = checkpoint.tensors.get(name)
@@ -320,6 +326,14 @@ def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, 
     flags = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
     # a wrapper and its text config may disagree
     return any(flags) if flags else not any(name in checkpoint.tensors for name in heads)
+
+
+def _heads(text: Mapping[str, Any], model_type: str) -> int:
+    """How many attention heads there are; 0 in a model that has none."""
+    if any(family.partial and model_type in family.model_types for family in _KNOWN):
+        names = ("num_attention_heads", "n_head")
+        return integer(text, *names) if any(text.get(name) is not None for name in names) else 0
+    return integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 
 
 def _layers(text: Mapping[str, Any]) -> int:

@@ -46,10 +46,12 @@ class Family:
 
     ``attn_norm`` and ``mlp_norm`` name a norm that stands between a writer's output and the residual stream
     (sandwich-norm and post-norm families); ``norm_offset`` is what the norm adds to its stored gain (1 for the Gemma
-    norms). ``in_out`` is the orientation of GPT-2's Conv1D, whose matrices are stored input × output. ``mixers`` are
-    writers that some blocks have in place of attention, or beside it, and ``partial`` says that a block may lack either
-    part. ``blocks`` and ``embedding`` are module paths in transformers; ``modules`` gives a module's name where the
-    file's differs, ``prefix`` the file's ``blocks``, and ``disk_embedding`` the last part of its embedding's name.
+    norms), and ``norm_aliases`` gives another name that a norm may have in the file. ``in_out`` is the orientation of
+    GPT-2's Conv1D, whose matrices are stored input × output. ``mixers`` are writers that some blocks have in place of
+    attention, or beside it; ``bare_mixers`` says that blocks with one have no norm after their writers, though others
+    do, and ``partial`` that a block may lack either part. ``blocks`` and ``embedding`` are module paths in
+    transformers; ``modules`` gives a module's name where the file's differs, ``prefix`` the file's ``blocks``, and
+    ``disk_embedding`` the last part of its embedding's name.
     """
 
     name: str
@@ -62,7 +64,9 @@ class Family:
     attn_norm: str | None = None
     mlp_norm: str | None = None
     norm_offset: float = 0.0
+    norm_aliases: Mapping[str, str] = field(default_factory=dict)
     mixers: tuple[str, ...] = ()
+    bare_mixers: bool = False
     partial: bool = False
     mixture: Mixture | None = None
     modules: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +105,7 @@ LLAMA = Family(
             "apertus",
             "seed_oss",
         ),
-        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "granite_swa"),
+        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "granite_swa", "internlm3", "iquestcoder"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
     ),
 )
@@ -122,7 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_norm="post_feedforward_layernorm",
     ),
     Family("hyperclovax", ("hyperclovax",), attn_norm="post_norm1", mlp_norm="post_norm2"),
-    Family("glm4", ("glm4",), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
+    Family("glm4", ("glm4", "glm4v_text"), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
     Family("starcoder2", ("starcoder2",), mlp_out="mlp.c_proj"),
     Family("nanochat", ("nanochat",), mlp_out="mlp.fc2"),
     Family("phi", ("phi",), attn_out="self_attn.dense", mlp_out="mlp.fc2"),
@@ -201,6 +205,56 @@ FAMILIES: tuple[Family, ...] = (
         blocks="model.decoder.layers",
         embedding="model.decoder.embed_tokens",
     ),
+    Family(
+        "modernbert_decoder",
+        ("modernbert-decoder",),
+        attn_out="attn.Wo",
+        mlp_out="mlp.Wo",
+        embedding="model.embeddings.tok_embeddings",
+    ),
+    Family("qwen3_5", ("qwen3_5_text",), mixers=("linear_attn.out_proj",)),
+    Family(
+        "olmo_hybrid",
+        ("olmo_hybrid",),
+        mixers=("linear_attn.o_proj",),
+        bare_mixers=True,
+        norm_aliases={"post_attention_layernorm": "feedforward_layer_norm"},
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
+    Family(
+        "lfm2",
+        ("lfm2",),
+        attn_out="self_attn.out_proj",
+        mlp_out="feed_forward.w2",
+        mixers=("conv.out_proj",),
+    ),
+    Family(
+        "lfm3",
+        ("lfm3",),
+        mlp_out="feed_forward.w2",
+        mixers=("conv.out_proj",),
+        attn_norm="post_operator_norm",
+        mlp_norm="post_ffn_norm",
+    ),
+    Family("bamba", ("bamba",), mlp_out="feed_forward.down_proj", mixers=("mamba.out_proj",)),
+    # attention and Mamba side by side in every block
+    Family("falcon_h1", ("falcon_h1",), mlp_out="feed_forward.down_proj", mixers=("mamba.out_proj",)),
+    Family(
+        "recurrent_gemma",
+        ("recurrent_gemma",),
+        attn_out="temporal_block.o_proj",
+        mlp_out="mlp_block.down_proj",
+        mixers=("temporal_block.linear_out",),
+    ),
+    Family(
+        "mamba",
+        ("mamba", "mamba2", "falcon_mamba"),
+        mixers=("mixer.out_proj",),
+        partial=True,
+        blocks="backbone.layers",
+        embedding="backbone.embeddings",
+    ),
 )
 
 REFUSED: Mapping[str, str] = {
@@ -208,6 +262,11 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
     **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are no plain residual stream"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
+    **dict.fromkeys(("openai-gpt", "xlnet"), "a norm rescales its whole residual stream in every block"),
+    **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),
+    "bitnet": "its matrices are rounded to three values when it runs, which would round a small edit away",
+    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention writes through learned gates"),
+    "rwkv": "it rescales its residual stream every few layers",
     **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
 }
 """Model types whose layout is known and cannot carry these edits, with the reason."""
@@ -234,5 +293,6 @@ WRITER_LEAVES = frozenset(
         "c_proj",
         "dense",
         "output_linear",
+        "Wo",
     ]
 )

@@ -109,19 +109,21 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         dtype = "float32"
     if dtype != "auto":
         dtype = getattr(torch, dtype)
-    config = path / "config.json"
-    if config.is_file() and block_size(read_json(config)) and not _runs_fp8(device):
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if block_size(config) and not _runs_fp8(device):
         return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
+    # a language model inside a multimodal one is loaded with the rest of it, as its users load it
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    first, second = reversed(kinds) if "vision_config" in config else kinds
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **settings)
+            model = first.from_pretrained(path, **settings)
         except ValueError as error:
-            # a language model inside a multimodal one is loaded with the rest of it
             if "Unrecognized configuration class" not in str(error):
                 raise
-            model = AutoModelForImageTextToText.from_pretrained(path, **settings)
+            model = second.from_pretrained(path, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
     if not placing:

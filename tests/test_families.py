@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,19 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON_SETTINGS, family_config, make_tokenizer, save_tiny
+from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
 
 from steer2edit import targets
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import ModelSpec, Site, read_spec
+from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
+from steer2edit.errors import TargetError
 from steer2edit.families import FAMILIES, REFUSED
 from steer2edit.model import LoadedModel, load_weights
 from steer2edit.plan import Bias, EditPlan
 from steer2edit.verification import TOLERANCE, verify
 
-CAUSAL = [name for family in FAMILIES for name in family.model_types if "_vl" not in name]
+CAUSAL = [name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"]
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -34,18 +36,43 @@ VISION: dict[str, Any] = {
 }
 _MROPE = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _QWEN = {"depth": 1, "num_heads": 2, "patch_size": 8}
-# wrappers that transformers has no causal model for: what their text and vision configs need
+_VIT = {**_QWEN, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 16}
+_CLIP, _SIGLIP = ({**VISION, "model_type": name} for name in ("clip_vision_model", "siglip_vision_model"))
+# multimodal wrappers: what their text and vision configs need
 WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llava": ({"model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}),
-    "mistral3": ({"model_type": "mistral"}, {**VISION, "model_type": "pixtral"}),
-    "smolvlm": ({"model_type": "llama"}, VISION),
-    "qwen2_vl": (_MROPE, {**_QWEN, "embed_dim": 16, "hidden_size": 32}),
-    "qwen2_5_vl": (_MROPE, {**_QWEN, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 16}),
-    "qwen3_vl": (
-        _MROPE,
-        {**_QWEN, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 16, "deepstack_visual_indexes": [0]},
+    "aya_vision": ({"model_type": "cohere2"}, _SIGLIP),
+    "deepseek_vl": ({"model_type": "llama"}, _SIGLIP),
+    "exaone4_5": ({"model_type": "exaone4"}, _VIT),
+    "glm4v": (_MROPE, _VIT),
+    "got_ocr2": ({"model_type": "qwen2"}, {**VISION, "mlp_dim": 16, "output_channels": 16}),
+    "idefics3": ({"model_type": "llama"}, VISION),
+    "internvl": ({"model_type": "qwen2"}, {**VISION, "image_size": [16, 16], "patch_size": [8, 8]}),
+    "lfm2_vl": (
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {**VISION, "model_type": "siglip2_vision_model", "num_patches": 4},
     ),
+    "lighton_ocr": ({"model_type": "qwen3"}, {**VISION, "model_type": "pixtral"}),
+    "llava": ({"model_type": "llama"}, _CLIP),
+    "llava_next": ({"model_type": "mistral"}, _CLIP),
+    "llava_onevision": ({"model_type": "qwen2"}, _SIGLIP),
+    "mistral3": ({"model_type": "mistral"}, {**VISION, "model_type": "pixtral"}),
+    "paligemma": ({"model_type": "gemma"}, _SIGLIP),
+    "qwen2_vl": (_MROPE, {**_QWEN, "embed_dim": 16, "hidden_size": 32}),
+    "qwen2_5_vl": (_MROPE, _VIT),
+    "qwen3_5": ({**_MROPE, **LINEAR}, _VIT),
+    "qwen3_vl": (_MROPE, {**_VIT, "deepstack_visual_indexes": [0]}),
+    "smolvlm": ({"model_type": "llama"}, VISION),
+    "video_llava": ({"model_type": "llama"}, _CLIP),
+    "vipllava": ({"model_type": "llama"}, _CLIP),
 }
+# what writes to the residual stream in the two blocks of a hybrid, and of a model without attention
+_HYBRID = (("mixer_out", "mlp_out"), ("attn_out", "mlp_out"))
+BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(("bamba", "lfm2", "lfm3", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma"), _HYBRID),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), (("mixer_out",),) * 2),
+    "falcon_h1": (("mixer_out", "attn_out", "mlp_out"),) * 2,
+}
+NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
 
@@ -75,13 +102,7 @@ class Case:
         return make_plan(Scoring(self.checkpoint, self.spec, self._statistics), method=method)
 
     def loaded(self, folder: Path | None = None) -> LoadedModel:
-        from transformers import AutoModelForImageTextToText
-
-        if self.checkpoint.config["model_type"] in WRAPPED:
-            model = AutoModelForImageTextToText.from_pretrained(folder or self.folder).eval().requires_grad_(False)
-        else:
-            model = load_weights(folder or self.folder)
-        return LoadedModel(model, None, self.spec)
+        return LoadedModel(load_weights(folder or self.folder), None, self.spec)
 
     def matrix(self, site: Site) -> torch.Tensor:
         stored = self.checkpoint.read(site.tensor)
@@ -156,13 +177,8 @@ def build(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[...,
     return functools.cache(lambda name: Case((LAYOUTS | WRAPPERS)[name](root / name), statistics_of))
 
 
-@pytest.fixture(params=LAYOUTS)
-def case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
-    return build(request.param)
-
-
 @pytest.fixture(params=[*LAYOUTS, *WRAPPERS])
-def any_case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
+def case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
     return build(request.param)
 
 
@@ -175,10 +191,10 @@ def last_logits(loaded: LoadedModel) -> torch.Tensor:
         return loaded.model(input_ids=CONTEXTS, use_cache=False).logits[:, -1]
 
 
-def test_each_layer_has_two_writers_and_every_site_is_its_module(any_case: Case) -> None:
-    case = any_case
+def test_each_layer_has_two_writers_and_every_site_is_its_module(case: Case) -> None:
     loaded, spec = case.loaded(), case.spec
-    assert [site.key for site in spec.sites] == ["attn_out.0", "mlp_out.0", "attn_out.1", "mlp_out.1"]
+    roles = BLOCKS.get(spec.model_type, (("attn_out", "mlp_out"),) * 2)
+    assert [site.key for site in spec.sites] == [f"{role}.{i}" for i, block in enumerate(roles) for role in block]
     for site in spec.sites:
         module, W = loaded.module(site), case.matrix(site)
         assert W.shape == (site.out_features, site.in_features)
@@ -187,13 +203,12 @@ def test_each_layer_has_two_writers_and_every_site_is_its_module(any_case: Case)
         x = torch.randn(3, site.in_features)
         b = 0 if site.bias is None else case.checkpoint.read(site.bias)
         assert torch.allclose(module(x), x @ W.T + b, atol=1e-5)
-    assert [site.heads for site in spec.sites] == [4, None, 4, None]
+    assert [site.heads for site in spec.sites] == [4 if s.role is Role.ATTN_OUT else None for s in spec.sites]
     assert loaded.module(spec.embedding) is loaded.model.get_input_embeddings()
     assert torch.equal(loaded.module(spec.embedding).weight, case.checkpoint.read(spec.embedding.tensor))
 
 
-def test_without_its_writers_a_model_knows_no_context(any_case: Case) -> None:
-    case = any_case
+def test_without_its_writers_a_model_knows_no_context(case: Case) -> None:
     loaded = case.loaded()
     before = last_logits(loaded)
     assert (before[0] - before[1]).abs().max() > 1e-3
@@ -211,19 +226,28 @@ def test_without_its_writers_a_model_knows_no_context(any_case: Case) -> None:
     assert torch.equal(last_logits(loaded), silent)
 
 
-@pytest.mark.parametrize("method", ["component", "ablation"])
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [*itertools.product(LAYOUTS, ["component", "ablation"]), *((name, "component") for name in WRAPPERS)],
+    indirect=["case"],
+)
 def test_plans_become_checkpoints_and_adapters_that_verify(case: Case, method: str, tmp_path: Path) -> None:
     plan = case.plan(method)
     assert plan.edits
     carries_biases = any(isinstance(edit, Bias) for edit in plan.edits)
     assert carries_biases == (method == "ablation" and any(site.bias for site in case.spec.sites))
-    for target in ["checkpoint"] if carries_biases else ["checkpoint", "lora"]:
+    no_adapter = carries_biases or case.spec.model_type in NO_ADAPTER
+    if no_adapter:
+        with pytest.raises(TargetError, match="a bias" if carries_biases else "Mamba"):
+            targets.emit(plan, case.checkpoint, case.spec, "lora", tmp_path / "lora")
+    for target in ["checkpoint"] if no_adapter else ["checkpoint", "lora"]:
         targets.emit(plan, case.checkpoint, case.spec, target, tmp_path / target)
         result = verify(tmp_path / target, base=case.folder)
         assert result.ok, result.problems
         assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
 
 
+@pytest.mark.parametrize("case", LAYOUTS, indirect=True)
 def test_after_ablation_no_block_writes_along_the_direction(case: Case, tmp_path: Path) -> None:
     plan = case.plan("ablation")
     targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")

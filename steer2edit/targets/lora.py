@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Site
+from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files import save_tensors
@@ -19,11 +19,18 @@ from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
 from steer2edit.targets import Change, Lowering, adapter_refusal, resolve
 
+# PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
+NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
 
 def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
     resolved = resolve(plan, checkpoint, spec)
-    refused = [f"{name}: {why}" for name, one in resolved.items() if (why := adapter_refusal(*one))]
+    refused = [
+        f"{name}: {why}"
+        for name, (edit, site) in resolved.items()
+        if (why := adapter_refusal(edit, site) or _peft_refusal(spec, site))
+    ]
     if refused:
         raise TargetError(
             f"a LoRA adapter that engines load carries none of these edits:\n{listing(refused)}\nUse --to checkpoint."
@@ -57,6 +64,11 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
     notes = ("Stored in float32: cast to bf16, an adapter loses about three digits.",)
     return Lowering("exact", changes, notes, {"rank": rank, "target_modules": sorted(leaves)})
+
+
+def _peft_refusal(spec: ModelSpec, site: Site) -> str:
+    mamba = site.role is Role.MIXER_OUT and spec.model_type in NO_ADAPTER
+    return "a Mamba mixer, which PEFT refuses to wrap" if mamba else ""
 
 
 def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
