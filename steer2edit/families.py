@@ -262,7 +262,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
     **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are no plain residual stream"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
-    **dict.fromkeys(("openai-gpt", "xlnet"), "a norm rescales its whole residual stream in every block"),
+    "openai-gpt": "a norm rescales its whole residual stream in every block",
     **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),
     "bitnet": "its matrices are rounded to three values when it runs, which would round a small edit away",
     **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention writes through learned gates"),
@@ -273,6 +273,13 @@ REFUSED: Mapping[str, str] = {
 
 WRAPPERS = frozenset({"qwen2_vl", "qwen2_5_vl"})
 """Wrappers of a language model whose config may be flat: others say so by nesting the language model's config."""
+
+MULTIMODAL = (
+    *("aya_vision", "deepseek_vl", "exaone4_5", "gemma3", "glm4v", "got_ocr2", "idefics3", "internvl", "lfm2_vl"),
+    *("lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl"),
+    *("qwen3_5", "qwen3_vl", "smolvlm", "video_llava", "vipllava"),
+)
+"""Multimodal models whose language model is compiled in its place, each tested; others around a known family work alike."""
 
 # leaves that name a residual writer in some family: none of them may be left over in a block
 WRITER_LEAVES = frozenset(

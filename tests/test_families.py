@@ -20,9 +20,10 @@ from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
 from steer2edit.errors import TargetError
-from steer2edit.families import FAMILIES, REFUSED
+from steer2edit.families import FAMILIES, MULTIMODAL, REFUSED
 from steer2edit.model import LoadedModel, load_weights
 from steer2edit.plan import Bias, EditPlan
+from steer2edit.targets.lora import NO_ADAPTER
 from steer2edit.verification import TOLERANCE, verify
 
 CAUSAL = [name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"]
@@ -72,7 +73,6 @@ BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), (("mixer_out",),) * 2),
     "falcon_h1": (("mixer_out", "attn_out", "mlp_out"),) * 2,
 }
-NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
 
@@ -270,6 +270,10 @@ def writes(loaded: LoadedModel) -> Iterator[torch.Tensor]:
             stack.callback(block.register_forward_hook(hook).remove)
         last_logits(loaded)
     return iter(found)
+
+
+def test_the_multimodal_models_are_those_that_are_named() -> None:
+    assert {*WRAPPED, "gemma3"} == set(MULTIMODAL)
 
 
 def test_a_model_type_is_described_once() -> None:
