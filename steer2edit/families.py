@@ -20,20 +20,26 @@ class Mixture:
 
     ``output`` is the experts' output matrix, with ``{e}`` where each expert has a tensor of its own (layout ``separate``).
     Fused tensors hold all experts: [E, out, in] (``out_in``), [E, in, out] (``in_out``) or [E * in, out] (``stacked``);
-    ``output_bias`` is then [E, out]. ``router`` maps a token to a logit for each expert; ``bias`` is a vector [E] that takes
-    part in the selection alone (``bias_of`` scores), or is added to the logits. A config may switch the bias off by
-    ``bias_flag``. ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has
-    another name. ``shared`` names the experts that every token passes through, and ``norm`` a norm after the experts'
-    sum that dense blocks lack.
+    ``output_bias`` is then [E, out], and ``fused_inputs`` the experts' other tensors.
+
+    ``router`` maps a token to a logit for each expert; ``bias`` is a vector [E] that takes part in the selection alone
+    (``bias_of`` scores), or is added to the logits. A config may switch the bias off by ``bias_flag``. ``input_norm`` names a
+    LayerNorm with a bias whose output is the router's input: on it a row can give the same logit to every token.
+
+    ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has another name.
+    ``shared`` names the experts that every token passes through, and ``norm`` a norm after the experts' sum that dense
+    blocks lack.
     """
 
     output: str = "mlp.experts.{e}.down_proj.weight"
     layout: Layout = "separate"
     output_bias: str | None = None
+    fused_inputs: tuple[str, ...] = ()
     router: str = "mlp.gate.weight"
     bias: str | None = None
     bias_of: Literal["scores", "logits"] = "scores"
     bias_flag: str | None = None
+    input_norm: str | None = None
     shared: str | None = None
     norm: str | None = None
     block: str = "mlp"

@@ -15,6 +15,7 @@ _SPARSE_BLOCK = Mixture(output="block_sparse_moe.experts.{e}.w2.weight", router=
 _FUSED_GRANITE = Mixture(
     output="block_sparse_moe.output_linear.weight",
     layout="out_in",
+    fused_inputs=("block_sparse_moe.input_linear.weight",),
     router="block_sparse_moe.router.layer.weight",
     block="block_sparse_moe",
     router_module="router",
@@ -84,7 +85,11 @@ MIXTURES: tuple[Family, ...] = (
         mixture=Mixture(router="mlp.gate.wg.weight", shared="mlp.shared_mlp.down_proj"),
     ),
     Family("mixtral", ("mixtral",), mixture=_SPARSE_BLOCK),
-    Family("phimoe", ("phimoe",), mixture=replace(_SPARSE_BLOCK, router_module="router")),
+    Family(
+        "phimoe",
+        ("phimoe",),
+        mixture=replace(_SPARSE_BLOCK, router_module="router", input_norm="post_attention_layernorm"),
+    ),
     Family(
         "minimax_m2",
         ("minimax_m2",),
@@ -174,6 +179,7 @@ MIXTURES: tuple[Family, ...] = (
             output="mlp.experts.down_proj",
             layout="in_out",
             output_bias="mlp.experts.down_proj_bias",
+            fused_inputs=("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias"),
             router="mlp.router.weight",
             bias="mlp.router.bias",
             bias_of="logits",
@@ -187,6 +193,7 @@ MIXTURES: tuple[Family, ...] = (
         mixture=Mixture(
             output="feed_forward.experts.down_proj",
             layout="in_out",
+            fused_inputs=("feed_forward.experts.gate_up_proj",),
             router="feed_forward.router.weight",
             shared="feed_forward.shared_expert.down_proj",
             block="feed_forward",
@@ -196,7 +203,12 @@ MIXTURES: tuple[Family, ...] = (
     Family(
         "mistral4",
         ("mistral4",),
-        mixture=Mixture(output="mlp.experts.down_proj", layout="out_in", shared="mlp.shared_experts.down_proj"),
+        mixture=Mixture(
+            output="mlp.experts.down_proj",
+            layout="out_in",
+            fused_inputs=("mlp.experts.gate_up_proj",),
+            shared="mlp.shared_experts.down_proj",
+        ),
     ),
     Family(
         "aria",
@@ -204,6 +216,7 @@ MIXTURES: tuple[Family, ...] = (
         mixture=Mixture(
             output="mlp.experts.fc2.weight",
             layout="in_out",
+            fused_inputs=("mlp.experts.fc1.weight",),
             router="mlp.router.weight",
             shared="mlp.shared_experts.down_proj",
             router_module="router",
@@ -218,6 +231,7 @@ MIXTURES: tuple[Family, ...] = (
         mixture=Mixture(
             output="ffn.experts.mlp.w2",
             layout="stacked",
+            fused_inputs=("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
             router="ffn.router.layer.weight",
             block="ffn",
             router_module="router",

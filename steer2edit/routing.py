@@ -22,21 +22,24 @@ class Router:
 
     ``tensor`` [experts, hidden] gives the logits. ``bias`` [experts] (None where there is none) takes part in the selection
     alone, or with ``bias_of`` "logits" is added to the logits. With ``groups`` over 1 the experts are ranked by group
-    first, and ``top_groups`` groups are kept. ``folder`` is the prefix of the experts' tensors on disk;
-    ``experts_module`` and ``router_module`` are modules of transformers.
+    first, and ``top_groups`` groups are kept. ``folder`` is the prefix on disk of the tensors that each expert has for itself,
+    ``fused`` those that hold a part for each expert along their first axis. ``input_norm`` is a LayerNorm with a bias before
+    the router. ``experts_module`` and ``router_module`` are modules of transformers.
     """
 
     layer: int
     experts: int
     top_k: int
     tensor: str
-    folder: str
+    folder: str | None
+    fused: tuple[str, ...]
     experts_module: str
     router_module: str
     bias: str | None = None
     bias_of: Literal["scores", "logits"] = "scores"
     groups: int = 1
     top_groups: int = 1
+    input_norm: str | None = None
 
 
 def read_router(
@@ -46,7 +49,6 @@ def read_router(
 
     Also what is wrong: a router without experts or experts without a router, shapes that do not fit the config.
     """
-    folder = base + mixture.output.partition("experts.")[0]
     router, experts = f"{base}{mixture.router}", sorted(_experts(checkpoint, mixture, base))
     if router not in checkpoint.tensors:
         return None, [f"layer {layer}: {experts[0]} is there, and {router} is missing"] if experts else []
@@ -79,13 +81,15 @@ def read_router(
         experts=count,
         top_k=top_k,
         tensor=router,
-        folder=folder,
+        folder=base + mixture.output.partition("{e}")[0] if mixture.layout == "separate" else None,
+        fused=_fused(checkpoint, mixture, base),
         experts_module=f"{block}.experts",
         router_module=f"{block}.{mixture.router_module}",
         bias=bias,
         bias_of=mixture.bias_of,
         groups=groups,
         top_groups=top_groups,
+        input_norm=None if mixture.input_norm is None else f"{base}{mixture.input_norm}",
     )
     return found, []
 
@@ -129,6 +133,16 @@ def _experts(checkpoint: Checkpoint, mixture: Mixture, base: str) -> list[str]:
     name = f"{base}{mixture.output.format(e=0)}"
     # in mxfp4 a tensor is two, of blocks and of their scales
     return [found for found in (name, f"{name}_blocks") if found in checkpoint.tensors]
+
+
+def _fused(checkpoint: Checkpoint, mixture: Mixture, base: str) -> tuple[str, ...]:
+    if mixture.layout == "separate":
+        return ()
+    named = (mixture.output, mixture.output_bias, *mixture.fused_inputs)
+    # a quantised tensor is several, each named after it
+    heads = tuple(f"{base}{name}" for name in named if name)
+    found = (name for name in checkpoint.tensors if name in heads or name.startswith(tuple(f"{h}_" for h in heads)))
+    return tuple(sorted(found))
 
 
 def _groups(text: Mapping[str, Any]) -> tuple[int, int]:

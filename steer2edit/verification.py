@@ -16,7 +16,7 @@ import torch
 
 from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Site, read_spec
-from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header
+from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header, read_json
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.files import load_tensors
 from steer2edit.fp8 import SUFFIX, block_bytes, scales_of
@@ -25,8 +25,10 @@ from steer2edit.hooks import edited, pushed
 from steer2edit.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.restructure import assembled, changed_config
 from steer2edit.rounding import Rounding, RoundingMeter
 from steer2edit.targets import PLAN, gguf, gguf_vector, located, read_receipt, resolve
+from steer2edit.targets._cut import compare_cut
 from steer2edit.targets.checkpoint import edited_blocks
 
 TOLERANCE = 1e-4
@@ -148,6 +150,14 @@ def _compare_checkpoint(
     folder: Path, plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
 ) -> Verification:
     edits = resolve(plan, checkpoint, spec)
+    if plan.structure:
+        config = read_json(folder / "config.json")
+        if config != changed_config(checkpoint.config, plan.structure):
+            return Verification("checkpoint", 0, ("config.json is not the base's with the plan's numbers of experts",))
+    if plan.structure.remove:
+        shards = assembled(checkpoint, spec, plan.structure, edits)
+        tensors, wrong = compare_cut(checkpoint, open_checkpoint(folder), shards, progress)
+        return Verification("checkpoint", tensors, tuple(wrong))
     problems, roundings = [], []
     ours: dict[str, TensorInfo] = {}
     for shard in checkpoint.shards:

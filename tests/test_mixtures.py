@@ -20,7 +20,7 @@ from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.model import LoadedModel, load_weights
-from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale
+from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
 from steer2edit.statistics import LABELS, routing_key
 from steer2edit.verification import TOLERANCE, verify
 
@@ -239,3 +239,26 @@ def test_methods_edit_inside_experts(case: Case, statistics_of: Callable[..., An
     assert plan.method["experts_left_alone"] == left
     few = {s.matrix for s in case.spec.sites if s.expert is not None and tokens[s.key] < 8}
     assert not few & {edit.tensor for edit in plan.edits}
+
+
+REMOVED = (1, 4)
+
+
+def cut_plan(case: Case, removed: tuple[int, ...] = REMOVED, edits: tuple[Edit, ...] = ()) -> EditPlan:
+    structure = Structure({router.layer: removed for router in case.spec.routers})
+    base = Base(case.checkpoint.name, None, case.checkpoint.fingerprint)
+    return EditPlan(base, edits, structure=structure)
+
+
+def test_a_model_without_experts_is_the_model_whose_router_cannot_see_them(case: Case, tmp_path: Path) -> None:
+    kept = next(s for s in case.spec.sites if s.expert == 2)
+    edit = LowRank(kept.matrix, torch.ones(kept.out_features, 1), 0.1 * torch.ones(1, kept.in_features))
+    plan = cut_plan(case, edits=(edit,))
+    plan.save(tmp_path / "x.plan.safetensors")
+    assert EditPlan.load(tmp_path / "x.plan.safetensors").hash == plan.hash
+    targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    result = verify(tmp_path / "out", base=case.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= 3e-5 < result.numbers["effect"]
+    spec = read_spec(open_checkpoint(tmp_path / "out"))
+    assert {router.experts for router in spec.routers} == {EXPERTS - len(REMOVED)}

@@ -224,7 +224,7 @@ def _stacked(module: Any, expert: int) -> slice:
 
 
 class _Without(TorchFunctionMode):
-    """While a router's forward runs: its experts' logits, or what their top-k looks at, are -inf for some experts."""
+    """While a router's forward runs: what its top-k looks at is -inf for some experts, and so are their logits if ``absent``."""
 
     def __init__(self, experts: int, masked: Sequence[int], absent: bool) -> None:
         super().__init__()
@@ -236,7 +236,8 @@ class _Without(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._absent and func in (torch.topk, torch.Tensor.topk) and self._over_experts(args[0]):
+        if func in (torch.topk, torch.Tensor.topk) and self._over_experts(args[0]):
+            # a score of nothing may still win by its bias
             return func(self._silenced(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
         if self._absent and func is functional.linear and result.shape[-1] == self._experts:

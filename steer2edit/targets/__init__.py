@@ -70,7 +70,8 @@ class Writing:
 
 def names() -> list[str]:
     """The targets there are."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    found = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in found)
 
 
 def load(name: str) -> ModuleType:

@@ -45,6 +45,12 @@ def lower(
     edits = resolve(plan, checkpoint, spec)
     places = {name: _places(checkpoint, *one) for name, one in edits.items()}
     left_out = copy_other_files(checkpoint, folder)
+    if plan.structure:
+        from steer2edit.targets import _cut
+
+        if plan.structure.remove:
+            return _cut.lower_cut(plan, checkpoint, spec, edits, folder, progress, writing)
+        _cut.write_config(plan, checkpoint, spec, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     edited = {info.shard for infos in places.values() for info in infos}
     linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]
@@ -191,8 +197,8 @@ def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[Te
         for block in edited_blocks(checkpoint, edit, site):
             if not _finite(block.new):
                 raise TargetError(f"{edit.tensor}: the edited values do not fit {info.dtype}; lower the strength")
-            before.update(_bytes(block.before))
-            data = _bytes(block.after)
+            before.update(as_bytes(block.before))
+            data = as_bytes(block.after)
             after.update(data)
             _write(file.fileno(), data, info.offset + block.first * row_bytes, edit.tensor)
             if block.scales is not None and block.old_scales is not None:
@@ -205,8 +211,8 @@ def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[Te
         return _Rewritten(info.nbytes, (change,))
     was, now = torch.cat(old_scales), torch.cat(scales)
     with open(folder / places[1].shard, "r+b", buffering=0) as file:
-        _write(file.fileno(), _bytes(now), places[1].offset, places[1].name)
-    hashes = [hashlib.sha256(_bytes(values)).hexdigest() for values in (was, now)]
+        _write(file.fileno(), as_bytes(now), places[1].offset, places[1].name)
+    hashes = [hashlib.sha256(as_bytes(values)).hexdigest() for values in (was, now)]
     found = {
         **asdict(meter.result()),
         "blocks": now.numel(),
@@ -228,8 +234,9 @@ def _finite(values: torch.Tensor) -> bool:
     return all(map(math.isfinite, torch.stack(values.aminmax()).tolist()))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).flatten().numpy().data
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's memory."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], _Rewritten | int]]:
