@@ -14,6 +14,7 @@ from steer2edit import __version__
 from steer2edit.cli_capture import capture
 from steer2edit.cli_compose import WeightsCommand, compose_given, compose_options, scale
 from steer2edit.cli_diff import diff, revert
+from steer2edit.cli_dry_run import dry_run_compile, dry_run_emit
 from steer2edit.cli_hub import push
 from steer2edit.cli_import import import_
 from steer2edit.cli_measure import chat, evaluate, report, tune
@@ -151,6 +152,8 @@ def compile(
     from steer2edit.statistics import Statistics
     from steer2edit.targets import REPORT
 
+    if given["plans"] and given["dry_run"]:
+        raise click.UsageError("--dry-run does not go with --plan; emit --dry-run does it for one finished plan")
     if given["plans"]:
         compose_given(model, out, to, force, as_json, {**given, "stats": stats})
         return
@@ -160,9 +163,13 @@ def compile(
         raise click.UsageError("several --eval belong to several --plan; give one")
     given["questions"] = next(iter(given["questions"]), None)
     vectors = read_vectors(given)
+    behavior = Statistics.load(stats) if stats and only_statistics(given) else read_behavior(given, vectors)
+    if given["dry_run"]:
+        dry_run_compile(model, behavior, out, to, force, read_writing(given), as_json, given)
+        return
     compiled = compile_model(
         model,
-        Statistics.load(stats) if stats and only_statistics(given) else read_behavior(given, vectors),
+        behavior,
         out,
         vectors=vectors,
         to=to,
@@ -278,8 +285,12 @@ def emit(
     from steer2edit.targets import emit as emit_plan
 
     checkpoint, spec = open_model(model, {"revision": revision})
+    edits = EditPlan.load(find_plan(plan_file))
+    if given["dry_run"]:
+        dry_run_emit(edits, checkpoint, spec, to, out, force, read_writing(given), as_json)
+        return
     lowering = emit_plan(
-        EditPlan.load(find_plan(plan_file)),
+        edits,
         checkpoint,
         spec,
         to,

@@ -132,6 +132,7 @@ writing_options = options(
         help="Pieces written at a time.  [default: as many as there are processors, at most 4]",
     ),
     click.option("--link", is_flag=True, help="Hard-link the shards that no edit touches instead of copying them."),
+    click.option("--dry-run", is_flag=True, help="Say what would be read, changed and written, and stop there."),
 )
 vectors_option = click.option(
     "--vectors",

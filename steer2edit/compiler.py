@@ -110,6 +110,11 @@ def compile(
     spec = read_spec(checkpoint)
     if vectors is not None:
         vectors.check(spec)
+    if not writing.link:
+        # hours of work are not to end at a full disk
+        from steer2edit.rehearsal import check_rooms
+
+        check_rooms(checkpoint, spec, folders, method, options, writing)
     loaded = load_model(checkpoint, spec, runtime)
     if isinstance(behavior, Statistics):
         statistics = behavior

@@ -99,6 +99,7 @@ def emit(
     base was changed since it was opened.
     """
     from steer2edit.card import inherited, model_card
+    from steer2edit.forecast import check_room, forecast
 
     target = load(to)
     resolve(plan, checkpoint, spec)
@@ -106,6 +107,8 @@ def emit(
         raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
+        # only now: what a killed run left there has been removed
+        check_room(forecast(plan, checkpoint, spec, to, Path(out), writing, measure=False), Path(out))
         # only a target that copies shards has a use for it
         how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
         lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)

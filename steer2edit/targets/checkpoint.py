@@ -29,6 +29,7 @@ from steer2edit.progress import Progress
 from steer2edit.rounding import RoundingMeter
 from steer2edit.targets import Change, Lowering, Writing, located, resolve
 
+_FILE_BLOCK = 4096
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
@@ -43,7 +44,7 @@ def lower(
 ) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
     edits = resolve(plan, checkpoint, spec)
-    places = {name: _places(checkpoint, *one) for name, one in edits.items()}
+    places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     left_out = copy_other_files(checkpoint, folder)
     if plan.structure:
         from steer2edit.targets import _cut
@@ -109,7 +110,7 @@ def _exactness(dtypes: Sequence[str]) -> str:
     return "; ".join(parts) or "exact"
 
 
-def _places(checkpoint: Checkpoint, edit: Edit, site: Site) -> list[TensorInfo]:
+def places_of(checkpoint: Checkpoint, edit: Edit, site: Site) -> list[TensorInfo]:
     """The bytes that an edit rewrites: the matrix, and the scales of one in fp8."""
     info = located(checkpoint, edit, site)
     return [info, scale_info(checkpoint, info)] if info.dtype == FP8 else [info]
@@ -131,11 +132,11 @@ def _shard_jobs(
     here = [(info, name, i) for name, infos in places.items() for i, info in enumerate(infos) if info.shard == shard]
     end = 0
     for info, name, i in sorted(here, key=lambda entry: entry[0].offset):
-        yield from _copies(source, target, end, info.offset)
+        yield from copies(source, target, end, info.offset)
         if i == 0:  # scales are written with their matrix, wherever they lie
-            yield lambda name=name: _rewrite(checkpoint, *edits[name], places[name], folder)  # type: ignore[misc]
+            yield lambda name=name: rewrite(checkpoint, *edits[name], places[name], folder)  # type: ignore[misc]
         end = info.offset + info.nbytes
-    yield from _copies(source, target, end, size)
+    yield from copies(source, target, end, size)
 
 
 def _link(checkpoint: Checkpoint, shard: str, folder: Path) -> bool:
@@ -170,22 +171,35 @@ def edited_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[Ed
 
 def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Copy every file that is not an indexed shard, byte for byte; the names of those left out."""
-    left_out = []
+    for source in copied_files(checkpoint):
+        name = source.relative_to(checkpoint.path)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+    return [str(path.relative_to(checkpoint.path)) for path in _other_files(checkpoint) if _other_weights(path)]
+
+
+def copied_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files beside the shards that an artefact has too: all but other copies of the weights."""
+    return [path for path in _other_files(checkpoint) if not _other_weights(path)]
+
+
+def _other_files(checkpoint: Checkpoint) -> list[Path]:
+    found = []
     for source in sorted(checkpoint.path.rglob("*")):
         name = source.relative_to(checkpoint.path)
         if not source.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         if str(name) in checkpoint.shards or str(name) in {RECEIPT, "README.md"} or name.parts[0] == "steer2edit":
             continue
-        if source.suffix in _OTHER_WEIGHTS or name.match("consolidated*.safetensors"):
-            left_out.append(str(name))
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
-    return left_out
+        found.append(source)
+    return found
 
 
-def _rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[TensorInfo], folder: Path) -> _Rewritten:
+def _other_weights(path: Path) -> bool:
+    return path.suffix in _OTHER_WEIGHTS or path.match("consolidated*.safetensors")
+
+
+def rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[TensorInfo], folder: Path) -> _Rewritten:
     info = places[0]
     row_bytes = info.nbytes // info.shape[0]
     before, after = hashlib.sha256(), hashlib.sha256()
@@ -239,6 +253,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], _Rewritten | int]]:
-    for at in range(start, end, COPY_BYTES):
-        yield lambda at=at: copy_range(source, at, target, at, min(COPY_BYTES, end - at))  # type: ignore[misc]
+def copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], _Rewritten | int]]:
+    """The work of copying a byte range in pieces.
+
+    Pieces begin and end at whole blocks of the file system, apart from the first and the last: only those can be shared.
+    """
+    while start < end:
+        unit = _FILE_BLOCK if start % _FILE_BLOCK else COPY_BYTES
+        stop = min((start // unit + 1) * unit, end)
+        yield lambda at=start, count=stop - start: copy_range(source, at, target, at, count)  # type: ignore[misc]
+        start = stop
