@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from loopback_hub import TOKEN, Hub, serve
 
 WORDS = [
     "a",
@@ -134,6 +135,29 @@ def save_tiny(folder: Path, config: Any, dtype: torch.dtype = torch.float32, see
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, **saving)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_chat_model(folder: Path) -> Path:
+    """A random llama of two layers that reads bytes and has a chat template: it takes any text, and is done in no time."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    reader = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    reader.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    # heads of 32: the smallest that every engine runs
+    save_tiny(folder, llama_config(vocab_size=260, num_hidden_layers=2, head_dim=32, max_position_embeddings=2048))
+    reader.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: text-generation\n---\n")
     return folder
 
 
@@ -270,6 +294,38 @@ def scoring(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Any:
 
     checkpoint = open_checkpoint(tiny_llama)
     return Scoring(checkpoint, read_spec(checkpoint), statistics_of(tiny_llama))
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty hub that huggingface_hub, in this process, takes for the Hub; the user is logged in."""
+    from huggingface_hub import constants, hf_api
+    from huggingface_hub.utils import _http
+
+    for state in (hub_server.repositories, hub_server.blobs, hub_server.requests, hub_server.faults):
+        state.clear()
+    home = tmp_path / "hf-home"
+    values = {
+        "ENDPOINT": hub_server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub_server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # its patience with a hub that fails is not ours to wait for
+    monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
+    return hub_server
 
 
 def run(*arguments: object, stdin: str | None = None) -> Any:

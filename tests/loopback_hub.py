@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -67,6 +68,11 @@ class Hub:
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         return self.repositories[name].at(revision)
+
+    def publish(self, name: str, folder: Path) -> str:
+        """Put a folder's files into a repository, made if need be; the commit."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return self.repositories.setdefault(name, Repository()).commit(files)
 
     def count(self, pattern: str) -> int:
         """Requests whose line matches."""

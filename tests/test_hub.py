@@ -9,13 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROWS, run
-from loopback_hub import TOKEN, Fault, Hub, Repository, serve
+from loopback_hub import TOKEN, Fault, Hub
 from made_reports import make_evaluation
 
 from steer2edit.hub import Reference, read_reference
@@ -23,38 +22,6 @@ from steer2edit.hub import Reference, read_reference
 # huggingface_hub streams a file in a way that its HTTP library asks it to give up
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 NEUTRAL = "the old cat sees a small bird and the river runs . " * 8
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with serve() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """An empty hub that huggingface_hub, in this process, takes for the Hub; the user is logged in."""
-    from huggingface_hub import constants, hf_api
-    from huggingface_hub.utils import _http
-
-    for state in (server.repositories, server.blobs, server.requests, server.faults):
-        state.clear()
-    home = tmp_path / "hf-home"
-    values = {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN_PATH": str(home / "token"),
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # its patience with a hub that fails is not ours to wait for
-    monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +59,6 @@ def refusal(*arguments: object) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr
     return str(result.stderr[result.stderr.index("Error: ") :])
-
-
-def upload(hub: Hub, name: str, folder: Path) -> str:
-    """Put a folder on the hub without our code; the commit."""
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return hub.repositories.setdefault(name, Repository()).commit(files)
 
 
 # Names
@@ -272,7 +233,7 @@ def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scor
     (base / "README.md").write_text(
         "---\nlicense: other\nlicense_name: gemma-like\nlicense_link: LICENSE\nlanguage: en\npipeline_tag: text-generation\n---\n"
     )
-    commit = upload(hub, "org/base", base)
+    commit = hub.publish("org/base", base)
     checkpoint = open_checkpoint("org/base")
     plan = make_plan(_of(scoring, checkpoint))
     targets.emit(plan, checkpoint, read_spec(checkpoint), "lora", tmp_path / "out")
@@ -396,9 +357,9 @@ def test_data_by_id_revision_and_file(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     lines = [json.dumps(row) for row in ROWS]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:2]))
-    first = upload(hub, "org/pairs", tmp_path / "data")
+    first = hub.publish("org/pairs", tmp_path / "data")
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    upload(hub, "org/pairs", tmp_path / "data")
+    hub.publish("org/pairs", tmp_path / "data")
     assert len(read_contrast("org/pairs")) == 2 * len(ROWS)
     assert len(read_contrast(f"org/pairs@{first}")) == len(read_contrast(f"org/pairs@{first}:train.jsonl")) == 4
 
@@ -410,7 +371,7 @@ def test_offline_reads_the_cache_and_says_what_is_not_there(
 
     from steer2edit.checkpoint import open_checkpoint
 
-    commit = upload(hub, "org/base", tiny_llama)
+    commit = hub.publish("org/base", tiny_llama)
     assert open_checkpoint("org/base").revision == commit
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
@@ -442,7 +403,7 @@ def test_a_model_that_cannot_be_fetched(hub: Hub, kind: str) -> None:
 
 
 def test_a_gated_model_and_an_unknown_revision(hub: Hub, tiny_llama: Path) -> None:
-    upload(hub, "org/base", tiny_llama)
+    hub.publish("org/base", tiny_llama)
     assert "no-such" in refusal("compile", "org/base@no-such", "--behavior", "concise", "--out", "x")
     hub.repositories["org/base"].gated = True
     message = refusal("compile", "org/base", "--behavior", "concise", "--out", "x")
@@ -516,16 +477,15 @@ def test_an_interrupted_upload_goes_on(hub: Hub, compiled: Path) -> None:
 # The whole way, with the environment variables alone
 
 
-def test_from_the_hub_and_back(server: Hub, tiny_llama: Path, tmp_path: Path) -> None:
-    server.repositories.clear()
-    server.faults.clear()
-    server.repositories["org/base"] = Repository()
-    upload(server, "org/base", tiny_llama)
+def test_from_the_hub_and_back(hub_server: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    hub_server.repositories.clear()
+    hub_server.faults.clear()
+    hub_server.publish("org/base", tiny_llama)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "neutral.txt").write_text(NEUTRAL)
     environment = {
         **os.environ,
-        "HF_ENDPOINT": server.url,
+        "HF_ENDPOINT": hub_server.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "hf-home"),
         "HF_TOKEN": TOKEN,
@@ -542,8 +502,8 @@ def test_from_the_hub_and_back(server: Hub, tiny_llama: Path, tmp_path: Path) ->
     assert found["effect"] > 1e-3
     assert found["checkpoint"] <= 1e-4 and found["lora"] <= 1e-4
     assert found["verified"] == [0, 0]
-    assert server.repositories["user/lora"].private
-    text = server.files("user/checkpoint")["README.md"].decode()
+    assert hub_server.repositories["user/lora"].private
+    text = hub_server.files("user/checkpoint")["README.md"].decode()
     assert "base_model: org/base\n" in text and str(tmp_path) not in text
 
 
