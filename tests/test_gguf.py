@@ -19,7 +19,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, TargetError
 from steer2edit.gguf_files import read_control_vector, read_gguf, write_gguf
-from steer2edit.plan import Base, Bias, EditPlan, LowRank, merge
+from steer2edit.plan import Base, Bias, EditPlan, LowRank, Structure, merge
 from steer2edit.push import residual_push
 from steer2edit.targets import gguf, gguf_vector
 from steer2edit.verification import verify
@@ -180,4 +180,7 @@ def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: 
             "gguf",
             tmp_path / "out",
         )
+    for to in ("lora", "gguf", "gguf-vector"):
+        with pytest.raises(TargetError, match="cannot remove experts"):
+            emit(case, to, tmp_path / "out", replace(plan, structure=Structure(top_k=1)))
     assert not (tmp_path / "out").exists()

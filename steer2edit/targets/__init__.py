@@ -103,6 +103,10 @@ def emit(
 
     target = load(to)
     resolve(plan, checkpoint, spec)
+    if plan.structure and to != "checkpoint":
+        raise TargetError(
+            f"{to} cannot remove experts, or change how many each token passes through; use --to checkpoint"
+        )
     if Path(out).expanduser().resolve() == checkpoint.path.resolve():
         raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
     checkpoint.check_unchanged()
