@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer2edit.reading import read_bytes
 from steer2edit.report.wording import interval, pairs
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 HERE = "path/to/this/folder"
 """Stands in a card for the repository's name until there is one."""
 _BASE = "path/to/the/base"
+_CARD_BYTES = 4 << 20
 _COMPILED = (
     "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
 )
@@ -109,11 +111,15 @@ def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def base_metadata(card: Path) -> dict[str, Any]:
     """Licence, its name and link, languages and task in the metadata of a base's own card; empty where it has none."""
+    import yaml
     from huggingface_hub import metadata_load
 
     try:
+        read_bytes(card, _CARD_BYTES)
         metadata = metadata_load(card) or {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict):
         return {}
     keys = ("license", "license_name", "license_link", "pipeline_tag")
     found = {key: metadata[key] for key in keys if _short(metadata.get(key))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -19,14 +20,17 @@ from typing import Any, BinaryIO
 
 import torch
 
-from steer2edit.errors import CheckpointError, HubError, listing
+from steer2edit.errors import CheckpointError, HubError, listing, shown
 from steer2edit.hub import read_reference, snapshot
+from steer2edit.reading import JSON_BYTES, open_regular, parse_json, read_bytes, special_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # large enough that Python's share is small, small enough that a block stays in the processor's cache
 BLOCK_BYTES = 1 << 20
 _MAX_HEADER = 100 << 20
+_MAX_AXES = 64
+_MAX_COUNT = 1 << 62
 # weights in other formats, which a safetensors compile neither reads nor passes on
 _HUB_IGNORE = [
     "*.bin",
@@ -195,6 +199,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     path, name, commit = _locate(model, revision)
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; expected a checkpoint folder (config.json and *.safetensors)")
+    if special := special_files(path):
+        raise CheckpointError(
+            f"{path} holds what is neither file nor folder; take it out:\n{listing(map(repr, special))}"
+        )
     config = read_json(path / "config.json")
     weight_map = _weight_map(path)
     shards = tuple(dict.fromkeys(weight_map.values())) if weight_map else (SINGLE,)
@@ -228,15 +236,15 @@ def read_header(path: Path) -> list[TensorInfo]:
     ranges fill the file without gap or overlap. Raises CheckpointError.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{path.name} has {size} bytes, too few for a safetensors file")
+                raise CheckpointError(f"{path.name!r} has {size} bytes, too few for a safetensors file")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
-                    f"{path.name} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
+                    f"{path.name!r} is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
                 )
             raw = file.read(length)
     except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
@@ -244,22 +252,22 @@ def read_header(path: Path) -> list[TensorInfo]:
             f"cannot read {path.name!r} in {path.parent}: {getattr(error, 'strerror', None) or error}"
         ) from None
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
+        header = parse_json(raw, unique=True)
+        _check_metadata(header.pop("__metadata__", {}))
         infos = [_tensor_info(name, entry, path.name, 8 + length) for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} has a damaged header: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path.name!r} has a damaged header: {error}") from None
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = 8 + length
     for info in infos:
         if info.offset != end:
             raise CheckpointError(
-                f"{path.name} has a damaged header: {info.name!r} begins at byte {info.offset}, expected {end}"
+                f"{path.name!r} has a damaged header: {info.name!r} begins at byte {info.offset}, expected {end}"
             )
         end += info.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path.name} is truncated or padded: its header asks for {end} bytes, the file has {size}"
+            f"{path.name!r} is truncated or padded: its header asks for {end} bytes, the file has {size}"
         )
     return infos
 
@@ -267,10 +275,10 @@ def read_header(path: Path) -> list[TensorInfo]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError where it is missing or is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(read_bytes(path, JSON_BYTES), unique=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
@@ -311,7 +319,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX} has no weight_map")
     bad = sorted(
-        {str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f or f in {"", ".", ".."}}
+        {shown(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f or f in {"", ".", ".."}}
     )
     if bad:
         raise CheckpointError(
@@ -320,24 +328,21 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return entries
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ is no object of texts")
 
 
 def _tensor_info(name: str, entry: dict[str, Any], shard: str, base: int) -> TensorInfo:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
-        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {shown(dtype)}")
     if type(shape) is not list or not all(type(n) is int and n >= 0 for n in [*shape, start, end]):
         raise ValueError(f"{name!r} has a shape or offsets that are not whole numbers")
-    count = 1
-    for n in shape:
-        count *= n
-    if count * _BITS[dtype] != (end - start) * 8:
+    # also where one extent is 0: no library takes a tensor with more places than an address has
+    if len(shape) > _MAX_AXES or math.prod(min(max(n, 1), _MAX_COUNT) for n in shape) >= _MAX_COUNT:
+        raise ValueError(f"{name!r} has the shape {shown(shape)}, which is no tensor's")
+    if math.prod(shape) * _BITS[dtype] != (end - start) * 8:
         raise ValueError(f"{name!r} of shape {shape} in {dtype} does not take the {end - start} bytes it claims")
     return TensorInfo(name, dtype, tuple(shape), shard, base + start, end - start)
 

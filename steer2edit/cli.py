@@ -44,7 +44,7 @@ from steer2edit.cli_options import (
     vectors_option,
     writing_options,
 )
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import Steer2EditError, printable
 from steer2edit.launch import process_of
 
 
@@ -62,7 +62,7 @@ class _Group(click.Group):
             elif isinstance(error, click.ClickException):
                 raise
             else:
-                click.echo(f"Error: {error}", err=True)
+                click.echo(printable(f"Error: {error}"), err=True)
             sys.exit(2)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

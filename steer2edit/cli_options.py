@@ -9,8 +9,12 @@ from typing import Any, TypeVar
 
 import click
 
+from steer2edit.errors import printable
+from steer2edit.reading import read_bytes
+
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+_TEXT_BYTES = 256 << 20
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -182,7 +186,7 @@ def progress_bar() -> Any:
 
 def print_result(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
     """A result on stdout, as JSON or as text."""
-    click.echo(json.dumps(result, indent=1, default=list) if as_json else render(result))
+    click.echo(json.dumps(result, indent=1, default=list) if as_json else printable(render(result)))
 
 
 def only_statistics(given: dict[str, Any]) -> bool:
@@ -296,8 +300,8 @@ def _text(path: Path | None, flag: str) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(path, _TEXT_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise click.BadParameter(f"cannot read {path}: {error}", param_hint=flag) from None
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+
+# all but line feed and tab: a name from a file may not move the cursor, hide text or turn it around
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Steer2EditError(Exception):
@@ -53,3 +57,8 @@ def shown(value: object) -> str:
         return f"an object with {len(value)} keys"
     text = json.dumps(value, ensure_ascii=True, default=repr)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def printable(text: str) -> str:
+    """A text for the terminal, with control characters written as escapes."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)

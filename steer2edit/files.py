@@ -13,6 +13,7 @@ import torch
 
 from steer2edit.durable import exclusive, sync_file, sync_folder, sync_tree
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
+from steer2edit.reading import open_regular
 
 RECEIPT = "steer2edit.json"
 PLAN_FILE = "plan.safetensors"
@@ -42,6 +43,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:

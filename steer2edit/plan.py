@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steer2edit.errors import PlanError
+from steer2edit.described import MAYBE, NUMBER, TEXT, check
+from steer2edit.errors import PlanError, shown
 from steer2edit.files import load_tensors, save_tensors
 from steer2edit.ops import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
+from steer2edit.reading import parse_json
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
@@ -26,6 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
 
 FORMAT = "steer2edit.plan.1"
+_METHOD: Any = {"name?": TEXT, "plans?": [{"method": lambda: _METHOD, "weight": NUMBER, "plan": str}]}
+_MEASURED: Any = dict.fromkeys(("strength", "kl", "low", "high", "base_perplexity", "perplexity"), NUMBER)
+_DESCRIBED: Any = {
+    "base": {"name": str, "revision": TEXT, "fingerprint": str},
+    "edits": [{"tensor": str, "op": str}],
+    "scored": [str],
+    "method": _METHOD,
+    # what belongs to a measured KL comes with it
+    "measured": (
+        {**_MEASURED, "tokens": int, "kl_budget?": MAYBE, "selected_on?": [str]},
+        {"kl?": (), "strength?": MAYBE, "selected_on?": [str]},
+    ),
+    "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
+    "data": {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]},
+}
 _TABLE = ("g", "lam", "projection", "interval", "null")
 
 
@@ -185,23 +203,39 @@ class EditPlan:
         """Read what :meth:`save` wrote. Raises PlanError for any other file, and for factors that do not fit."""
         tensors, metadata = load_tensors(Path(path))
         try:
-            described = json.loads(metadata["plan"])
+            described = parse_json(metadata["plan"].encode(), unique=True)
             if described["format"] != FORMAT:
-                raise PlanError(f"{path} has the format {described['format']!r}, expected {FORMAT!r}")
+                raise PlanError(f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}")
+            check(described, _DESCRIBED, "the plan")
             edits = tuple(read_edit(entry, tensors) for entry in described["edits"])
-            scores = {
-                key: Scores(
-                    *(tensors[f"{key}.{name}"] for name in _TABLE[:3]),
-                    *(tensors.get(f"{key}.{name}") for name in _TABLE[3:]),
-                )
-                for key in described["scored"]
-            }
+            scores = {key: _scores(key, tensors) for key in described["scored"]}
             base = Base(**described["base"])
             structure = Structure.read(described["structure"]) if "structure" in described else Structure()
             method, measured, data = (described[name] for name in ("method", "measured", "data"))
             return cls(base, edits, scores, method, measured, data, structure)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise PlanError(f"{path} is not a plan of steer2edit: {error!r}") from None
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise PlanError(f"{path} is not a plan of steer2edit: {reason}") from None
+
+
+def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
+    found = {name: tensors.get(f"{key}.{name}") for name in _TABLE}
+    g = found["g"]
+    if not re.fullmatch(r"[a-z_]{1,40}(\.\d{1,5}){1,2}", key) or g is None or g.ndim != 1 or not len(g):
+        raise PlanError(f"the plan's scores {shown(key)} are those of no site")
+    shapes = {"interval": (2, len(g))}
+    for name, values in found.items():
+        if values is None and name in ("interval", "null"):
+            continue
+        expected = shapes.get(name, (len(g),))
+        if (
+            values is None
+            or values.shape != expected
+            or values.dtype != torch.float32
+            or not bool(values.isfinite().all())
+        ):
+            raise PlanError(f"the plan's {key}.{name} is not {list(expected)} finite float32 values")
+    return Scores(**found)  # type: ignore[arg-type]
 
 
 def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:

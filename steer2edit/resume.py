@@ -15,6 +15,7 @@ from typing import Any
 from steer2edit.accumulator import Accumulator
 from steer2edit.errors import PlanError
 from steer2edit.files import load_tensors, save_tensors
+from steer2edit.reading import parse_json
 from steer2edit.statistics import FORMAT
 
 EVERY_SECONDS = 60.0
@@ -39,7 +40,7 @@ class Partial:
         """The sums kept of this run and how many of its ``batches`` they hold; none where they are not of this run."""
         try:
             tensors, metadata = load_tensors(self.path)
-            described = json.loads(metadata["partial"])
+            described = parse_json(metadata["partial"].encode(), unique=True)
             done = described["done"]
             if described["run"] != self._run or type(done) is not int or not 0 <= done <= batches:
                 return Accumulator(), 0

@@ -18,8 +18,11 @@ from typing import NamedTuple, TypeVar
 
 from steer2edit.errors import DataError, HubError, listing, shown
 from steer2edit.hub import dataset_file, read_reference
+from steer2edit.reading import parse_json, read_bytes
 
 T = TypeVar("T")
+
+_MAX_BYTES = 1 << 30
 
 
 class Message(NamedTuple):
@@ -134,7 +137,7 @@ def _read(path: Path, name: str, shape: Shape, build: Build[T]) -> list[T]:
     if reader is None:
         raise DataError(f"{name} is in no known format; expected a name that ends in {', '.join(_READERS)}")
     try:
-        return _parse(path.read_bytes(), name, reader, shape, build)
+        return _parse(read_bytes(path, _MAX_BYTES), name, reader, shape, build)
     except OSError as error:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from None
 
@@ -166,18 +169,17 @@ def _json_lines(data: bytes, name: str, problems: list[str], shape: Shape) -> It
         where = f"{name} line {number}"
         if line.strip():
             try:
-                yield where, json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
+                yield where, parse_json(line)
+            except ValueError as error:
                 problems.append(f"{where}: {_reason(error)}")
 
 
 def _json_list(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
-    text = _decoded(data, name, problems)
-    if not text.strip():
+    if not _decoded(data, name, problems).strip():
         return
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(data)
+    except ValueError as error:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
         problems.append(f"{name}{line}: {_reason(error)}{hint}")

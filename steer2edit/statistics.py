@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import torch
 
-from steer2edit.errors import PlanError
+from steer2edit.described import TEXT, check
+from steer2edit.errors import PlanError, listing, shown
 from steer2edit.expert_statistics import ExpertMoments
 from steer2edit.files import load_tensors, save_tensors
+from steer2edit.reading import parse_json
 
 Label = Literal["positive", "negative"]
 Population = Literal["positive", "negative", "neutral"]
@@ -34,6 +36,18 @@ POPULATIONS: tuple[Population, ...] = (*LABELS, "neutral")
 RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
 FORMAT = "steer2edit.statistics.2"
 SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "neutral": "neutral"}
+_COUNTS: Any = dict.fromkeys(POPULATIONS, int)
+_DESCRIBED: Any = {
+    "examples": _COUNTS,
+    "tokens": _COUNTS,
+    "source": {
+        **{
+            f"{name}?": TEXT
+            for name in ("name", "data", "system", "span", "background", "fingerprint", "model", "dtype")
+        },
+        "prompts?": [str],
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -208,11 +222,13 @@ class Statistics:
         """Read what :meth:`save` wrote. Raises PlanError for any other file."""
         tensors, metadata = load_tensors(Path(path))
         try:
-            described = json.loads(metadata["statistics"])
+            described = parse_json(metadata["statistics"].encode(), unique=True)
             if described["format"] != FORMAT:
                 raise PlanError(
-                    f"{path} has the format {described['format']!r}, expected {FORMAT!r}; capture the statistics again"
+                    f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}; capture the statistics again"
                 )
+            check(described, _DESCRIBED, "the statistics")
+            _check_tensors(tensors)
             moments: dict[Any, Moments] = {}
             blocks: dict[Any, torch.Tensor] = {}
             resampled: dict[Any, Resampled] = {}
@@ -235,7 +251,8 @@ class Statistics:
             routed = {key: ExpertMoments.of(values) for key, values in experts.items()}
             return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights, routed)
         except (KeyError, ValueError, TypeError) as error:
-            raise PlanError(f"{path} is not a statistics file of steer2edit: {error!r}") from None
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise PlanError(f"{path} is not a statistics file of steer2edit: {reason}") from None
 
     def _experts(self, layer: int, population: Population) -> ExpertMoments:
         try:
@@ -252,6 +269,32 @@ class Statistics:
             return self.moments[key, side, population]
         except KeyError:
             raise PlanError(_missing(f"{population} {side} of {key}")) from None
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, listing all of them, for tensors of a statistics file that are not finite or do not fit."""
+    problems = []
+    widths: dict[str, int] = {}
+    for name, tensor in sorted(tensors.items()):
+        site, _, what = name.rpartition(".")
+        site, _, group = site.rpartition(".")
+        axes = {"mean": 1, "m2": 1, "means": 3, "blocks": 3, "weights": 2}.get(what)
+        if name.startswith("routed."):  # their shapes are ExpertMoments' affair
+            axes = tensor.ndim
+        if axes is None or tensor.ndim != axes or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            problems.append(f"{name} {list(tensor.shape)} is none of its tensors, or not finite")
+        elif name.startswith("routed."):
+            continue
+        elif what in ("mean", "m2", "means") and widths.setdefault(site, tensor.shape[-1]) != tensor.shape[-1]:
+            problems.append(f"{name} has {tensor.shape[-1]} features, others of {site} have {widths[site]}")
+        elif what in ("weights", "means"):
+            kind = name.removesuffix(".weights") if what == "weights" else group
+            if kind not in RESAMPLES or tuple(tensor.shape[:2]) != (RESAMPLES[kind], 2):  # type: ignore[index]
+                problems.append(f"{name} has the shape {list(tensor.shape)}, which fits no kind of resampling")
+        elif what == "blocks" and tensor.shape[1] != tensor.shape[2]:
+            problems.append(f"{name} has the shape {list(tensor.shape)}, expected square blocks")
+    if problems:
+        raise ValueError(f"its tensors do not fit together:\n{listing(problems)}")
 
 
 def routing_key(what: str, scope: Scope, layer: int) -> str:

@@ -32,6 +32,7 @@ from steer2edit.targets._cut import compare_cut
 from steer2edit.targets.checkpoint import edited_blocks
 
 TOLERANCE = 1e-4
+CONFIG = "adapter_config.json"
 _GGUF_TARGETS = ("gguf", "gguf-vector")
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -241,9 +242,7 @@ def _compare_adapter(
         lora.lower(plan, checkpoint, spec, Path(scratch), silent)
         expected, _ = load_tensors(Path(scratch) / "adapter_model.safetensors")
         found, _ = load_tensors(folder / "adapter_model.safetensors")
-        same_config = (Path(scratch) / "adapter_config.json").read_bytes() == (
-            folder / "adapter_config.json"
-        ).read_bytes()
+        same_config = read_json(Path(scratch) / CONFIG) == read_json(folder / CONFIG)
         advance(1)
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} is not in the plan" for name in sorted(found.keys() - expected.keys())]
@@ -253,7 +252,7 @@ def _compare_adapter(
         if not _same(expected[name], found[name])
     ]
     if not same_config:
-        problems.append("adapter_config.json differs from the one that the plan gives")
+        problems.append(f"{CONFIG} differs from the one that the plan gives")
     return Verification("lora", len(found), tuple(problems))
 
 

@@ -313,7 +313,7 @@ def test_an_index_names_plain_files_only(tmp_path: Path, shard: Any) -> None:
     assert "outside the folder" in refusal(folder)
 
 
-@pytest.mark.parametrize("shard", ["gone.safetensors", "a\0b", "\ud800", "x" * 5000, "folder"])
+@pytest.mark.parametrize("shard", ["gone.safetensors", "a\0b", "x" * 5000, "folder"])
 def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path, shard: str) -> None:
     folder = write(tmp_path / "m", TENSORS)
     (folder / "folder").mkdir()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.checkpoint import Checkpoint, read_json
-from steer2edit.errors import CheckpointError, PlanError
+from steer2edit.described import MAYBE, NUMBER, check
+from steer2edit.errors import CheckpointError, PlanError, shown
 from steer2edit.estimates import Estimate
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files import PLAN_FILE, RECEIPT, write_text
@@ -27,6 +28,12 @@ from steer2edit.progress import Progress, silent
 from steer2edit.targets import PLAN, read_receipt
 
 FORMAT = "steer2edit.evaluation.1"
+_ROW: Any = {
+    **{"name": str, "kind": str, "note": str, "strength": MAYBE, "answers": [str], "seconds": NUMBER},
+    "samples": {str: {"values": [NUMBER], "weights": ([NUMBER], None)}},
+}
+_METRIC: Any = {"name": str, "role": str, "goal": str, "unit": str, "exponential": bool}
+_DESCRIBED: Any = {"metrics": [_METRIC], "rows": [_ROW], "context": {}, "prompts": [str]}
 
 
 @dataclass(frozen=True)
@@ -110,15 +117,18 @@ class Evaluation:
         found = read_json(path)
         try:
             if found["format"] != FORMAT:
-                raise PlanError(f"{path} has the format {found['format']!r}, expected {FORMAT!r}")
+                raise PlanError(f"{path} has the format {shown(found['format'])}, expected {FORMAT!r}")
+            check(found, _DESCRIBED, "the evaluation")
+            _check_counts(found)
             rows = []
             for row in found["rows"]:
                 samples = {name: _sample(given) for name, given in row.pop("samples").items()}
                 rows.append(Row(samples=samples, answers=tuple(row.pop("answers")), **row))
             metrics = tuple(Metric(**metric) for metric in found["metrics"])
             return cls(metrics, tuple(rows), found["context"], tuple(found["prompts"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{path} is no evaluation of steer2edit: {error!r}") from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise PlanError(f"{path} is no evaluation of steer2edit: {reason}") from None
 
 
 def evaluate(
@@ -224,6 +234,23 @@ def _as_it_is(loaded: LoadedModel) -> Iterator[LoadedModel]:
 
 def _named(progress: Progress, name: str) -> Progress:
     return lambda stage, total: progress(f"{name}: {stage}", total)
+
+
+def _check_counts(found: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every row has a value for each of the base's questions, and there are rows."""
+    if not found["rows"]:
+        raise ValueError("it holds no rows")
+    base = found["rows"][0]["samples"]
+    for metric in found["metrics"]:
+        name = metric["name"]
+        if metric["goal"] not in ("more", "less") or metric["role"] not in ("attribute", "utility", "check"):
+            raise ValueError(f"the metric {shown(name)} has an unknown goal or role")
+        for row in found["rows"]:
+            sample = row["samples"].get(name)
+            counts = {len(base[name]["values"])} if name in base else set()
+            counts |= {len(one) for one in (sample or {}).values() if one is not None}
+            if sample is None or len(counts) != 1 or not min(counts):
+                raise ValueError(f"the row {shown(row['name'])} has no value of {shown(name)} for each question")
 
 
 def _sample(given: Mapping[str, Any]) -> Sample:

@@ -22,6 +22,7 @@ from steer2edit.analysis import Scoring
 from steer2edit.architecture import Role
 from steer2edit.checkpoint import read_json
 from steer2edit.compiler import make_plan
+from steer2edit.described import MAYBE, NUMBER, check
 from steer2edit.divergence import Divergence, quadratic_start
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
@@ -36,6 +37,13 @@ from steer2edit.search.journal import Journal, Params, Trial
 from steer2edit.search.pareto import front_of, knee_of
 
 FORMAT = "steer2edit.study.1"
+_ESTIMATE: Any = ({"value": NUMBER, "low?": NUMBER, "high?": NUMBER}, None)
+_OBJECTIVE: Any = {"name": str, "goal": str}
+_TRIAL: Any = {"number": int, "state": str, "params": {}, "kl": MAYBE, "attribute": _ESTIMATE, "utility": _ESTIMATE}
+_STUDY: Any = {
+    "settings": {"attribute": _OBJECTIVE, "utility": _OBJECTIVE},
+    "trials": [{**_TRIAL, "checks": {str: NUMBER}, "note": str, "front": bool, "knee": bool}],
+}
 PAPER_GRID: Mapping[str, tuple[float, ...]] = {
     "rho_attn": (0.1, 0.2, 0.3, 0.4, 0.5),
     "rho_mlp": (0.1, 0.2, 0.3, 0.4, 0.5),
@@ -125,8 +133,12 @@ def _value(text: str) -> Any:
 def read_study(path: Path) -> dict[str, Any]:
     """What :meth:`StudyResult.save` wrote. Raises PlanError for any other file."""
     found = read_json(path)
-    if found.get("format") != FORMAT or not isinstance(found.get("trials"), list):
+    if found.get("format") != FORMAT:
         raise PlanError(f"{path} is no study of steer2edit")
+    try:
+        check(found, _STUDY, "the study")
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from None
     return found
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from steer2edit import __version__
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo, read_json
-from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.described import MAYBE, TEXT, check
+from steer2edit.errors import PlanError, TargetError, listing, shown
 from steer2edit.files import RECEIPT, new_folder
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
@@ -31,6 +32,18 @@ PLAN = "steer2edit/plan.safetensors"
 EVALUATION = "steer2edit/evaluation.json"
 REPORT = "steer2edit/report.html"
 FORMAT = "steer2edit.receipt.1"
+_RECEIPT: Any = {
+    "target": str,
+    "exactness": str,
+    "base": {"name": str, "revision": TEXT, "fingerprint": str},
+    "plan": {"file": str, "sha256": str},
+    "method": {},
+    "measured": {},
+    "data": {},
+    "changed": [{"tensor": str, "op": str, "norm": MAYBE, "sha256_before": TEXT, "sha256_after": TEXT}],
+    "notes": [str],
+    "versions": {str: str},
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,11 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         raise PlanError(f"{folder} holds no {RECEIPT}: it is no artefact of steer2edit")
     receipt = read_json(folder / RECEIPT)
     if receipt.get("format") != FORMAT:
-        raise PlanError(f"{folder / RECEIPT} has the format {receipt.get('format')!r}, expected {FORMAT!r}")
+        raise PlanError(f"{folder / RECEIPT} has the format {shown(receipt.get('format'))}, expected {FORMAT!r}")
+    try:
+        check(receipt, _RECEIPT, RECEIPT)
+    except ValueError as error:
+        raise PlanError(f"{folder}: {error}") from None
     return receipt
 
 

@@ -1,0 +1,159 @@
+"""Hostile files: never a traceback, a hang, a lot of memory, or a write outside the output; one message and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROWS, llama_config, save_tiny
+from hostile import TARGETS, attack, make_sound, run_limited
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer2edit.checkpoint import open_checkpoint, read_header
+from steer2edit.errors import CheckpointError, PlanError, printable
+from steer2edit.files import load_tensors
+from steer2edit.reading import parse_json
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "runs").mkdir()
+    make_sound(folder / "sound", lambda path: save_tiny(path, llama_config(), max_shard_size="60KB"), ROWS)
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**40))
+def test_mutated_files_are_survived(sound: Path, target: str, seed: int) -> None:
+    assert attack(target, seed, sound / "sound", sound / "runs") is None
+
+
+def shard(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def entry(**changes: Any) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}}).encode()
+
+
+HEADERS: dict[str, tuple[bytes, str]] = {
+    "length of 2^64": (struct.pack("<Q", 2**64 - 1) + b"{}", "claims 18446744073709551615 bytes"),
+    "nothing": (b"", "too few"),
+    "a list": (shard(b"[]"), "damaged header"),
+    "UTF-16": (shard(entry().decode().encode("utf-16")), "damaged header"),
+    "nests deeply": (shard(b"[" * 200_000), "nests too deeply"),
+    "100 MB of lists": (shard(b'{"a":[' + b"[]," * (33 << 20) + b"[]]}"), "more than"),
+    "a key twice": (shard(b'{"a":1,"a":2}'), "occurs twice"),
+    "an infinite extent": (
+        shard(b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}'),
+        "not whole numbers",
+    ),
+    "an extent of 4000 digits": (shard(entry(shape=[10**4000] * 200)), "no tensor's"),
+    "an extent past any memory": (shard(entry(shape=[2**62, 0], data_offsets=[0, 0])), "no tensor's"),
+    "a thousand axes": (shard(entry(shape=[1] * 1000), b"\0" * 4), "no tensor's"),
+    "an extent of true": (shard(entry(shape=[True]), b"\0" * 4), "not whole numbers"),
+    "a dtype that is a list": (shard(entry(dtype=[])), "unknown dtype"),
+    "offsets backwards": (shard(entry(data_offsets=[4, 0]), b"\0" * 4), "does not take"),
+    "offsets past the end": (shard(entry(data_offsets=[4, 8]), b"\0" * 4), "begins at byte"),
+    "half of a surrogate pair": (shard(entry().replace(b'"a"', b'"\\ud800"'), b"\0" * 4), "surrogate"),
+    "metadata that is no text": (shard(b'{"__metadata__":{"a":1}}'), "no object of texts"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers(kind: str, tmp_path: Path) -> None:
+    raw, message = HEADERS[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=message):
+        read_header(path)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("special", [fifo, device])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "anything"])
+def test_pipes_and_devices_are_not_opened(
+    special: Callable[[Path], None], name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for file in tiny_llama.iterdir():
+        if file.name != name:
+            (tmp_path / file.name).symlink_to(file)  # as in the Hub's cache
+    assert name == "anything" or not (tmp_path / name).exists()
+    special(tmp_path / name)
+    with pytest.raises(CheckpointError, match="neither file nor folder"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(PlanError, match="no regular file"):
+        load_tensors(tmp_path / name)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "a thousand million layers": {"num_hidden_layers": 10**9},
+    "layers without end": {"num_hidden_layers": 10**400},
+    "layers in a text": {"num_hidden_layers": "3"},
+    "layers that are true": {"num_hidden_layers": True},
+    "no heads": {"num_attention_heads": 0},
+    "heads in a list": {"num_attention_heads": [4]},
+    "a negative size": {"hidden_size": -32},
+    "a size that is not a number": {"hidden_size": float("nan")},
+    "a type that is a list": {"model_type": ["llama"]},
+    "a text config that is itself odd": {"text_config": {"num_hidden_layers": {}}},
+    "a type with escapes": {"model_type": "\x1b[2J"},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs(kind: str, sound: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (sound / "sound" / "model").iterdir():
+        (model / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps({**config, **CONFIGS[kind]}))
+    stats = sound / "sound" / "x.stats.safetensors"
+    assert run_limited(["plan", str(model), "--stats", str(stats), "-o", str(tmp_path / "out")]) is None
+
+
+def test_an_index_may_not_point_outside_the_folder(tiny_llama_bf16: Path, tmp_path: Path) -> None:
+    for file in tiny_llama_bf16.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    for place in ("../x.safetensors", "/etc/passwd", "a/../b", "..", "", "a\\/b", None, 3, ["x"]):
+        (tmp_path / "model.safetensors.index.json").unlink()
+        index["weight_map"]["model.norm.weight"] = place
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200)
+def test_json_is_a_value_or_a_value_error(raw: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        parse_json(raw, unique=True)
+
+
+@given(st.text(max_size=60))
+def test_what_is_printed_moves_no_cursor_and_can_be_encoded(text: str) -> None:
+    said = printable(text)
+    said.encode("utf-8")
+    assert not any(
+        (ord(character) < 32 and character not in "\n\t") or 0x7F <= ord(character) < 0xA0 for character in said
+    )
+    assert printable(said) == said
