@@ -44,6 +44,7 @@ _DESCRIBED: Any = {
     "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
     "data": {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]},
 }
+_LARGEST = 1e18  # whatever is larger is no score, and overflows where it is squared
 _TABLE = ("g", "lam", "projection", "interval", "null")
 
 
@@ -232,9 +233,9 @@ def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
             values is None
             or values.shape != expected
             or values.dtype != torch.float32
-            or not bool(values.isfinite().all())
+            or not bool((values.abs() < _LARGEST).all())
         ):
-            raise PlanError(f"the plan's {key}.{name} is not {list(expected)} finite float32 values")
+            raise PlanError(f"the plan's {key}.{name} is not {list(expected)} float32 values of a plausible size")
     return Scores(**found)  # type: ignore[arg-type]
 
 

@@ -181,7 +181,8 @@ def _needed(name: str, target: str, shards: set[str]) -> bool:
 def _shards(folder: Path) -> set[str]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        return {INDEX, *(weight_map.values() if isinstance(weight_map, dict) else ())}
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        return {INDEX, *(name for name in names if isinstance(name, str))}
     return {SINGLE}
 
 

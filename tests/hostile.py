@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20
+SECONDS = 20  # of the processor's time
+WAITING = 120  # by the clock, on a machine that does other things too
 MEMORY = 3 << 30
 NESTED: Any = None
 for _ in range(300):
@@ -244,15 +245,19 @@ def run_limited(arguments: list[str], seconds: int = SECONDS) -> str | None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     previous = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    profiled = signal.signal(signal.SIGPROF, late)
+    signal.alarm(WAITING)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     started = time.monotonic()
     try:
         result = CliRunner().invoke(main, arguments)
     except _Late:
-        return f"it ran for more than {time.monotonic() - started:.0f} s"
+        return f"it had not ended after {time.monotonic() - started:.0f} s"
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGPROF, profiled)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     error = result.exception
     if error is not None and not isinstance(error, SystemExit):
