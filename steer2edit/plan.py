@@ -29,20 +29,23 @@ if TYPE_CHECKING:
 __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
 
 FORMAT = "steer2edit.plan.1"
-_METHOD: Any = {"name?": TEXT, "plans?": [{"method": lambda: _METHOD, "weight": NUMBER, "plan": str}]}
 _MEASURED: Any = dict.fromkeys(("strength", "kl", "low", "high", "base_perplexity", "perplexity"), NUMBER)
+METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
+# what belongs to a measured KL comes with it
+MEASURED: Any = (
+    {**_MEASURED, "tokens": int, "kl_budget?": MAYBE, "selected_on?": [str]},
+    {"kl?": (), "strength?": MAYBE, "selected_on?": [str]},
+)
+DATA: Any = {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]}
+BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
 _DESCRIBED: Any = {
-    "base": {"name": str, "revision": TEXT, "fingerprint": str},
+    "base": BASE,
     "edits": [{"tensor": str, "op": str}],
     "scored": [str],
-    "method": _METHOD,
-    # what belongs to a measured KL comes with it
-    "measured": (
-        {**_MEASURED, "tokens": int, "kl_budget?": MAYBE, "selected_on?": [str]},
-        {"kl?": (), "strength?": MAYBE, "selected_on?": [str]},
-    ),
+    "method": METHOD,
+    "measured": MEASURED,
     "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
-    "data": {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]},
+    "data": DATA,
 }
 _LARGEST = 1e18  # whatever is larger is no score, and overflows where it is squared
 _TABLE = ("g", "lam", "projection", "interval", "null")

@@ -24,7 +24,7 @@ from steer2edit.checkpoint import Checkpoint, TensorInfo, read_json
 from steer2edit.described import MAYBE, TEXT, check
 from steer2edit.errors import PlanError, TargetError, listing, shown
 from steer2edit.files import RECEIPT, new_folder
-from steer2edit.plan import Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import BASE, DATA, MEASURED, METHOD, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
 CARD = "README.md"
@@ -32,17 +32,21 @@ PLAN = "steer2edit/plan.safetensors"
 EVALUATION = "steer2edit/evaluation.json"
 REPORT = "steer2edit/report.html"
 FORMAT = "steer2edit.receipt.1"
+_CARD: Any = dict.fromkeys(("license?", "license_name?", "license_link?", "pipeline_tag?"), TEXT)
 _RECEIPT: Any = {
     "target": str,
     "exactness": str,
-    "base": {"name": str, "revision": TEXT, "fingerprint": str},
+    "base": BASE,
     "plan": {"file": str, "sha256": str},
-    "method": {},
-    "measured": {},
-    "data": {},
+    "method": METHOD,
+    "measured": MEASURED,
+    "data": DATA,
     "changed": [{"tensor": str, "op": str, "norm": MAYBE, "sha256_before": TEXT, "sha256_after": TEXT}],
     "notes": [str],
     "versions": {str: str},
+    "files?": [str],
+    "card?": {**_CARD, "language?": [str], str: ()},
+    "card_sha256?": TEXT,
 }
 
 
@@ -165,6 +169,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         check(receipt, _RECEIPT, RECEIPT)
     except ValueError as error:
         raise PlanError(f"{folder}: {error}") from None
+    load(receipt["target"])
     return receipt
 
 
