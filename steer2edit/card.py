@@ -153,7 +153,7 @@ def method_of(method: Mapping[str, Any]) -> str:
     parts = method.get("plans")
     if isinstance(parts, list):
         return f"{method.get('name')} of {len(parts)} plans"
-    options = pairs({key: value for key, value in method.items() if key != "name"})
+    options = pairs({key: value for key, value in method.items() if key not in ("name", "experts")})
     return f"{method.get('name')}" + (f": {options}" if options else "")
 
 

@@ -15,6 +15,7 @@ from steer2edit.cli_capture import capture
 from steer2edit.cli_compose import WeightsCommand, compose_given, compose_options, scale
 from steer2edit.cli_diff import diff, revert
 from steer2edit.cli_dry_run import dry_run_compile, dry_run_emit
+from steer2edit.cli_experts import experts
 from steer2edit.cli_hub import push
 from steer2edit.cli_import import import_
 from steer2edit.cli_measure import chat, evaluate, report, tune
@@ -340,6 +341,7 @@ for command in (
     chat,
     diff,
     evaluate,
+    experts,
     import_,
     push,
     report,

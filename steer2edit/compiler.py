@@ -215,13 +215,17 @@ def make_plan(
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
     plan = record_push(plan, scoring.spec, statistics)
     checkpoint.check_unchanged()
+    return replace(plan, data=describe_data(statistics))
+
+
+def describe_data(statistics: Statistics) -> dict[str, Any]:
+    """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     if described["system"] is not None:
-        # plans are published: of the texts behind them they hold digests only
         described["system"] = prompt_digest(described["system"])
     if "vectors" in statistics.source:
         described["vectors"] = statistics.source["vectors"]
-    return replace(plan, data={**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)})
+    return {**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)}
 
 
 def settle_strength(
@@ -241,7 +245,7 @@ def settle_strength(
     """
     if strength is not None and not math.isfinite(strength):
         raise PlanError(f"--strength is {strength}, expected a finite number")
-    if not plan.edits:
+    if not plan.edits and not plan.structure:
         raise Steer2EditError(
             "the plan edits nothing: every score is under its threshold, or no score's sign is stable; lower rho, raise "
             "--top-heads/--top-neurons, give more examples, or --all-components"

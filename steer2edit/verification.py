@@ -18,6 +18,7 @@ from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header, read_json
 from steer2edit.errors import CheckpointError, PlanError
+from steer2edit.experts.checking import check_masks
 from steer2edit.files import load_tensors
 from steer2edit.fp8 import SUFFIX, block_bytes, scales_of
 from steer2edit.gguf_files import read_control_vector, read_gguf
@@ -112,13 +113,14 @@ def compare_numbers(
         advance(1)
         hooked = _logits(loaded, lambda: edited(loaded, plan))
         advance(1)
-        artefact = _artefact_logits(loaded, folder, target, plan, runtime)
+        model = load_weights(folder, runtime) if target == "checkpoint" else None
+        artefact = _artefact_logits(loaded, folder, target, plan, model)
         advance(1)
     stored = {located(checkpoint, edit, spec.owners[edit.tensor]).dtype for edit in plan.edits}
     rounds = target == "gguf-vector" or (target == "checkpoint" and stored - {"F32", "F64"})
     largest = max(float(logits.abs().max()) for logits in hooked)
     effect, difference = _difference(base, hooked), _difference(hooked, artefact)
-    found = {
+    found: dict[str, Any] = {
         "effect": effect,
         "difference": difference,
         "largest_logit": largest,
@@ -126,6 +128,10 @@ def compare_numbers(
         "stored": sorted(stored),
     }
     problems = []
+    if target == "checkpoint" and plan.method.get("name") == "experts":
+        masked = replace(loaded, model=model, spec=read_spec(open_checkpoint(folder)))
+        found["experts"], wrong = check_masks(loaded, masked, plan, TOLERANCE)
+        problems += wrong
     if not rounds and not difference <= TOLERANCE:
         problems.append(f"logits differ from base + plan by {difference:.3g}, more than {TOLERANCE:g}")
     if target == "gguf-vector":
@@ -307,16 +313,15 @@ def _logits(
         ]
 
 
-def _artefact_logits(
-    loaded: LoadedModel, folder: Path, target: str, plan: EditPlan, runtime: Runtime
-) -> list[torch.Tensor]:
+def _artefact_logits(loaded: LoadedModel, folder: Path, target: str, plan: EditPlan, model: Any) -> list[torch.Tensor]:
     if target == "gguf":
         adapter = gguf.read_back(folder / gguf.FILE, plan.base, loaded.spec)
         return _logits(loaded, lambda: edited(loaded, adapter))
     if target == "gguf-vector":
         _, vectors = read_control_vector(folder / gguf_vector.FILE)
         return _logits(loaded, lambda: pushed(loaded, vectors))
-    model = with_adapter(loaded.model, folder) if target == "lora" else load_weights(folder, runtime)
+    if target == "lora":
+        model = with_adapter(loaded.model, folder)
     return _logits(replace(loaded, model=model))
 
 

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from conftest import COMMON_SETTINGS, make_tokenizer
 
+from steer2edit.architecture import ModelSpec, Site, read_spec
+from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.mixtures import MIXTURES
+from steer2edit.model import LoadedModel, load_tokenizer, load_weights
 
 MIXTURE_TYPES = [name for family in MIXTURES for name in family.model_types]
 EXPERTS, TOP_K, WIDTH = 8, 2, 12
@@ -116,3 +119,20 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     name: (lambda folder, name=name: save_mixture(folder, mixture_config(name)))  # type: ignore[misc]
     for name in MIXTURE_TYPES
 }
+
+
+class Case:
+    """A tiny mixture on disk, as the compiler sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        self.spec: ModelSpec = read_spec(self.checkpoint)
+        self.statistics: Any = None
+
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(load_weights(self.folder), load_tokenizer(self.folder), self.spec, self.folder)
+
+    def matrix(self, site: Site) -> torch.Tensor:
+        stored = self.checkpoint.read(site.locate(self.checkpoint))
+        return stored if site.orientation == "out_in" else stored.T

@@ -11,38 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K
+from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case
 from safetensors.torch import load_file, save_file
 
 from steer2edit import methods, targets
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import ModelSpec, Role, Site, read_spec
-from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.architecture import Role, Site, read_spec
+from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError
-from steer2edit.model import LoadedModel, load_weights
+from steer2edit.model import LoadedModel
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
 from steer2edit.statistics import LABELS, routing_key
 from steer2edit.verification import TOLERANCE, verify
 
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
-
-
-class Case:
-    """A tiny mixture on disk, as the compiler sees it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        self.spec: ModelSpec = read_spec(self.checkpoint)
-        self.statistics: Any = None
-
-    def loaded(self) -> LoadedModel:
-        return LoadedModel(load_weights(self.folder), None, self.spec)
-
-    def matrix(self, site: Site) -> torch.Tensor:
-        stored = self.checkpoint.read(site.locate(self.checkpoint))
-        return stored if site.orientation == "out_in" else stored.T
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def _method(method: Mapping[str, Any]) -> str:
 
 
 def _options(method: Mapping[str, Any]) -> str:
-    return pairs({key: given for key, given in method.items() if key not in ("name", "plans")})
+    return pairs({key: given for key, given in method.items() if key not in ("name", "plans", "experts")})
 
 
 def _merged(method: Mapping[str, Any], prefix: str = "") -> list[list[object]]:

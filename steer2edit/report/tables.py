@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from steer2edit.search.study import Study
     from steer2edit.verification import Verification
 
-_KINDS = {"attn_out": "head", "mlp_out": "neuron"}
+_KINDS = {
+    "attn_out": "head",
+    "mixer_out": "mixer channel",
+    "mlp_out": "neuron",
+    "shared_expert_out": "shared expert's neuron",
+    "expert_out": "expert's neuron",
+}
 
 
 def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
@@ -36,7 +42,8 @@ def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
 def render_plan(plan: EditPlan, top: int = 10) -> str:
     """The same as text."""
     described = describe_plan(plan, top)
-    method = ", ".join(f"{key} {_short(value)}" for key, value in described["method"].items() if value is not None)
+    told = {key: value for key, value in described["method"].items() if value is not None and key != "experts"}
+    method = ", ".join(f"{key} {_short(value)}" for key, value in told.items())
     parts = [
         f"base     {plan.base.name} ({plan.base.fingerprint[:12]})",
         f"method   {method}",
@@ -50,6 +57,7 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
             f"[{measured['low']:.2g}, {measured['high']:.2g}] nats/token over {measured['tokens']} tokens, "
             f"perplexity {measured['base_perplexity']:.4g} → {measured['perplexity']:.4g}"
         )
+    parts += [f"experts  {line}" for line in expert_lines(plan.method)]
     if stable := described["stable"]:
         said = (
             f"{s['stable']} of {s['scored']} {kind}s, {s['unstable_edited']} others edited"
@@ -62,6 +70,18 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
         if rows:
             parts += ["", f"strongest {kind}s", tabulate(rows, headers="keys", floatfmt="+.3f")]
     return "\n".join(parts)
+
+
+def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:
+    """What a plan does with single experts, one line each; nothing for plans that mask none."""
+    marks = method.get("experts", ())
+    lines = []
+    for one in marks[:limit]:
+        told = f"{one['layer']}:{one['expert']} {one['wish']} by {one['how']}, {one['grade']}"
+        if "selected" in one:
+            told += f": {one['selected']:.3%} of {one['tokens']} held-out tokens still choose it"
+        lines.append(told)
+    return [*lines, *([f"… and {len(marks) - limit} more"] if len(marks) > limit else [])]
 
 
 def render_evaluation(found: Evaluation) -> str:
@@ -124,6 +144,8 @@ def render_verification(result: Verification) -> str:
             f"numbers  logits differ from base + plan by {n['difference']:.3g} ({bound}); "
             f"the edit moves them by {n['effect']:.3g}"
         )
+        if found := n.get("experts"):
+            lines.append(f"experts  {_expert_check(found)}")
     if result.rounding:
         kept = [r.along_v for r in result.rounding]
         worst = max(result.rounding, key=lambda r: r.relative)
@@ -134,6 +156,17 @@ def render_verification(result: Verification) -> str:
     lines += [f"problem  {problem}" for problem in result.problems[:50]]
     lines.append("ok" if result.ok else f"FAILED: {len(result.problems)} problems")
     return "\n".join(lines)
+
+
+def _expert_check(found: Mapping[str, Any]) -> str:
+    told = [f"over {found['probe_tokens']} tokens"]
+    if "selected" in found:
+        told.append(f"{found['selected']:.2%} choose a masked one")
+    if "forced" in found:
+        told.append(f"at least {found['forced']:.2%} choose each forced one")
+    if "reference_difference" in found:
+        told.append(f"logits within {found['reference_difference']:.2g} of the base that cannot see the masked ones")
+    return "; ".join(told)
 
 
 def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
@@ -153,23 +186,31 @@ def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
 def _layers(plan: EditPlan) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for key, table in plan.scores.items():
-        role, _, layer = key.rpartition(".")
+        role, layer, _ = _place(key)
         kind = _KINDS[role]
-        row = rows.setdefault(int(layer), {"layer": int(layer)})
-        row[f"{kind}s"] = int((table.lam != 0).sum())
-        row[f"{kind}s ‖λ‖"] = float(table.lam.norm())
-        row[f"largest |g| of {kind}s"] = float(table.g.abs().max())
+        row = rows.setdefault(layer, {"layer": layer})
+        count, size, largest = f"{kind}s", f"{kind}s ‖λ‖", f"largest |g| of {kind}s"
+        row[count] = row.get(count, 0) + int((table.lam != 0).sum())
+        row[size] = (row.get(size, 0.0) ** 2 + float(table.lam.norm()) ** 2) ** 0.5
+        row[largest] = max(row.get(largest, 0.0), float(table.g.abs().max()))
     return [rows[layer] for layer in sorted(rows)]
+
+
+def _place(key: str) -> tuple[str, int, int | None]:
+    """Role, layer and expert of a site's key."""
+    role, layer, *expert = key.split(".")
+    return role, int(layer), int(expert[0]) if expert else None
 
 
 def _top(plan: EditPlan, role: str, top: int) -> list[dict[str, Any]]:
     found: list[Mapping[str, Any]] = []
     for key, table in plan.scores.items():
         if key.startswith(f"{role}."):
-            layer = int(key.rsplit(".", 1)[1])
+            _, layer, expert = _place(key)
+            where = {"layer": layer} if expert is None else {"layer": layer, "expert": expert}
             for index in table.lam.abs().topk(min(top, len(table.lam))).indices.tolist():
                 values = {"g": float(table.g[index]), "lam": float(table.lam[index])}
-                found.append({"layer": layer, _KINDS[role]: index, **values})
+                found.append({**where, _KINDS[role]: index, **values})
     chosen = sorted((row for row in found if row["lam"]), key=lambda row: -abs(row["lam"]))
     return [dict(row) for row in chosen[:top]]
 

@@ -13,7 +13,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,6 +133,8 @@ def emit(
         # only a target that copies shards has a use for it
         how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
         lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)
+        if "grade" in plan.method:  # what a mask of experts equals
+            lowering = replace(lowering, exactness=f"{plan.method['grade']}; the stored values {lowering.exactness}")
         plan.save(folder / PLAN)
         receipt = {
             "format": FORMAT,

@@ -1,0 +1,80 @@
+"""Masks from request to plan: rows are fitted and certified where a family needs them, and the cost is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from steer2edit import contrast
+from steer2edit.architecture import ModelSpec
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.compiler import neutral_text, settle_strength
+from steer2edit.encoding import windows
+from steer2edit.experts.lowering import How, Request, RowFit, check_request, lower_experts, strongest
+from steer2edit.experts.rows import fit_rows
+from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+
+CALIBRATION_TOKENS = 8192
+HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Certification:
+    """How masks are proven: the share of held-out tokens (``bound``) that may still choose an expert masked by its row; the
+    text that rows are fitted on, and the neutral text that they are certified on and the KL is measured on (None: the
+    packaged ones); and whether the KL is measured where no model has to run.
+    """
+
+    runtime: Runtime = field(default_factory=Runtime)
+    bound: float = 1e-3
+    calibration: str | None = None
+    neutral: str | None = None
+    measure: bool = True
+
+
+def mask_experts(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    request: Request,
+    *,
+    how: How = "auto",
+    certification: Certification = Certification(),
+    data: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> EditPlan:
+    """The plan of a request, with the KL that it costs. Raises PlanError for what cannot be done, with every reason."""
+    fits: dict[tuple[int, int], RowFit] = {}
+    loaded: LoadedModel | None = None
+    wanted = {} if check_request(spec, request) else _rows_wanted(spec, request, how)
+    if wanted or certification.measure:
+        loaded = load_model(checkpoint, spec, certification.runtime)
+    if wanted and loaded is not None:
+        size = min(128, loaded.context)
+        text = contrast.background_text() if certification.calibration is None else certification.calibration
+        held = contrast.neutral_text() if certification.neutral is None else certification.neutral
+        fits = fit_rows(
+            loaded,
+            wanted,
+            windows(loaded.tokenizer, [text], CALIBRATION_TOKENS, size),
+            windows(loaded.tokenizer, [held], HELD_OUT_TOKENS, size),
+            progress=progress,
+        )
+    plan = lower_experts(checkpoint, spec, request, how=how, rows=fits, bound=certification.bound, data=data)
+    if loaded is None or not certification.measure:
+        return plan
+    measured = settle_strength(
+        loaded, plan, strength=1.0, neutral=neutral_text(loaded, certification.neutral, progress)
+    )
+    kept = {key: value for key, value in measured.measured.items() if key not in ("kl_budget", "steps")}
+    return replace(plan, measured=kept)
+
+
+def _rows_wanted(spec: ModelSpec, request: Request, how: How) -> dict[int, tuple[int, ...]]:
+    return {
+        layer: experts
+        for layer, experts in request.off.items()
+        if how == "row" or (how == "auto" and strongest(spec.router(layer)) == "row")
+    }
