@@ -51,3 +51,7 @@ def test_what_a_page_says_runs(
 
     for page in pages:
         docs["run_page"](DOCS / page, folder, execute)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (DOCS.parent / "steer2edit" / "py.typed").is_file()
