@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -319,8 +320,11 @@ def hub(hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_TOKEN_PATH": str(home / "token"),
     }
+    # older versions import some of them by name
+    places = [module for name, module in list(sys.modules.items()) if name.startswith("huggingface_hub")]
     for name, value in values.items():
-        monkeypatch.setattr(constants, name, value)
+        for place in {constants, *(module for module in places if name in vars(module))}:
+            monkeypatch.setattr(place, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # its patience with a hub that fails is not ours to wait for
