@@ -6,7 +6,7 @@ a line of their own direct the block that follows:
 
     <!-- needs: vllm -->      run only where this program or Python module is installed
     <!-- skip: reason -->     not run
-    <!-- file: pairs.jsonl -->    the block is a file's content
+    <!-- file: pairs.jsonl -->    the block is a file's content; ``steer2edit/…`` is a file of the package (of a copy)
     <!-- serves: URL -->      the command goes on running while the page is run; the URL answers once it is ready
     <!-- after: page.md -->   the page goes on in the folder that another page leaves
 """
@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("quickstart.md", "publish.md")
+PAGES = ("quickstart.md", "publish.md", "extending.md")
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"<!-- (needs|skip|file|serves|after): (.+?) -->")
@@ -67,6 +67,11 @@ def read_page(path: Path) -> list[Block]:
             blocks.append(Block(match[1], match[2], line, directives))
         end = match.end()
     return blocks
+
+
+def files_of(path: Path) -> list[str]:
+    """The files that a page writes."""
+    return [block.directives["file"] for block in read_page(path) if "file" in block.directives]
 
 
 def page_before(path: Path) -> Path | None:
@@ -131,7 +136,11 @@ def _serve(command: str, folder: Path, url: str) -> subprocess.Popen[bytes]:
 
 def in_shell(command: str, folder: Path) -> str:
     """Run a command as a reader does."""
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    paths = [str(folder), os.environ.get("PYTHONPATH", str(DOCS.parent))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"$ {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}\nexit code {done.returncode}")
     return done.stdout
@@ -164,6 +173,8 @@ def _run_from_the_start(page: Path, folders: dict[Path, Path], scratch: Path) ->
     if before is not None:
         _run_from_the_start(before, folders, scratch)
     folders[page] = folders[before] if before is not None else Path(tempfile.mkdtemp(dir=scratch))
+    if any(name.startswith("steer2edit/") for name in files_of(page)):
+        shutil.copytree(DOCS.parent / "steer2edit", folders[page] / "steer2edit", dirs_exist_ok=True)
     began = time.monotonic()
     left_out = run_page(page, folders[page], in_shell)
     count = sum(len(block.commands) or 1 for block in read_page(page)) - len(left_out)

@@ -89,7 +89,7 @@ def model_card(
     parts = [
         f"---\n{_metadata(receipt)}\n---",
         f"# {title}",
-        _KINDS[target].said,
+        _kind(target).said,
         *_loading(receipt, repository or HERE),
         "## What changed",
         _table([["", ""], *rows]),
@@ -165,11 +165,16 @@ def inline(value: object) -> str:
     return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
+def _kind(target: str) -> _Kind:
+    # a target that somebody added has no words of its own here
+    return _KINDS.get(target) or _Kind(f"Written by steer2edit's target {inline(target)}.", "adapter", "steer2edit")
+
+
 def _metadata(receipt: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     target, base = receipt["target"], receipt["base"]
-    kind = _KINDS[target]
+    kind = _kind(target)
     taken = dict(receipt.get("card") or {})
     link = taken.get("license_link")
     if link is not None and "://" not in link and not (target == "checkpoint" and base["revision"] is None):
@@ -215,12 +220,14 @@ def _loading(receipt: Mapping[str, Any], place: str) -> list[str]:
         ]
     elif target == "plan":
         return [f"```console\n$ pip install steer2edit\n$ steer2edit emit {place} {name} --to lora --out adapter\n```"]
-    else:
+    elif target in ("gguf", "gguf-vector"):
         option, file = ("--lora", "adapter.gguf") if target == "gguf" else ("--control-vector", "control-vector.gguf")
         fetched = [] if place == HERE else [f"$ hf download {place} {file} --local-dir ."]
         lines = [*fetched, f"$ llama-server -m base.gguf {option} {file}"]
         said = f"`base.gguf` is any GGUF of {inline(base['name'])}."
         return ["```console\n" + "\n".join(lines) + "\n```", said]
+    else:
+        return []
     return ["```python\n" + "\n".join(lines) + "\n```"]
 
 

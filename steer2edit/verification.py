@@ -85,7 +85,9 @@ def verify(
     if target in _GGUF_TARGETS:
         result = _compare_gguf(folder, target, plan, checkpoint, spec, progress)
     else:
-        compare = _compare_adapter if target == "lora" else _compare_checkpoint
+        compare = {"lora": _compare_adapter, "checkpoint": _compare_checkpoint}.get(target)
+        if compare is None:
+            raise PlanError(f"{folder} was written by the target {target!r}, which verify does not know how to read")
         result = compare(folder, plan, checkpoint, spec, progress)
     result = replace(result, problems=(*problems, *result.problems))
     if numbers and result.ok:

@@ -10,6 +10,8 @@ import pytest
 from conftest import run, save_chat_model
 from loopback_hub import Hub
 
+from steer2edit import methods, targets
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -21,7 +23,7 @@ def test_the_page_of_families_is_what_its_script_makes() -> None:
 # PEFT reads a property that transformers 5 renamed; huggingface_hub streams files in a way that its HTTP library deprecated
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-@pytest.mark.parametrize("pages", [("quickstart.md", "publish.md")], ids=" ".join)
+@pytest.mark.parametrize("pages", [("quickstart.md", "publish.md"), ("extending.md",)], ids=" ".join)
 def test_what_a_page_says_runs(
     hub: Hub, pages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -32,6 +34,8 @@ def test_what_a_page_says_runs(
     folder = tmp_path / "reader"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    for package in (methods, targets):
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder / package.__name__.replace(".", "/"))])
 
     def execute(command: str, where: Path) -> str:
         """In this process: importing transformers anew for each command would take most of the time."""
@@ -50,7 +54,8 @@ def test_what_a_page_says_runs(
         return str(result.stdout)
 
     for page in pages:
-        docs["run_page"](DOCS / page, folder, execute)
+        left_out = docs["run_page"](DOCS / page, folder, execute)
+        assert len(left_out) == 1, left_out  # installing, logging in, and the tests themselves
 
 
 def test_the_package_says_that_it_is_typed() -> None:
