@@ -29,7 +29,8 @@ from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.demo.run import model_folder
 from steer2edit.errors import Steer2EditError
-from steer2edit.hooks import edited
+from steer2edit.gguf_files import read_control_vector
+from steer2edit.hooks import edited, pushed
 from steer2edit.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.plan import Base, EditPlan, LowRank, merge
 
@@ -98,9 +99,12 @@ def _tiny(folder: Path, family: str) -> Path:
     """A random model of a family, in float32."""
     known = {*family_config(family).to_dict(), *family_config(family).attribute_map}
     shutil.rmtree(folder, ignore_errors=True)
-    special = (
-        {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]} if family == "opt" else {}
-    )
+    special = {}
+    if family == "opt":
+        special = {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]}
+    elif family.startswith(("gemma2", "gemma3")):
+        # llama.cpp scales by the head's size, as every published model of these sizes does
+        special = {"query_pre_attn_scalar": SIZE["head_dim"]}
     config = family_config(family, **{name: value for name, value in SIZE.items() if name in known}, **special)
     save_tiny(folder, config)
     # converters expect a name for every row of the embedding
@@ -125,12 +129,8 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     ]
     plans = {"first": first, "second": second, "both": merge([first, second], WEIGHTS)}
     artefacts: dict[str, str] = {}
-    for label, to in (
-        ("first", "checkpoint"),
-        *((label, "lora") for label in plans),
-        ("first", "gguf"),
-        ("second", "gguf"),
-    ):
+    wanted = [("first", "checkpoint"), ("first", "gguf"), ("second", "gguf"), ("first", "gguf-vector")]
+    for label, to in (*wanted, *((label, "lora") for label in plans)):
         out = work / "artefacts" / key / f"{label}-{to}"
         shutil.rmtree(out, ignore_errors=True)
         try:
@@ -147,6 +147,9 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     found = {"base": under(None), **{label: under(plan) for label, plan in plans.items()}}
     merged = replace(loaded, model=load_weights(Path(artefacts["first checkpoint"]), Runtime("cpu", "float32")))
     found["merged"] = answers(merged, prompts, tokens)
+    if not artefacts["first gguf-vector"].startswith("error"):
+        _, vectors = read_control_vector(Path(artefacts["first gguf-vector"]) / "control-vector.gguf")
+        found["control vector"] = answers(loaded, prompts, tokens, lambda: pushed(loaded, vectors))
     path = work / "references" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found) + "\n")
@@ -180,7 +183,8 @@ def _random_plan(loaded: LoadedModel, checkpoint: Any, seed: int) -> EditPlan:
         B = torch.nn.functional.normalize(torch.randn(site.out_features, 1, generator=generator), dim=0)
         A = torch.nn.functional.normalize(torch.randn(1, site.in_features, generator=generator), dim=1)
         size = 0.05 * float(checkpoint.read(site.tensor).float().norm())
-        edits.append(LowRank(site.matrix, B, size * A))
+        # a typical input is made up too, so that there is a mean push for the control vector
+        edits.append(LowRank(site.matrix, B, size * A, torch.full((1,), 0.3)))
     base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
     return EditPlan(base, tuple(edits), method={"name": "random", "seed": seed}, data={"name": f"random {seed}"})
 

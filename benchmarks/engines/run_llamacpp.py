@@ -57,12 +57,32 @@ def _adapted(work: Path, case: dict[str, Any], expected: dict[str, list[Record]]
                     cells[label] = {"error": folders[0].removeprefix("error: ")}
                 else:
                     cells[label] = compare(_ask(server, case, scales), expected[label])
+            del server
+            if "control vector" in expected:
+                cells["control vector"] = cell(lambda: _steered(model, case, expected["control vector"]))
             if not folders[0].startswith("error"):
                 cells["converted adapter"] = cell(lambda: _same_adapter(case, work, f"{folders[0]}/adapter.gguf"))
     except Exception as error:  # of whatever a converter or an engine cannot do with a model
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         cells |= {label: {"error": reason} for label in doses if label not in cells}
     return cells
+
+
+def _steered(model: Path, case: dict[str, Any], expected: list[Record]) -> dict[str, Any]:
+    from control_vector import follow
+
+    reader = _reader(f"{case['artefacts']['first gguf-vector']}/control-vector.gguf")
+    vectors = {int(tensor.name.split(".")[1]): tensor.data for tensor in reader.tensors}
+    return compare(follow(model, vectors, expected), expected)
+
+
+def _reader(path: str | Path) -> Any:
+    from convert import SOURCES
+
+    sys.path.append(str(SOURCES / "gguf-py"))
+    import gguf
+
+    return gguf.GGUFReader(path)
 
 
 @contextmanager
@@ -96,10 +116,6 @@ def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
 def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]:
     """Our adapter beside what llama.cpp's converter makes of the PEFT adapter: the largest difference of a product's entry."""
     import numpy
-    from convert import SOURCES
-
-    sys.path.append(str(SOURCES / "gguf-py"))
-    import gguf
 
     out = work / "gguf" / f"{case['key']}-converted.gguf"
     folder = case["artefacts"]["first lora"]
@@ -121,7 +137,7 @@ def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]
     )
     if done.returncode:
         raise RuntimeError(f"not converted: {done.stderr.strip().splitlines()[-1]}")
-    files = [gguf.GGUFReader(path) for path in (ours, out)]
+    files = [_reader(path) for path in (ours, out)]
     kinds = [bytes(reader.fields["general.architecture"].parts[-1]).decode() for reader in files]
     if kinds[0] != kinds[1]:
         raise RuntimeError(f"our architecture is {kinds[0]}, the converter's {kinds[1]}")

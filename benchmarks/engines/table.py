@@ -25,12 +25,15 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("peft", "unmerged", ("unmerge",)),
     ("peft", "swapped, and back", ("hot-swap", "back again")),
     ("peft", "two with weights", ("composed", "composed adapter")),
+    ("vllm", "base", ("base",)),
     ("vllm", "merged", ("merged",)),
-    ("vllm", "adapters beside the base", ("base", "first", "second", "both")),
+    ("vllm", "adapters", ("first", "second", "both")),
     ("vllm", "base and two in a batch", ("mixed batch",)),
+    ("llamacpp", "base", ("base",)),
     ("llamacpp", "merged", ("merged",)),
-    ("llamacpp", "base and adapters", ("base", "first", "second")),
+    ("llamacpp", "adapters", ("first", "second")),
     ("llamacpp", "two with weights", ("both",)),
+    ("llamacpp", "control vector", ("control vector",)),
 )
 NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp"}
 
