@@ -500,7 +500,7 @@ def test_from_the_hub_and_back(hub_server: Hub, tiny_llama: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["effect"] > 1e-3
-    assert found["checkpoint"] <= 1e-4 and found["lora"] <= 1e-4
+    assert found["checkpoint"] <= 1e-4 and found["lora"] <= 1e-4 and found["imported"] <= 1e-4
     assert found["verified"] == [0, 0]
     assert hub_server.repositories["user/lora"].private
     text = hub_server.files("user/checkpoint")["README.md"].decode()
@@ -548,9 +548,13 @@ with edited(loaded, EditPlan.load("out/lora/steer2edit/plan.safetensors")):
 published = AutoModelForCausalLM.from_pretrained("user/checkpoint", revision=commits["checkpoint"])
 adapter = AutoPeftModelForCausalLM.from_pretrained("user/lora", revision=commits["lora"])
 verified = [run("verify", f"user/{target}@{commits[target]}").exit_code for target in commits]
+imported = run("import", f"user/lora@{commits['lora']}", "--model", "org/base", "-o", "back.plan.safetensors")
+with edited(loaded, EditPlan.load("back.plan.safetensors")):
+    back = logits(loaded.model)
 print(json.dumps({
     "effect": float((expected - base).abs().max()),
     "checkpoint": float((expected - logits(published)).abs().max()),
+    "imported": float((expected - back).abs().max()),
     "lora": float((expected - logits(adapter)).abs().max()),
     "verified": verified,
 }))
