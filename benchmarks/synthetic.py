@@ -1,11 +1,11 @@
-"""A llama-shaped checkpoint of any size with random weights, random statistics, and a random plan for it."""
+"""Checkpoints of any size with random weights, of a llama or of a mixture with fused experts; statistics and plans for them."""
 
 from __future__ import annotations
 
 import json
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -27,25 +27,44 @@ from steer2edit.statistics import (
 )
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
+EXPERTS, EXPERTS_PER_TOKEN, EXPERT_WIDTH = 128, 8, 512
+Layer = Callable[[int], list[tuple[str, tuple[int, ...]]]]
 _SCALE = 0.02
 _CHUNK = 1 << 24
 
 
 def make_checkpoint(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0) -> Path:
     """Write a bfloat16 checkpoint of about ``gigabytes`` (10⁹ bytes) in shards, or reuse one; memory stays small."""
-    layers = max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN * 2) / (2 * _count(_layer(0)))))
+    layers = _layers(gigabytes, _layer)
     folder = folder / f"llama-{gigabytes:g}gb"
+    return _make(folder, list(_tensors(layers, _layer)), shard_gigabytes, _llama_config(layers))
+
+
+def make_mixture(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0) -> Path:
+    """The same for a mixture of ``EXPERTS`` experts a layer, whose matrices lie in one tensor [experts, out, in]."""
+    layers = _layers(gigabytes, _mixture_layer)
+    folder = folder / f"mixture-{gigabytes:g}gb"
+    return _make(folder, list(_tensors(layers, _mixture_layer)), shard_gigabytes, _mixture_config(layers))
+
+
+def _layers(gigabytes: float, layer: Layer) -> int:
+    return max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN * 2) / (2 * _count(layer(0)))))
+
+
+def _make(
+    folder: Path, tensors: list[tuple[str, tuple[int, ...]]], shard_gigabytes: float, config: dict[str, object]
+) -> Path:
     if (folder / INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     weight_map, total = {}, 0
-    shards = list(_sharded(list(_tensors(layers)), shard_gigabytes * 1e9))
+    shards = list(_sharded(tensors, shard_gigabytes * 1e9))
     pool = (torch.randn(2 * _CHUNK) * _SCALE).bfloat16()
-    for number, tensors in enumerate(shards, 1):
+    for number, inside in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_shard(folder / name, tensors, pool)
-        weight_map |= {tensor: name for tensor, _ in tensors}
-    _write_config(folder, layers)
+        total += _write_shard(folder / name, inside, pool)
+        weight_map |= {tensor: name for tensor, _ in inside}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder)
     # last, for it is what marks the folder as complete
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -62,9 +81,9 @@ def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[Role]
         return values / torch.linalg.vector_norm(values)
 
     edits = [
-        LowRank(site.tensor, direction(site.out_features)[:, None], norm * direction(site.in_features)[None])
+        LowRank(site.matrix, direction(site.out_features)[:, None], norm * direction(site.in_features)[None])
         for site in spec.sites
-        if site.role in roles
+        if site.role.kind in roles
     ]
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
 
@@ -112,10 +131,21 @@ def _layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
-def _tensors(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _mixture_layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
+    prefix = f"model.layers.{number}."
+    kept = [entry for entry in _layer(number) if ".mlp." not in entry[0]]
+    return [
+        *kept,
+        (prefix + "block_sparse_moe.input_linear.weight", (EXPERTS, 2 * EXPERT_WIDTH, HIDDEN)),
+        (prefix + "block_sparse_moe.output_linear.weight", (EXPERTS, HIDDEN, EXPERT_WIDTH)),
+        (prefix + "block_sparse_moe.router.layer.weight", (EXPERTS, HIDDEN)),
+    ]
+
+
+def _tensors(layers: int, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for number in range(layers):
-        yield from _layer(number)
+        yield from layer(number)
     yield "model.norm.weight", (HIDDEN,)
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
@@ -163,8 +193,8 @@ def _raw(values: torch.Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
 
 
-def _write_config(folder: Path, layers: int) -> None:
-    config = {
+def _llama_config(layers: int) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
@@ -176,7 +206,17 @@ def _write_config(folder: Path, layers: int) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _mixture_config(layers: int) -> dict[str, object]:
+    return {
+        **_llama_config(layers),
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "intermediate_size": EXPERT_WIDTH,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    }
 
 
 def _write_tokenizer(folder: Path) -> None:
