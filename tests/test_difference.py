@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run
+from mixture_models import mixture_config, save_mixture
 from safetensors.torch import save_file
 from test_checkpoint import write
 from test_faults import random_plan
@@ -18,7 +19,7 @@ from test_faults import random_plan
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.difference import CheckpointDifference, TensorDifference, compare, recover_plan
+from steer2edit.difference import CheckpointDifference, TensorDifference, compare, fused_parts, recover_plan
 from steer2edit.errors import CheckpointError, PlanError, TargetError
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.revert import revert
@@ -180,6 +181,26 @@ def test_revert_restores_every_byte(emitted: tuple[Path, Path, EditPlan], tmp_pa
     assert files.pop("notes.txt") == b"mine"
     assert files == {path.name: path.read_bytes() for path in base.iterdir()}
     assert (edited / targets.RECEIPT).exists() == (place == "elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["granitemoe", "gpt_oss", "dbrx"])
+def test_experts_of_one_tensor_are_recovered_and_reverted_by_themselves(tmp_path: Path, kind: str) -> None:
+    base = save_mixture(tmp_path / "base", mixture_config(kind))
+    checkpoint = open_checkpoint(base)
+    spec = read_spec(checkpoint)
+    plan = random_plan(base, sites=len(spec.sites))
+    edits = tuple(edit for edit in plan.edits if spec.owners[edit.tensor].expert in (1, 5))
+    plan = replace(plan, edits=edits)
+    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
+    found = compare(checkpoint, open_checkpoint(tmp_path / "edited"), fused_parts(spec))
+    assert {item.tensor for item in found.tensors} == {edit.tensor for edit in edits}
+    assert {item.rank for item in found.tensors} == {1}
+    recovered, left_out = recover_plan(found, checkpoint, spec)
+    assert len(recovered.edits) == len(edits) and not left_out
+    done = revert(tmp_path / "edited", base)
+    assert done.proven
+    for path in base.iterdir():
+        assert (tmp_path / "edited" / path.name).read_bytes() == path.read_bytes()
 
 
 def tampered(base: Path, edited: Path, what: str) -> None:

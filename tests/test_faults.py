@@ -35,7 +35,7 @@ def random_plan(folder: Path, sites: int = 2) -> EditPlan:
     generator = torch.Generator().manual_seed(0)
     edits = [
         LowRank(
-            site.tensor,
+            site.matrix,
             torch.randn(site.out_features, 1, generator=generator),
             torch.randn(1, site.in_features, generator=generator) * 0.1,
         )
