@@ -94,6 +94,10 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
     receipt = read_receipt(folder)
     if receipt.get("target") != "checkpoint":
         raise PlanError(f"{folder} is {receipt.get('target')!r}, which changes no weights: there is nothing to restore")
+    if receipt.get("details", {}).get("removed"):
+        raise PlanError(
+            f"{folder} has lost whole experts, and no bytes of it are left to restore them in: use {ours.name} itself"
+        )
     if receipt["base"]["fingerprint"] != ours.fingerprint:
         raise PlanError(
             f"{folder} was made from {receipt['base']['name']} (fingerprint {receipt['base']['fingerprint'][:12]}), but "

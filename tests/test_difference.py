@@ -21,7 +21,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.difference import CheckpointDifference, TensorDifference, compare, fused_parts, recover_plan
 from steer2edit.errors import CheckpointError, PlanError, TargetError
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan import EditPlan, LowRank, Structure
 from steer2edit.revert import revert
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -201,6 +201,17 @@ def test_experts_of_one_tensor_are_recovered_and_reverted_by_themselves(tmp_path
     assert done.proven
     for path in base.iterdir():
         assert (tmp_path / "edited" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_revert_refuses_a_model_that_has_lost_experts(tmp_path: Path) -> None:
+    base = save_mixture(tmp_path / "base", mixture_config("mixtral"))
+    checkpoint = open_checkpoint(base)
+    spec = read_spec(checkpoint)
+    removed = Structure(remove={router.layer: (0, 3) for router in spec.routers})
+    plan = replace(random_plan(base), edits=(), structure=removed)
+    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
+    with pytest.raises(PlanError, match="lost whole experts"):
+        revert(tmp_path / "edited", base)
 
 
 def tampered(base: Path, edited: Path, what: str) -> None:
