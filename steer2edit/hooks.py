@@ -145,8 +145,9 @@ def _routing_set(loaded: LoadedModel, site: Site, edits: Sequence[Edit]) -> Iter
             tensor = routing_tensor(loaded.model, router, bias=edit.tensor != site.matrix)
             before = tensor.data.clone()
             stack.callback(tensor.data.copy_, before)
-            wide = before.float() if tensor.ndim == 2 and edit.tensor == site.matrix else before.float().flatten()
-            edit.apply(wide, 0, True)
+            # a copy: of a float32 tensor, float() and flatten() would give ``before`` itself
+            wide = before.to(torch.float32, copy=True)
+            edit.apply(wide if edit.tensor == site.matrix else wide.flatten(), 0, True)
             tensor.data.copy_(wide.view(tensor.shape))
         yield
 

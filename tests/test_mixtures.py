@@ -19,6 +19,7 @@ from steer2edit.analysis import Scoring
 from steer2edit.architecture import Role, Site, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError
+from steer2edit.hooks import edited
 from steer2edit.model import LoadedModel
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
 from steer2edit.statistics import LABELS, routing_key
@@ -141,6 +142,18 @@ def test_a_plan_becomes_a_checkpoint_that_is_the_model_under_hooks(case: Case, t
     assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
 
 
+@pytest.mark.parametrize("model_type", ["glm4_moe", "gpt_oss", "mixtral"])
+def test_a_router_that_was_set_is_set_back(build: Callable[[str], Case], model_type: str) -> None:
+    loaded = build(model_type).loaded()
+    router = loaded.spec.routers[0]
+    before = loaded.model(CONTEXTS).logits
+    row = Assign(router.tensor, (2, 5), torch.ones(2, loaded.spec.hidden_size))
+    bias = [] if router.bias is None else [Assign(router.bias, (1,), torch.tensor([-1e4]))]
+    with edited(loaded, EditPlan(Base("tiny", None, ""), (row, *bias))):
+        assert not torch.equal(loaded.model(CONTEXTS).logits, before)
+    assert torch.equal(loaded.model(CONTEXTS).logits, before)
+
+
 def test_edits_of_experts_and_routers_are_refused_as_an_adapter(build: Callable[[str], Case], tmp_path: Path) -> None:
     case = build("qwen3_moe")
     with pytest.raises(TargetError) as caught:
@@ -215,8 +228,7 @@ def test_methods_edit_inside_experts(case: Case, statistics_of: Callable[..., An
     scoring = Scoring(case.checkpoint, case.spec, captured(case, statistics_of))
     given = {"top_neurons": 0.2, "stable": False} if method == "component" else {"sites": "mlp", "stable": False}
     plan = module.plan(scoring, module.Options(**given, min_tokens=8))
-    edited = {case.spec.owners[edit.tensor].role for edit in plan.edits}
-    assert Role.EXPERT_OUT in edited
+    assert Role.EXPERT_OUT in {case.spec.owners[edit.tensor].role for edit in plan.edits}
     tokens = {s.key: scoring.statistics.routed_tokens(s.key) for s in case.spec.sites if s.expert is not None}
     left = sum(count < 8 for count in tokens.values())
     assert plan.method["experts_left_alone"] == left
