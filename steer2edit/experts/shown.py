@@ -25,6 +25,14 @@ _HEADERS = {
 }
 
 
+_SAID = {
+    "difference": "selection rate",
+    "mass": "routing weight",
+    "risk": "pooled selection rate",
+    "z": "z of selection",
+}
+
+
 def describe_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> dict[str, Any]:
     """A ranking as JSON."""
     return {
@@ -96,13 +104,13 @@ def expert_map(table: ExpertTable, path: Path, marked: Sequence[tuple[int, int]]
         axis.set_ylabel("layer")
         shown = range(0, layers, max(1, layers // 16))
         axis.set_yticks(list(shown), [str(table.layers[i]) for i in shown])
-        bar = figure.colorbar(image, ax=axis)
-        bar.set_label(f"{table.by}, positive minus negative" if table.by != "alignment" else "alignment")
+        figure.colorbar(image, ax=axis)
         for layer, expert in marked:
             if layer in table.layers:
                 x, y = expert - 0.5, table.layers.index(layer) - 0.5
                 axis.add_patch(_frame(x, y))
-        axis.set_title(f"experts over {table.scope} tokens", fontsize=10)
+        said = f"{_SAID[table.by]}, positive − negative" if table.by in _SAID else "alignment with the vector"
+        axis.set_title(f"{said}, {table.scope} tokens", fontsize=9)
     try:
         written = saved(figure, path.suffix.removeprefix(".").lower() or "png", dpi=150, facecolor="white")
         path.parent.mkdir(parents=True, exist_ok=True)
