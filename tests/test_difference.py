@@ -19,8 +19,9 @@ from test_faults import random_plan
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.difference import CheckpointDifference, TensorDifference, compare, fused_parts, recover_plan
+from steer2edit.difference import CheckpointDifference, compare, fused_parts, recover_plan
 from steer2edit.errors import CheckpointError, PlanError, TargetError
+from steer2edit.numerical_rank import TensorDifference
 from steer2edit.plan import EditPlan, LowRank, Structure
 from steer2edit.revert import revert
 
@@ -64,6 +65,22 @@ def test_the_rank_of_a_rounded_edit_is_that_of_the_edit(tmp_path: Path, dtype: t
             abs=2e-7 * item.norm,  # the factors are float32
         )
         assert item.norm == pytest.approx(float(change.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("relative", [0.003, 0.012, 0.03])
+def test_what_rounding_drops_of_a_small_edit_adds_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: float
+) -> None:
+    torch.manual_seed(4)
+    base = (torch.randn(600, 500) * 0.02).bfloat16()
+    # rows and columns of very different sizes: where an update is small it is lost, elsewhere it is kept
+    change = (torch.randn(600, 1) * torch.randn(600, 1).exp()) @ (torch.randn(1, 500) * torch.randn(1, 500).exp())
+    new = (base.float() + change * (relative * base.float().norm() / change.norm())).bfloat16()
+    (item,) = compared(tmp_path, {"w": base}, {"w": new}).tensors
+    assert item.rank == 1
+    monkeypatch.setattr("steer2edit.numerical_rank._explained", lambda *_: False)
+    (item,) = compare(open_checkpoint(tmp_path / "old"), open_checkpoint(tmp_path / "new")).tensors
+    assert item.rank != 1  # what it guards against does happen
 
 
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
