@@ -1,7 +1,8 @@
 """How far an edit moves the model on text that has nothing to do with the behaviour, and the strength that meets a budget.
 
-The measure is the mean over all tokens of KL(base ‖ edited), in nats. The base's final hidden states are kept (a row
-per token), so each further measurement costs one pass of the body and two of the unembedding.
+The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
+state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are no affine
+function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from steer2edit.errors import DataError, Steer2EditError
 from steer2edit.estimates import estimate
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
+from steer2edit.unembedding import Affine, Reference, affine, compare
 
 _CHUNK = 256
 _GLANCE = 512
@@ -27,7 +29,7 @@ class Divergence:
     """``kl`` in nats per token, with its bootstrap 95 % interval over the text's windows, and both models' perplexities.
 
     ``quadratic`` is ``½ E Var_p(log q - log p)``, which KL approaches as an edit gets small; unlike KL it is a sum of squares
-    and not of cancelling terms, so it can be measured at a strength far below the one that is sought.
+    and not of cancelling terms, so it can be measured at a strength far below the one that is sought. Only a glance has it.
     """
 
     kl: float
@@ -36,7 +38,7 @@ class Divergence:
     tokens: int
     base_perplexity: float
     perplexity: float
-    quadratic: float
+    quadratic: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,17 @@ class Windows:
 
     tokens: tuple[int, ...]
     kl: tuple[float, ...]
-    quadratic: tuple[float, ...]
     base_loss: tuple[float, ...]
     loss: tuple[float, ...]
+    quadratic: tuple[float, ...] | None = None
 
     def divergence(self) -> Divergence:
         """The text's divergence; tokens of one window are no independent draws, so the interval is over windows."""
         kl = estimate(self.kl, self.tokens)
         count = sum(self.tokens)
         base, now = (math.exp(min(sum(losses) / count, 700)) for losses in (self.base_loss, self.loss))
-        return Divergence(kl.value, kl.low, kl.high, count, base, now, sum(self.quadratic) / count)
+        quadratic = None if self.quadratic is None else sum(self.quadratic) / count
+        return Divergence(kl.value, kl.low, kl.high, count, base, now, quadratic)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class NeutralText:
         self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
         order = [i for batch in self._batches for i in batch]
         self._owners = torch.tensor([i for i in order for _ in self._windows[i][1:]])
-        self._base = torch.cat(list(self._hidden("base on neutral text", loaded, self._batches, progress))).cpu()
+        self._base, self._reference = self._look(progress)
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
@@ -115,26 +118,42 @@ class NeutralText:
         """The same, window by window."""
         loaded = self._loaded if loaded is None else loaded
         chosen = self._glanced() if glance else self._batches
-        sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
         at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
-        progress = silent if glance else self._progress
-        for hidden in self._hidden("KL on neutral text", loaded, chosen, progress):
+        reference = None if glance else self._reference
+        if reference is not None and loaded.model is not self._loaded.model:
+            reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
+        sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
+        for hidden in self._hidden("KL on neutral text", loaded, chosen, silent if glance else self._progress):
             for now in torch.split(hidden, _CHUNK):
                 rows = slice(at, at + len(now))
                 at = rows.stop
-                gold = self._targets[rows, None].to(now.device)
-                p = self._loaded.log_probabilities(self._base[rows].to(now.device))
-                q = loaded.log_probabilities(now)
-                base_loss, loss = -p.gather(1, gold)[:, 0], -q.gather(1, gold)[:, 0]
-                difference = p.sub(q)
-                weighted = p.exp_().mul_(difference)
-                kl = weighted.sum(1)
-                quadratic = (weighted.mul_(difference).sum(1) - kl.square()) / 2
-                found = torch.stack((kl, quadratic, base_loss, loss), dim=1)
+                gold = self._targets[rows].to(now.device)
+                logits = loaded.logits(now)
+                if reference is None:
+                    found = compare(self._loaded.logits(self._base[rows].to(now.device)), logits, gold)
+                else:
+                    found = reference[rows].compare(now, logits, gold)
                 sums.index_add_(0, self._owners[rows], found.double().cpu())
         kept = sorted(i for batch in chosen for i in batch)
-        columns = (tuple(column.tolist()) for column in sums[kept].T)
-        return Windows(tuple(len(self._windows[i]) - 1 for i in kept), *columns)
+        kl, base_loss, loss, quadratic = (tuple(column.tolist()) for column in sums[kept].T)
+        tokens = tuple(len(self._windows[i]) - 1 for i in kept)
+        return Windows(tokens, kl, base_loss, loss, quadratic if glance else None)
+
+    def _look(self, progress: Progress) -> tuple[torch.Tensor, Reference | None]:
+        """The base's final states, and its distributions as KL needs them, where the unembedding allows that."""
+        states: list[torch.Tensor] = []
+        parts: list[Reference] = []
+        unembedding: Affine | None = None
+        at = 0
+        for hidden in self._hidden("base on neutral text", self._loaded, self._batches, progress):
+            if not states:
+                unembedding = affine(self._loaded, hidden)
+            states.append(hidden.cpu())
+            for now in torch.split(hidden, _CHUNK) if unembedding is not None else ():
+                gold = self._targets[at : at + len(now)].to(now.device)
+                parts.append(Reference.of(unembedding, now, self._loaded.logits(now), gold))  # type: ignore[arg-type]
+                at += len(now)
+        return torch.cat(states), Reference.join(parts) if parts else None
 
     def _glanced(self) -> list[list[int]]:
         """The last windows of the last batch; from its end, so that they stand at the end of the base's states too."""
@@ -208,7 +227,7 @@ def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, pro
     _check_budget(budget)
     for _ in range(8):
         found = glance(probe).quadratic
-        if math.isfinite(found) and found > 0:
+        if found is not None and math.isfinite(found) and found > 0:
             guess = probe * math.sqrt(budget / found)
             if 1e-4 <= found <= max(budget, 1e-2):
                 return guess

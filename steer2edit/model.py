@@ -74,14 +74,14 @@ class LoadedModel:
         base = self.model.model if base is self.model else base
         return getattr(base, "decoder", base)
 
-    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 log-probabilities ``[n, vocabulary]`` of final hidden states ``[n, hidden]``."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[n, vocabulary]`` of final hidden states ``[n, hidden]``, in the model's dtype."""
         # the model's own forward with its body replaced: whatever the family does to logits is done here too
         body = self.body()
         with torch.inference_mode(), _returning(body, hidden[None]):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
-            return torch.log_softmax(logits.float(), dim=-1)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+            return logits
 
     def module(self, site: Site) -> Any:
         """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""

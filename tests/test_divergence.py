@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import family_config, save_tiny
 
 from steer2edit.analysis import Scoring
-from steer2edit.architecture import Role
+from steer2edit.architecture import Role, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan, neutral_text, settle_strength
 from steer2edit.divergence import Divergence, NeutralText, find_strength, quadratic_start
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.hooks import edited
 from steer2edit.methods import steering
-from steer2edit.model import LoadedModel
+from steer2edit.model import LoadedModel, Runtime, load_model
 from steer2edit.plan import EditPlan
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
@@ -51,6 +53,62 @@ def test_kl_and_perplexity_are_those_of_the_definition(loaded: LoadedModel, plan
     assert found.tokens == sum(map(len, kls)) == neutral.tokens
     assert found.kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert found.perplexity == pytest.approx(math.exp(float(torch.cat(losses).mean())), rel=1e-4)
+
+
+def _without_reference(neutral: NeutralText) -> NeutralText:
+    other = copy.copy(neutral)
+    other._reference = None
+    return other
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-3, 0.3, 3.0])
+@pytest.mark.parametrize(
+    ("model_type", "changes", "affine"),
+    [
+        ("llama", {}, True),
+        ("cohere", {"logit_scale": 0.0625}, True),  # logits are scaled
+        ("granite", {"logits_scaling": 8.0}, True),
+        ("phi", {}, True),  # a bias
+        ("gemma2", {"final_logit_softcapping": 2.0}, False),
+    ],
+)
+def test_kl_from_kept_expectations_is_kl_from_logits(
+    model_type: str, changes: dict[str, Any], affine: bool, strength: float, tmp_path: Path,
+    statistics_of: Callable[..., Any],
+) -> None:  # fmt: skip
+    folder = save_tiny(tmp_path / "model", family_config(model_type, **changes))
+    checkpoint = open_checkpoint(folder)
+    model = load_model(checkpoint, read_spec(checkpoint))
+    made = make_plan(Scoring(checkpoint, model.spec, statistics_of(folder)))
+    neutral = NeutralText(model, TEXT, window=20)
+    assert (neutral._reference is not None) == affine
+    with edited(model, made, strength):
+        quick, full = neutral.windows(), _without_reference(neutral).windows()
+    assert quick.tokens == full.tokens
+    for name in ("kl", "base_loss", "loss"):
+        assert getattr(quick, name) == pytest.approx(getattr(full, name), rel=1e-4, abs=2e-5), name
+
+
+def test_in_bfloat16_kl_from_kept_expectations_is_close(
+    tiny_llama_bf16: Path, statistics_of: Callable[..., Any]
+) -> None:
+    checkpoint = open_checkpoint(tiny_llama_bf16)
+    model = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="bfloat16"))
+    made = make_plan(Scoring(checkpoint, model.spec, statistics_of(tiny_llama_bf16)))
+    neutral = NeutralText(model, TEXT, window=20)
+    assert neutral._reference is not None and neutral.measure().kl == 0
+    with edited(model, made, 0.3):
+        quick, full = neutral.measure(), _without_reference(neutral).measure()
+    assert quick.kl == pytest.approx(full.kl, rel=0.02) and quick.perplexity == pytest.approx(full.perplexity)
+
+
+def test_another_unembedding_is_noticed(loaded: LoadedModel, tiny_llama: Path) -> None:
+    other = load_model(open_checkpoint(tiny_llama), loaded.spec)
+    neutral = NeutralText(loaded, TEXT)
+    assert neutral.measure(other).kl == 0
+    other.model.lm_head.weight += 0.1 * torch.randn_like(other.model.lm_head.weight)
+    assert neutral.measure(other).kl == pytest.approx(_without_reference(neutral).measure(other).kl, rel=1e-6)
+    assert neutral.measure(other).kl > 1e-4
 
 
 def test_an_unedited_model_has_no_divergence(loaded: LoadedModel) -> None:
@@ -132,14 +190,14 @@ def test_the_closed_form_is_exact_for_a_quadratic_and_close_for_a_plan(loaded: L
         assert quadratic_start(glance, 0.05, probe=probe) == pytest.approx(math.sqrt(0.05 / 7))
     neutral = NeutralText(loaded, TEXT)
 
-    def measured(strength: float) -> Divergence:
+    def measured(strength: float, glance: bool = False) -> Divergence:
         with edited(loaded, plan, strength):
-            return neutral.measure()
+            return neutral.measure(glance=glance)
 
-    start = quadratic_start(measured, 0.001)
+    start = quadratic_start(lambda strength: measured(strength, glance=True), 0.001)
     assert measured(start).kl == pytest.approx(0.001, rel=0.3)
     # KL becomes its quadratic as the edit gets small
-    small = measured(start / 4)
+    small = measured(start / 4, glance=True)
     assert small.kl == pytest.approx(small.quadratic, rel=0.05)
 
 

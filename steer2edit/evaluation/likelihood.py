@@ -18,6 +18,7 @@ import torch
 from steer2edit.encoding import Encoded, common_prefix
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
+from steer2edit.unembedding import token_log_probabilities
 
 _CHUNK = 256
 _PASS = 64
@@ -180,7 +181,7 @@ def _scored(loaded: LoadedModel, states: torch.Tensor, batch: Sequence[Encoded],
     hidden = torch.cat([row[e.start - 1 - at : len(e.ids) - 1 - at] for row, e in pairs])
     gold = torch.tensor([token for e in batch for token in e.ids[e.start :]], device=hidden.device)
     parts = zip(torch.split(hidden, _CHUNK), torch.split(gold, _CHUNK), strict=True)
-    values = torch.cat([loaded.log_probabilities(h).gather(1, g[:, None])[:, 0] for h, g in parts])
+    values = torch.cat([token_log_probabilities(loaded.logits(h), g) for h, g in parts])
     return list(torch.split(values.double().cpu(), [len(e.ids) - e.start for e in batch]))
 
 
