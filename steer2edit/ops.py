@@ -1,7 +1,8 @@
 """The operations of a plan, each on one matrix or vector, in the mathematics' orientation (``y = W x``, W output × input).
 
 An operation knows how it is written into a plan's file, as ``parts``: tensors beside its tensor's name; whether it ``fits``
-a matrix; and how to ``apply`` itself, in place, to a block of rows of the stored tensor that begins at row ``first``.
+a matrix [out, in] or a vector [out]; and how to ``apply`` itself, in place, to a block of rows of the stored tensor that
+begins at row ``first``.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class LowRank:
     def parts(self) -> dict[str, torch.Tensor]:
         return {"B": self.B, "A": self.A, **({} if self.push is None else {"push": self.push})}
 
-    def fits(self, out_features: int, in_features: int) -> bool:
-        return (self.B.shape[0], self.A.shape[1]) == (out_features, in_features)
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return (self.B.shape[0], self.A.shape[1]) == shape
 
     def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
         rows = slice(first, first + len(block))
@@ -91,8 +92,8 @@ class Bias:
     def parts(self) -> dict[str, torch.Tensor]:
         return {"bias": self.delta}
 
-    def fits(self, out_features: int, in_features: int) -> bool:
-        return len(self.delta) == out_features
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.delta.shape == shape
 
     def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
         block += self.delta[first : first + len(block)]
@@ -122,7 +123,7 @@ class Scale:
     def parts(self) -> dict[str, torch.Tensor]:
         return {"scale": torch.tensor([self.factor], dtype=torch.float64)}
 
-    def fits(self, out_features: int, in_features: int) -> bool:
+    def fits(self, shape: tuple[int, ...]) -> bool:
         return True
 
     def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
@@ -157,8 +158,8 @@ class Assign:
     def parts(self) -> dict[str, torch.Tensor]:
         return {"rows": torch.tensor(self.rows, dtype=torch.int64), "values": self.values}
 
-    def fits(self, out_features: int, in_features: int) -> bool:
-        return max(self.rows) < out_features and self.values.shape[1:] in ((), (in_features,))
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return max(self.rows) < shape[0] and self.values.shape[1:] == shape[1:]
 
     def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
         for row, value in zip(self.rows, self.values, strict=True):

@@ -44,8 +44,7 @@ def visiting(model: Any, router: Router, visit: Visit) -> Iterator[None]:
     module = experts_module(model, router)
     with ExitStack() as stack:
         run = _llama4(model, router, stack) if _scales_inputs(module) else _indexed
-        module.forward = lambda *args, **kwargs: run(module, visit, *args, **kwargs)
-        stack.callback(lambda: module.__dict__.pop("forward"))
+        stack.enter_context(_replaced(module, lambda *args, **kwargs: run(module, visit, *args, **kwargs)))
         yield
 
 
@@ -102,18 +101,34 @@ def without(model: Any, router: Router, experts: Sequence[int], *, absent: bool)
     experts is not normalised again over the selected ones.
     """
     module = model.get_submodule(router.router_module)
-    forward = module.forward
+    forward = getattr(module, _forward_name(module))
     mode = _Without(router.experts, experts, absent)
 
     def masked(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return forward(*args, **kwargs)
 
-    module.forward = masked
+    with _replaced(module, masked):
+        yield
+
+
+def _forward_name(module: Any) -> str:
+    # accelerate's forward brings the weights to the device, and then calls the module's own
+    return "_old_forward" if hasattr(module, "_old_forward") else "forward"
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    name = _forward_name(module)
+    before = module.__dict__.get(name)
+    setattr(module, name, forward)
     try:
         yield
     finally:
-        module.__dict__.pop("forward")
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def experts_module(model: Any, router: Router) -> Any:
@@ -142,6 +157,10 @@ def routing_tensor(model: Any, router: Router, *, bias: bool) -> torch.Tensor:
         raise ArchitectureError(
             f"transformers' {type(model).__name__} has {len(held)} tensors in {block} that may be "
             f"{router.bias if bias else router.tensor}; expected one"
+        )
+    if held[0].is_meta:
+        raise ArchitectureError(
+            f"{router.bias if bias else router.tensor} is offloaded, and cannot be set; load the model without --device-map"
         )
     return held[0]  # type: ignore[no-any-return]
 

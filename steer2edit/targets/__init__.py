@@ -24,7 +24,7 @@ from steer2edit.checkpoint import Checkpoint, TensorInfo, read_json
 from steer2edit.described import MAYBE, TEXT, check
 from steer2edit.errors import PlanError, TargetError, listing, shown
 from steer2edit.files import RECEIPT, new_folder
-from steer2edit.plan import BASE, DATA, MEASURED, METHOD, Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import BASE, DATA, MEASURED, METHOD, Assign, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
 CARD = "README.md"
@@ -186,11 +186,11 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
         site = spec.owners.get(edit.tensor)
         if site is None:
             problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
-        elif not edit.fits(site.out_features, site.in_features) or (
-            isinstance(edit, LowRank) and edit.tensor != site.matrix
-        ):
+        elif isinstance(edit, Assign) != (site.role is Role.ROUTER):
+            problems.append(f"{edit.tensor}: {edit.op} is no operation on a {site.role.value}")
+        elif not edit.fits(shape := _shape(site, edit.tensor)):
             shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
-            problems.append(f"{edit.tensor} is {site.out_features} x {site.in_features}, its update has {shapes}")
+            problems.append(f"{edit.tensor} is {' x '.join(map(str, shape))}, its update has {shapes}")
         else:
             resolved[edit.tensor] = (edit, site)
     if problems:
@@ -201,6 +201,10 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
             "Leave the embedding out."
         )
     return resolved
+
+
+def _shape(site: Site, name: str) -> tuple[int, ...]:
+    return (site.out_features, site.in_features) if name == site.matrix else (site.out_features,)
 
 
 def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
