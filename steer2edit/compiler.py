@@ -16,6 +16,7 @@ from steer2edit.capture import capture
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.distributed import ALONE, World
 from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength, quadratic_start
+from steer2edit.durable import claimed
 from steer2edit.encoding import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.heldout import Question
@@ -103,44 +104,48 @@ def compile(
     With ``vectors`` from elsewhere these take the place of the captured difference, and a behaviour without examples will do.
     ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. With held-out
     ``questions`` the edit is also measured, beside activation steering and a random direction, and each artefact gets
-    the evaluation and a report page. Raises a Steer2EditError for whatever is wrong with the input.
+    the evaluation and a report page. No other run can write the folders meanwhile. Raises a Steer2EditError for whatever is
+    wrong with the input.
     """
     folders = artefact_folders(out, to, force)
-    checkpoint = open_checkpoint(model, revision)
-    spec = read_spec(checkpoint)
-    if vectors is not None:
-        vectors.check(spec)
-    if not writing.link:
-        # hours of work are not to end at a full disk
-        from steer2edit.rehearsal import check_rooms
+    with claimed(folders.values()):
+        checkpoint = open_checkpoint(model, revision)
+        spec = read_spec(checkpoint)
+        if vectors is not None:
+            vectors.check(spec)
+        if not writing.link:
+            # hours of work are not to end at a full disk
+            from steer2edit.rehearsal import check_rooms
 
-        check_rooms(checkpoint, spec, folders, method, options, writing)
-    loaded = load_model(checkpoint, spec, runtime)
-    if isinstance(behavior, Statistics):
-        statistics = behavior
-    else:
-        statistics = capture_statistics(
-            loaded, checkpoint, behavior, background=background, batch_tokens=batch_tokens, progress=progress
+            check_rooms(checkpoint, spec, folders, method, options, writing)
+        loaded = load_model(checkpoint, spec, runtime)
+        if isinstance(behavior, Statistics):
+            statistics = behavior
+        else:
+            statistics = capture_statistics(
+                loaded, checkpoint, behavior, background=background, batch_tokens=batch_tokens, progress=progress
+            )
+        if vectors is not None:
+            statistics = substituted(vectors, statistics, checkpoint, spec)
+        scoring = Scoring(checkpoint, spec, statistics)
+        plan = make_plan(scoring, method=method, options=options, progress=progress)
+        text = neutral_text(loaded, neutral, progress)
+        plan = settle_strength(
+            loaded, plan, strength=strength, kl_budget=kl_budget, class_budgets=class_budgets, neutral=text
         )
-    if vectors is not None:
-        statistics = substituted(vectors, statistics, checkpoint, spec)
-    scoring = Scoring(checkpoint, spec, statistics)
-    plan = make_plan(scoring, method=method, options=options, progress=progress)
-    text = neutral_text(loaded, neutral, progress)
-    plan = settle_strength(
-        loaded, plan, strength=strength, kl_budget=kl_budget, class_budgets=class_budgets, neutral=text
-    )
 
-    lowerings = {
-        target: targets.emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
-        for target, folder in folders.items()
-    }
-    if questions is None:
-        return Compiled(plan, statistics, folders, lowerings)
-    from steer2edit.evaluation.assess import prove
+        lowerings = {
+            target: targets.emit(
+                plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress
+            )
+            for target, folder in folders.items()
+        }
+        if questions is None:
+            return Compiled(plan, statistics, folders, lowerings)
+        from steer2edit.evaluation.assess import prove
 
-    evaluation = prove(loaded, scoring, plan, text, questions, folders, progress)
-    return Compiled(plan, statistics, folders, lowerings, evaluation)
+        evaluation = prove(loaded, scoring, plan, text, questions, folders, progress)
+        return Compiled(plan, statistics, folders, lowerings, evaluation)
 
 
 def capture_statistics(

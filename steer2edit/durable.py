@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from steer2edit.errors import TargetError
@@ -24,6 +25,8 @@ try:
 except ImportError:  # no such locks on this system: two runs into one path are not told apart
     fcntl = None  # type: ignore[assignment]
 
+# what this run has claimed, so that its own writing does not wait for itself
+_claims: ContextVar[frozenset[Path]] = ContextVar("claims", default=frozenset())
 log = logging.getLogger("steer2edit")
 
 
@@ -33,6 +36,10 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
 
     Raises TargetError where another run has it, unless ``wait`` is set.
     """
+    if _key(path) in _claims.get():
+        settle_leftovers(path)
+        yield
+        return
     lock = path.parent / f".{path.name}.lock"
     descriptor = _acquire(lock, path, wait)
     try:
@@ -44,6 +51,44 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
             with suppress(FileNotFoundError):
                 lock.unlink()
             os.close(descriptor)
+
+
+@contextmanager
+def claimed(paths: Iterable[Path]) -> Iterator[None]:
+    """Within the block only what runs in it can write ``paths``: for work that takes long before it writes.
+
+    Raises TargetError where another run has one of them.
+    """
+    with ExitStack() as stack:
+        wanted = [path.expanduser() for path in paths]
+        for path in wanted:
+            stack.enter_context(_made(path.parent))
+            try:
+                stack.enter_context(exclusive(path))
+            except OSError as error:
+                raise TargetError(f"cannot write {path}: {error.strerror or error}") from None
+        token = _claims.set(_claims.get() | {_key(path) for path in wanted})
+        try:
+            yield
+        finally:
+            _claims.reset(token)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder exists within the block; what had to be made of it goes again if it is still empty."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+
+
+def _key(path: Path) -> Path:
+    return path.parent.resolve() / path.name
 
 
 def settle_leftovers(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from kill_points import digest
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.durable import exclusive
+from steer2edit.durable import claimed, exclusive
 from steer2edit.errors import CheckpointError, Steer2EditError, TargetError
 from steer2edit.files import new_folder, save_tensors, write_text
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -163,6 +164,31 @@ def test_two_runs_do_not_write_one_folder(case: Case) -> None:
         with pytest.raises(TargetError, match=rf"another run \(process {os.getpid()} on .*\) is writing"):
             case.emit()
     assert [path.name for path in case.out.iterdir()] == ["mine"]
+    assert [path.name for path in case.work.iterdir()] == ["out"]
+
+
+def test_a_compile_has_its_folder_from_the_start(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steer2edit import compiler
+
+    def second(*_args: object) -> None:
+        # another thread stands for another process: it knows nothing of this one's claims
+        with ThreadPoolExecutor(1) as pool, pytest.raises(TargetError, match="another run"):
+            pool.submit(compiler.compile, tiny_llama, compiler.Behavior("rows", []), tmp_path / "out", to=to).result()
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(compiler, "load_model", second)
+    to: list[str] = []
+    for to in (["checkpoint"], ["checkpoint", "lora"]):
+        with pytest.raises(CheckpointError, match="enough"):
+            compiler.compile(tiny_llama, compiler.Behavior("rows", []), tmp_path / "out", to=to)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_claimed_can_be_written_by_the_claimer(case: Case) -> None:
+    with claimed([case.out]):
+        case.emit()
     assert [path.name for path in case.work.iterdir()] == ["out"]
 
 
