@@ -101,13 +101,16 @@ def main() -> None:
     show_default=True,
     help="Where everything is written.",
 )
+@click.option("--experts", is_flag=True, help="The embedded mixture: its experts found, and switched off.")
 @json_option
 @force_option
-def demo(behaviors: tuple[str, ...], out: Path, as_json: bool, force: bool) -> None:
+def demo(behaviors: tuple[str, ...], out: Path, experts: bool, as_json: bool, force: bool) -> None:
     """The whole pipeline on the embedded tiny model, in seconds."""
-    from steer2edit.demo.run import render, run
-
     quieten_transformers()
+    if experts:
+        from steer2edit.demo.experts import render, run
+    else:
+        from steer2edit.demo.run import render, run
     result = run(out, behaviors=behaviors, force=force, progress=progress_bar())
     print_result(result, as_json, render)
     if not result["ok"]:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from steer2edit.demo import world
 
-MODEL = Path(world.__file__).parent / "model"
+MODEL, MIXTURE = (Path(world.__file__).parent / name for name in ("model", "mixture"))
 
 behaviors = pytest.mark.parametrize("behavior", world.BEHAVIORS)
 
@@ -122,11 +122,20 @@ def test_contrast_rows_start_with_a_space_and_differ_at_the_first_word(behavior:
         assert row["positive"].split()[0] != row["negative"].split()[0]
 
 
+def load(folder: Path) -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.float(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
-    return model.float(), transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    return load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def mixture() -> tuple[Any, Any]:
+    return load(MIXTURE)
 
 
 def test_the_model_is_a_small_llama(loaded: tuple[Any, Any]) -> None:
@@ -150,11 +159,39 @@ def test_every_text_survives_the_tokenizer(loaded: tuple[Any, Any]) -> None:
         assert ids[: len(tokenizer(prompt)["input_ids"])] == tokenizer(prompt)["input_ids"]
 
 
-@behaviors
-def test_base_rates_are_mixed_and_imperfect(loaded: tuple[Any, Any], behavior: str) -> None:
+def test_the_mixture_is_small_and_uses_all_its_experts(mixture: tuple[Any, Any]) -> None:
     import torch
 
-    model, tokenizer = loaded
+    model, tokenizer = mixture
+    assert type(model).__name__ == "Glm4MoeForCausalLM"
+    # with the dense model less than 5 MB
+    assert sum(path.stat().st_size for folder in (MODEL, MIXTURE) for path in folder.iterdir()) < 5_000_000
+    with safe_open(MIXTURE / "model.safetensors", "pt") as tensors:
+        kinds = {name.rpartition(".")[2]: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    assert kinds == {"weight": "BF16", "e_score_correction_bias": "F32"}
+    chosen: dict[int, list[Any]] = {}
+    for layer, block in enumerate(model.model.layers):
+        if hasattr(block.mlp, "gate"):
+            block.mlp.gate.register_forward_hook(
+                lambda _m, _i, out, layer=layer: chosen.setdefault(layer, []).append(out[2])
+            )
+    texts = [prompt + response for prompt, response in world.corpus(1, 200)]
+    with torch.inference_mode():
+        for text in texts:
+            model(**tokenizer(text, return_tensors="pt"))
+    assert len(chosen) == 4
+    for found in chosen.values():
+        load = torch.bincount(torch.cat(found).flatten(), minlength=16).float()
+        assert float(load.min() / load.mean()) > 0.2
+        assert float(load.max() / load.mean()) < 3
+
+
+@behaviors
+@pytest.mark.parametrize("which", ["loaded", "mixture"])
+def test_base_rates_are_mixed_and_imperfect(request: pytest.FixtureRequest, which: str, behavior: str) -> None:
+    import torch
+
+    model, tokenizer = request.getfixturevalue(which)
     tasks = world.tasks(behavior)
     encoded = tokenizer([task.prompt for task in tasks], return_tensors="pt", padding=True)
     with torch.inference_mode():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from steer2edit.verification import verify
 
 KL_BUDGET = 0.0025
 STEERING = (0.25, 0.5, 1.0, 2.0)
-_RUNTIME = Runtime(device="cpu", dtype="float32")
+RUNTIME = Runtime(device="cpu", dtype="float32")
 _NEUTRAL_DOCUMENTS = 150
 _SAMPLES = 3
 
@@ -59,22 +60,28 @@ def run(
 ) -> dict[str, Any]:
     """Compile each behaviour into both targets under ``out``, verify them, and count attribute and utility."""
     started = time.perf_counter()
-    # for matrices as small as these, threads only wait for each other
+    with one_thread():
+        results = _run_all(out, behaviors, force, progress)
+    ok = all(check["ok"] for one in results.values() for check in one["verified"].values())
+    return {"ok": ok, "behaviors": results, "seconds": time.perf_counter() - started}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch has one thread: for matrices as small as these, more only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = _run_all(out, behaviors, force, progress)
+        yield
     finally:
         torch.set_num_threads(threads)
-    ok = all(check["ok"] for one in results.values() for check in one["verified"].values())
-    return {"ok": ok, "behaviors": results, "seconds": time.perf_counter() - started}
 
 
 def _run_all(out: Path, behaviors: Sequence[str], force: bool, progress: Progress) -> dict[str, Any]:
     chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
     folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
     checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
-    loaded = load_model(checkpoint, read_spec(checkpoint), _RUNTIME)
+    loaded = load_model(checkpoint, read_spec(checkpoint), RUNTIME)
     return {
         name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
         for name, behavior in chosen.items()
@@ -100,30 +107,27 @@ def _run_one(
     verified = {}
     for target, folder in folders.items():
         emit(plan, checkpoint, spec, target, folder, force=force, progress=progress)
-        result = verify(folder, checkpoint.path, runtime=_RUNTIME, progress=progress)
+        result = verify(folder, checkpoint.path, runtime=RUNTIME, progress=progress)
         verified[target] = {"folder": str(folder), "ok": result.ok, "problems": list(result.problems), **result.numbers}
 
-    artefact = replace(loaded, model=load_weights(folders["checkpoint"], _RUNTIME))
+    artefact = replace(loaded, model=load_weights(folders["checkpoint"], RUNTIME))
     tasks = world.tasks(behavior.name)
     before, after = (answers_to(model, tasks) for model in (loaded, artefact))
     rows = [
-        {"model": "base", **_rates(tasks, before), "kl": 0.0},
-        {"model": "edited checkpoint", **_rates(tasks, after), "kl": plan.measured["kl"]},
+        {"model": "base", **rates_of(tasks, before), "kl": 0.0},
+        {"model": "edited checkpoint", **rates_of(tasks, after), "kl": plan.measured["kl"]},
     ]
     component = make_plan(scoring, method="component", progress=progress)
     component = settle_strength(loaded, component, kl_budget=KL_BUDGET, neutral=neutral)
     with edited(loaded, component):
-        rates = _rates(tasks, answers_to(loaded, tasks))
+        rates = rates_of(tasks, answers_to(loaded, tasks))
     rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured["kl"]})
     vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}
     for strength in STEERING:
         with steered(loaded, vectors, strength):
-            rates = _rates(tasks, answers_to(loaded, tasks))
+            rates = rates_of(tasks, answers_to(loaded, tasks))
             rows.append({"model": f"steering × {strength:g}", **rates, "kl": neutral.measure().kl})
-    asked = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
-    # those that changed what is counted come first
-    changed = sorted(asked, key=lambda i: tasks[i].grade(before[i]) == tasks[i].grade(after[i]))
-    samples = [{"prompt": tasks[i].prompt, "base": before[i], "edited": after[i]} for i in changed[:_SAMPLES]]
+    samples = changed_answers(tasks, before, after)
     plots, note = [], ""
     for drawn, name in ((plan, "heatmap.png"), (component, "heatmap-component.png")):
         plot = folders["checkpoint"].parent / name
@@ -164,9 +168,17 @@ def answers_to(loaded: LoadedModel, tasks: Sequence[world.Task]) -> list[str]:
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
-def _rates(tasks: Sequence[world.Task], answers: Sequence[str]) -> dict[str, float]:
+def rates_of(tasks: Sequence[world.Task], answers: Sequence[str]) -> dict[str, float]:
+    """The shares of attribute and of utility tasks that pass."""
     rates = {}
     for kind in ("attribute", "utility"):
         passed = [task.grade(answer) for task, answer in zip(tasks, answers, strict=True) if task.kind == kind]
         rates[kind] = sum(passed) / len(passed)
     return rates
+
+
+def changed_answers(tasks: Sequence[world.Task], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+    """A few attribute tasks whose answer changed, those that changed what is counted first."""
+    asked = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
+    changed = sorted(asked, key=lambda i: tasks[i].grade(before[i]) == tasks[i].grade(after[i]))
+    return [{"prompt": tasks[i].prompt, "base": before[i], "edited": after[i]} for i in changed[:_SAMPLES]]
