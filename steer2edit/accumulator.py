@@ -42,10 +42,12 @@ class Accumulator:
         self._weights = torch.empty(0)
         self._populations: list[Population] = []
 
-    def begin(self, examples: Sequence[tuple[Population, int, int]]) -> None:
-        """Note the batch that comes next: each example's population, its data row and its tokens."""
+    def begin(self, examples: Sequence[tuple[Population, int, int]], again: bool = False) -> None:
+        """Note the batch that comes next: each example's population, its data row and its tokens; counted once, not ``again``."""
         self._populations = [population for population, _, _ in examples]
         self._weights = torch.stack([_example_weights(population, row) for population, row, _ in examples], dim=1)
+        if again:
+            return
         self._total += self._weights.double().sum(dim=1)
         for population, _, tokens in examples:
             self._examples[population] += 1

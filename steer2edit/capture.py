@@ -21,6 +21,7 @@ from steer2edit.architecture import Site
 from steer2edit.distributed import ALONE, World
 from steer2edit.encoding import Encoded
 from steer2edit.experts.forward import Routed, combined, deciding, experts_module, visiting
+from steer2edit.layerwise import Layers
 from steer2edit.model import LoadedModel, batches, pad_right
 from steer2edit.progress import Progress, silent
 from steer2edit.resume import EVERY_SECONDS, Partial, identity
@@ -37,6 +38,7 @@ def capture(
     world: World = ALONE,
     keep: Path | None = None,
     keep_every: float = EVERY_SECONDS,
+    layers: Layers | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Moments at every writer, and of the residual stream after every block.
@@ -44,7 +46,8 @@ def capture(
     ``batch_tokens`` bounds a batch with its padding; the result does not depend on it beyond float rounding.
     ``source`` is stored with the statistics (model fingerprint, data hash). The processes of a ``world`` share the batches,
     and each has the whole result. Sums are kept at ``keep`` every ``keep_every`` seconds, and a run that finds its own there
-    goes on from them; the file is the caller's to remove once the result is safe.
+    goes on from them; the file is the caller's to remove once the result is safe. With ``layers`` the model runs one layer
+    at a time, all batches through each, and nothing is kept on the way.
     """
     pad = loaded.tokenizer.pad_token_id or 0
     lengths = [len(example.ids) for example in examples]
@@ -52,7 +55,7 @@ def capture(
     costs = [len(indices) * lengths[indices[0]] for indices in everything]
     plan = [everything[i] for i in world.share(costs)]
     accumulator, done, kept = Accumulator(), 0, None
-    if keep is not None:
+    if keep is not None and layers is None:
         ids = [(e.label, e.row, e.start, e.ids) for e in examples]
         described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
         kept = Partial(keep, identity(described), keep_every)
@@ -61,6 +64,10 @@ def capture(
     span = _Span(accumulator)
 
     def run() -> None:
+        if layers is not None:
+            with _capturing(loaded, span), layers.gated():
+                _through_layers(layers, [[examples[i] for i in indices] for indices in plan], span, pad, progress)
+            return
         total = sum(lengths[i] for indices in plan for i in indices)
         with _capturing(loaded, span), progress(stage, total=total) as advance:
             advance(sum(lengths[i] for indices in plan[:done] for i in indices))
@@ -79,6 +86,20 @@ def capture(
     return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
 
 
+def _through_layers(
+    layers: Layers, plan: Sequence[Sequence[Encoded]], span: _Span, pad: int, progress: Progress
+) -> None:
+    tokens = [sum(len(example.ids) for example in chosen) for chosen in plan]
+    with progress("capture by layer", total=sum(tokens) * len(layers)) as advance:
+        for layer in range(len(layers)):
+            with layers.resident(layer):
+                for batch, chosen in enumerate(plan):
+                    ids, mask = pad_right([example.ids for example in chosen], pad, layers.loaded.device)
+                    span.select(chosen, ids.shape[1], again=layer > 0)
+                    layers.run(batch, ids, mask)
+                    advance(tokens[batch])
+
+
 class _Span:
     """Which positions of the batch that is running count, and with what weight."""
 
@@ -89,9 +110,9 @@ class _Span:
         self._place = torch.empty(0, dtype=torch.long)
         self._scopes: dict[Scope, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def select(self, chosen: Sequence[Encoded], width: int) -> None:
+    def select(self, chosen: Sequence[Encoded], width: int, again: bool = False) -> None:
         spans = [range(example.start - 1, len(example.ids) - 1) for example in chosen]
-        self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)])
+        self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)], again)
         self._positions = torch.tensor([row * width + p for row, span in enumerate(spans) for p in span])
         self._spread = torch.block_diag(*(torch.full((1, len(span)), 1.0 / len(span)) for span in spans))  # type: ignore[no-untyped-call]
         self._place = torch.full((len(chosen) * width,), -1)

@@ -35,23 +35,40 @@ from steer2edit.cli_options import (
 @click.option(
     "--background-only", is_flag=True, help="No contrast data: what planning with imported vectors needs of a model."
 )
+@click.option(
+    "--by-layer", is_flag=True, help="Hold one layer at a time, for models larger than memory (needs accelerate)."
+)
+@click.option("--scratch", type=PATH, help="Where --by-layer puts hidden states; beside OUT if left out.")
 @model_options
 @json_option
-def capture(model: str, out: Path, keep_every: float, background_only: bool, as_json: bool, **given: Any) -> None:
+def capture(
+    model: str,
+    out: Path,
+    keep_every: float,
+    by_layer: bool,
+    scratch: Path | None,
+    background_only: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Run MODEL over contrast data once and keep the statistics.
 
     Under torchrun or accelerate launch the processes share the data. Sums are kept in OUT.partial while it runs; started
     again after an interruption, it goes on from there.
     """
+    from contextlib import ExitStack
     from dataclasses import replace
 
     from steer2edit.compiler import Behavior, capture_statistics
     from steer2edit.distributed import joined, own_device
+    from steer2edit.layerwise import opened_by_layer
     from steer2edit.model import load_model
     from steer2edit.progress import silent
     from steer2edit.resume import partial_path
 
-    with joined() as world:
+    if scratch is not None and not by_layer:
+        raise click.UsageError("--scratch goes with --by-layer")
+    with joined() as world, ExitStack() as stack:
 
         def ready() -> Any:
             checkpoint, spec = open_model(model, given)
@@ -62,9 +79,13 @@ def capture(model: str, out: Path, keep_every: float, background_only: bool, as_
             background = read_background(given)
             runtime = read_runtime(given)
             runtime = replace(runtime, device=own_device(runtime.device))
-            return checkpoint, behavior, background, load_model(checkpoint, spec, runtime)
+            if by_layer:
+                place = scratch if scratch is not None else out.absolute().parent
+                layers = stack.enter_context(opened_by_layer(checkpoint, spec, runtime, place))
+                return checkpoint, behavior, background, layers.loaded, layers
+            return checkpoint, behavior, background, load_model(checkpoint, spec, runtime), None
 
-        checkpoint, behavior, background, loaded = world.together(ready)
+        checkpoint, behavior, background, loaded, layers = world.together(ready)
         keep = partial_path(out, world.rank, world.size)
         statistics = capture_statistics(
             loaded,
@@ -75,6 +96,7 @@ def capture(model: str, out: Path, keep_every: float, background_only: bool, as_
             world=world,
             keep=keep,
             keep_every=keep_every,
+            layers=layers,
             progress=progress_bar() if world.rank == 0 else silent,
         )
         world.together(lambda: statistics.save(out) if world.rank == 0 else None)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from steer2edit.errors import printable
-from steer2edit.reading import read_bytes
+from steer2edit.reading import parse_json, read_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -38,7 +38,11 @@ model_options = options(
         show_default=True,
         help="Of the running model; auto is float32 on a CPU and the stored dtype elsewhere.",
     ),
-    click.option("--device-map", help="Passed to transformers, for models larger than one device (needs accelerate)."),
+    click.option(
+        "--device-map",
+        help="Passed to transformers, for models larger than one device (needs accelerate): auto, or a JSON object of "
+        "modules and devices.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run the model's own Python code."),
 )
 data_options = options(
@@ -309,7 +313,16 @@ def read_runtime(given: dict[str, Any]) -> Any:
     from steer2edit.model import Runtime
 
     quieten_transformers()
-    return Runtime(given["device"], given["dtype"], given["device_map"], given["trust_remote_code"])
+    return Runtime(given["device"], given["dtype"], _device_map(given["device_map"]), given["trust_remote_code"])
+
+
+def _device_map(text: str | None) -> Any:
+    if text is None or not text.startswith("{"):
+        return text
+    try:
+        return parse_json(text.encode("utf-8", "surrogateescape"), unique=True)
+    except ValueError as error:
+        raise click.BadParameter(f"it is no JSON object: {error}", param_hint="--device-map") from None
 
 
 def read_writing(given: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.heldout import Question
 from steer2edit.files import check_new
 from steer2edit.hooks import edited
+from steer2edit.layerwise import Layers
 from steer2edit.model import LoadedModel, Runtime, load_model
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -158,13 +159,14 @@ def capture_statistics(
     world: World = ALONE,
     keep: Path | None = None,
     keep_every: float = EVERY_SECONDS,
+    layers: Layers | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
 
     The background stands for everything else the model may read; without one the packaged English text is taken. Without
     examples it is captured alone, for vectors from elsewhere.
-    ``world``, ``keep`` and ``keep_every`` are those of :func:`capture.capture`.
+    ``world``, ``keep``, ``keep_every`` and ``layers`` are those of :func:`capture.capture`.
     """
     texts = contrast.background_text() if background is None else background
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -194,6 +196,7 @@ def capture_statistics(
         world=world,
         keep=keep,
         keep_every=keep_every,
+        layers=layers,
         progress=progress,
     )
 

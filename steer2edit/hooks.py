@@ -14,7 +14,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.experts.forward import Routed, Visit, experts_module, routing_tensor, visiting, without
-from steer2edit.model import LoadedModel
+from steer2edit.model import LoadedModel, device_of
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, Scale
 
 
@@ -32,10 +32,10 @@ def edited(loaded: LoadedModel, plan: EditPlan, factor: float = 1.0) -> Iterator
             elif site.expert is None:
                 module = loaded.module(site)
                 hook = _embedding_hook if site.role is Role.EMBED else _linear_hook
-                stack.enter_context(_hooked(module, hook(site, edits, factor, next(module.parameters()))))
+                stack.enter_context(_hooked(module, hook(site, edits, factor, device_of(module))))
         for layer, experts in _experts_by_layer(loaded.spec, plan).items():
             router = loaded.spec.router(layer)
-            device = next(experts_module(loaded.model, router).parameters()).device
+            device = device_of(experts_module(loaded.model, router))
             changes = {site.expert: _changes(site, edits, factor, device) for site, edits in experts}
             stack.enter_context(visiting(loaded.model, router, _changing(changes)))
         for layer, gone in plan.structure.remove.items():
@@ -51,8 +51,7 @@ def steered(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: 
     with ExitStack() as stack:
         for key, vector in vectors.items():
             module = loaded.module(loaded.spec.site(key))
-            weight = next(module.parameters())
-            push = (strength * vector).to(weight.device, torch.float32)
+            push = (strength * vector).to(device_of(module), torch.float32)
             stack.enter_context(_hooked(module, lambda _m, _i, out, push=push: (out + push).to(out.dtype)))
         yield
 
@@ -170,11 +169,12 @@ def _experts_per_token(loaded: LoadedModel, top_k: int) -> Iterator[None]:
             module.top_k = value
 
 
-def _linear_hook(site: Site, edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    changes = _changes(site, edits, factor, weight.device)
+def _linear_hook(site: Site, edits: list[Edit], factor: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    changes = _changes(site, edits, factor, device)
 
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x, y = inputs[0].to(torch.float32), output.to(torch.float32)
+        # of a model on several devices a hook sees the input before it was moved
+        x, y = inputs[0].to(output.device, torch.float32), output.to(torch.float32)
         for change in changes:
             y = change(x, y)
         return y.to(output.dtype)
@@ -182,8 +182,8 @@ def _linear_hook(site: Site, edits: list[Edit], factor: float, weight: torch.Ten
     return hook
 
 
-def _embedding_hook(site: Site, edits: list[Edit], factor: float, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    pairs = [((factor * e.A).to(weight.device).T, e.B.to(weight.device).T) for e in edits if isinstance(e, LowRank)]
+def _embedding_hook(site: Site, edits: list[Edit], factor: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    pairs = [((factor * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
 
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # some families scale the embedding's rows inside the module

@@ -6,7 +6,7 @@ This module and those above it are the only ones that import transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere."""
+    """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere.
+
+    ``device_map`` and ``offload_folder`` are transformers' own.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
-    device_map: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
     trust_remote_code: bool = False
+    offload_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def end_tokens(self) -> set[int]:
@@ -101,8 +105,6 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runti
 
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     """The causal language model of a folder, in evaluation mode, on its device."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     device = pick_device(runtime.device)
     dtype: Any = runtime.dtype
     if dtype == "auto" and device.type == "cpu" and runtime.device_map is None:
@@ -113,22 +115,44 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if block_size(config) and not _runs_fp8(device):
         return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
+    if runtime.offload_folder is not None:
+        placing["offload_folder"] = runtime.offload_folder
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
-    # a language model inside a multimodal one is loaded with the rest of it, as its users load it
-    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
-    first, second = reversed(kinds) if "vision_config" in config else kinds
     try:
-        try:
-            model = first.from_pretrained(path, **settings)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            model = second.from_pretrained(path, **settings)
+        model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
+    """The model of a folder with its modules and no weights, all on the meta device. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    settings = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **settings)
+        with torch.device("meta"):
+            return _first_that_knows(config.to_dict(), lambda kind: kind.from_config(config, **settings))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot make the model of {path}: {_first_line(error)}") from None
+
+
+def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> Any:
+    """What ``make`` gives for the first of transformers' automatic classes that knows the model's type."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # a language model inside a multimodal one is loaded with the rest of it, as its users load it
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    first, second = reversed(kinds) if config.get("vision_config") else kinds
+    try:
+        return make(first)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return make(second)
 
 
 def _runs_fp8(device: torch.device) -> bool:
@@ -165,6 +189,16 @@ def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
     return model
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module runs: where its weights are, or where accelerate brings them to for a pass."""
+    device: torch.device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    inner = next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "execution_device", None) is not None), None)
+    return torch.device("cpu" if inner is None else inner.execution_device)
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

@@ -42,6 +42,11 @@ Decide = Callable[[torch.Tensor, torch.Tensor], None]
 def visiting(model: Any, router: Router, visit: Visit) -> Iterator[None]:
     """Within the block ``visit`` sees every expert of the layer that has tokens, and what it returns is the output instead."""
     module = experts_module(model, router)
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ArchitectureError(
+            f"the experts of layer {router.layer} are offloaded, and cannot be seen one by one: capture with --by-layer, or "
+            "place them on a device"
+        )
     with ExitStack() as stack:
         run = _llama4(model, router, stack) if _scales_inputs(module) else _indexed
         stack.enter_context(_replaced(module, lambda *args, **kwargs: run(module, visit, *args, **kwargs)))
