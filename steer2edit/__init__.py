@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint, open_checkpoint
     from steer2edit.compiler import capture_statistics, compile, make_plan
     from steer2edit.errors import Steer2EditError
+    from steer2edit.importers import read_vectors
     from steer2edit.plan import EditPlan, merge
     from steer2edit.statistics import Statistics
     from steer2edit.targets import emit
+    from steer2edit.vectors import Vectors
     from steer2edit.verification import verify
 
 _HOME = {
@@ -28,6 +30,7 @@ _HOME = {
     "Site": "architecture",
     "Statistics": "statistics",
     "Steer2EditError": "errors",
+    "Vectors": "vectors",
     "capture_statistics": "compiler",
     "compile": "compiler",
     "emit": "targets",
@@ -35,12 +38,13 @@ _HOME = {
     "merge": "plan",
     "open_checkpoint": "checkpoint",
     "read_spec": "architecture",
+    "read_vectors": "importers",
     "verify": "verification",
 }
 
 __all__ = [
-    "Checkpoint", "EditPlan", "ModelSpec", "Site", "Statistics", "Steer2EditError", "capture_statistics", "compile",
-    "emit", "make_plan", "merge", "open_checkpoint", "read_spec", "verify",
+    "Checkpoint", "EditPlan", "ModelSpec", "Site", "Statistics", "Steer2EditError", "Vectors", "capture_statistics",
+    "compile", "emit", "make_plan", "merge", "open_checkpoint", "read_spec", "read_vectors", "verify",
 ]  # fmt: skip
 
 

@@ -43,14 +43,18 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
     """The same as text."""
     described = describe_plan(plan, top)
     told = {key: value for key, value in described["method"].items() if value is not None and key != "experts"}
+    merged = told.pop("plans", [])
     method = ", ".join(f"{key} {_short(value)}" for key, value in told.items())
+    if merged:
+        method += ": " + ", ".join(f"{part.get('name', part['plan'][:12])} × {part['weight']:g}" for part in merged)
     parts = [
         f"base     {plan.base.name} ({plan.base.fingerprint[:12]})",
         f"method   {method}",
         f"edits    {described['edits']} tensors, ‖ΔW‖ {described['norm']:.4g}",
     ]
     if plan.data:
-        parts.insert(1, f"data     {plan.data.get('name')}, {plan.data.get('examples')}")
+        told_of = (plan.data.get("name"), plan.data.get("examples"))
+        parts.insert(1, f"data     {', '.join(str(one) for one in told_of if one is not None)}")
     if "kl" in (measured := described["measured"]):
         parts.append(
             f"measured strength {measured['strength']:.4g}, KL {measured['kl']:.4g} "
