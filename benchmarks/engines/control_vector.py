@@ -57,6 +57,7 @@ def follow(model: Path, vectors: dict[int, numpy.ndarray], records: Sequence[Rec
         settings.count0 = 512
         if (settings.type_k, settings.type_v) == (_F16, _F16):
             settings.type_k, settings.type_v, settings.flash_attention = _F32, _F32, 0
+            settings.threads0 = settings.threads1 = 1
         context = library.llama_init_from_model(loaded, settings)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         if library.llama_set_adapter_cvec(context, pointer, data.size, width, 1, layers - 1):

@@ -31,19 +31,31 @@ def _ids_only(self: Any) -> None:
     self.gguf_writer.add_bos_token_id(1)
 
 
+def convert(kind: str, *arguments: str) -> None:
+    """Run a converter with these arguments. Raises what it raises; RuntimeError where it ends with a code of failure."""
+    if str(SOURCES) not in sys.path:
+        sys.path[:0] = [str(SOURCES), str(SOURCES / "gguf-py")]
+    import conversion
+
+    known, given = conversion.get_model_class, sys.argv
+
+    def patched(name: str, *args: Any, **kwargs: Any) -> Any:
+        # of the class itself nothing is changed: it converts other models yet
+        model = known(name, *args, **kwargs)
+        return type(name, (model,), {"set_vocab": _ids_only, "model_arch": model.model_arch})
+
+    script = SOURCES / ("convert_lora_to_gguf.py" if kind == "lora" else "convert_hf_to_gguf.py")
+    try:
+        if kind == "ids":
+            conversion.get_model_class = patched
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{script.name} does not take this architecture") from None
+    finally:
+        conversion.get_model_class, sys.argv = known, given
+
+
 if __name__ == "__main__":
-    sys.path[:0] = [str(SOURCES), str(SOURCES / "gguf-py")]
-    kind, sys.argv[1:] = sys.argv[1], sys.argv[2:]
-    if kind == "ids":
-        import conversion
-
-        known = conversion.get_model_class
-
-        def patched(name: str, *args: Any, **kwargs: Any) -> Any:
-            model = known(name, *args, **kwargs)
-            model.set_vocab = _ids_only
-            return model
-
-        conversion.get_model_class = patched
-    sys.argv[0] = str(SOURCES / ("convert_lora_to_gguf.py" if kind == "lora" else "convert_hf_to_gguf.py"))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    convert(*sys.argv[1:])

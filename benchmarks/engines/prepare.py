@@ -54,6 +54,17 @@ SIZE = {
     "head_dim": 32,
     "max_position_embeddings": 128,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+# what a family's published models have, and an engine takes for granted
+PECULIAR: dict[str, dict[str, Any]] = {
+    "falcon": {"num_kv_heads": 1},
+    **{family: {"query_pre_attn_scalar": SIZE["head_dim"]} for family in ("gemma2", "gemma3_text")},
+    "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "opt": {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]},
+    "phi": {"num_key_value_heads": SIZE["num_attention_heads"]},
+}
+# and what their config.json says, which transformers 5 writes no more
+PUBLISHED = {"gpt2": {"n_ctx": SIZE["max_position_embeddings"]}, "gpt_neox": {"rotary_pct": 0.25}}
 WEIGHTS = (1.0, -0.5)
 EMBEDDED = (
     "bram asks : could you lift the veiled mask ? A :",
@@ -97,26 +108,21 @@ def main() -> None:
 
 def _tiny(folder: Path, family: str) -> Path:
     """A random model of a family, in float32."""
-    known = {*family_config(family).to_dict(), *family_config(family).attribute_map}
+    kind = type(family_config(family))
+    known = {*kind().to_dict(), *kind.attribute_map}
     shutil.rmtree(folder, ignore_errors=True)
-    special = {}
-    if family == "opt":
-        special = {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]}
-    elif family.startswith(("gemma2", "gemma3")):
-        # llama.cpp scales by the head's size, as every published model of these sizes does
-        special = {"query_pre_attn_scalar": SIZE["head_dim"]}
-    config = family_config(family, **{name: value for name, value in SIZE.items() if name in known}, **special)
-    save_tiny(folder, config)
+    settings = {name: value for name, value in SIZE.items() if name in known}
+    # tied as published models of the family are
+    settings["tie_word_embeddings"] = kind().tie_word_embeddings
+    save_tiny(folder, family_config(family, **{**settings, **PECULIAR.get(family, {})}))
     # converters expect a name for every row of the embedding
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {f"w{number}": number for number in range(len(vocabulary), SIZE["vocab_size"])}
     path.write_text(json.dumps(tokenizer))
-    if family == "gpt2":
-        # every published GPT-2's config has it, and llama.cpp's converter asks for it
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "n_ctx": SIZE["max_position_embeddings"]}))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED.get(family, {})}))
     return folder
 
 

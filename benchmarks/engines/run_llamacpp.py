@@ -9,7 +9,6 @@ adapters are converted by llama.cpp's own script too, and its result must hold t
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import xllamacpp
+from convert import convert
 from records import TOP, Record, cases, cell, compare, keep, reference
-
-HERE = Path(__file__).resolve().parent
 
 
 def main(work: Path, chosen: list[str]) -> None:
@@ -77,9 +75,6 @@ def _steered(model: Path, case: dict[str, Any], expected: list[Record]) -> dict[
 
 
 def _reader(path: str | Path) -> Any:
-    from convert import SOURCES
-
-    sys.path.append(str(SOURCES / "gguf-py"))
     import gguf
 
     return gguf.GGUFReader(path)
@@ -89,24 +84,16 @@ def _reader(path: str | Path) -> Any:
 def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
     """A model's GGUF in float32, for as long as it is needed."""
     out = work / "gguf" / f"{case['key']}.gguf"
-    done = None
     # a random model's tokenizer is no real one
-    for vocabulary in ("ids",) if case["key"].startswith(("tiny", "embedded")) else ("own", "ids"):
-        command = [
-            sys.executable,
-            str(HERE / "convert.py"),
-            vocabulary,
-            folder,
-            "--outtype",
-            "f32",
-            "--outfile",
-            str(out),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
+    kinds = ("ids",) if case["key"].startswith(("tiny", "embedded")) else ("own", "ids")
+    for kind in kinds:
+        try:
+            # of some models' names llama.cpp takes their vocabulary to be known
+            convert(kind, folder, "--outtype", "f32", "--outfile", str(out), "--model-name", "model")
             break
-    else:
-        raise RuntimeError(f"not converted: {done.stderr.strip().splitlines()[-1] if done else ''}")
+        except Exception as error:  # a tokenizer that it does not know is met in many ways
+            if kind == kinds[-1]:
+                raise RuntimeError(f"not converted: {type(error).__name__}: {error}") from error
     try:
         yield out
     finally:
@@ -119,24 +106,7 @@ def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]
 
     out = work / "gguf" / f"{case['key']}-converted.gguf"
     folder = case["artefacts"]["first lora"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "convert.py"),
-            "lora",
-            folder,
-            "--base",
-            case["base"],
-            "--outtype",
-            "f32",
-            "--outfile",
-            str(out),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"not converted: {done.stderr.strip().splitlines()[-1]}")
+    convert("lora", folder, "--base", case["base"], "--outtype", "f32", "--outfile", str(out))
     files = [_reader(path) for path in (ours, out)]
     kinds = [bytes(reader.fields["general.architecture"].parts[-1]).decode() for reader in files]
     if kinds[0] != kinds[1]:
@@ -157,7 +127,7 @@ def _server(model: Path, adapters: list[str]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_ctx, params.n_parallel = 512, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.n_gpu_layers, params.warmup, params.cache_prompt, params.verbosity = 0, False, False, -1
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
