@@ -1,8 +1,8 @@
-"""Runs what the documents say: python docs/run.py [PAGE …]
+"""Runs what the documents say: python docs/run.py [--models FOLDER] [PAGE …]
 
 Every ``console`` block (its lines that begin with ``$``) and every ``python`` block of a page is run, in order, in an empty
-folder. Models' names stand: a small Hub on loopback serves a tiny random model under the names in ``MODELS``. Comments on
-a line of their own direct the block that follows:
+folder. Models' names stand: a small Hub on loopback serves a tiny random model under the names in ``MODELS``, or the real
+one where ``--models`` has a folder of that name. Comments on a line of their own direct the block that follows:
 
     <!-- needs: vllm -->      run only where this program or Python module is installed
     <!-- skip: reason -->     not run
@@ -13,6 +13,7 @@ a line of their own direct the block that follows:
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("quickstart.md", "publish.md", "extending.md")
+PAGES = ("quickstart.md", "publish.md", "vllm.md", "llama-cpp.md", "extending.md")
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"<!-- (needs|skip|file|serves|after): (.+?) -->")
@@ -114,15 +115,21 @@ def run_page(path: Path, folder: Path, execute: Execute) -> list[str]:
 
 def _reason_to_skip(block: Block) -> str:
     needed = block.directives.get("needs")
-    if needed and shutil.which(needed) is None and find_spec(needed) is None:
+    if needed and not _is_installed(needed):
         return f"{needed} is not installed"
     return block.directives.get("skip", "")
+
+
+def _is_installed(name: str) -> bool:
+    return shutil.which(name) is not None or find_spec(name) is not None
 
 
 def _serve(command: str, folder: Path, url: str) -> subprocess.Popen[bytes]:
     log = folder / "server.log"
     with log.open("wb") as file:
-        server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec env {command}"], cwd=folder, stdout=file, stderr=subprocess.STDOUT
+        )
     end = time.monotonic() + _READY_SECONDS
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -146,16 +153,29 @@ def in_shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
+def in_shell_aloud(command: str, folder: Path) -> str:
+    """The same, and print what it printed."""
+    said = in_shell(command, folder)
+    print(f"$ {command}\n{said}", flush=True)
+    return said
+
+
 def main() -> None:
     sys.path.insert(0, str(DOCS.parent / "tests"))
     import loopback_hub
     from conftest import save_chat_model
 
-    pages = [DOCS / name for name in sys.argv[1:] or PAGES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", default=PAGES)
+    parser.add_argument("--models", type=Path, help="folder of real models' folders")
+    parser.add_argument("--show", action="store_true", help="print what the commands print")
+    given = parser.parse_args()
+    pages = [DOCS / name for name in given.pages]
     with loopback_hub.serve() as hub, tempfile.TemporaryDirectory() as scratch:
         save_chat_model(Path(scratch) / "model")
         for name in MODELS:
-            hub.publish(name, Path(scratch) / "model")
+            real = given.models / name.rsplit("/", 1)[-1] if given.models else None
+            hub.publish(name, real if real is not None and real.is_dir() else Path(scratch) / "model")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
             os.environ.pop(name, None)
         os.environ.update(
@@ -163,20 +183,20 @@ def main() -> None:
         )
         folders: dict[Path, Path] = {}
         for page in pages:
-            _run_from_the_start(page, folders, Path(scratch))
+            _run_from_the_start(page, folders, Path(scratch), in_shell_aloud if given.show else in_shell)
 
 
-def _run_from_the_start(page: Path, folders: dict[Path, Path], scratch: Path) -> None:
+def _run_from_the_start(page: Path, folders: dict[Path, Path], scratch: Path, execute: Execute) -> None:
     if page in folders:
         return
     before = page_before(page)
     if before is not None:
-        _run_from_the_start(before, folders, scratch)
+        _run_from_the_start(before, folders, scratch, execute)
     folders[page] = folders[before] if before is not None else Path(tempfile.mkdtemp(dir=scratch))
     if any(name.startswith("steer2edit/") for name in files_of(page)):
         shutil.copytree(DOCS.parent / "steer2edit", folders[page] / "steer2edit", dirs_exist_ok=True)
     began = time.monotonic()
-    left_out = run_page(page, folders[page], in_shell)
+    left_out = run_page(page, folders[page], execute)
     count = sum(len(block.commands) or 1 for block in read_page(page)) - len(left_out)
     print(f"{page.name}: {count} commands and blocks in {time.monotonic() - began:.0f} s", flush=True)
     for reason in left_out:
