@@ -11,7 +11,7 @@ from steer2edit.cli_options import PATH, json_option, open_model, print_result, 
 
 
 @click.command("import")
-@click.argument("source", type=PATH)
+@click.argument("source")
 @click.option(
     "-o", "--out", type=PATH, required=True, help="*.vectors.safetensors for vectors, *.plan.safetensors for edits."
 )
@@ -27,19 +27,20 @@ from steer2edit.cli_options import PATH, json_option, open_model, print_result, 
 )
 @click.option("--feature", "features", type=int, multiple=True, help="An SAE's feature; may be repeated, and adds up.")
 @json_option
-def import_(source: Path, out: Path, model: str | None, as_json: bool, **given: Any) -> None:
+def import_(source: str, out: Path, model: str | None, as_json: bool, **given: Any) -> None:
     """Read steering vectors or finished edits that were made elsewhere.
 
     Vectors: control-vector GGUF (repeng, llama.cpp), the steering-vectors library's SteeringVector, Steer2Edit's direction
     files, .pt, .npz, .npy and .safetensors by layer, SAELens folders. Edits (with --model): Steer2Edit's edit packs, PEFT and
-    GGUF LoRA adapters.
+    GGUF LoRA adapters. SOURCE may be a repository on the Hub.
     """
+    from steer2edit.hub import fetch
     from steer2edit.importers import Reading, read
     from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.vectors import Vectors
 
     layers = read_layers(given["layers"]) if given["layers"] else None
-    found = read(source, Reading(layers, given["offset"], given["features"]))
+    found = read(fetch(source), Reading(layers, given["offset"], given["features"]))
     if isinstance(found, Vectors):
         if model is not None:
             found.check(open_model(model, given)[1])

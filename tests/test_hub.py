@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROWS, run
 from loopback_hub import TOKEN, Fault, Hub
 from made_reports import make_evaluation
 
+from steer2edit.architecture import read_spec
 from steer2edit.hub import Reference, read_reference
 
 # huggingface_hub streams a file in a way that its HTTP library asks it to give up
@@ -158,7 +160,6 @@ def test_notes_that_lay_in_the_base_are_copied_and_not_published(
     hub: Hub, tiny_llama: Path, scoring: Any, tmp_path: Path
 ) -> None:
     from steer2edit import targets
-    from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.compiler import make_plan
 
@@ -224,7 +225,6 @@ def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scor
     from huggingface_hub import ModelCard
 
     from steer2edit import targets
-    from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.compiler import make_plan
 
@@ -254,7 +254,6 @@ def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scor
 def _of(scoring: Any, checkpoint: Any) -> Any:
     """The same scores, of a copy of the model elsewhere."""
     from steer2edit.analysis import Scoring
-    from steer2edit.architecture import read_spec
 
     return Scoring(checkpoint, read_spec(checkpoint), scoring.statistics)
 
@@ -349,6 +348,28 @@ def test_a_plan_is_published_alone_and_used_by_its_id(
 
 
 # What is read from the Hub
+
+
+def test_an_adapter_by_its_id_is_measured_and_imported(
+    hub: Hub, compiled: Path, tiny_llama_bf16: Path, tmp_path: Path
+) -> None:
+    from steer2edit.checkpoint import open_checkpoint
+    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.model import load_model
+    from steer2edit.plan import EditPlan
+
+    commit = hub.publish("org/adapter", compiled / "lora")
+    checkpoint = open_checkpoint(tiny_llama_bf16)
+    loaded = load_model(checkpoint, read_spec(checkpoint))
+    ids = torch.tensor([[1, 5, 9, 44, 7, 20]])
+    before = loaded.model(input_ids=ids).logits
+    with open_candidate(loaded, checkpoint, f"org/adapter@{commit}").enter() as changed:
+        assert (changed.model(input_ids=ids).logits - before).abs().max() > 1e-3
+    out = tmp_path / "x.plan.safetensors"
+    imported = run("import", "org/adapter", "--model", tiny_llama_bf16, "-o", out)
+    assert imported.exit_code == 0, imported.output
+    plan = EditPlan.load(compiled / "lora" / "steer2edit" / "plan.safetensors")
+    assert EditPlan.load(out).norm == pytest.approx(plan.norm, rel=1e-5)
 
 
 def test_data_by_id_revision_and_file(hub: Hub, tmp_path: Path) -> None:
