@@ -1,8 +1,8 @@
 r"""Matrices in fp8 with a scale for each block, as DeepSeek-V3 is published: read as numbers, edited, and written back.
 
 ``X.weight`` holds float8_e4m3 values q, ``X.weight_scale_inv`` a factor s for each block of (usually) 128 x 128, and the
-matrix is ``W = s q``. An edited block keeps its s as long as ``|W'| <= 448 s``, the largest q there is: then every entry that
-the edit does not move to another value keeps its byte. A block that outgrows it gets ``s' = max|W'| / 448``.
+matrix is ``W = s q``. An edited block keeps its s as long as ``|W'| <= 464 s``, what rounds to the largest q, 448: then every
+entry that the edit does not move to another value keeps its byte. A block that outgrows it gets ``s' = max|W'| / 448``.
 
 e4m3 has three bits after the first: its values lie 6 to 12 % apart, and W lies exactly on them. An update of 1 % would be
 rounded away at most entries, and half of what steers with it. So a low-rank update is corrected before it is rounded: with
@@ -26,6 +26,8 @@ from steer2edit.ops import Edit, LowRank, Scale
 FP8 = "F8_E4M3"
 SUFFIX = "_scale_inv"
 _LARGEST = 448.0
+# half a unit in the last place above it: until there the largest entry is rounded no worse than any other
+_OUTGROWN = 464.0
 _CORRECTIONS = 3
 _SCALE_DTYPES = {"F32", "BF16", "F16"}
 _PART = re.compile(r"(.+)\[(\d+)\]")
@@ -157,7 +159,7 @@ def _corrected(checkpoint: Checkpoint, info: TensorInfo, scales: BlockScales, ed
         stored = torch.zeros_like(A)  # Bᵀ E
         for block in _edited(checkpoint, info, scales, corrected, out_in):
             rows = slice(block.first, block.first + len(block.new))
-            change = block.new.double() - block.old.double()
+            change = (block.new - block.old).double()
             if out_in:
                 stored += B[rows].T @ change
             else:
@@ -202,7 +204,7 @@ def _new_scales(wanted: torch.Tensor, before: torch.Tensor, scales: BlockScales,
         grown = least.to(dtype).float()
         above = torch.nextafter(least.to(dtype), torch.full_like(least, torch.inf, dtype=dtype)).float()
         grown = torch.where(grown < least, above, grown)
-    return torch.where(least <= before, before, grown)
+    return torch.where(largest <= _OUTGROWN * before, before, grown)
 
 
 def block_bytes(checkpoint: Checkpoint, info: TensorInfo) -> int:
