@@ -48,7 +48,7 @@ for path in sorted(model.glob('*.safetensors')):
         while file.readinto(buffer):
             pass
 """
-_COPY = """
+COPY = """
 import os, subprocess
 subprocess.run(['cp', '-r', model, out], check=True)
 for path in out.iterdir():
@@ -88,7 +88,7 @@ def measure(size: float, given: object, work: Path) -> tuple[list[list[object]],
     jobs = given.jobs  # type: ignore[attr-defined]
     variants = {
         "read": _READ,
-        "cp -r": _COPY,
+        "cp -r": COPY,
         "plan": _PLAN,
         "emit checkpoint": _EMIT.format(to="checkpoint", jobs=jobs),
         "emit lora": _EMIT.format(to="lora", jobs=jobs),

@@ -47,6 +47,13 @@ def make_mixture(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0) -
     return _make(folder, list(_tensors(layers, _mixture_layer)), shard_gigabytes, _mixture_config(layers))
 
 
+def make_gpt_oss(folder: Path, gigabytes: float, shard_gigabytes: float = 1.0) -> Path:
+    """The same as a gpt_oss, whose experts have biases, as the router has, and matrices [experts, in, out]."""
+    layers = _layers(gigabytes, _gpt_oss_layer)
+    folder = folder / f"gpt_oss-{gigabytes:g}gb"
+    return _make(folder, list(_tensors(layers, _gpt_oss_layer)), shard_gigabytes, _gpt_oss_config(layers))
+
+
 def _layers(gigabytes: float, layer: Layer) -> int:
     return max(1, round((gigabytes * 1e9 - 2 * VOCABULARY * HIDDEN * 2) / (2 * _count(layer(0)))))
 
@@ -142,6 +149,21 @@ def _mixture_layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
+def _gpt_oss_layer(number: int) -> list[tuple[str, tuple[int, ...]]]:
+    prefix, kv = f"model.layers.{number}.", HIDDEN // HEADS * KV_HEADS
+    return [
+        *(entry for entry in _layer(number) if ".mlp." not in entry[0]),
+        (prefix + "mlp.experts.down_proj", (EXPERTS, EXPERT_WIDTH, HIDDEN)),
+        (prefix + "mlp.experts.down_proj_bias", (EXPERTS, HIDDEN)),
+        (prefix + "mlp.experts.gate_up_proj", (EXPERTS, HIDDEN, 2 * EXPERT_WIDTH)),
+        (prefix + "mlp.experts.gate_up_proj_bias", (EXPERTS, 2 * EXPERT_WIDTH)),
+        (prefix + "mlp.router.bias", (EXPERTS,)),
+        (prefix + "mlp.router.weight", (EXPERTS, HIDDEN)),
+        *((f"{prefix}self_attn.{name}_proj.bias", (kv if name in "kv" else HIDDEN,)) for name in "koqv"),
+        (prefix + "self_attn.sinks", (HEADS,)),
+    ]
+
+
 def _tensors(layers: int, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for number in range(layers):
@@ -216,6 +238,16 @@ def _mixture_config(layers: int) -> dict[str, object]:
         "intermediate_size": EXPERT_WIDTH,
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    }
+
+
+def _gpt_oss_config(layers: int) -> dict[str, object]:
+    return {
+        **_mixture_config(layers),
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "head_dim": HIDDEN // HEADS,
+        "attention_bias": True,
     }
 
 
