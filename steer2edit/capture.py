@@ -18,7 +18,7 @@ import torch
 
 from steer2edit.accumulator import Accumulator
 from steer2edit.architecture import Site
-from steer2edit.distributed import ALONE, World
+from steer2edit.distributed import ALONE, World, whole
 from steer2edit.encoding import Encoded
 from steer2edit.experts.forward import Routed, combined, deciding, experts_module, visiting
 from steer2edit.layerwise import Layers
@@ -124,10 +124,14 @@ class _Span:
             self._positions, self._spread = self._positions.to(device), self._spread.to(device)
             self._place = self._place.to(device)
 
-    def add(self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None) -> None:
+    def add(
+        self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None, width: int | None = None
+    ) -> None:
         self._follow(activations.device)
         # OPT's MLP runs on [rows * positions, features]
         values = activations.flatten(0, -2).index_select(0, self._positions)
+        if width is not None:
+            values = whole(values, width)
         self._accumulator.add(key, side, values, self._spread, heads)
 
     def add_expert(self, router: Router, routed: Routed) -> None:
@@ -182,7 +186,7 @@ def _counted(chosen: Sequence[Encoded], width: int, scope: Scope) -> tuple[torch
 def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
     def writer(site: Site) -> Any:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            span.add(site.key, "input", inputs[0], site.heads)
+            span.add(site.key, "input", inputs[0], site.heads, site.in_features)
             span.add(site.key, "output", output)
 
         return hook

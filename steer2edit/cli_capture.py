@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from steer2edit.cli_options import (
     read_behavior,
     read_runtime,
 )
+from steer2edit.launch import process_of
 
 
 @click.command()
@@ -39,6 +41,11 @@ from steer2edit.cli_options import (
     "--by-layer", is_flag=True, help="Hold one layer at a time, for models larger than memory (needs accelerate)."
 )
 @click.option("--scratch", type=PATH, help="Where --by-layer puts hidden states; beside OUT if left out.")
+@click.option(
+    "--tensor-parallel",
+    is_flag=True,
+    help="Under torchrun: divide the model's matrices among the processes, not the data.",
+)
 @model_options
 @json_option
 def capture(
@@ -48,6 +55,7 @@ def capture(
     by_layer: bool,
     scratch: Path | None,
     background_only: bool,
+    tensor_parallel: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -60,7 +68,8 @@ def capture(
     from dataclasses import replace
 
     from steer2edit.compiler import Behavior, capture_statistics
-    from steer2edit.distributed import joined, own_device
+    from steer2edit.distributed import ALONE, joined, own_device
+    from steer2edit.errors import ArchitectureError
     from steer2edit.layerwise import opened_by_layer
     from steer2edit.model import load_model
     from steer2edit.progress import silent
@@ -68,7 +77,11 @@ def capture(
 
     if scratch is not None and not by_layer:
         raise click.UsageError("--scratch goes with --by-layer")
-    with joined() as world, ExitStack() as stack:
+    if tensor_parallel and (by_layer or given["device_map"]):
+        raise click.UsageError("--tensor-parallel, --by-layer and --device-map each place the model; give one of them")
+    if tensor_parallel and process_of(os.environ) is None:
+        raise click.UsageError("--tensor-parallel is for several processes: torchrun … -m steer2edit capture …")
+    with joined(None if tensor_parallel else "gloo") as world, ExitStack() as stack:
 
         def ready() -> Any:
             checkpoint, spec = open_model(model, given)
@@ -79,6 +92,10 @@ def capture(
             background = read_background(given)
             runtime = read_runtime(given)
             runtime = replace(runtime, device=own_device(runtime.device))
+            if tensor_parallel:
+                if spec.routers:
+                    raise ArchitectureError("a mixture's experts are not seen one by one under --tensor-parallel")
+                runtime = replace(runtime, tensor_parallel=True)
             if by_layer:
                 place = scratch if scratch is not None else out.absolute().parent
                 layers = stack.enter_context(opened_by_layer(checkpoint, spec, runtime, place))
@@ -86,21 +103,23 @@ def capture(
             return checkpoint, behavior, background, load_model(checkpoint, spec, runtime), None
 
         checkpoint, behavior, background, loaded, layers = world.together(ready)
-        keep = partial_path(out, world.rank, world.size)
+        # of divided matrices every process has all the data, and they go in step: one alone cannot resume
+        keep = None if tensor_parallel else partial_path(out, world.rank, world.size)
         statistics = capture_statistics(
             loaded,
             checkpoint,
             behavior,
             background=background,
             batch_tokens=given["batch_tokens"],
-            world=world,
+            world=ALONE if tensor_parallel else world,
             keep=keep,
             keep_every=keep_every,
             layers=layers,
             progress=progress_bar() if world.rank == 0 else silent,
         )
         world.together(lambda: statistics.save(out) if world.rank == 0 else None)
-        keep.unlink(missing_ok=True)
+        if keep is not None:
+            keep.unlink(missing_ok=True)
     if world.rank > 0:
         return
     result = {

@@ -98,15 +98,36 @@ class World:
 ALONE = World()
 
 
+def whole(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Activations ``[n, width]`` of which each process may hold a part of the columns: the input of a row-parallel matrix.
+
+    Raises Steer2EditError where the parts do not make up the whole.
+    """
+    if values.shape[-1] == width or not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    found = torch.cat(parts, dim=-1)
+    if found.shape[-1] != width:
+        raise Steer2EditError(
+            f"{len(parts)} processes hold {values.shape[-1]} columns each of an input of {width}: the plan for this family "
+            "divides it otherwise; capture without --tensor-parallel"
+        )
+    return found
+
+
 @contextmanager
-def joined() -> Iterator[World]:
-    """The world that this process was started in; ALONE where it was started by itself. Raises Steer2EditError."""
+def joined(backend: str | None = "gloo") -> Iterator[World]:
+    """The world that this process was started in; ALONE where it was started by itself. Raises Steer2EditError.
+
+    Without a ``backend`` each kind of device has its own, as activations on them need it.
+    """
     process = process_of(os.environ)
     if process is None:
         yield ALONE
         return
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Steer2EditError(

@@ -26,7 +26,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Runtime:
     """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere.
 
-    ``device_map`` and ``offload_folder`` are transformers' own.
+    ``device_map`` and ``offload_folder`` are transformers' own. With ``tensor_parallel`` the processes that torchrun started
+    hold parts of each matrix, as transformers' plan for the family says.
     """
 
     device: str = "auto"
@@ -34,6 +35,7 @@ class Runtime:
     device_map: str | Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     offload_folder: str | None = None
+    tensor_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
     if runtime.offload_folder is not None:
         placing["offload_folder"] = runtime.offload_folder
+    if runtime.tensor_parallel:
+        placing |= _tensor_parallel()
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
     try:
         model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
@@ -153,6 +157,16 @@ def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> 
         if "Unrecognized configuration class" not in str(error):
             raise
         return make(second)
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """What tells transformers to divide a model by its own plan."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before it had one, or before that knew of plans
+        return {"tp_plan": "auto"}
 
 
 def _runs_fp8(device: torch.device) -> bool:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.distributed import World
+from steer2edit.errors import Steer2EditError
 from steer2edit.launch import process_of
 from steer2edit.statistics import Statistics
 
@@ -72,11 +73,24 @@ def test_what_fails_in_one_process_ends_all_with_one_message(tiny_llama: Path, d
     assert "steer2edit/cli" not in ran.stderr  # no traceback of ours
 
 
-def test_a_fault_common_to_all_is_said_once(tiny_llama: Path, tmp_path: Path) -> None:
-    ran = torchrun("capture", tiny_llama, "--data", tmp_path / "absent.jsonl", "-o", tmp_path / "x")
-    ours = [line for line in ran.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(ours) == 1 and "absent.jsonl does not exist" in ours[0] and "process" not in ours[0]
-    assert "exitcode  : 2" in ran.stderr
+def test_a_fault_common_to_all_is_said_without_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise Steer2EditError("no such file")
+
+    for faults, said in ((["no such file"] * 2, "no such file"), ([None, "disk full"], "process 1 of 2: disk full")):
+        monkeypatch.setattr(World, "_gathered", lambda _self, _value, faults=faults: faults)
+        for rank in range(2):
+            with pytest.raises(Steer2EditError, match=f"^{said}$"):
+                World(rank, 2).together(failing if faults[rank] else lambda: None)
+
+
+def test_divided_matrices_give_the_statistics_of_whole_ones(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.stats.safetensors", tmp_path / "two.stats.safetensors"
+    options = ["--data", data, "--batch-tokens", 2048]
+    assert run("capture", tiny_llama, *options, "-o", one).exit_code == 0
+    ran = torchrun("capture", tiny_llama, *options, "-o", two, "--tensor-parallel")
+    assert ran.returncode == 0, ran.stderr
+    assert_equal(Statistics.load(one), Statistics.load(two))
 
 
 def test_other_commands_are_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
