@@ -61,8 +61,8 @@ The language model inside is edited where it lies; vision and audio towers are c
 
 {_table(["model types", "because"], _refused())}
 
-Quantised checkpoints are refused as well: compile the unquantised one and quantise the result, or serve a LoRA beside the
-quantised base.
+Quantised checkpoints are refused as well, but for fp8 with block scales: compile the unquantised one and quantise the
+result, or serve a LoRA beside the quantised base.
 """
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 HERE = "path/to/this/folder"
 """Stands in a card for the repository's name until there is one."""
 _BASE = "path/to/the/base"
+_MASK = "experts"
+_LISTED = 64
 _CARD_BYTES = 4 << 20
 _COMPILED = (
     "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
@@ -71,12 +73,13 @@ def model_card(
     base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
     behaviour = receipt["data"].get("name") or "a steering vector"
     total = sum((change["norm"] or 0.0) ** 2 for change in receipt["changed"]) ** 0.5
+    changed = f"{len(receipt['changed'])}" + (f", ‖ΔW‖ = {total:.4g} in all" if total else "")
     rows = [
         ("Base", base["name"] + (f" at {base['revision']}" if base["revision"] else "")),
         ("Base fingerprint", base["fingerprint"]),
         ("Behaviour", behaviour),
         ("Method", method_of(receipt["method"])),
-        ("Changed tensors", f"{len(receipt['changed'])}, ‖ΔW‖ = {total:.4g} in all"),
+        ("Changed tensors", changed),
         ("Exactness", receipt["exactness"]),
         ("Plan, SHA-256", receipt["plan"]["sha256"]),
     ]
@@ -89,10 +92,11 @@ def model_card(
     parts = [
         f"---\n{_metadata(receipt)}\n---",
         f"# {title}",
-        _kind(target).said,
+        _said_of(receipt),
         *_loading(receipt, repository or HERE),
         "## What changed",
         _table([["", ""], *rows]),
+        *_experts(receipt["method"]),
     ]
     if evaluation is not None:
         parts += _measured(evaluation, plot)
@@ -153,7 +157,7 @@ def method_of(method: Mapping[str, Any]) -> str:
     parts = method.get("plans")
     if isinstance(parts, list):
         return f"{method.get('name')} of {len(parts)} plans"
-    options = pairs({key: value for key, value in method.items() if key not in ("name", "experts")})
+    options = pairs({key: value for key, value in method.items() if key not in ("name", "experts", "grade")})
     return f"{method.get('name')}" + (f": {options}" if options else "")
 
 
@@ -163,6 +167,23 @@ def inline(value: object) -> str:
     text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], text)
     text = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text)
     return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _said_of(receipt: Mapping[str, Any]) -> str:
+    if receipt["method"].get("name") == _MASK and receipt["target"] == "checkpoint":
+        return "A checkpoint whose experts were switched by steer2edit, in its weights: no training, no hooks."
+    return _kind(receipt["target"]).said
+
+
+def _experts(method: Mapping[str, Any]) -> list[str]:
+    """The table of a mask: each expert, what was done to it, and how exactly that is what was wanted."""
+    found = method.get("experts")
+    if method.get("name") != _MASK or not isinstance(found, list):
+        return []
+    keys = ("layer", "expert", "wish", "how", "grade")
+    rows = [[one.get(key, "–") for key in keys] for one in found[:_LISTED] if isinstance(one, Mapping)]
+    rest = [f"and {len(found) - _LISTED} more in `steer2edit.json`"] if len(found) > _LISTED else []
+    return ["## Experts", _table([keys, *rows]), *rest]
 
 
 def _kind(target: str) -> _Kind:
@@ -185,7 +206,7 @@ def _metadata(receipt: Mapping[str, Any]) -> str:
         base_model=base["name"] if published else None,
         base_model_relation=kind.relation if published else None,
         library_name=kind.library,
-        tags=["steer2edit", "activation-steering", *kind.tags],
+        tags=["steer2edit", "moe" if receipt["method"].get("name") == _MASK else "activation-steering", *kind.tags],
         **{key: value for key, value in taken.items() if value is not None},
     )
     return str(data.to_yaml())

@@ -258,6 +258,18 @@ def _of(scoring: Any, checkpoint: Any) -> Any:
     return Scoring(checkpoint, read_spec(checkpoint), scoring.statistics)
 
 
+def test_the_card_of_a_mask_lists_its_experts(hub: Hub, tmp_path: Path) -> None:
+    from mixture_models import MODELS
+
+    base = MODELS["deepseek_v3"](tmp_path / "base")
+    made = run("experts", "mask", base, "--experts", "1:0,1:3", "--no-measure", "-o", tmp_path / "masked")
+    assert made.exit_code == 0, made.output
+    push(tmp_path / "masked", "user/masked")
+    text = hub.files("user/masked")["README.md"].decode()
+    assert "| 1 | 0 | off | bias | exact |" in text and "| 1 | 3 | off | bias | exact |" in text
+    assert "- moe\n" in text and "steering vector compiled" not in text
+
+
 def test_a_card_that_was_rewritten_by_hand_goes_as_it_is(hub: Hub, artefact: Path) -> None:
     text = (artefact / "README.md").read_text() + "\nMy own words about path/to/this/folder.\n"
     (artefact / "README.md").write_text(text)
