@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from conftest import run, save_chat_model
 from loopback_hub import Hub
 
 from steer2edit import methods, targets
+from steer2edit.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -63,3 +66,32 @@ def test_what_a_page_says_runs(
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (DOCS.parent / "steer2edit" / "py.typed").is_file()
+
+
+def written_commands() -> list[tuple[str, str]]:
+    """Every steer2edit command in a block of README and documents, with its file."""
+    found = []
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        for block in re.findall(r"^```.*?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if match := re.match(r"(?:\$ )?(?:.*(?:&&|\|) )?(steer2edit .+)", line):
+                    found.append((page.name, match[1]))
+    return found
+
+
+def test_every_command_that_is_written_down_exists_with_its_options() -> None:
+    commands = written_commands()
+    assert len(commands) > 40
+    problems = []
+    for page, line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        command: click.Command = main
+        while words and isinstance(command, click.Group) and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        known |= {"-h", "--help", "--version"}
+        if isinstance(command, click.Group) and not set(words) <= known:
+            problems.append(f"{page}: {line}: no such command")
+        unknown = [word for word in words if re.match(r"--?[a-zA-Z]", word) and word.split("=")[0] not in known]
+        problems += [f"{page}: {line}: no option {word}" for word in unknown]
+    assert not problems, "\n".join(problems)
