@@ -239,7 +239,9 @@ def _refuse_leaks(parcel: Parcel, source: Path) -> None:
     homes = {path for path in (Path.home(), Path.cwd(), source.resolve().parent) if len(path.parts) > 1}
     # as they are, and as JSON writes a backslash
     spellings = {spelling for home in homes for spelling in (str(home), str(home).replace("\\", "\\\\"))}
-    paths = re.compile("|".join(rf"{re.escape(spelling)}(?=[\\/\"'\s]|$)" for spelling in sorted(spellings)).encode())
+    # without any of them, what matches nothing
+    found_here = [rf"{re.escape(spelling)}(?=[\\/\"'\s]|$)" for spelling in sorted(spellings)] or ["(?!)"]
+    paths = re.compile("|".join(found_here).encode())
     problems = []
     for name, given in parcel.files.items():
         text = _text(name, given)

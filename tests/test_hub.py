@@ -34,7 +34,8 @@ def compiled(tiny_llama_bf16: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (folder / "neutral.txt").write_text(NEUTRAL)
     result = run(
         "compile", tiny_llama_bf16, "--data", folder / "rows.jsonl", "--neutral", folder / "neutral.txt",
-        "--system", "the big red stone", "--strength", "0.5", "--to", "checkpoint", "--to", "lora", "--out", folder / "out",
+        "--system", "the big red stone", "--strength", "0.5",
+        "--to", "checkpoint", "--to", "lora", "--to", "gguf", "--out", folder / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder / "out"
@@ -197,11 +198,23 @@ def test_tokens_and_paths_of_this_machine_stop_a_push(
 
 
 def test_no_prompt_is_in_what_is_sent(hub: Hub, compiled: Path) -> None:
-    for target in ("checkpoint", "lora"):
+    for target in ("checkpoint", "lora", "gguf"):
         push(compiled / target, f"user/{target}")
         for name, data in hub.files(f"user/{target}").items():
             for text in ("the big red stone", *(row["prompt"] for row in ROWS), *(row["positive"] for row in ROWS)):
                 assert text.encode() not in data, name
+
+
+def test_each_card_says_how_to_load_what_is_there(hub: Hub, compiled: Path) -> None:
+    lines = {
+        "checkpoint": 'AutoModelForCausalLM.from_pretrained("user/x-checkpoint")',
+        "lora": '"user/x-lora")',
+        "gguf": "hf download user/x-gguf adapter.gguf",
+    }
+    for target, line in lines.items():
+        push(compiled / target, f"user/x-{target}")
+        text = hub.files(f"user/x-{target}")["README.md"].decode()
+        assert line in text and "path/to/this/folder" not in text
 
 
 def test_an_artefact_that_lost_a_file_is_not_sent(hub: Hub, artefact: Path) -> None:
