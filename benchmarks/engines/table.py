@@ -40,22 +40,26 @@ NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamac
 
 def main(work: Path) -> None:
     notes: list[str] = []
-    rows, versions = [], {}
-    for case in cases(work):
-        row = [case["name"]]
-        for engine, _, wanted in COLUMNS:
-            path = work / "results" / engine / f"{case['key']}.json"
-            if not path.is_file():
-                row.append("not run")
-                continue
-            held = json.loads(path.read_text())
-            versions |= held["versions"]
-            row.append(_cell([held["cells"].get(name, {"error": "not run"}) for name in wanted], notes))
-        rows.append(row)
-    heads = ["model", *(f"{NAMES[engine]}: {what}" for engine, what, _ in COLUMNS)]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    print("\n" + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version) + ".\n")
+    versions: dict[str, str] = {}
+    for title, engines in (
+        ("transformers and PEFT", ("transformers", "peft")),
+        ("vLLM", ("vllm",)),
+        ("llama.cpp", ("llamacpp",)),
+    ):
+        columns = [column for column in COLUMNS if column[0] in engines]
+        rows = []
+        for case in sorted(cases(work), key=lambda case: (case["name"].startswith("tiny"), case["name"])):
+            row = [case["name"]]
+            for engine, _, wanted in columns:
+                path = work / "results" / engine / f"{case['key']}.json"
+                held = json.loads(path.read_text()) if path.is_file() else {"cells": {}, "versions": {}}
+                versions |= held["versions"]
+                row.append(_cell([held["cells"].get(name, {"error": "not run"}) for name in wanted], notes))
+            rows.append(row)
+        heads = ["model", *(what if len(engines) == 1 else f"{NAMES[engine]}: {what}" for engine, what, _ in columns)]
+        print(f"### {title}\n\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+        print("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
+    print(", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version) + ".\n")
     print("\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)))
 
 
