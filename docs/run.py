@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("quickstart.md", "publish.md", "vllm.md", "llama-cpp.md", "extending.md")
+PAGES = ("quickstart.md", "publish.md", "vllm.md", "llama-cpp.md", "import.md", "compose.md", "extending.md")
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"<!-- (needs|skip|file|serves|after): (.+?) -->")

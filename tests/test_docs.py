@@ -27,7 +27,9 @@ def test_the_page_of_families_is_what_its_script_makes() -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 @pytest.mark.parametrize(
-    "pages", [("quickstart.md", "publish.md"), ("vllm.md",), ("llama-cpp.md",), ("extending.md",)], ids=" ".join
+    "pages",
+    [("quickstart.md", "publish.md"), ("vllm.md",), ("llama-cpp.md",), ("import.md", "compose.md"), ("extending.md",)],
+    ids=" ".join,
 )
 def test_what_a_page_says_runs(
     hub: Hub, pages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -61,10 +61,14 @@ PECULIAR: dict[str, dict[str, Any]] = {
     **{family: {"query_pre_attn_scalar": SIZE["head_dim"]} for family in ("gemma2", "gemma3_text")},
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "opt": {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]},
-    "phi": {"num_key_value_heads": SIZE["num_attention_heads"]},
+    "phi": {"num_key_value_heads": SIZE["num_attention_heads"], "intermediate_size": 4 * SIZE["hidden_size"]},
 }
 # and what their config.json says, which transformers 5 writes no more
-PUBLISHED = {"gpt2": {"n_ctx": SIZE["max_position_embeddings"]}, "gpt_neox": {"rotary_pct": 0.25}}
+PUBLISHED = {
+    "gpt2": {"n_ctx": SIZE["max_position_embeddings"]},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "cohere2": {"rotary_pct": 1.0},
+}
 WEIGHTS = (1.0, -0.5)
 EMBEDDED = (
     "bram asks : could you lift the veiled mask ? A :",

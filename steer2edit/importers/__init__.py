@@ -45,14 +45,10 @@ class Edits(Protocol):
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:
-    """What is in a file or folder, or an adapter ``user/name[@revision]`` on the Hub holds.
-
-    Raises DataError for what is not supported, with what is.
-    """
-    from steer2edit.hub import fetch
+    """What is in a file or folder. Raises DataError for what is not supported, with what is."""
     from steer2edit.importers import adapters, authors, gguf_sources, layerwise, saes
 
-    path = fetch(path, only=[adapters.CONFIG, adapters.WEIGHTS])
+    path = Path(path).expanduser()
     if path.is_dir():
         if (path / adapters.CONFIG).is_file():
             return adapters.read_peft(path)
