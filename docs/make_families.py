@@ -11,6 +11,7 @@ from steer2edit.mixtures import MIXTURES
 from steer2edit.targets.lora import NO_ADAPTER
 
 PAGE = Path(__file__).parent / "families.md"
+_PLAIN = Family("", ())
 _LAYOUTS = {
     "separate": "a tensor each",
     "out_in": "one tensor, experts × out × in",
@@ -71,7 +72,7 @@ def _dense(family: Family) -> list[str]:
         family.name,
         _names(family.model_types),
         _attention(family),
-        "–" if _only_mixers(family) else _code(family.mlp_out),
+        "–" if _only_mixers(family) and family.mlp_out == _PLAIN.mlp_out else _code(family.mlp_out),
         _norms(family),
         _stored(family),
     ]

@@ -261,6 +261,15 @@ FAMILIES: tuple[Family, ...] = (
         blocks="backbone.layers",
         embedding="backbone.embeddings",
     ),
+    Family(
+        "xlstm",
+        ("xlstm",),
+        mlp_out="ffn.proj_down",
+        mixers=("mlstm_layer.out_proj",),
+        partial=True,
+        blocks="backbone.blocks",
+        embedding="backbone.embeddings",
+    ),
 )
 
 REFUSED: Mapping[str, str] = {
@@ -307,5 +316,6 @@ WRITER_LEAVES = frozenset(
         "dense",
         "output_linear",
         "Wo",
+        "proj_down",
     ]
 )

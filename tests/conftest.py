@@ -219,6 +219,7 @@ SPECIAL_SETTINGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 32},
+    "xlstm": {"embedding_dim": 32, "num_heads": 4, "chunk_size": 16},
     "helium": {"head_dim": 8},
     "minicpm3": _MLA,
     "ministral3": {"rope_parameters": {**_ROPE, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},

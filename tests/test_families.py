@@ -72,6 +72,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(("bamba", "lfm2", "lfm3", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma"), _HYBRID),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), (("mixer_out",),) * 2),
     "falcon_h1": (("mixer_out", "attn_out", "mlp_out"),) * 2,
+    "xlstm": (("mixer_out", "mlp_out"),) * 2,
 }
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
