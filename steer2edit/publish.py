@@ -266,10 +266,12 @@ def _text(name: str, given: Path | bytes) -> bytes:
 
 
 def _send(parcel: Parcel, repository: str, private: bool) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     from steer2edit import __version__
 
+    if constants.HF_HUB_OFFLINE:
+        raise HubError("the offline mode forbids to send anything; unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE)")
     # RuntimeError: the transfer library's own
     failures: tuple[type[BaseException], ...] = (*hub_errors(), RuntimeError)
     api = HfApi(library_name="steer2edit", library_version=__version__)

@@ -496,7 +496,7 @@ def test_a_hub_that_is_not_there(compiled: Path, hub: Hub, monkeypatch: pytest.M
         message = refusal(*command)
         assert "cannot be reached" in message and "127.0.0.1:9" in message and message.count("\n") == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "unset HF_HUB_OFFLINE" in refusal("push", compiled / "lora", "user/edited")
+    assert "offline mode forbids to send anything; unset HF_HUB_OFFLINE" in refusal("push", compiled / "lora", "user/x")
 
 
 @pytest.mark.parametrize("name", ["no-slash", "user/name@v1", "user/na me", "https://huggingface.co/user/name"])
