@@ -212,12 +212,14 @@ def _tokens(
 def _active(checkpoint: Checkpoint, spec: ModelSpec) -> float:
     """Multiply-adds of one token in the blocks: the entries of their matrices, of experts those that are chosen."""
     total = 0.0
-    chosen = {f"{router.folder}experts.": router.top_k / router.experts for router in spec.routers}
+    fused = {name: router for router in spec.routers for name in router.fused}
+    separate = {router.folder: router for router in spec.routers if router.folder is not None}
     for name, info in checkpoint.tensors.items():
         embeds = name == spec.embedding.tensor or "lm_head" in name or "embed" in name
-        if len(info.shape) >= 2 and not embeds and not name.endswith(SUFFIX):
-            share = next((part for folder, part in chosen.items() if name.startswith(folder)), 1.0)
-            total += share * _numel(checkpoint, name)
+        if len(info.shape) < 2 or embeds or name.endswith(SUFFIX):
+            continue
+        router = fused.get(name) or next((r for folder, r in separate.items() if name.startswith(folder)), None)
+        total += _numel(checkpoint, name) * (1.0 if router is None else router.top_k / router.experts)
     return total
 
 

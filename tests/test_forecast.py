@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,6 +15,7 @@ from fp8_models import quantise
 from hypothesis import given
 from hypothesis import strategies as st
 from kill_points import digest
+from mixture_models import EXPERTS, TOP_K, mixture_config, save_mixture
 from test_faults import random_plan
 
 from steer2edit import targets
@@ -23,7 +25,7 @@ from steer2edit.compiler import Behavior, compile
 from steer2edit.errors import TargetError
 from steer2edit.forecast import check_room, forecast
 from steer2edit.plan import EditPlan
-from steer2edit.rehearsal import widest_plan
+from steer2edit.rehearsal import _active, widest_plan
 from steer2edit.targets import Writing
 from steer2edit.targets.checkpoint import copies
 
@@ -112,6 +114,17 @@ def test_the_widest_plan_follows_the_options(tiny_llama: Path, options: dict[str
     spec = read_spec(checkpoint)
     plan = widest_plan(checkpoint, spec, "steering", Options(**{"sites": "both", **options}))
     assert len(plan.edits) == {(): 6, ("layers",): 2, ("sites",): 3}[tuple(options)]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "dbrx"])
+def test_only_the_chosen_experts_are_counted(tmp_path: Path, kind: str) -> None:
+    checkpoint = open_checkpoint(save_mixture(tmp_path / "base", mixture_config(kind)))
+    spec = read_spec(checkpoint)
+    sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items() if len(info.shape) > 1}
+    experts = sum(size for name, size in sizes.items() if "expert" in name or "linear" in name)
+    others = sum(size for name, size in sizes.items() if "attn" in name or "rout" in name or "gate.weight" in name)
+    active = _active(checkpoint, spec)
+    assert active == pytest.approx(others + experts * TOP_K / EXPERTS)
 
 
 @given(start=st.integers(0, 50_000), size=st.integers(0, 50_000))
