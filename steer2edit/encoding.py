@@ -8,8 +8,12 @@ from typing import Any, Literal, get_args
 
 from steer2edit.contrast import Example, Label
 from steer2edit.errors import DataError, listing, shown
+from steer2edit.limits import limited
 from steer2edit.rows import Message, Prompt
 
+# a template is a stranger's program: transformers keeps it from the system, and this from running on and on
+_TEMPLATE_SECONDS = 5.0
+_TEMPLATE_BYTES = 1 << 30
 Span = Literal["matched", "response"]
 
 
@@ -41,11 +45,13 @@ def render_prompt(prompt: Prompt, tokenizer: Any, system: str | None = None) -> 
     remedy = "leave the system text out, or write it into the user's messages"
     chat = [message._asdict() for message in messages]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        with limited(_TEMPLATE_SECONDS, _TEMPLATE_BYTES):
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises: Jinja's errors, TypeError, ValueError
         roles = ", ".join(message.role for message in messages)
         advice = f"; {remedy}" if "system" in roles else "; check the order and the names of the roles"
-        raise DataError(f"the chat template rejects messages with roles {roles} ({error}){advice}") from None
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the chat template rejects messages with roles {roles} ({reason}){advice}") from None
     for message in messages:
         if message.role == "system" and message.content.strip() not in text:
             raise DataError(f"the chat template drops the system message; {remedy}")
@@ -168,7 +174,8 @@ def _after_an_answer(tokenizer: Any) -> str:
     answer = "Forty-two"  # no template's own words
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        _, found, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)
+        with limited(_TEMPLATE_SECONDS, _TEMPLATE_BYTES):
+            _, found, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)
     except Exception:  # whatever a template raises; that it takes the prompts is checked elsewhere
         return ""
     return str(tail) if found else ""

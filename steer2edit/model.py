@@ -18,7 +18,11 @@ from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.errors import ArchitectureError, CheckpointError
 from steer2edit.fp8 import SUFFIX, block_size, read_values
+from steer2edit.limits import limited
 
+ADAPTER = "adapter_config.json"
+# its config may hold regular expressions, which may run for ever
+_ADAPTER_SECONDS = 600
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -122,9 +126,14 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if runtime.tensor_parallel:
         placing |= _tensor_parallel()
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
+    settings["use_safetensors"] = True  # never a pickle
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} holds {ADAPTER} beside a model: transformers would load that adapter's base in its place; take it out"
+        )
     try:
         model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a damaged file makes of it: its checks raise errors of many kinds
         raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
     if not placing:
         model.to(device)
@@ -225,9 +234,15 @@ def with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # peft reads a property that transformers 5 renamed; any other warning is worth seeing
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        if not (folder / ADAPTER).is_file() or not (folder / "adapter_model.safetensors").is_file():
+            raise CheckpointError(
+                f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
+            )
+        read_json(folder / ADAPTER)
         try:
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-        except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+            with limited(_ADAPTER_SECONDS):
+                return PeftModel.from_pretrained(model, str(folder)).eval()
+        except Exception as error:  # whatever a damaged file makes of it: it is not checked as a whole
             raise CheckpointError(f"PEFT cannot load {folder}: {_first_line(error)}") from None
 
 
@@ -237,7 +252,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
         raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
 
 

@@ -168,6 +168,8 @@ def _measured(pair: Pair, max_rank: int) -> TensorDifference | None:
         changed += float(torch.count_nonzero(delta))
         energy += float(delta.square().sum())
         sketch[where] = delta @ omega
+    if not math.isfinite(energy + weight):  # NaN or infinity in either: there is no rank
+        return TensorDifference(pair.ours.name, pair.ours.shape, float("nan"), float("nan"), float("nan"))
     if not energy:  # the same values in another dtype, or zeros of another sign
         return None
     floor = _SAFETY * float(noise_rows.max().sqrt() + noise_columns.max().sqrt())

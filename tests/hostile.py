@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import made_reports
+
+STUDY = "steer2edit.study.1"
 SECONDS = 20  # of the processor's time
 WAITING = 120  # by the clock, on a machine that does other things too
 MEMORY = 3 << 30
@@ -244,9 +248,11 @@ def run_limited(arguments: list[str], seconds: int = SECONDS) -> str | None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    previous = signal.signal(signal.SIGALRM, late)
+    # SIGALRM is the program's own
+    previous = signal.signal(signal.SIGUSR1, late)
+    waiting = threading.Timer(WAITING, os.kill, (os.getpid(), signal.SIGUSR1))
     profiled = signal.signal(signal.SIGPROF, late)
-    signal.alarm(WAITING)
+    waiting.start()
     signal.setitimer(signal.ITIMER_PROF, seconds)
     started = time.monotonic()
     try:
@@ -254,9 +260,9 @@ def run_limited(arguments: list[str], seconds: int = SECONDS) -> str | None:
     except _Late:
         return f"it had not ended after {time.monotonic() - started:.0f} s"
     finally:
-        signal.alarm(0)
+        waiting.cancel()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGUSR1, previous)
         signal.signal(signal.SIGPROF, profiled)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     error = result.exception
@@ -308,12 +314,32 @@ def make_sound(folder: Path, make_model: Callable[[Path], Any], rows: list[dict[
     run("plan", model, "--stats", stats, "-o", plan, "--method", "component", "--top-heads", "4", "--top-neurons", "9")
     run("emit", plan, model, "--to", "checkpoint", "-o", str(folder / "made"))
     run("emit", plan, model, "--to", "lora", "-o", str(folder / "adapter"))
+    (folder / "short.txt").write_text("the cat is red and the dog is old . " * 5)
+    (folder / "questions.jsonl").write_text(
+        "".join(json.dumps({**row, "prompt": f"and {row['prompt']}"}) + "\n" for row in rows)
+    )
+    config = json.loads((folder / "model" / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}Assistant :"
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    made_reports.make_evaluation(6).save(folder / "evaluation.json")
+    study, (trials, given) = folder / "study", made_reports.make_trials(8)
+    study.mkdir()
+    (study / "study.json").write_text(json.dumps({"format": STUDY, "settings": given, "trials": trials}))
+    shutil.copy(plan, study / "knee.plan.safetensors")
+    shutil.copy(folder / "evaluation.json", study)
+    (folder / "merged").mkdir()
+    with contextlib.suppress(ImportError):
+        import gguf  # noqa: F401
+
+        run("emit", plan, model, "--to", "gguf", "-o", str(folder / "gguf"))
     return folder
 
 
 _MODEL = ["model/config.json", "model/model.safetensors.index.json"]
 _SHARD = "model/model-00001-of-00003.safetensors"
 _MADE = ["made/steer2edit.json", "made/steer2edit/plan.safetensors", "made/model.safetensors.index.json"]
+_CAPTURE = ["capture", "BOX/model", "-o", "BOX/out.stats.safetensors"]
+_SHORT = ["--background", "BOX/short.txt"]
 # what is mutated, and what reads it; BOX is the folder
 TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "checkpoint": (
@@ -354,4 +380,49 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
         ["report", "BOX/made", "-o", "BOX/out.html"],
     ),
     "push": (["made/steer2edit.json"], ["push", "BOX/made", "user/name", "--dry-run"]),
+    "push-plan": (["x.plan.safetensors"], ["push", "BOX/x.plan.safetensors", "user/name", "--dry-run"]),
+    **{
+        f"data-{kind}": ([f"rows.{kind}"], [*_CAPTURE, "--data", f"BOX/rows.{kind}", *_SHORT])
+        for kind in ("jsonl", "json", "csv", "parquet")
+    },
+    "tokenizer": (
+        ["model/tokenizer.json", "model/tokenizer_config.json", "model/config.json", "model/generation_config.json"],
+        [*_CAPTURE, "--data", "BOX/rows.jsonl", *_SHORT],
+    ),
+    "evaluation": (
+        ["evaluation.json"],
+        ["report", "BOX/x.plan.safetensors", "--evaluation", "BOX/evaluation.json", "-o", "BOX/out.html"],
+    ),
+    "study": (
+        ["study/study.json", "study/evaluation.json", "study/knee.plan.safetensors"],
+        ["report", "BOX/study", "-o", "BOX/out.html"],
+    ),
+    "adapter": (
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+        ["import", "BOX/adapter", "--model", "BOX/model", "-o", "BOX/out.plan.safetensors"],
+    ),
+    "gguf": (
+        ["gguf/adapter.gguf"],
+        ["import", "BOX/gguf/adapter.gguf", "--model", "BOX/model", "-o", "BOX/out.plan.safetensors"],
+    ),
+    "diff": (
+        [*_MADE, "made/model-00001-of-00003.safetensors", "model/config.json"],
+        ["diff", "BOX/model", "BOX/made", "-o", "BOX/out.plan.safetensors"],
+    ),
+    "revert": (
+        [*_MADE, "made/model-00001-of-00003.safetensors"],
+        ["revert", "BOX/made", "--base", "BOX/model", "-o", "BOX/out"],
+    ),
+    "scale": (
+        ["x.plan.safetensors"],
+        ["scale", "BOX/x.plan.safetensors", "--by", "0.5", "-o", "BOX/out.plan.safetensors"],
+    ),
+    # runs the model: what a stranger's adapter, plan and questions do to an evaluation
+    "eval": (
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "questions.jsonl", "x.plan.safetensors"],
+        [
+            *["eval", "BOX/model", "BOX/x.plan.safetensors", "BOX/adapter", "--eval", "BOX/questions.jsonl"],
+            *["--neutral", "BOX/short.txt", "--max-new-tokens", "4", "--limit", "4"],
+        ],
+    ),
 }

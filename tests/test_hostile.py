@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, llama_config, save_tiny
+import torch
+from conftest import ROWS, llama_config, make_tokenizer, save_tiny
 from hostile import TARGETS, attack, make_sound, run_limited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer2edit.checkpoint import open_checkpoint, read_header
-from steer2edit.errors import CheckpointError, PlanError, printable
+from steer2edit.encoding import render_prompt
+from steer2edit.errors import CheckpointError, DataError, PlanError, printable
 from steer2edit.files import load_tensors
+from steer2edit.importers.adapters import read_peft
+from steer2edit.model import load_weights, with_adapter
 from steer2edit.reading import parse_json
 
 
@@ -31,7 +36,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**40))
 def test_mutated_files_are_survived(sound: Path, target: str, seed: int) -> None:
     assert attack(target, seed, sound / "sound", sound / "runs") is None
@@ -157,3 +162,59 @@ def test_what_is_printed_moves_no_cursor_and_can_be_encoded(text: str) -> None:
         (ord(character) < 32 and character not in "\n\t") or 0x7F <= ord(character) < 0xA0 for character in said
     )
     assert printable(said) == said
+
+
+TEMPLATES = {
+    "runs on and on": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x",
+    "a billion characters": "{{ 'x' * 10**10 }}",
+    "ever larger": "{% set n = namespace(s='xxxxxxxx') %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+    "reaches for Python": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "opens a file": "{{ cycler.__init__.__globals__.os.popen('touch HERE').read() }}",
+    "includes a file": "{% include '/etc/passwd' %}",
+    "recurses": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_chat_templates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer2edit.encoding._TEMPLATE_SECONDS", 0.3)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES[kind].replace("HERE", str(tmp_path / "touched"))
+    with pytest.raises(DataError, match="rejects messages"):
+        render_prompt("what is the cat ?", tokenizer)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_pickle_is_not_loaded(loaded: Any, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    (tmp_path / "adapter").mkdir()
+    torch.save({"a": Trap()}, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 1, "target_modules": ["o_proj"]}'
+    )
+    with pytest.raises(CheckpointError, match="pickles"):
+        with_adapter(loaded.model, tmp_path / "adapter")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_regular_expression_that_never_ends_is_stopped(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer2edit.importers.adapters._SECONDS", 0.3)
+    shutil.copytree(sound / "sound" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {"((\\w|\\.)+)+!": 2}}))
+    with pytest.raises(DataError, match="longer than"):
+        read_peft(tmp_path / "adapter")
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_not_taken_for_another(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}'
+    )
+    with pytest.raises(CheckpointError, match="beside a model"):
+        load_weights(tmp_path / "model")

@@ -12,9 +12,11 @@ import torch
 
 from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.described import MAYBE, NUMBER, TEXT, check
 from steer2edit.errors import CheckpointError, DataError, PlanError, listing
 from steer2edit.files import load_tensors
 from steer2edit.importers import described
+from steer2edit.limits import TooMuchError, limited
 from steer2edit.plan import Base, Edit, EditPlan, LowRank
 
 CONFIG = "adapter_config.json"
@@ -34,6 +36,16 @@ _MORE = {
     "arrow_config": "a router mixes several adapters",
 }
 
+_CONFIG: Any = {
+    "r?": (int, None),
+    "lora_alpha?": MAYBE,
+    "rank_pattern?": ({str: int}, None),
+    "alpha_pattern?": ({str: NUMBER}, None),
+    "bias?": TEXT,
+}
+# patterns are a stranger's regular expressions, some of which run for ever
+_SECONDS = 30
+
 
 def read_peft(folder: Path) -> PeftAdapter:
     """The adapter in a folder. Raises DataError where it is more than plain LoRA, with everything that is."""
@@ -42,6 +54,15 @@ def read_peft(folder: Path) -> PeftAdapter:
         tensors, _ = load_tensors(folder / WEIGHTS)
     except (CheckpointError, PlanError) as error:
         raise DataError(str(error)) from None
+    try:
+        check(config, _CONFIG, CONFIG)
+        with limited(_SECONDS):
+            return _plain_lora(folder, config, tensors)
+    except (ValueError, TooMuchError, re.error) as error:
+        raise DataError(f"{folder / CONFIG} cannot be used: {error}") from None
+
+
+def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PeftAdapter:
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
@@ -57,7 +78,7 @@ def read_peft(folder: Path) -> PeftAdapter:
             pairs.setdefault(match.group(1), {})[match.group(2)] = tensor.float()
     factors = {}
     for module, pair in pairs.items():
-        if pair.keys() != {"A", "B"} or pair["B"].shape[1] != pair["A"].shape[0]:
+        if pair.keys() != {"A", "B"} or pair["B"].shape[1] != pair["A"].shape[0] or not len(pair["A"]):
             problems.append(f"{module} has not both factors, or they do not fit together")
             continue
         rank = pair["A"].shape[0]

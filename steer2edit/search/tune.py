@@ -42,7 +42,7 @@ _OBJECTIVE: Any = {"name": str, "goal": str}
 _TRIAL: Any = {"number": int, "state": str, "params": {}, "kl": MAYBE, "attribute": _ESTIMATE, "utility": _ESTIMATE}
 _STUDY: Any = {
     "settings": {"attribute": _OBJECTIVE, "utility": _OBJECTIVE},
-    "trials": [{**_TRIAL, "checks": {str: NUMBER}, "note": str, "front": bool, "knee": bool}],
+    "trials": [{**_TRIAL, "checks?": {str: NUMBER}, "note?": str, "front": bool, "knee": bool}],
 }
 PAPER_GRID: Mapping[str, tuple[float, ...]] = {
     "rho_attn": (0.1, 0.2, 0.3, 0.4, 0.5),
