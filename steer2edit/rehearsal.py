@@ -133,7 +133,8 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
         site for site in spec.sites if first <= site.layer <= last and (kinds is None or site.role.kind in kinds)
     ]
     sites += [spec.embedding] if getattr(options, "embedding", False) else []
-    edits = (LowRank(s.matrix, torch.zeros(s.out_features, 1), torch.zeros(1, s.in_features)) for s in sites)
+    zero = torch.zeros(1, 1)  # one number for all: a mixture may have ten thousand matrices
+    edits = (LowRank(s.matrix, zero.expand(s.out_features, 1), zero.expand(1, s.in_features)) for s in sites)
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
 
 
