@@ -288,9 +288,14 @@ def test_adapters_that_are_more_than_plain_lora_are_refused(tmp_path: Path, scor
         with pytest.raises(DataError, match=said):
             read(tmp_path / name).plan(scoring.checkpoint, scoring.spec)  # type: ignore[union-attr]
     config = tmp_path / "reader/adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 5}))
+    sound = json.loads(config.read_text())
+    config.write_text(json.dumps({**sound, "r": 5}))
     with pytest.raises(DataError, match="has the rank 2, its config says r = 5"):
         read(tmp_path / "reader")
+    for strange in ({"lora_alpha": "much"}, {"rank_pattern": [1]}, {"alpha_pattern": {"(": 2}}):
+        config.write_text(json.dumps({**sound, **strange}))
+        with pytest.raises(DataError, match="are not understood"):
+            read(tmp_path / "reader")
 
 
 def test_a_compile_from_vectors_alone_gives_a_verified_artefact(

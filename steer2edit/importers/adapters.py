@@ -82,7 +82,10 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
             problems.append(f"{module} has not both factors, or they do not fit together")
             continue
         rank = pair["A"].shape[0]
-        scale = _scale(config, module, rank)
+        try:
+            scale = _scale(config, module, rank)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise DataError(f"{folder / CONFIG}: r, lora_alpha or their patterns are not understood: {error}") from None
         if scale is None:
             problems.append(f"{module} has the rank {rank}, its config says r = {_setting(config, 'r', module)}")
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ _MLP = re.compile(r"mlp|down_proj|feed_forward|ffn")
 # places that are neither the stream after a block nor a writer's output
 _ELSEWHERE = re.compile(r"layernorm|ln_?\d|norm|resid_mid|q_proj|k_proj|v_proj|gate|up_proj|hook_z|lora_")
 _LAYER_TYPES = {"decoder_block": "residual", "self_attn": "attn_out", "mlp": "mlp_out"}
+# what torch's reader meets in a damaged file
+_BROKEN = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, MemoryError),
+    *(ArithmeticError, struct.error),
+)
 
 
 @dataclass
@@ -53,7 +59,7 @@ def load_pickle(path: Path) -> Any:
         raise DataError(
             f"{path} holds more than tensors and plain values, and is not read: {str(error).strip().splitlines()[0]}"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path} is not a readable torch file: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
@@ -91,19 +97,22 @@ def read_safetensors(path: Path, reading: Reading) -> Vectors:
 
 def read_numpy(path: Path, reading: Reading) -> Vectors:
     """Vectors from an ``.npz`` archive or an ``.npy`` array; object arrays, which are pickles, are refused."""
+    import tokenize
     import zipfile
+    import zlib
 
     import numpy
 
+    faults = (OSError, ValueError, TypeError, EOFError, SyntaxError, NotImplementedError, MemoryError)
     try:
-        loaded = numpy.load(path, allow_pickle=False)
-        arrays = loaded if isinstance(loaded, numpy.ndarray) else {name: loaded[name] for name in loaded.files}
-        held: Any = (
-            torch.from_numpy(arrays)
-            if isinstance(arrays, numpy.ndarray)
-            else {name: torch.from_numpy(array) for name, array in arrays.items()}
-        )
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file:
+            loaded = numpy.load(file, allow_pickle=False)
+            held: Any
+            if isinstance(loaded, numpy.ndarray):
+                held = torch.from_numpy(loaded)
+            else:
+                held = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
+    except (*faults, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a NumPy file of numbers: {error}") from None
     return at_layers(held, described(path, f"per-layer {path.suffix[1:]}"), reading)
 
