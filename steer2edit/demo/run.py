@@ -16,9 +16,10 @@ from tabulate import tabulate
 from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, neutral_text, settle_strength
+from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, settle_strength
 from steer2edit.contrast import LABELS, Example
 from steer2edit.demo import world
+from steer2edit.divergence import NeutralText
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.generation import generate
 from steer2edit.hooks import edited, steered
@@ -82,8 +83,10 @@ def _run_all(out: Path, behaviors: Sequence[str], force: bool, progress: Progres
     folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
     checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
     loaded = load_model(checkpoint, read_spec(checkpoint), RUNTIME)
+    # small batches of this model's activations stay in a core's cache
+    neutral = NeutralText(loaded, neutral_documents(), batch_tokens=1024, progress=progress)
     return {
-        name: _run_one(checkpoint, loaded, behavior, folders[name], force, progress)
+        name: _run_one(checkpoint, loaded, behavior, neutral, folders[name], force, progress)
         for name, behavior in chosen.items()
     }
 
@@ -92,17 +95,16 @@ def _run_one(
     checkpoint: Checkpoint,
     loaded: LoadedModel,
     behavior: Behavior,
+    neutral: NeutralText,
     folders: dict[str, Path],
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     spec = loaded.spec
-    documents = neutral_documents()
     background = neutral_documents(seed=2)
     statistics = capture_statistics(loaded, checkpoint, behavior, background=background, progress=progress)
     scoring = Scoring(checkpoint, spec, statistics)
     plan = make_plan(scoring, progress=progress)
-    neutral = neutral_text(loaded, documents, progress)
     plan = settle_strength(loaded, plan, kl_budget=KL_BUDGET, neutral=neutral)
     verified = {}
     for target, folder in folders.items():
