@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -116,6 +118,19 @@ def test_a_file_size_limit_leaves_nothing(case: Case, tmp_path: Path) -> None:
     command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
     done = subprocess.run([sys.executable, "-c", *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert list(case.work.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_removes_what_it_began(case: Case, tmp_path: Path, number: signal.Signals) -> None:
+    case.plan.save(tmp_path / "x.plan.safetensors")
+    code = "import os, time; os.fsync = lambda _: time.sleep(60); from steer2edit.cli import main; main()"
+    command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
+    process = subprocess.Popen([sys.executable, "-c", *map(str, command)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(case.work.glob(".out.partial-*/*.safetensors")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) in (1, 128 + number)
     assert list(case.work.iterdir()) == []
 
 
