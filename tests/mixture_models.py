@@ -77,7 +77,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": WIDTH, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
     },
     # as published: a dense block is called mlp, which saving would rename
-    "kimi_linear": {**_MLA, "first_k_dense_replace": 0},
+    "kimi_linear": {
+        **_MLA, "first_k_dense_replace": 0,
+        "linear_attn_config": {
+            "head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4, "full_attn_layers": [2], "kda_layers": [1, 3],
+        },
+    },
     "bailing_hybrid": {**_MLA, "layer_group_size": 2},
     "llama4_text": {"moe_layers": [1, 2], "intermediate_size_mlp": 40},
 }  # fmt: skip
