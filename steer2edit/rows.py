@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from steer2edit.errors import DataError, HubError, listing, shown
 from steer2edit.hub import dataset_file, read_reference
@@ -23,6 +23,7 @@ from steer2edit.reading import parse_json, read_bytes
 T = TypeVar("T")
 
 _MAX_BYTES = 1 << 30
+_MAX_ROWS = 5_000_000
 
 
 class Message(NamedTuple):
@@ -226,16 +227,35 @@ def _parquet(data: bytes, name: str, problems: list[str], shape: Shape) -> Itera
         problems.append(f"{name}: Parquet needs pyarrow; install it with: pip install 'steer2edit[parquet]'")
         return
     try:
-        file = parquet.ParquetFile(io.BytesIO(data))
-        columns = [column for column in file.schema_arrow.names if column in shape.columns]
-        if missing := shape.missing(file.schema_arrow.names):
+        schema = parquet.read_schema(io.BytesIO(data))
+        columns = [column for column in schema.names if column in shape.columns]
+        if missing := shape.missing(schema.names):
             problems.append(f"{name}: {missing}")
             return
-        rows = file.read(columns=columns).to_pylist()
+        # what is stored once stays once in memory: a file of a few bytes may stand for any number of them
+        plain = [c for c in columns if arrow.types.is_string(schema.field(c).type)]
+        file = parquet.ParquetFile(io.BytesIO(data), read_dictionary=plain)
+        held = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if held > _MAX_BYTES:
+            problems.append(f"{name}: it unpacks to {held} bytes, and at most {_MAX_BYTES} are read")
+            return
+        # nested texts are unpacked, each at most as long as all that is stored
+        batch = 256 if plain == columns else max(1, min(256, (256 << 20) // max(held, 1)))
+        yield from _parquet_rows(file, name, columns, batch)
     except (arrow.ArrowException, OSError, ValueError) as error:
         problems.append(f"{name}: {_reason(error)}")
-        return
-    yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _parquet_rows(file: Any, name: str, columns: list[str], batch_size: int) -> Iterator[tuple[str, object]]:
+    number = size = 0
+    for batch in file.iter_batches(batch_size=batch_size, columns=columns):
+        for index in range(batch.num_rows):
+            row = {column: batch.column(place)[index].as_py() for place, column in enumerate(batch.schema.names)}
+            number += 1
+            size += sum(len(value) if isinstance(value, str) else len(repr(value)) for value in row.values())
+            if size > _MAX_BYTES or number > _MAX_ROWS:
+                raise ValueError(f"it unpacks to more than {_MAX_ROWS} rows or {_MAX_BYTES} characters")
+            yield f"{name} row {number}", row
 
 
 _READERS: dict[str, _Reader] = {

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer2edit.checkpoint import open_checkpoint, read_header
+from steer2edit.contrast import read_contrast
 from steer2edit.encoding import render_prompt
 from steer2edit.errors import CheckpointError, DataError, PlanError, printable
 from steer2edit.files import load_tensors
@@ -218,3 +219,14 @@ def test_a_model_with_an_adapter_in_its_folder_is_not_taken_for_another(tiny_lla
     )
     with pytest.raises(CheckpointError, match="beside a model"):
         load_weights(tmp_path / "model")
+
+
+def test_a_small_parquet_file_that_stands_for_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    indices = arrow.array([0] * 20_000, arrow.int32())
+    texts = arrow.DictionaryArray.from_arrays(indices, arrow.array(["x" * 1000]))
+    parquet.write_table(arrow.table({"prompt": texts, "positive": texts, "negative": texts}), tmp_path / "rows.parquet")
+    assert (tmp_path / "rows.parquet").stat().st_size < 20_000
+    monkeypatch.setattr("steer2edit.rows._MAX_BYTES", 1_000_000)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_contrast(tmp_path / "rows.parquet")
