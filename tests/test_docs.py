@@ -97,3 +97,19 @@ def test_every_command_that_is_written_down_exists_with_its_options() -> None:
         unknown = [word for word in words if re.match(r"--?[a-zA-Z]", word) and word.split("=")[0] not in known]
         problems += [f"{page}: {line}: no option {word}" for word in unknown]
     assert not problems, "\n".join(problems)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+    links = [
+        (page, target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 20
+    assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]
+
+
+def test_every_document_is_in_the_list_of_documents() -> None:
+    listed = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in listed]
