@@ -146,6 +146,28 @@ def test_verdict_says_what_was_found() -> None:
     assert "not distinguishable" not in said
 
 
+def test_verdict_names_activation_steering_at_the_same_cost() -> None:
+    whole = make_evaluation()
+    equal = [row for row in whole.rows if row.kind == "steering" and row.note == "at equal KL"]
+    said = verdict(make_report())
+    assert said.count("activation steering at equal KL: ") == (len(equal) == 1)
+    first = next(row for row in whole.rows if row.kind == "steering")
+    rows = [dataclasses.replace(row, note="at equal KL" if row is first else row.note) for row in whole.rows]
+    said = verdict(make_report(evaluation=dataclasses.replace(whole, rows=tuple(rows))))
+    assert "activation steering at equal KL: −" in said
+
+
+def test_a_study_without_a_report_shows_its_front_and_says_where_it_was_chosen() -> None:
+    whole = make_report(evaluation=None)
+    plan = dataclasses.replace(whole.plan, measured={**whole.plan.measured, "selected_on": ["0" * 16]})
+    report = dataclasses.replace(whole, plan=plan)
+    assert "chosen on the selection split" in verdict(report)
+    page = render_page(report)
+    figure = page[page.index("<svg") : page.index("</svg>")]
+    assert all(f">{label}<" in figure for label in ("front", "chosen edit", "trials (selection split)"))
+    assert "all on the selection split" in page
+
+
 def test_verdict_says_when_chance_does_the_same() -> None:
     said = verdict(make_report(evaluation=make_evaluation(random=-0.45)))
     assert "not distinguishable from a random direction." in said

@@ -38,7 +38,8 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
         + ". A change is called better or worse where its interval leaves no doubt of the direction; one that is not called "
         "anything may be none."
     ]
-    if context := pairs(evaluation.context):
+    shown = {key: str(given)[:12] if key == "fingerprint" else given for key, given in evaluation.context.items()}
+    if context := pairs(shown):
         said.append(f"Measured on: {context}.")
     return [
         *(tag("p", one) for one in said),

@@ -127,9 +127,14 @@ def render_study(done: Study) -> str:
     ]
     if done.evaluation is not None:
         parts += ["", "on the reporting split", render_evaluation(done.evaluation)]
+    kept = [
+        "study.json",
+        *(["knee.plan.safetensors", "front/"] if rows else []),
+        *(["evaluation.json"] if done.evaluation else []),
+    ]
     parts += [
         "",
-        f"{done.folder}: study.json, knee.plan.safetensors, front/, evaluation.json" if rows else str(done.folder),
+        f"{done.folder}: {', '.join(kept)}",
     ]
     return "\n".join(parts)
 

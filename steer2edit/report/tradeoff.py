@@ -49,7 +49,13 @@ def tradeoff(
                 *zip(*dots, strict=True), ".", color=GREY, markersize=3, label="trials (selection split)", zorder=1
             )
         _draw_points(axis, points)
-        every = [*dots, *((px.value, py.value) for _, _, px, py in points)]
+        searched = {} if evaluation is not None else _searched(trials, settings, axes)
+        for mark, at in searched.items():
+            label, colour, marker, size = _MARKS[mark]
+            line, face = ("-", "none") if mark == "front" else ("", colour)
+            drawn = {"color": colour, "markersize": size, "markerfacecolor": face, "linewidth": 1, "zorder": 3}
+            axis.plot(*zip(*at, strict=True), marker + line, label=label, **drawn)
+        every = [*dots, *((px.value, py.value) for _, _, px, py in points), *searched.get("base", ())]
         _scale_x(axis, [value for value, _ in every], x)
         axis.set(xlabel=_axis_label(x), ylabel=_axis_label(y))
         marks = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -67,10 +73,17 @@ def tradeoff(
         "tradeoff",
         f"Scatter of {y.name} against {x.name}. "
         + "; ".join(f"{row.name}: {x.name} {px}, {y.name} {py}" for row, _, px, py in points[:8]),
-        f"Each candidate's {y.name} ({y.goal} is better) against its {x.name} ({x.goal} is better), with 95 % intervals"
-        + (f"; small dots are the study's {len(dots)} complete trials, on the selection split." if dots else "."),
+        _caption(x, y, len(dots), evaluation is not None),
         figure,
     )
+
+
+def _caption(x: Metric, y: Metric, trials: int, measured: bool) -> str:
+    what = f"{y.name} ({y.goal} is better) against its {x.name} ({x.goal} is better)"
+    if not measured:
+        return f"Each of the study's {trials} complete trials: its {what}, all on the selection split."
+    dots = f"; small dots are the study's {trials} complete trials, on the selection split." if trials else "."
+    return f"Each candidate's {what}, with 95 % intervals{dots}"
 
 
 def objectives(evaluation: Evaluation | None, settings: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
@@ -159,6 +172,19 @@ def _dots(
     complete = [t for t in trials if t.get("state") == "complete" and t.get("utility") and t.get("attribute")]
     pairs = [(float(trial["utility"]["value"]), float(trial["attribute"]["value"])) for trial in complete]
     return [pair for pair in pairs if all(map(math.isfinite, pair))]
+
+
+def _searched(
+    trials: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], axes: tuple[Metric, Metric]
+) -> dict[str, list[tuple[float, float]]]:
+    """What a search found, by mark: its front, the chosen trial, and the base where that was measured."""
+    base = settings.get("base") or {}
+    found = {
+        "front": sorted(_dots([trial for trial in trials if trial.get("front")], settings, axes)),
+        "chosen": _dots([trial for trial in trials if trial.get("knee")], settings, axes),
+        "base": [(float(base[axes[0].name]), float(base[axes[1].name]))] if all(a.name in base for a in axes) else [],
+    }
+    return {mark: at for mark, at in found.items() if at}
 
 
 def _scale_x(axis: Any, values: Sequence[float], x: Metric) -> None:

@@ -27,6 +27,10 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
     at = f"a {utility.name} of {number(cost.value)} {utility.unit}".strip()
     chance = {kind: [other for other in evaluation.rows if other.kind == kind] for kind in _CHANCE}
     beside = [_best_of(evaluation, attribute, kind, rows) for kind, rows in chance.items() if rows]
+    # of activation steering at many strengths, the one that costs as much
+    equal = [other for other in evaluation.rows if other.kind == "steering" and other.note.startswith("at ")]
+    if len(equal) == 1:
+        beside.insert(0, _best_of(evaluation, attribute, "steering", equal))
     said = "; ".join([f"{_moved(attribute, change)} at {at}", *beside])
     changes = {kind: [evaluation.change(row, attribute.name) for row in rows] for kind, rows in chance.items() if rows}
     return f"{said}. {_judged(attribute, change, changes)}"
@@ -46,6 +50,8 @@ def _unmeasured(plan: EditPlan) -> str:
     said = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
     if plan.measured.get("kl") is not None:
         said += f", and moves the model by {divergence(plan.measured)} on neutral text"
+    if plan.measured.get("selected_on"):
+        return f"{said}. It was chosen on the selection split; what it does on other questions was not measured."
     return f"{said}. What it does to the behaviour was not measured."
 
 
@@ -63,7 +69,7 @@ def _moved(metric: Metric, change: Estimate) -> str:
 def _best_of(evaluation: Evaluation, metric: Metric, kind: str, rows: Sequence[Row]) -> str:
     changes = [(evaluation.change(row, metric.name), row) for row in rows]
     best, row = (max if metric.goal == "more" else min)(changes, key=lambda one: one[0].value)
-    one, several = _CHANCE[kind]
+    one, several = _CHANCE.get(kind, ("activation steering", ""))
     which = one if len(rows) == 1 else f"the best of {len(rows)} {several}"
     note = f" {row.note}" if row.note.startswith("at ") else ""
     return f"{which}{note}: {ratio(best) if metric.exponential else interval(best, signed=True)}"
