@@ -36,12 +36,18 @@ from steer2edit.plan import Base, EditPlan, LowRank, merge
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from conftest import family_config, save_tiny
+from mixture_models import mixture_config, save_mixture
 
 FAMILIES = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2"),
     *("granite", "smollm3", "cohere", "cohere2", "nemotron", "stablelm", "ernie4_5", "hunyuan_v1_dense", "arcee"),
     *("apertus", "seed_oss", "glm", "glm4", "exaone4", "starcoder2", "phi", "gpt_neox", "gpt2", "gpt_bigcode"),
     *("bloom", "falcon", "mpt", "opt"),
+)
+# edited where an adapter can reach: attention, dense MLPs and shared experts
+MIXTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "gpt_oss"),
+    *("hunyuan_v1_moe", "phimoe", "exaone_moe", "deepseek_v2", "deepseek_v3"),
 )
 # large enough for every engine's kernels: vLLM's CPU attention wants heads of at least 32
 SIZE = {
@@ -58,6 +64,11 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_po
 # what a family's published models have, and an engine takes for granted
 PECULIAR: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 1},
+    **{
+        family: {"moe_intermediate_size": 64}
+        for family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "exaone_moe")
+    },
+    **{family: {"num_key_value_heads": 4, "head_dim": 8} for family in ("deepseek_v2", "deepseek_v3")},
     **{family: {"query_pre_attn_scalar": SIZE["head_dim"]} for family in ("gemma2", "gemma3_text")},
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "opt": {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]},
@@ -89,36 +100,34 @@ def main() -> None:
     plans = dict(one.split("=", 1) for one in given.plan)
     folders = {name: Path(folder) for name, folder in (one.split("=", 1) for one in given.model)}
     folders["embedded"] = model_folder()
-    made = []
-    for name in (*folders, *(f"tiny {family}" for family in FAMILIES)):
+    path = given.work / "cases.json"
+    for name in (*folders, *(f"tiny {family}" for family in (*FAMILIES, *MIXTURES))):
         if given.only and name not in given.only:
             continue
         key = name.replace(" ", "-")
         try:
             base = folders[name] if name in folders else _tiny(given.work / "models" / key, name.removeprefix("tiny "))
             files = plans[name].split(",") if name in plans else []
-            made.append(_case(given.work, key, name, base, files, given.tokens))
-            print(f"{name}: {made[-1]['plans']}", file=sys.stderr)
-        except (Steer2EditError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+            made = _case(given.work, key, name, base, files, given.tokens)
+        except (Steer2EditError, ValueError, KeyError, AttributeError, ImportError, TypeError, RuntimeError) as error:
             print(f"{name}: left out, {type(error).__name__}: {error}", file=sys.stderr)
-    path = given.work / "cases.json"
-    kept = [
-        case
-        for case in (json.loads(path.read_text()) if path.is_file() else [])
-        if case["key"] not in {c["key"] for c in made}
-    ]
-    path.write_text(json.dumps([*kept, *made], indent=1) + "\n")
+            continue
+        before = json.loads(path.read_text()) if path.is_file() else []
+        path.write_text(json.dumps([*(case for case in before if case["key"] != key), made], indent=1) + "\n")
+        print(f"{name}: {made['plans']}", file=sys.stderr)
 
 
 def _tiny(folder: Path, family: str) -> Path:
     """A random model of a family, in float32."""
-    kind = type(family_config(family))
+    make = mixture_config if family in MIXTURES else family_config
+    kind = type(make(family))
     known = {*kind().to_dict(), *kind.attribute_map}
     shutil.rmtree(folder, ignore_errors=True)
     settings = {name: value for name, value in SIZE.items() if name in known}
     # tied as published models of the family are
     settings["tie_word_embeddings"] = kind().tie_word_embeddings
-    save_tiny(folder, family_config(family, **{**settings, **PECULIAR.get(family, {})}))
+    config = make(family, **{**settings, **PECULIAR.get(family, {})})
+    (save_mixture if family in MIXTURES else save_tiny)(folder, config)
     # converters expect a name for every row of the embedding
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -189,7 +198,7 @@ def _random_plan(loaded: LoadedModel, checkpoint: Any, seed: int) -> EditPlan:
     """Rank 1 on every writer, each edit a twentieth of its matrix in norm: enough to change most answers."""
     generator = torch.Generator().manual_seed(seed)
     edits = []
-    for site in loaded.spec.sites:
+    for site in (site for site in loaded.spec.sites if site.expert is None):
         B = torch.nn.functional.normalize(torch.randn(site.out_features, 1, generator=generator), dim=0)
         A = torch.nn.functional.normalize(torch.randn(1, site.in_features, generator=generator), dim=1)
         size = 0.05 * float(checkpoint.read(site.tensor).float().norm())
