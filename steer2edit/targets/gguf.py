@@ -44,7 +44,7 @@ ARCHITECTURES: Mapping[str, str] = {
         "granitemoe": "granitemoe",
     },
     **{"gpt_oss": "gpt-oss", "glm4_moe": "glm4moe", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe"},
-    **{"hunyuan_v1_moe": "hunyuan-moe", "phimoe": "phimoe", "exaone_moe": "exaone-moe"},
+    **{"hunyuan_v1_moe": "hunyuan-moe", "exaone_moe": "exaone-moe"},
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
 }
 
