@@ -2,12 +2,13 @@
 
     python benchmarks/layerwise.py --work DIR --sizes 1,3 --runs 3
 
-Each capture is a process of its own; memory is its largest resident set. That counts pages of mapped files too, which the
-system takes back when it needs them.
+Each capture is a process of its own. Its own memory (``RssAnon``, sampled) is what it cannot do without; the largest resident
+set counts pages of mapped files too, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -43,7 +44,7 @@ def main() -> None:
         model = make_checkpoint(given.work, size)
         make_tokenizer().save_pretrained(model)
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        runs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+        runs: dict[str, list[tuple[float, float, float]]] = {mode: [] for mode in MODES}
         for _ in range(given.runs):
             for mode, options in MODES.items():
                 command = ["capture", str(model), "--data", str(data), "--background", str(background)]
@@ -51,14 +52,15 @@ def main() -> None:
                 runs[mode].append(_measured([*command, *options]))
         ratio = statistics.median(slow[0] / fast[0] for fast, slow in zip(runs["plain"], runs["by layer"], strict=True))
         for mode, measured in runs.items():
-            seconds, memory = (statistics.median(values) for values in zip(*measured, strict=True))
+            seconds, own, memory = (statistics.median(values) for values in zip(*measured, strict=True))
             found.append(
                 {
                     "weights, GB": weights / 1e9,
                     "capture": mode,
                     "seconds": seconds,
-                    "peak memory, GB": memory / 1e9,
-                    "memory / float32 weights": memory / (2 * weights),
+                    "own memory, GB": own / 1e9,
+                    "own / float32 weights": own / (2 * weights),
+                    "resident, GB": memory / 1e9,
                     "time / plain": ratio if mode != "plain" else 1.0,
                     "runs": measured,
                 }
@@ -67,16 +69,24 @@ def main() -> None:
     print(json.dumps(found, indent=1) if given.json else tabulate(shown, headers="keys", floatfmt=".3g"))
 
 
-def _measured(arguments: list[str]) -> tuple[float, float]:
-    """Seconds and the largest resident set in bytes of one run of the command line."""
+def _measured(arguments: list[str]) -> tuple[float, float, float]:
+    """Seconds, and the largest own memory and resident set in bytes, of one run of the command line."""
     started = time.perf_counter()
     child = os.posix_spawn(
         sys.executable, [sys.executable, "-m", "steer2edit", *arguments], os.environ, file_actions=_quiet()
     )
-    _, status, usage = os.wait4(child, 0)
+    own = 0
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            break
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{child}/status").read_text().splitlines()
+            own = max(own, int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024)
+        time.sleep(0.02)
     if status:
         raise SystemExit(f"{' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, own, usage.ru_maxrss * 1024
 
 
 def _quiet() -> list[tuple[int, int, str, int, int]]:
