@@ -2,10 +2,11 @@
 
     python benchmarks/experts_vllm.py --vllm VLLM_ENVIRONMENT/bin/python [FAMILY ...]
 
-For the demo's mixture and for a tiny random model of each family, two experts of every layer are masked: by the selection bias
-where there is one, by cutting them out, and by output matrices of zeros. The base and each checkpoint are decoded greedily
-in float32, in this environment by transformers and in vLLM's own by ``vllm_greedy.py``. Given are the tokens that agree,
-the largest difference of their log-probabilities, and how many of the mask's tokens are other than the base's.
+For a tiny random model of each family two experts of every layer are masked: by the selection bias where there is one, by
+cutting them out, and by output matrices of zeros; in the demo's mixture, those that lead its ranking for shown workings. The
+base and each checkpoint are decoded greedily in float32, in this environment by transformers and in vLLM's own by
+``vllm_greedy.py``. Given are the tokens that agree, the largest difference of their log-probabilities, and how many of the
+mask's tokens are other than the base's.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from mixture_models import mixture_config, save_mixture
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.compiler import capture_statistics
 from steer2edit.demo import world
-from steer2edit.demo.experts import mixture_folder
+from steer2edit.demo.experts import TOP, mixture_folder
+from steer2edit.demo.run import RUNTIME, demo_behavior
 from steer2edit.experts.lowering import Request, lower_experts
-from steer2edit.model import load_tokenizer, load_weights
+from steer2edit.experts.ranking import expert_table, ranking, weakest_for_pruning
+from steer2edit.model import load_model, load_tokenizer, load_weights
 from steer2edit.targets import emit
 
 # vLLM's CPU kernels want heads of 32 and sizes that are multiples of 32
@@ -79,11 +83,11 @@ def main() -> None:
 def compared(family: str, python: str, scratch: Path) -> list[list[str]]:
     """The rows of one family."""
     base = mixture_folder() if family == "demo" else tiny(family, scratch / "base")
-    folders = {"nothing": base, **masked(base, scratch)}
+    folders = {"nothing": base, **masked(base, scratch, family == "demo")}
     prompts = [[1, *range(5 + 7 * i, 11 + 7 * i)] for i in range(PROMPTS)]
     if family == "demo":
-        texts = [task.prompt for behavior in world.BEHAVIORS for task in world.tasks(behavior)[:2]]
-        prompts = load_tokenizer(base)(texts)["input_ids"]
+        texts = [task.prompt for task in world.tasks("reasoning") if task.kind == "attribute"]
+        prompts = load_tokenizer(base)(texts[:PROMPTS])["input_ids"]
     theirs = vllm_answers(python, list(folders.values()), prompts, scratch / "answers.json")
     if isinstance(theirs, str):
         return [[family, "does not run", theirs, "", ""]]
@@ -107,17 +111,26 @@ def compared(family: str, python: str, scratch: Path) -> list[list[str]]:
 
 def tiny(family: str, folder: Path) -> Path:
     """A random model of a family, with sizes that vLLM's kernels take."""
-    return save_mixture(folder, mixture_config(family, **_SIZES, **_OTHER_SIZES.get(family, {})))
+    # vLLM gives a qwen3_moe a shared expert if its config has that key
+    known = {*mixture_config(family).to_dict(), "head_dim"}
+    sizes = {key: value for key, value in _SIZES.items() if key in known}
+    return save_mixture(folder, mixture_config(family, **sizes, **_OTHER_SIZES.get(family, {})))
 
 
-def masked(base: Path, scratch: Path) -> dict[str, Path]:
+def masked(base: Path, scratch: Path, ranked: bool) -> dict[str, Path]:
     """A checkpoint for each way of masking that the family has."""
     checkpoint = open_checkpoint(base)
     spec = read_spec(checkpoint)
     ways = ["prune", "zero"] if spec.routers[0].bias is None else ["bias", "prune", "zero"]
-    request = Request.of([(router.layer, expert) for router in spec.routers for expert in MASKED])
+    everywhere = [(router.layer, expert) for router in spec.routers for expert in MASKED]
+    off = dict.fromkeys(ways, everywhere)
+    if ranked:
+        loaded = load_model(checkpoint, spec, RUNTIME)
+        table = expert_table(capture_statistics(loaded, checkpoint, demo_behavior("reasoning")))
+        leading = [(one.layer, one.expert) for one in ranking(table, TOP, "positive")]
+        off = {"bias": leading, "zero": leading, "prune": weakest_for_pruning(table, 1, "positive")}
     for way in ways:
-        plan = lower_experts(checkpoint, spec, request, how=way)  # type: ignore[arg-type]
+        plan = lower_experts(checkpoint, spec, Request.of(off[way]), how=way)  # type: ignore[arg-type]
         emit(plan, checkpoint, spec, "checkpoint", scratch / way)
     return {way: scratch / way for way in ways}
 
