@@ -222,7 +222,8 @@ def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, pro
     """The strength that meets ``budget`` if the logits moved in proportion to it: ``γ = sqrt(2ε / E Var_p(J v))``.
 
     ``E Var_p(J v)`` is measured by a finite difference, ``2 quadratic(h) / h²`` at a small strength h; ``probe`` is the first
-    one tried, and it is moved until the logits differ by more than rounding and less than would bend the curve.
+    one tried, and it is moved until the logits differ by more than rounding and less than would bend the curve. The KL there
+    then corrects it once.
     """
     _check_budget(budget)
     for _ in range(8):
@@ -230,7 +231,9 @@ def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, pro
         if found is not None and math.isfinite(found) and found > 0:
             guess = probe * math.sqrt(budget / found)
             if 1e-4 <= found <= max(budget, 1e-2):
-                return guess
+                # in a narrow dtype most of a small difference is rounding: at the guess itself it is not
+                there = glance(guess).kl
+                return guess * min(max(math.sqrt(budget / there), 0.1), 10.0) if there > 0 else guess
             probe = min(max(0.5 * guess, probe / 30), probe * 30)
         else:
             probe = probe / 16 if found else probe * 16

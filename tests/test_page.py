@@ -146,15 +146,17 @@ def test_verdict_says_what_was_found() -> None:
     assert "not distinguishable" not in said
 
 
-def test_verdict_names_activation_steering_at_the_same_cost() -> None:
+def test_verdict_names_activation_steering_where_it_costs_as_much() -> None:
     whole = make_evaluation()
-    equal = [row for row in whole.rows if row.kind == "steering" and row.note == "at equal KL"]
-    said = verdict(make_report())
-    assert said.count("activation steering at equal KL: ") == (len(equal) == 1)
-    first = next(row for row in whole.rows if row.kind == "steering")
-    rows = [dataclasses.replace(row, note="at equal KL" if row is first else row.note) for row in whole.rows]
-    said = verdict(make_report(evaluation=dataclasses.replace(whole, rows=tuple(rows))))
-    assert "activation steering at equal KL: −" in said
+    edit = next(row for row in whole.rows if row.kind in ("knee", "edit"))
+    rest = tuple(row for row in whole.rows if row.kind != "steering")
+    steering = next(row for row in whole.rows if row.kind == "steering")
+    for share, named in ((1.05, True), (3.0, False)):
+        kl = edit.samples["KL"]
+        dearer = dataclasses.replace(kl, values=tuple(share * value for value in kl.values))
+        row = dataclasses.replace(steering, note="at equal KL", samples={**steering.samples, "KL": dearer})
+        said = verdict(make_report(evaluation=dataclasses.replace(whole, rows=(*rest, row))))
+        assert ("activation steering at equal KL: −" in said) == named
 
 
 def test_a_study_without_a_report_shows_its_front_and_says_where_it_was_chosen() -> None:

@@ -27,10 +27,9 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
     at = f"a {utility.name} of {number(cost.value)} {utility.unit}".strip()
     chance = {kind: [other for other in evaluation.rows if other.kind == kind] for kind in _CHANCE}
     beside = [_best_of(evaluation, attribute, kind, rows) for kind, rows in chance.items() if rows]
-    # of activation steering at many strengths, the one that costs as much
-    equal = [other for other in evaluation.rows if other.kind == "steering" and other.note.startswith("at ")]
-    if len(equal) == 1:
-        beside.insert(0, _best_of(evaluation, attribute, "steering", equal))
+    equal = _as_dear(evaluation, row, utility)
+    if equal is not None:
+        beside.insert(0, _best_of(evaluation, attribute, "steering", [equal]))
     said = "; ".join([f"{_moved(attribute, change)} at {at}", *beside])
     changes = {kind: [evaluation.change(row, attribute.name) for row in rows] for kind, rows in chance.items() if rows}
     return f"{said}. {_judged(attribute, change, changes)}"
@@ -73,6 +72,15 @@ def _best_of(evaluation: Evaluation, metric: Metric, kind: str, rows: Sequence[R
     which = one if len(rows) == 1 else f"the best of {len(rows)} {several}"
     note = f" {row.note}" if row.note.startswith("at ") else ""
     return f"{which}{note}: {ratio(best) if metric.exponential else interval(best, signed=True)}"
+
+
+def _as_dear(evaluation: Evaluation, row: Row, utility: Metric) -> Row | None:
+    """Of activation steering at several strengths, what costs about as much as ``row``; None where nothing does."""
+    cost = evaluation.estimate(row, utility.name).value
+    there = [other for other in evaluation.rows if other.kind == "steering" and other.note.startswith("at ")]
+    gaps = [(abs(evaluation.estimate(other, utility.name).value - cost), n) for n, other in enumerate(there)]
+    gap, nearest = min(gaps, default=(0.0, -1))
+    return there[nearest] if gaps and gap <= 0.15 * abs(cost) else None
 
 
 def _judged(metric: Metric, change: Estimate, chance: Mapping[str, Sequence[Estimate]]) -> str:

@@ -105,7 +105,9 @@ def _report(
     # along the front's own range of KL, so that both curves can be read at the same cost
     costs = sorted(plan.measured["kl"] for plan in plans.values())
     points = [costs[round(i * (len(costs) - 1) / (_STEERING_POINTS - 1))] for i in range(_STEERING_POINTS)]
-    chosen += [steering_at(loaded, scoring, suite.neutral, kl) for kl in dict.fromkeys(points) if kl > 0]
+    # the knee's own cost comes with its baselines
+    points = [kl for kl in dict.fromkeys(points) if kl > 0 and kl != knee.measured["kl"]]
+    chosen += [steering_at(loaded, scoring, suite.neutral, kl) for kl in points]
     chosen += with_baselines(loaded, scoring, knee, suite, progress=progress)
     source = scoring.statistics.source
     context = {
