@@ -11,8 +11,9 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def serve() -> Iterator[Hub]:
     class Handler(_Handler):
         state = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -97,6 +98,13 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news: uploads are broken off on purpose."""
 
 
 class _Answer(Exception):
@@ -135,7 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, function in _ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
-                    with hub.lock:
+                    # reading takes no lock: a large file may take its time
+                    with hub.lock if self.command in ("POST", "PUT") else nullcontext():
                         function(self, body, **match.groupdict())
             raise _Answer(404, {"error": f"no route {line}"})
         except _Answer as answer:
@@ -218,6 +227,7 @@ def _tree(handler: _Handler, body: bytes, kind: str, name: str, revision: str) -
     )
 
 
+@lru_cache(maxsize=256)
 def _oid(path: str, data: bytes) -> dict[str, Any]:
     git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     if not path.endswith(_LFS):
