@@ -3,7 +3,8 @@
     python benchmarks/experts_mask.py --work DIR --size 8
 
 Makes (or uses again) a random gpt_oss of ``--size`` GB under ``--work``, with 128 experts a layer in one tensor, and masks
-``--experts`` of them, spread evenly over its layers: by the router's bias, by output matrices of zeros, and by cutting them out.
+``--experts`` of them, spread over its layers: by the router's bias, by output matrices of zeros, and (as many of every layer as
+come nearest from below) by cutting them out.
 No model is run. Each variant runs in a process of its own, one after the other in each round; seconds are those of the work
 alone, peak memory that of the whole process, imports included. Everything is on the disk when a variant ends. Before each the
 base is dropped from the page cache. What is written is removed; ``--remove`` removes the base too.
@@ -30,7 +31,6 @@ spec = read_spec(checkpoint)
 made = lower_experts(checkpoint, spec, Request.of({experts}), how={how!r})
 emit(made, checkpoint, spec, 'checkpoint', out)
 """
-WAYS = ("bias", "zero", "prune")
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     model, out = make_gpt_oss(given.work, given.size), given.work / "experts-out"
     checkpoint = open_checkpoint(model)
     layers = [router.layer for router in read_spec(checkpoint).routers]
-    each, rest = divmod(given.experts, len(layers))
-    if rest or not each:
-        parser.error(f"--experts: {given.experts} are not as many of each of {len(layers)} layers, as cutting wants")
-    experts = [(layer, 7 + 11 * number) for layer in layers for number in range(each)]
-    variants = {"cp -r": COPY, **{way: _MASK.format(experts=experts, how=way) for way in WAYS}}
+    experts = [(layers[i % len(layers)], 7 + 11 * (i // len(layers))) for i in range(given.experts)]
+    # cutting wants as many of every layer
+    cut = [(layer, 7 + 11 * i) for layer in layers for i in range(max(1, given.experts // len(layers)))]
+    chosen = {"bias": experts, "zero": experts, "prune": cut}
+    variants = {"cp -r": COPY, **{way: _MASK.format(experts=off, how=way) for way, off in chosen.items()}}
     files = [model / shard for shard in checkpoint.shards]
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in variants}
     for number in range(given.runs):
@@ -72,7 +72,8 @@ def main() -> None:
         for name, taken in runs.items()
     ]
     if not given.json:
-        print(f"{given.experts} of {128 * len(layers)} experts in {size / 1e9:.2f} GB; medians of {given.runs} rounds")
+        counted = f"{given.experts} (cut: {len(cut)}) of {128 * len(layers)} experts in {size / 1e9:.2f} GB"
+        print(f"{counted}; medians of {given.runs} rounds")
     details = {"bytes": size, "experts": experts, "runs": runs}
     report(["masked by", "seconds", "/ cp -r", "peak MB"], rows, details, given.json)
 

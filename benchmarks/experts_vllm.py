@@ -54,7 +54,9 @@ _OTHER_SIZES: dict[str, dict[str, Any]] = {
             "truncate": False, "original_max_position_embeddings": 4096,
         },
     },
-    **{name: {"intermediate_size": 64} for name in ("mixtral", "olmoe", "granitemoe")},
+    **{name: {"intermediate_size": 64} for name in ("mixtral", "granitemoe")},
+    # as published: vLLM never normalises its weights
+    "olmoe": {"intermediate_size": 64, "norm_topk_prob": False},
 }  # fmt: skip
 FAMILIES = (
     *("glm4_moe", "dots1", "exaone_moe", "gpt_oss"),
@@ -114,7 +116,7 @@ def tiny(family: str, folder: Path) -> Path:
     # vLLM gives a qwen3_moe a shared expert if its config has that key
     known = {*mixture_config(family).to_dict(), "head_dim"}
     sizes = {key: value for key, value in _SIZES.items() if key in known}
-    return save_mixture(folder, mixture_config(family, **sizes, **_OTHER_SIZES.get(family, {})))
+    return save_mixture(folder, mixture_config(family, **{**sizes, **_OTHER_SIZES.get(family, {})}))
 
 
 def masked(base: Path, scratch: Path, ranked: bool) -> dict[str, Path]:
