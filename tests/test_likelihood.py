@@ -21,7 +21,7 @@ SLIDING = ["cohere2", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "s
 OTHER_STATES = {
     *("bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid", "jamba", "lfm2_moe"),
     *("nemotron_h", "qwen3_5_text", "olmo_hybrid", "lfm2", "lfm3", "bamba", "falcon_h1", "recurrent_gemma", "mamba"),
-    *("mamba2", "falcon_mamba", "qwen3_5_moe_text", "qwen3_next"),
+    *("mamba2", "falcon_mamba", "qwen3_5_moe_text", "qwen3_next", "xlstm"),
 }
 CHANGES: dict[str, dict[str, Any]] = {"minicpm3": {"num_key_value_heads": 4}}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROWS, run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -263,7 +264,9 @@ def test_a_killed_search_goes_on_and_finds_the_same_front(
         command = [sys.executable, "-m", "steer2edit", *map(str, arguments(files, tiny_llama, tmp_path / name))]
         command += ["--trials", str(wanted), "--no-report"]
         if name == "killed":
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # as many threads as the run that goes on from it: sums in another order round otherwise
+            threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=threads)
             journal = tmp_path / name / "study.journal"
             until = time.monotonic() + 60
             while time.monotonic() < until and (not journal.exists() or journal.read_text().count('"state"') < 4):
