@@ -294,7 +294,7 @@ def test_adapters_that_are_more_than_plain_lora_are_refused(tmp_path: Path, scor
         read(tmp_path / "reader")
     for strange in ({"lora_alpha": "much"}, {"rank_pattern": [1]}, {"alpha_pattern": {"(": 2}}):
         config.write_text(json.dumps({**sound, **strange}))
-        with pytest.raises(DataError, match="are not understood|is not what it should be"):
+        with pytest.raises(DataError, match=r"are not understood|is not what it should be"):
             read(tmp_path / "reader")
 
 
