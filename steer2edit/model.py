@@ -251,7 +251,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer(["a"])  # some of what is wrong shows only when it is used
+        return tokenizer
     except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
         raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
 
