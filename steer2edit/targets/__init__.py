@@ -43,6 +43,7 @@ _RECEIPT: Any = {
     "data": DATA,
     "changed": [{"tensor": str, "op": str, "norm": MAYBE, "sha256_before": TEXT, "sha256_after": TEXT}],
     "notes": [str],
+    "details": {},
     "versions": {str: str},
     "files?": [str],
     "card?": {**_CARD, "language?": [str], str: ()},
