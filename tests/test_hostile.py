@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, llama_config, make_tokenizer, save_tiny
+from conftest import ROWS, llama_config, make_tokenizer, run, save_tiny
 from hostile import TARGETS, attack, make_sound, run_limited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -230,3 +230,17 @@ def test_a_small_parquet_file_that_stands_for_a_large_one(tmp_path: Path, monkey
     monkeypatch.setattr("steer2edit.rows._MAX_BYTES", 1_000_000)
     with pytest.raises(DataError, match="unpacks to more than"):
         read_contrast(tmp_path / "rows.parquet")
+
+
+def test_a_link_to_the_readers_own_files_is_not_copied(sound: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (sound / "sound" / "model").iterdir():
+        (model / file.name).symlink_to(file)  # all in one place, as in the Hub's cache: copied
+    plan = sound / "sound" / "x.plan.safetensors"
+    assert run("emit", plan, model, "--to", "checkpoint", "-o", tmp_path / "sound").exit_code == 0
+    (model / "vocab.json").symlink_to(tmp_path / "secret")
+    result = run("emit", plan, model, "--to", "checkpoint", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "vocab.json" in result.stderr and "links to files elsewhere" in result.stderr
+    assert not (tmp_path / "out").exists()

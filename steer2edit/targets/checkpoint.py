@@ -21,7 +21,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.copying import COPY_BYTES, copy_range, write_at
-from steer2edit.errors import TargetError
+from steer2edit.errors import TargetError, listing
 from steer2edit.files import RECEIPT
 from steer2edit.fp8 import FP8, EditedBlock, requantised, scale_info
 from steer2edit.plan import Edit, EditPlan
@@ -179,8 +179,26 @@ def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files beside the shards that an artefact has too: all but other copies of the weights."""
-    return [path for path in _other_files(checkpoint) if not _other_weights(path)]
+    """The files beside the shards that an artefact has too: all but other copies of the weights.
+
+    Raises TargetError for links to anywhere but where the weights lie: a stranger's link may lead to the reader's own files,
+    which the artefact would make public.
+    """
+    found = [path for path in _other_files(checkpoint) if not _other_weights(path)]
+    home = checkpoint.path.resolve()
+    # a folder of links, such as the Hub's cache, has all of its files in one place
+    places = {(checkpoint.path / shard).resolve().parent for shard in checkpoint.shards} | {home}
+    astray = [
+        f"{path.relative_to(checkpoint.path)} -> {path.resolve()}"
+        for path in found
+        if path.is_symlink() and path.resolve().parent not in places and not path.resolve().is_relative_to(home)
+    ]
+    if astray:
+        raise TargetError(
+            f"{checkpoint.path} holds links to files elsewhere, which are not copied into an artefact:\n{listing(astray)}\n"
+            "Put the files themselves in their place, or take the links out."
+        )
+    return found
 
 
 def _other_files(checkpoint: Checkpoint) -> list[Path]:
