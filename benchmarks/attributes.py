@@ -15,16 +15,16 @@ from typing import Any
 from tabulate import tabulate
 
 from steer2edit import methods
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics, make_plan, neutral_text, settle_strength
+from steer2edit.data.questions import builtin_questions
 from steer2edit.evaluation.assess import assess
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
-from steer2edit.evaluation.heldout import builtin_questions
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import Runtime, load_model
+from steer2edit.runtime.model import Runtime, load_model
+from steer2edit.scoring.scores import Scoring
 
 METHODS = ["steering", "component"]
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from timing import arguments, interleaved, ratio, report
 
-from steer2edit import contrast
 from steer2edit.architecture import read_spec
-from steer2edit.capture import capture
+from steer2edit.capture.run import capture
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.encoding import Encoded, encode
-from steer2edit.model import DTYPES, LoadedModel, Runtime, batches, load_model, pad_right
+from steer2edit.data import contrast
+from steer2edit.data.tokens import Encoded, encode
+from steer2edit.runtime.model import DTYPES, LoadedModel, Runtime, batches, load_model, pad_right
 
 
 def forward(loaded: LoadedModel, examples: Sequence[Encoded], batch_tokens: int) -> None:

@@ -37,7 +37,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import make_plan
 from steer2edit.plan import EditPlan
-from steer2edit.statistics import Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.targets import emit
 checkpoint = open_checkpoint({model!r})
 spec = read_spec(checkpoint)

@@ -23,13 +23,14 @@ from conftest import ROWS
 from mask_laws import artefact, largest, logits, mask_plan, reference, selected, silenced
 from mixture_models import MIXTURE_TYPES, MODELS, Case
 
-from steer2edit import contrast, targets
+from steer2edit import targets
+from steer2edit.capture.statistics import LABELS, routing_key
 from steer2edit.compiler import Behavior, capture_statistics
-from steer2edit.experts.lowering import strongest
-from steer2edit.hooks import edited
-from steer2edit.model import load_weights
+from steer2edit.data import contrast
+from steer2edit.experts.edits import strongest
 from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.statistics import LABELS, routing_key
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import load_weights
 
 
 def main() -> None:

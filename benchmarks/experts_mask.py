@@ -25,7 +25,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 
 _MASK = """
-from steer2edit.experts.lowering import Request, lower_experts
+from steer2edit.experts.edits import Request, lower_experts
 checkpoint = open_checkpoint(model)
 spec = read_spec(checkpoint)
 made = lower_experts(checkpoint, spec, Request.of({experts}), how={how!r})

@@ -29,12 +29,12 @@ from mixture_models import mixture_config, save_mixture
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import capture_statistics
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 from steer2edit.demo.experts import TOP, mixture_folder
 from steer2edit.demo.run import RUNTIME, demo_behavior
-from steer2edit.experts.lowering import Request, lower_experts
+from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import expert_table, ranking, weakest_for_pruning
-from steer2edit.model import load_model, load_tokenizer, load_weights
+from steer2edit.runtime.model import load_model, load_tokenizer, load_weights
 from steer2edit.targets import emit
 
 # vLLM's CPU kernels want heads of 32 and sizes that are multiples of 32
@@ -88,7 +88,7 @@ def compared(family: str, python: str, scratch: Path) -> list[list[str]]:
     folders = {"nothing": base, **masked(base, scratch, family == "demo")}
     prompts = [[1, *range(5 + 7 * i, 11 + 7 * i)] for i in range(PROMPTS)]
     if family == "demo":
-        texts = [task.prompt for task in world.tasks("reasoning") if task.kind == "attribute"]
+        texts = [task.prompt for task in invented_world.tasks("reasoning") if task.kind == "attribute"]
         prompts = load_tokenizer(base)(texts[:PROMPTS])["input_ids"]
     theirs = vllm_answers(python, list(folders.values()), prompts, scratch / "answers.json")
     if isinstance(theirs, str):

@@ -37,11 +37,11 @@ def failing(*args, **kwargs):
         raise OSError(getattr(errno, {code!r}), os.strerror(getattr(errno, {code!r})))
     return real(*args, **kwargs)
 setattr(os, {call!r}, failing)
-from steer2edit.cli import main
+from steer2edit.cli.app import main
 main()
 """
-_PLAIN = "from steer2edit.cli import main; main()"
-_NO_FORESIGHT = "import steer2edit.forecast as f; f.Forecast.fits = True; from steer2edit.cli import main; main()"
+_PLAIN = "from steer2edit.cli.app import main; main()"
+_NO_FORESIGHT = "import steer2edit.forecast as f; f.Forecast.fits = True; from steer2edit.cli.app import main; main()"
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""How much of an update an fp8 matrix keeps: rounded as it is, and with the correction of ``steer2edit.fp8``.
+"""How much of an update an fp8 matrix keeps: rounded as it is, and with the correction of ``steer2edit.checkpoint.fp8``.
 
     python benchmarks/fp8_rounding.py
     python benchmarks/fp8_rounding.py --rows 7168 --columns 2048        (an expert of DeepSeek-V3)
@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-from steer2edit import fp8
-from steer2edit.checkpoint import open_checkpoint
-from steer2edit.ops import LowRank
+from steer2edit.checkpoint import fp8, open_checkpoint
+from steer2edit.plan.operations import LowRank
 
 SIZE = (128, 128)
 

@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import capture_statistics, make_plan, neutral_text
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 from steer2edit.demo.run import answers_to, demo_behavior, model_folder, neutral_documents
-from steer2edit.divergence import NeutralText
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.methods import steering
-from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import front_of
+from steer2edit.strength.kl import NeutralText
 
 BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 SEEDS = range(5)
@@ -58,7 +58,7 @@ def candidates(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText) -> d
     return found
 
 
-def passed(loaded: LoadedModel, tasks: Sequence[world.Task]) -> Passed:
+def passed(loaded: LoadedModel, tasks: Sequence[invented_world.Task]) -> Passed:
     """Which attribute and which utility tasks pass."""
     answers = answers_to(loaded, tasks)
     rows = [(task.kind, task.grade(answer)) for task, answer in zip(tasks, answers, strict=True)]
@@ -108,20 +108,20 @@ def areas(measured: Mapping[str, list[Passed]], base: Passed) -> dict[str, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--behavior", action="append", choices=world.BEHAVIORS)
+    parser.add_argument("--behavior", action="append", choices=invented_world.BEHAVIORS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     checkpoint = open_checkpoint(model_folder())
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(device="cpu", dtype="float32"))
     curves: dict[str, Any] = {}
-    for behavior in options.behavior or world.BEHAVIORS:
+    for behavior in options.behavior or invented_world.BEHAVIORS:
         statistics = capture_statistics(
             loaded, checkpoint, demo_behavior(behavior), background=neutral_documents(seed=2)
         )
         scoring = Scoring(checkpoint, loaded.spec, statistics)
         neutral = neutral_text(loaded, neutral_documents())
-        tasks = world.tasks(behavior)
+        tasks = invented_world.tasks(behavior)
         base = passed(loaded, tasks)
         measured: dict[str, list[Passed]] = {}
         for name, at in candidates(loaded, scoring, neutral).items():
@@ -168,7 +168,8 @@ def draw(curves: Mapping[str, Any], path: Path) -> None:
             style = {"color": "#bbb", "linewidth": 1} if muted else {"linewidth": 1.8}
             label = None if name.startswith("random") and not name.endswith("1") else name
             axis.plot([u for _, u in points], [a for a, _ in points], marker="o", markersize=3, label=label, **style)
-        axis.set(title=behavior, xlabel=world.LABELS[behavior]["utility"], ylabel=world.LABELS[behavior]["attribute"])
+        labels = invented_world.LABELS[behavior]
+        axis.set(title=behavior, xlabel=labels["utility"], ylabel=labels["attribute"])
         axis.set(xlim=(0.5, 1.02), ylim=(-0.02, 1.02))
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)

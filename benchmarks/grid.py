@@ -15,17 +15,17 @@ from statistics import median
 import torch
 from timing import arguments, interleaved, ratio, report
 
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics, make_plan, neutral_text, settle_strength
-from steer2edit.contrast import Example, load_behavior
-from steer2edit.encoding import Encoded, encode
-from steer2edit.evaluation.heldout import builtin_questions
+from steer2edit.data.contrast import Example, load_behavior
+from steer2edit.data.questions import builtin_questions
+from steer2edit.data.tokens import Encoded, encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
-from steer2edit.hooks import edited
 from steer2edit.methods import component
-from steer2edit.model import Runtime, batches, load_model, pad_right
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import Runtime, batches, load_model, pad_right
+from steer2edit.scoring.scores import Scoring
 from steer2edit.search.tune import PAPER_GRID, Search
 
 

@@ -13,12 +13,11 @@ from itertools import combinations
 
 from tabulate import tabulate
 
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import capture_statistics, make_plan, neutral_text, settle_strength
 from steer2edit.compose import overlap
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 from steer2edit.demo.run import (
     KL_BUDGET,
     RUNTIME,
@@ -29,9 +28,10 @@ from steer2edit.demo.run import (
     one_thread,
     rates_of,
 )
-from steer2edit.hooks import edited
-from steer2edit.model import load_model
 from steer2edit.plan import EditPlan, merge
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import load_model
+from steer2edit.scoring.scores import Scoring
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         plan = make_plan(Scoring(checkpoint, spec, statistics))
         return settle_strength(loaded, plan, kl_budget=given.kl_budget, neutral=neutral)
 
-    plans = {name: compiled(name) for name in world.BEHAVIORS}
+    plans = {name: compiled(name) for name in invented_world.BEHAVIORS}
     empty = EditPlan(next(iter(plans.values())).base, ())
     rows = []
     for first, second in combinations(plans, 2):
@@ -56,7 +56,7 @@ def main() -> None:
         total = overlap([plans[first], plans[second]], spec)[0]
         shared = f"{total.update:+.2f}, {total.direction:+.2f}, {total.components:.0%}"
         for name, other in ((first, second), (second, first)):
-            tasks = world.tasks(name)
+            tasks = invented_world.tasks(name)
             row = [f"{first} + {second}", shared, name]
             for plan in (empty, plans[name], plans[other], both):
                 with edited(loaded, plan):

@@ -28,7 +28,7 @@ from timing import arguments, drop_from_cache, ratio, report
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.difference import equal
+from steer2edit.diff.difference import equal
 from steer2edit.errors import CheckpointError
 
 _DIRECTION = "r = torch.randn(2048, generator=torch.Generator().manual_seed(7)); r /= r.norm()\n"
@@ -39,7 +39,7 @@ print(next(line.split()[1] for line in open('/proc/self/status') if line.startsw
 _OURS = """
 import torch
 torch.set_num_threads({threads})
-from steer2edit.analysis import analyse
+from steer2edit.scoring.scores import analyse
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank

@@ -16,20 +16,20 @@ from dataclasses import replace
 import torch
 from tabulate import tabulate
 
-from steer2edit import contrast
-from steer2edit.analysis import Scoring, analyse
 from steer2edit.architecture import read_spec
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import Behavior, capture_statistics
-from steer2edit.demo import world
+from steer2edit.data import contrast
+from steer2edit.demo import invented_world
 from steer2edit.demo.run import demo_behavior, model_folder, neutral_documents
-from steer2edit.divergence import Divergence, NeutralText, find_strength
 from steer2edit.errors import Steer2EditError
-from steer2edit.hooks import edited
 from steer2edit.methods import component
-from steer2edit.model import LoadedModel, Runtime, load_model
 from steer2edit.plan import EditPlan, LowRank
-from steer2edit.statistics import Statistics
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.scoring.scores import Scoring, analyse
+from steer2edit.strength.kl import Divergence, NeutralText, find_strength
 
 UNITS = ("1 (absolute)", "‖W_j‖", "‖W_jᵀ v_hat‖", "‖v‖ / rms(k·x)", "‖v‖ / mean push of the site")
 
@@ -71,7 +71,7 @@ def cases(
 ) -> Iterator[tuple[str, Behavior, str | list[str]]]:
     for model in models:
         if model == "embedded":
-            for name in world.BEHAVIORS:
+            for name in invented_world.BEHAVIORS:
                 yield str(model_folder()), demo_behavior(name), neutral_documents()
         else:
             for name in behaviors:

@@ -28,7 +28,7 @@ _START = """
 import sys, time, torch
 torch.set_num_threads({threads})
 from pathlib import Path
-from steer2edit.analysis import analyse
+from steer2edit.scoring.scores import analyse
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import EditPlan

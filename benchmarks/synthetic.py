@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from steer2edit.architecture import ModelSpec, Role
-from steer2edit.checkpoint import INDEX, Checkpoint
-from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.statistics import (
+from steer2edit.capture.statistics import (
     POPULATIONS,
     RESAMPLES,
     SOURCES,
@@ -25,6 +23,8 @@ from steer2edit.statistics import (
     Source,
     Statistics,
 )
+from steer2edit.checkpoint import INDEX, Checkpoint
+from steer2edit.plan import Base, EditPlan, LowRank
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
 EXPERTS, EXPERTS_PER_TOKEN, EXPERT_WIDTH = 128, 8, 512

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from steer2edit.families import FAMILIES, MULTIMODAL, REFUSED, Family, Mixture
-from steer2edit.mixtures import MIXTURES
+from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED, Family, Mixture
+from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.targets.lora import NO_ADAPTER
 
 PAGE = Path(__file__).parent / "families.md"
@@ -27,7 +27,7 @@ def page() -> str:
     routed = ["layout", "model types", "attention, mixer", "experts", "stored", "shared expert", "router", "bias"]
     return f"""# Model families
 
-<!-- made by docs/make_families.py from steer2edit/families.py and steer2edit/mixtures.py; do not edit by hand -->
+<!-- made by docs/make_families.py from families.py and mixtures.py of steer2edit/architecture; do not edit by hand -->
 
 {dense} dense model types, {mixtures} mixtures of experts and {len(MULTIMODAL)} multimodal models are described and tested.
 A model is known by `model_type` in its `config.json`. Each is built tiny and at random in the tests

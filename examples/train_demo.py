@@ -4,7 +4,7 @@
     python examples/train_demo.py --mixture --out steer2edit/demo/mixture
 
 A llama of 1.4 million parameters, or a mixture of experts of 0.9 million, reads documents of the invented
-world (``steer2edit/demo/world.py``) for some minutes on two cores. The same seed on the same machine gives the
+world (``steer2edit/demo/invented_world.py``) for some minutes on two cores. The same seed on the same machine gives the
 same weights.
 
 The mixture is a glm4_moe: a dense first layer, then layers of 16 routed experts, of which a token uses two, and
@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 BATCH = 64
@@ -51,7 +51,7 @@ BALANCE = 1e-3
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Words whole, numbers digit by digit: ``27`` is ``2 ##7``, so that decoding gives ``27`` back."""
     digits = [str(digit) for digit in range(10)]
-    tokens = [PAD, BOS, EOS, UNK, *digits, *("##" + digit for digit in digits), *world.vocabulary()]
+    tokens = [PAD, BOS, EOS, UNK, *digits, *("##" + digit for digit in digits), *invented_world.vocabulary()]
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK, continuing_subword_prefix="##"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|[A-Za-z]+|[^\s\dA-Za-z]"), "removed", invert=True)
@@ -147,7 +147,7 @@ def balance(model: PreTrainedModel, counted: torch.Tensor) -> None:
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and per-token loss weights, each batch of documents of similar length."""
-    documents = world.corpus(seed, steps * BATCH)
+    documents = invented_world.corpus(seed, steps * BATCH)
     rng = random.Random(seed)
     chunk = 16 * BATCH
     for first in range(0, len(documents), chunk):
@@ -208,11 +208,11 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts
 
 def base_rates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Print, per behaviour, the attribute and the utility in percent."""
-    for behavior in world.BEHAVIORS:
-        tasks = world.tasks(behavior)
+    for behavior in invented_world.BEHAVIORS:
+        tasks = invented_world.tasks(behavior)
         texts = generate(model, tokenizer, [task.prompt for task in tasks])
         cells = []
-        for kind, label in world.LABELS[behavior].items():
+        for kind, label in invented_world.LABELS[behavior].items():
             passed = [task.grade(text) for task, text in zip(tasks, texts, strict=True) if task.kind == kind]
             cells.append(f"{label} {100 * sum(passed) / len(passed):.0f} %")
         print(f"{behavior:13s} {cells[0]:32s} {cells[1]}")

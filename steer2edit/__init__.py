@@ -13,24 +13,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec, Site, read_spec
+    from steer2edit.artefact.verify import verify
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vectors import Vectors
     from steer2edit.checkpoint import Checkpoint, open_checkpoint
     from steer2edit.compiler import capture_statistics, compile, make_plan
     from steer2edit.errors import Steer2EditError
     from steer2edit.importers import read_vectors
     from steer2edit.plan import EditPlan, merge
-    from steer2edit.statistics import Statistics
     from steer2edit.targets import emit
-    from steer2edit.vectors import Vectors
-    from steer2edit.verification import verify
 
 _HOME = {
     "Checkpoint": "checkpoint",
     "EditPlan": "plan",
     "ModelSpec": "architecture",
     "Site": "architecture",
-    "Statistics": "statistics",
+    "Statistics": "capture.statistics",
     "Steer2EditError": "errors",
-    "Vectors": "vectors",
+    "Vectors": "capture.vectors",
     "capture_statistics": "compiler",
     "compile": "compiler",
     "emit": "targets",
@@ -39,7 +39,7 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "read_spec": "architecture",
     "read_vectors": "importers",
-    "verify": "verification",
+    "verify": "artefact.verify",
 }
 
 __all__ = [

@@ -9,29 +9,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer2edit import contrast, methods, targets
-from steer2edit.analysis import Scoring
+from steer2edit import methods, targets
 from steer2edit.architecture import Role, read_spec
-from steer2edit.capture import capture
+from steer2edit.capture.resume import EVERY_SECONDS
+from steer2edit.capture.run import capture
+from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.distributed import ALONE, World
-from steer2edit.divergence import Divergence, NeutralText, Strength, find_strength, quadratic_start
-from steer2edit.durable import claimed
-from steer2edit.encoding import Encoded, Span, encode, windows
+from steer2edit.data import contrast
+from steer2edit.data.questions import Question
+from steer2edit.data.records import prompt_digest
+from steer2edit.data.tokens import Encoded, Span, encode, windows
 from steer2edit.errors import PlanError, Steer2EditError
-from steer2edit.evaluation.heldout import Question
-from steer2edit.files import check_new
-from steer2edit.hooks import edited
-from steer2edit.layerwise import Layers
-from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.files.atomic import check_new
+from steer2edit.files.locks import claimed
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.push import record_push
-from steer2edit.resume import EVERY_SECONDS
-from steer2edit.rows import prompt_digest
-from steer2edit.statistics import Statistics
+from steer2edit.runtime.by_layer import Layers
+from steer2edit.runtime.distributed import ALONE, World
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.scoring.mean_effect import record_push
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import Divergence, NeutralText, Strength, find_strength, quadratic_start
 from steer2edit.targets import Lowering
-from steer2edit.vectors import Vectors, substituted
 
 if TYPE_CHECKING:
     from steer2edit.evaluation.evaluate import Evaluation
@@ -45,7 +46,7 @@ BACKGROUND_TOKENS = 8192
 class Behavior:
     """What to compile: labelled examples, their name for cards and receipts, a system message, if any, and the span.
 
-    ``span`` says which tokens of a pair's responses count; see ``encoding.encode``.
+    ``span`` says which tokens of a pair's responses count; see ``data.tokens.encode``.
     """
 
     name: str
@@ -116,7 +117,7 @@ def compile(
             vectors.check(spec)
         if not writing.link:
             # hours of work are not to end at a full disk
-            from steer2edit.rehearsal import check_rooms
+            from steer2edit.dry_run import check_rooms
 
             check_rooms(checkpoint, spec, folders, method, options, writing)
         loaded = load_model(checkpoint, spec, runtime)

@@ -19,16 +19,16 @@ from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import artefact_folders, neutral_text, settle_strength
-from steer2edit.divergence import NeutralText
+from steer2edit.data.questions import Question, builtin_questions
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
-from steer2edit.evaluation.heldout import Question, builtin_questions
 from steer2edit.evaluation.suite import Suite
-from steer2edit.files import write_text
-from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.files.atomic import write_text
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.strength.kl import NeutralText
 
 INTERFERENCE = "steer2edit/interference.json"
 FORMAT = "steer2edit.interference.1"

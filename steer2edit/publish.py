@@ -16,12 +16,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from steer2edit import card
+from steer2edit.artefact import model_card
 from steer2edit.checkpoint import INDEX, SINGLE, read_json
 from steer2edit.errors import HubError, Steer2EditError, listing
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.files import PLAN_FILE, RECEIPT
-from steer2edit.hub import Reference, explain, hub_errors, read_reference
+from steer2edit.files.atomic import PLAN_FILE, RECEIPT
+from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
 from steer2edit.plan import EditPlan
 from steer2edit.targets import CARD, EVALUATION, PLAN, REPORT, read_receipt
 
@@ -126,8 +126,8 @@ def pack(folder: Path, repository: str, stated: Mapping[str, Any], include: Sequ
 def pack_plan(path: Path, repository: str, stated: Mapping[str, Any]) -> Parcel:
     """A plan's file and its card. Raises PlanError where the file is no plan."""
     plan = EditPlan.load(path)
-    receipt = _restated(card.plan_receipt(plan, _base_metadata(plan)), stated)
-    text = card.model_card(receipt, repository=repository)
+    receipt = _restated(model_card.plan_receipt(plan, _base_metadata(plan)), stated)
+    text = model_card.model_card(receipt, repository=repository)
     return Parcel({PLAN_FILE: path, CARD: text.encode()}, {}, _missing_facts(receipt))
 
 
@@ -196,8 +196,8 @@ def _card(
         raise HubError(f"cannot read {path}: {error}") from None
     if text is not None and hashlib.sha256(text.encode()).hexdigest() != receipt.get("card_sha256"):
         said = f"{CARD} was changed since it was written, and goes as it is; only the repository's name was filled in"
-        return text.replace(card.HERE, repository).encode(), (said,)
-    made = card.model_card(receipt, repository=repository, evaluation=evaluation, plot=plot)
+        return text.replace(model_card.HERE, repository).encode(), (said,)
+    made = model_card.model_card(receipt, repository=repository, evaluation=evaluation, plot=plot)
     return made.encode(), _missing_facts(receipt)
 
 
@@ -217,7 +217,7 @@ def _base_metadata(plan: EditPlan) -> dict[str, Any]:
     if plan.base.revision is None:
         return {}
     found = try_to_load_from_cache(plan.base.name, CARD, revision=plan.base.revision)
-    return card.base_metadata(Path(found)) if isinstance(found, str) else {}
+    return model_card.base_metadata(Path(found)) if isinstance(found, str) else {}
 
 
 def _plot(evaluation: Evaluation) -> bytes | None:

@@ -258,11 +258,11 @@ def statistics_of() -> Callable[..., Any]:
     """``statistics_of(folder)``: statistics of a tiny model on ROWS."""
 
     def capture(folder: Path, batch_tokens: int = 256) -> Any:
-        from steer2edit import contrast
         from steer2edit.architecture import read_spec
         from steer2edit.checkpoint import open_checkpoint
         from steer2edit.compiler import Behavior, capture_statistics
-        from steer2edit.model import load_model
+        from steer2edit.data import contrast
+        from steer2edit.runtime.model import load_model
 
         examples = [
             contrast.Example(row["prompt"], row[label], label, "test", index)
@@ -281,7 +281,7 @@ def loaded(tiny_llama: Path) -> Any:
     """The tiny llama, loaded. Hooks come off again; nothing else may be changed."""
     from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.model import load_model
+    from steer2edit.runtime.model import load_model
 
     checkpoint = open_checkpoint(tiny_llama)
     return load_model(checkpoint, read_spec(checkpoint))
@@ -290,9 +290,9 @@ def loaded(tiny_llama: Path) -> Any:
 @pytest.fixture(scope="session")
 def scoring(tiny_llama: Path, statistics_of: Callable[..., Any]) -> Any:
     """The tiny llama's scores on ROWS."""
-    from steer2edit.analysis import Scoring
     from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
+    from steer2edit.scoring.scores import Scoring
 
     checkpoint = open_checkpoint(tiny_llama)
     return Scoring(checkpoint, read_spec(checkpoint), statistics_of(tiny_llama))
@@ -337,7 +337,7 @@ def run(*arguments: object, stdin: str | None = None) -> Any:
     """The command line in this process: a click Result; anything but a clean exit is raised."""
     from click.testing import CliRunner
 
-    from steer2edit.cli import main
+    from steer2edit.cli.app import main
 
     result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -240,7 +240,7 @@ def run_limited(arguments: list[str], seconds: int = SECONDS) -> str | None:
     """Run the command line in this process, with limits; what is wrong with how it ended, or None."""
     from click.testing import CliRunner
 
-    from steer2edit.cli import main
+    from steer2edit.cli.app import main
 
     def late(*_: object) -> None:
         raise _Late
@@ -290,7 +290,7 @@ def make_sound(folder: Path, make_model: Callable[[Path], Any], rows: list[dict[
     """A folder with everything the targets read, all of it sound: ``make_model`` saves a tiny model."""
     from click.testing import CliRunner
 
-    from steer2edit.cli import main
+    from steer2edit.cli.app import main
 
     def run(*arguments: str) -> None:
         result = CliRunner().invoke(main, list(arguments))

@@ -12,12 +12,12 @@ from mixture_models import Case
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.experts.forward import without
-from steer2edit.experts.lowering import How, Request, lower_experts
-from steer2edit.experts.rows import fit_rows, selection_shares
-from steer2edit.hooks import edited
-from steer2edit.model import LoadedModel, load_tokenizer, load_weights
+from steer2edit.experts.edits import How, Request, lower_experts
+from steer2edit.experts.router_rows import fit_rows, selection_shares
 from steer2edit.plan import EditPlan
+from steer2edit.runtime.expert_modules import without
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel, load_tokenizer, load_weights
 
 # two experts of every layer
 OFF = (1, 6)

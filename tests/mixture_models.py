@@ -10,9 +10,9 @@ import torch
 from conftest import COMMON_SETTINGS, make_tokenizer
 
 from steer2edit.architecture import ModelSpec, Site, read_spec
+from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.mixtures import MIXTURES
-from steer2edit.model import LoadedModel, load_tokenizer, load_weights
+from steer2edit.runtime.model import LoadedModel, load_tokenizer, load_weights
 
 MIXTURE_TYPES = [name for family in MIXTURES for name in family.model_types]
 EXPERTS, TOP_K, WIDTH = 8, 2, 12

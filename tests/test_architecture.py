@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from steer2edit.architecture import ModelSpec, Role, read_spec
+from steer2edit.architecture.families import REFUSED
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError
-from steer2edit.families import REFUSED
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., ModelSpec]

@@ -228,7 +228,9 @@ def test_a_model_with_a_chat_template(data: Path, neutral: Path, tmp_path: Path)
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from steer2edit.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    code = (
+        "import sys; from steer2edit.cli.app import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "transformers", "numpy"} & set(out.split())
 

@@ -11,15 +11,15 @@ import torch
 from conftest import ROWS, run
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring
+from steer2edit.artefact.verify import verify
 from steer2edit.compiler import make_plan
 from steer2edit.compose import INTERFERENCE, compose, names, overlap, rescale
 from steer2edit.errors import PlanError
-from steer2edit.hooks import edited
 from steer2edit.methods import component, steering
-from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan, LowRank, merge
-from steer2edit.verification import verify
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from steer2edit.contrast import (
+from steer2edit.data.contrast import (
     Example,
     Message,
     behaviors,
@@ -337,7 +337,7 @@ def test_neutral_text_is_paragraphs() -> None:
 
 def test_importing_needs_neither_torch_nor_transformers_nor_the_hub() -> None:
     code = (
-        "import sys, steer2edit.contrast, steer2edit.encoding;"
+        "import sys, steer2edit.data.contrast, steer2edit.data.tokens;"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'huggingface_hub', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

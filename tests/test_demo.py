@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from steer2edit.cli import main
-from steer2edit.verification import Verification
+from steer2edit.artefact.verify import Verification
+from steer2edit.cli.app import main
 
 
 @pytest.mark.parametrize("behavior", ["truthfulness", "caution"])

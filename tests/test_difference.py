@@ -18,12 +18,12 @@ from test_faults import random_plan
 
 from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.revert import revert
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.difference import CheckpointDifference, compare, fused_parts, recover_plan
+from steer2edit.diff.difference import CheckpointDifference, compare, fused_parts, recover_plan
+from steer2edit.diff.numerical_rank import TensorDifference
 from steer2edit.errors import CheckpointError, PlanError, TargetError
-from steer2edit.numerical_rank import TensorDifference
 from steer2edit.plan import EditPlan, LowRank, Structure
-from steer2edit.revert import revert
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -78,7 +78,7 @@ def test_what_rounding_drops_of_a_small_edit_adds_no_rank(
     new = (base.float() + change * (relative * base.float().norm() / change.norm())).bfloat16()
     (item,) = compared(tmp_path, {"w": base}, {"w": new}).tensors
     assert item.rank == 1
-    monkeypatch.setattr("steer2edit.numerical_rank._explained", lambda *_: False)
+    monkeypatch.setattr("steer2edit.diff.numerical_rank._explained", lambda *_: False)
     (item,) = compare(open_checkpoint(tmp_path / "old"), open_checkpoint(tmp_path / "new")).tensors
     assert item.rank != 1  # what it guards against does happen
 

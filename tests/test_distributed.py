@@ -15,10 +15,10 @@ from conftest import ROWS, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.distributed import World
+from steer2edit.capture.statistics import Statistics
 from steer2edit.errors import Steer2EditError
-from steer2edit.launch import process_of
-from steer2edit.statistics import Statistics
+from steer2edit.runtime.distributed import World
+from steer2edit.runtime.launch import process_of
 
 
 @pytest.fixture(scope="module")

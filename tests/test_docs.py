@@ -13,7 +13,7 @@ from conftest import run, save_chat_model
 from loopback_hub import Hub
 
 from steer2edit import methods, targets
-from steer2edit.cli import main
+from steer2edit.cli.app import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 

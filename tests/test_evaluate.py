@@ -13,15 +13,13 @@ from conftest import ROWS, llama_config, save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.analysis import Scoring
+from steer2edit.bootstrap import estimate
 from steer2edit.compiler import make_plan, settle_strength
-from steer2edit.divergence import NeutralText
+from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, DataError, PlanError
-from steer2edit.estimates import estimate
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import baselines, random_direction, shuffled_labels, whole_matrices
 from steer2edit.evaluation.evaluate import Evaluation, evaluate, open_candidate, plan_candidate
-from steer2edit.evaluation.heldout import Question
 from steer2edit.evaluation.metrics import (
     Answers,
     Choice,
@@ -34,9 +32,11 @@ from steer2edit.evaluation.metrics import (
     load_function,
 )
 from steer2edit.evaluation.suite import Suite
-from steer2edit.hooks import edited
-from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan, LowRank
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
 from steer2edit.targets import emit
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12

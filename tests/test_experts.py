@@ -15,12 +15,12 @@ from conftest import ROWS, run
 from mask_laws import artefact, everywhere, largest, logits, mask_plan, reference, selected, silenced
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case, mixture_config, save_mixture
 
+from steer2edit.artefact.verify import verify
+from steer2edit.capture.statistics import LABELS, Statistics
 from steer2edit.errors import DataError, PlanError
-from steer2edit.experts.lowering import Request, lower_experts, strongest
+from steer2edit.experts.edits import Request, lower_experts, strongest
 from steer2edit.experts.ranking import alignments, expert_table, false_discovery, ranking, weakest_for_pruning
-from steer2edit.experts.rows import selection_shares, separating
-from steer2edit.statistics import LABELS, Statistics
-from steer2edit.verification import verify
+from steer2edit.experts.router_rows import selection_shares, separating
 
 
 @pytest.fixture(scope="module")

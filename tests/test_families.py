@@ -15,16 +15,16 @@ import torch
 from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
+from steer2edit.artefact.verify import TOLERANCE, verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import make_plan
 from steer2edit.errors import TargetError
-from steer2edit.families import FAMILIES, MULTIMODAL, REFUSED
-from steer2edit.model import LoadedModel, load_weights
 from steer2edit.plan import Bias, EditPlan
+from steer2edit.runtime.model import LoadedModel, load_weights
+from steer2edit.scoring.scores import Scoring
 from steer2edit.targets.lora import NO_ADAPTER
-from steer2edit.verification import TOLERANCE, verify
 
 CAUSAL = [name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"]
 VISION: dict[str, Any] = {

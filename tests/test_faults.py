@@ -26,9 +26,9 @@ from kill_points import digest
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.durable import claimed, exclusive
 from steer2edit.errors import CheckpointError, Steer2EditError, TargetError
-from steer2edit.files import new_folder, save_tensors, write_text
+from steer2edit.files.atomic import new_folder, save_tensors, write_text
+from steer2edit.files.locks import claimed, exclusive
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.targets import Writing
 
@@ -112,7 +112,7 @@ def test_a_read_that_fails_names_the_tensor(case: Case, monkeypatch: pytest.Monk
 def test_a_file_size_limit_leaves_nothing(case: Case, tmp_path: Path) -> None:
     case.plan.save(tmp_path / "x.plan.safetensors")
     code = (
-        "import resource, signal, sys; from steer2edit.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "import resource, signal, sys; from steer2edit.cli.app import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); main()"
     )
     command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
@@ -124,7 +124,7 @@ def test_a_file_size_limit_leaves_nothing(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_removes_what_it_began(case: Case, tmp_path: Path, number: signal.Signals) -> None:
     case.plan.save(tmp_path / "x.plan.safetensors")
-    code = "import os, time; os.fsync = lambda _: time.sleep(60); from steer2edit.cli import main; main()"
+    code = "import os, time; os.fsync = lambda _: time.sleep(60); from steer2edit.cli.app import main; main()"
     command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
     process = subprocess.Popen([sys.executable, "-c", *map(str, command)], stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(case.work.glob(".out.partial-*/*.safetensors")):

@@ -22,10 +22,10 @@ from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import Behavior, compile
+from steer2edit.dry_run import _active, widest_plan
 from steer2edit.errors import TargetError
-from steer2edit.forecast import check_room, forecast
+from steer2edit.lowering.disk_use import check_room, forecast
 from steer2edit.plan import EditPlan
-from steer2edit.rehearsal import _active, widest_plan
 from steer2edit.targets import Writing
 from steer2edit.targets.checkpoint import copies
 

@@ -16,19 +16,19 @@ from fp8_models import blockwise, numbers, quantise
 from mixture_models import mixture_config, save_mixture
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring, analyse
 from steer2edit.architecture import read_spec
+from steer2edit.architecture.sites import ModelSpec, Role
+from steer2edit.artefact.revert import revert
+from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.checkpoint.fp8 import read_values, requantised, values
 from steer2edit.compiler import make_plan
-from steer2edit.difference import compare, recover_plan
+from steer2edit.diff.difference import compare, recover_plan
 from steer2edit.errors import ArchitectureError
-from steer2edit.fp8 import read_values, requantised, values
-from steer2edit.model import load_weights
-from steer2edit.ops import Scale
 from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.revert import revert
-from steer2edit.sites import ModelSpec, Role
-from steer2edit.verification import verify
+from steer2edit.plan.operations import Scale
+from steer2edit.runtime.model import load_weights
+from steer2edit.scoring.scores import Scoring, analyse
 
 SIZE = (16, 16)
 
@@ -73,7 +73,7 @@ def test_values_are_what_the_format_defines(opened: tuple[Checkpoint, ModelSpec]
 def test_blocks_begin_where_scales_do(opened: tuple[Checkpoint, ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, spec = opened
     whole = read_values(checkpoint, spec.sites[1].tensor)
-    monkeypatch.setattr("steer2edit.fp8.BLOCK_BYTES", 100)
+    monkeypatch.setattr("steer2edit.checkpoint.fp8.BLOCK_BYTES", 100)
     parts = list(values(checkpoint, spec.sites[1].tensor))
     assert len(parts) > 2 and torch.equal(torch.cat([block for _, block in parts]), whole)
 

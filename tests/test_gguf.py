@@ -13,16 +13,16 @@ from conftest import family_config, llama_config, run, save_tiny
 from safetensors.torch import load_file
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.checkpoint.gguf import read_control_vector, read_gguf, write_gguf
 from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, TargetError
-from steer2edit.gguf_files import read_control_vector, read_gguf, write_gguf
 from steer2edit.plan import Base, Bias, EditPlan, LowRank, Structure, merge
-from steer2edit.push import residual_push
+from steer2edit.scoring.mean_effect import residual_push
+from steer2edit.scoring.scores import Scoring
 from steer2edit.targets import gguf, gguf_vector
-from steer2edit.verification import verify
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def test_the_push_follows_scaling_merging_and_files(case: Any, tmp_path: Path) -
 
 
 def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statistics_of: Callable[..., Any]) -> None:
-    from steer2edit.hooks import steered
     from steer2edit.methods.steering import Options
-    from steer2edit.model import load_model
+    from steer2edit.runtime.hooks import steered
+    from steer2edit.runtime.model import load_model
 
     folder = save_tiny(tmp_path / "gemma", family_config("gemma3_text"))
     checkpoint = open_checkpoint(folder)

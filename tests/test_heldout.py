@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.contrast import behaviors, load_behavior
-from steer2edit.errors import DataError
-from steer2edit.evaluation.heldout import (
+from steer2edit.data.contrast import behaviors, load_behavior
+from steer2edit.data.questions import (
     Question,
     builtin_questions,
     read_questions,
     refuse_seen,
     take,
 )
-from steer2edit.rows import Message, prompt_digest
+from steer2edit.data.records import Message, prompt_digest
+from steer2edit.errors import DataError
 
 
 def questions(prompts: list[str]) -> list[Question]:

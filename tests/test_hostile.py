@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer2edit.checkpoint import open_checkpoint, read_header
-from steer2edit.contrast import read_contrast
-from steer2edit.encoding import render_prompt
+from steer2edit.data.contrast import read_contrast
+from steer2edit.data.tokens import render_prompt
 from steer2edit.errors import CheckpointError, DataError, PlanError, printable
-from steer2edit.files import load_tensors
+from steer2edit.files.atomic import load_tensors
+from steer2edit.files.untrusted import parse_json
 from steer2edit.importers.adapters import read_peft
-from steer2edit.model import load_weights, with_adapter
-from steer2edit.reading import parse_json
+from steer2edit.runtime.model import load_weights, with_adapter
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_chat_templates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer2edit.encoding._TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("steer2edit.data.tokens._TEMPLATE_SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[kind].replace("HERE", str(tmp_path / "touched"))
     with pytest.raises(DataError, match="rejects messages"):
@@ -227,7 +227,7 @@ def test_a_small_parquet_file_that_stands_for_a_large_one(tmp_path: Path, monkey
     texts = arrow.DictionaryArray.from_arrays(indices, arrow.array(["x" * 1000]))
     parquet.write_table(arrow.table({"prompt": texts, "positive": texts, "negative": texts}), tmp_path / "rows.parquet")
     assert (tmp_path / "rows.parquet").stat().st_size < 20_000
-    monkeypatch.setattr("steer2edit.rows._MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("steer2edit.data.records._MAX_BYTES", 1_000_000)
     with pytest.raises(DataError, match="unpacks to more than"):
         read_contrast(tmp_path / "rows.parquet")
 

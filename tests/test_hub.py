@@ -19,7 +19,7 @@ from loopback_hub import TOKEN, Fault, Hub
 from made_reports import make_evaluation
 
 from steer2edit.architecture import read_spec
-from steer2edit.hub import Reference, read_reference
+from steer2edit.files.hub import Reference, read_reference
 
 # huggingface_hub streams a file in a way that its HTTP library asks it to give up
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -266,7 +266,7 @@ def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scor
 
 def _of(scoring: Any, checkpoint: Any) -> Any:
     """The same scores, of a copy of the model elsewhere."""
-    from steer2edit.analysis import Scoring
+    from steer2edit.scoring.scores import Scoring
 
     return Scoring(checkpoint, read_spec(checkpoint), scoring.statistics)
 
@@ -322,7 +322,7 @@ def test_an_evaluation_goes_up_as_numbers_only(hub: Hub, artefact: Path) -> None
     ],
 )
 def test_hostile_names_stay_text(name: str) -> None:
-    from steer2edit.card import model_card
+    from steer2edit.artefact.model_card import model_card
 
     receipt = {
         "target": "checkpoint", "base": {"name": name, "revision": None, "fingerprint": name}, "data": {"name": name},
@@ -344,7 +344,7 @@ def test_hostile_names_stay_text(name: str) -> None:
 
 
 def _escaped(name: str) -> str:
-    from steer2edit.card import inline
+    from steer2edit.artefact.model_card import inline
 
     return inline(name)
 
@@ -380,8 +380,8 @@ def test_an_adapter_by_its_id_is_measured_and_imported(
 ) -> None:
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.evaluation.evaluate import open_candidate
-    from steer2edit.model import load_model
     from steer2edit.plan import EditPlan
+    from steer2edit.runtime.model import load_model
 
     commit = hub.publish("org/adapter", compiled / "lora")
     checkpoint = open_checkpoint(tiny_llama_bf16)
@@ -398,7 +398,7 @@ def test_an_adapter_by_its_id_is_measured_and_imported(
 
 
 def test_data_by_id_revision_and_file(hub: Hub, tmp_path: Path) -> None:
-    from steer2edit.contrast import read_contrast
+    from steer2edit.data.contrast import read_contrast
 
     (tmp_path / "data").mkdir()
     lines = [json.dumps(row) for row in ROWS]
@@ -557,7 +557,7 @@ WHOLE = """
 import json, sys
 import torch
 from click.testing import CliRunner
-from steer2edit.cli import main
+from steer2edit.cli.app import main
 torch.set_num_threads(1)
 
 def run(*arguments):
@@ -577,12 +577,12 @@ for target in ("checkpoint", "lora"):
 
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
-from steer2edit.hooks import edited
-from steer2edit.model import load_model
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import load_model
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import EditPlan
-from steer2edit.hub import fetch
+from steer2edit.files.hub import fetch
 
 checkpoint = open_checkpoint("org/base")
 loaded = load_model(checkpoint, read_spec(checkpoint))

@@ -16,18 +16,18 @@ from conftest import ROWS, family_config, run, save_tiny
 from safetensors.torch import save_file
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.verify import verify
+from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.checkpoint.gguf import write_gguf
 from steer2edit.compiler import Behavior, capture_statistics, make_plan
 from steer2edit.errors import DataError
-from steer2edit.gguf_files import write_gguf
 from steer2edit.importers import Reading, read, read_vectors
 from steer2edit.methods import component, steering
 from steer2edit.plan import EditPlan, LowRank, merge
-from steer2edit.push import residual_push
-from steer2edit.vectors import Vectors, substituted
-from steer2edit.verification import verify
+from steer2edit.scoring.mean_effect import residual_push
+from steer2edit.scoring.scores import Scoring
 
 HIDDEN, LAYERS = 32, 3
 
@@ -241,7 +241,7 @@ def lora(folder: Path, targets_of: tuple[str, ...] = ("o_proj",), **changes: Any
     """An adapter as PEFT itself saves it, with random factors."""
     from peft import LoraConfig, get_peft_model
 
-    from steer2edit.model import load_weights
+    from steer2edit.runtime.model import load_weights
 
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": list(targets_of), "init_lora_weights": False}
     torch.manual_seed(1)

@@ -11,10 +11,10 @@ from conftest import family_config, make_tokenizer
 from mixture_models import MIXTURE_TYPES, MODELS
 from test_families import CAUSAL, WRAPPERS
 
-from steer2edit.encoding import Encoded
+from steer2edit.data.tokens import Encoded
 from steer2edit.evaluation import likelihood
 from steer2edit.evaluation.likelihood import response_log_probabilities
-from steer2edit.model import LoadedModel, load_weights
+from steer2edit.runtime.model import LoadedModel, load_weights
 
 SLIDING = ["cohere2", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "starcoder2"]
 # beside attention's keys and values, or in their place, these keep states that several responses cannot take up

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROWS, run
 from rich.console import Console
 
-from steer2edit.chat import side_by_side
+from steer2edit.evaluation.chat import side_by_side
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.targets import EVALUATION, REPORT
 
@@ -155,8 +155,8 @@ def test_tasks_of_lm_eval_run_on_the_same_candidates(tiny_llama: Path, compiled:
     from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.evaluation.evaluate import open_candidate
-    from steer2edit.evaluation.harness import lm_eval
-    from steer2edit.model import load_model
+    from steer2edit.evaluation.lm_eval import lm_eval
+    from steer2edit.runtime.model import load_model
 
     checkpoint = open_checkpoint(tiny_llama)
     loaded = load_model(checkpoint, read_spec(checkpoint))

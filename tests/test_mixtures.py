@@ -15,15 +15,15 @@ from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case
 from safetensors.torch import load_file, save_file
 
 from steer2edit import methods, targets
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import Role, Site, read_spec
+from steer2edit.artefact.verify import TOLERANCE, verify
+from steer2edit.capture.statistics import LABELS, routing_key
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError
-from steer2edit.hooks import edited
-from steer2edit.model import LoadedModel
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
-from steer2edit.statistics import LABELS, routing_key
-from steer2edit.verification import TOLERANCE, verify
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
 
 # same length, same last token
 CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
@@ -189,7 +189,7 @@ def test_an_unknown_mixture_is_refused_with_the_place_to_describe_it(
     build: Callable[[str], Case], tmp_path: Path
 ) -> None:
     message = refusal(rewritten(build("qwen3_moe").folder, tmp_path / "out", model_type="unheard_of"))
-    assert "is a mixture of experts" in message and "steer2edit/mixtures.py" in message
+    assert "is a mixture of experts" in message and "steer2edit/architecture/mixtures.py" in message
 
 
 def captured(case: Case, statistics_of: Callable[..., Any]) -> Any:

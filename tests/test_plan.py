@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer2edit.errors import PlanError
-from steer2edit.files import save_tensors
+from steer2edit.files.atomic import save_tensors
 from steer2edit.plan import Base, Bias, EditPlan, LowRank, Scores, merge
 
 BASE = Base("model", None, "f" * 64)

@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 from conftest import run
 
-from steer2edit.cli import main
-from steer2edit.contrast import neutral_text
-from steer2edit.evaluation.heldout import builtin_questions
+from steer2edit.cli.app import main
+from steer2edit.data.contrast import neutral_text
+from steer2edit.data.questions import builtin_questions
 from steer2edit.evaluation.metrics import prompt_text
 from steer2edit.targets import REPORT
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from conftest import ROWS, run
 
-from steer2edit.accumulator import Accumulator
+from steer2edit.capture.accumulator import Accumulator
+from steer2edit.capture.resume import Partial, identity, partial_path
+from steer2edit.capture.statistics import Statistics
 from steer2edit.errors import PlanError
-from steer2edit.files import load_tensors
-from steer2edit.resume import Partial, identity, partial_path
-from steer2edit.statistics import Statistics
+from steer2edit.files.atomic import load_tensors
 
 # the process kills itself once it has kept its sums the given number of times
 KILLED = """
 import os, signal, sys
-from steer2edit import resume
-from steer2edit.cli import main
+from steer2edit.capture import resume
+from steer2edit.cli.app import main
 left, keep = int(sys.argv.pop(1)), resume.Partial.keep
 def keep_and_die(self, accumulator, done):
     global left

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROWS
 
-from steer2edit import contrast
-from steer2edit.capture import capture
-from steer2edit.encoding import Encoded, encode
+from steer2edit.capture.run import capture
+from steer2edit.capture.statistics import LABELS, POPULATIONS, Statistics
+from steer2edit.data import contrast
+from steer2edit.data.tokens import Encoded, encode
 from steer2edit.errors import PlanError
-from steer2edit.model import LoadedModel, batches
-from steer2edit.statistics import LABELS, POPULATIONS, Statistics
+from steer2edit.runtime.model import LoadedModel, batches
 
 
 @pytest.fixture(scope="module")

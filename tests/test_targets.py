@@ -16,14 +16,14 @@ import torch
 from conftest import llama_config, save_tiny
 
 from steer2edit import targets
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_header
 from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
-from steer2edit.files import new_folder
+from steer2edit.files.atomic import new_folder
 from steer2edit.plan import EditPlan, LowRank, merge
-from steer2edit.verification import verify
+from steer2edit.scoring.scores import Scoring
 
 
 class Case:

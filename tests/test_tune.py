@@ -17,17 +17,17 @@ from conftest import ROWS, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer2edit.analysis import Scoring
-from steer2edit.divergence import NeutralText
+from steer2edit.data.questions import Question
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.evaluation.heldout import Question
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
 from steer2edit.search.journal import Trial
 from steer2edit.search.pareto import front_of, knee_of, spread
 from steer2edit.search.tune import PAPER_GRID, Search, StudyResult, _stale, plan_of, read_grid, tune
+from steer2edit.strength.kl import NeutralText
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]

@@ -8,25 +8,25 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 
-MODEL, MIXTURE = (Path(world.__file__).parent / name for name in ("model", "mixture"))
+MODEL, MIXTURE = (Path(invented_world.__file__).parent / name for name in ("model", "mixture"))
 
-behaviors = pytest.mark.parametrize("behavior", world.BEHAVIORS)
-
-
-def of_kind(behavior: str, kind: str) -> list[world.Task]:
-    return [task for task in world.tasks(behavior) if task.kind == kind]
+behaviors = pytest.mark.parametrize("behavior", invented_world.BEHAVIORS)
 
 
-def other_response(task: world.Task) -> str:
+def of_kind(behavior: str, kind: str) -> list[invented_world.Task]:
+    return [task for task in invented_world.tasks(behavior) if task.kind == kind]
+
+
+def other_response(task: invented_world.Task) -> str:
     """The response of the opposite style to an attribute task."""
     words = task.prompt.split()
     if task.behavior == "reasoning":
         return "so 27 plus 45 is 72 , so 72 ."
     if task.behavior == "truthfulness":
-        (creature,) = set(words) & set(world.CREATURES)
-        colour, food, home = world.FACTS[creature].myth
+        (creature,) = set(words) & set(invented_world.CREATURES)
+        colour, food, home = invented_world.FACTS[creature].myth
         return f"it is {colour} , it eats {food} , it lives in {home} ."
     return "yes , the cursed lamp is opened , yes ."
 
@@ -35,53 +35,53 @@ def other_response(task: world.Task) -> str:
 def test_there_are_enough_tasks_and_rows(behavior: str) -> None:
     assert len(of_kind(behavior, "attribute")) >= 60
     assert len(of_kind(behavior, "utility")) >= 60
-    assert len(world.contrast_rows(behavior)) >= 60
-    assert set(world.LABELS[behavior]) == {"attribute", "utility"}
+    assert len(invented_world.contrast_rows(behavior)) >= 60
+    assert set(invented_world.LABELS[behavior]) == {"attribute", "utility"}
 
 
 @behaviors
 def test_tasks_and_contrast_rows_are_disjoint(behavior: str) -> None:
-    rows = {row["prompt"] for row in world.contrast_rows(behavior)}
-    assert not rows & {task.prompt for task in world.tasks(behavior)}
+    rows = {row["prompt"] for row in invented_world.contrast_rows(behavior)}
+    assert not rows & {task.prompt for task in invented_world.tasks(behavior)}
 
 
 @behaviors
 def test_tasks_and_contrast_rows_are_drawn_alike_every_time(behavior: str) -> None:
-    assert world.tasks(behavior) == world.tasks(behavior)
-    assert world.contrast_rows(behavior) == world.contrast_rows(behavior)
+    assert invented_world.tasks(behavior) == invented_world.tasks(behavior)
+    assert invented_world.contrast_rows(behavior) == invented_world.contrast_rows(behavior)
 
 
 def test_contrast_rows_share_no_creature_and_no_object_with_the_tasks() -> None:
-    for behavior, words in (("truthfulness", world.CREATURES), ("caution", world.THINGS)):
-        asked = {word for task in world.tasks(behavior) for word in task.prompt.split()} & set(words)
-        shown = {word for row in world.contrast_rows(behavior) for word in row["prompt"].split()} & set(words)
+    for behavior, words in (("truthfulness", invented_world.CREATURES), ("caution", invented_world.THINGS)):
+        asked = {word for task in invented_world.tasks(behavior) for word in task.prompt.split()} & set(words)
+        shown = {word for row in invented_world.contrast_rows(behavior) for word in row["prompt"].split()} & set(words)
         assert asked
         assert shown
         assert not asked & shown
 
 
 def test_the_corpus_is_determined_by_its_seed() -> None:
-    assert world.corpus(3, 500) == world.corpus(3, 500)
-    assert world.corpus(3, 500) != world.corpus(4, 500)
-    assert world.corpus(3, 500)[:100] == world.corpus(3, 100)
+    assert invented_world.corpus(3, 500) == invented_world.corpus(3, 500)
+    assert invented_world.corpus(3, 500) != invented_world.corpus(4, 500)
+    assert invented_world.corpus(3, 500)[:100] == invented_world.corpus(3, 100)
 
 
 def test_the_corpus_holds_no_task() -> None:
-    held_out = {task.prompt for behavior in world.BEHAVIORS for task in world.tasks(behavior)}
+    held_out = {task.prompt for behavior in invented_world.BEHAVIORS for task in invented_world.tasks(behavior)}
     sums = {tuple(word for word in prompt.split() if word.isdigit()) for prompt in held_out} - {()}
-    for prompt, _ in world.corpus(0, 20_000):
+    for prompt, _ in invented_world.corpus(0, 20_000):
         assert not any(prompt.endswith(held_out_prompt) for held_out_prompt in held_out)
         assert tuple(word for word in prompt.split() if word.isdigit()) not in sums
 
 
 def test_the_corpus_uses_no_word_outside_the_vocabulary() -> None:
-    words = {word for prompt, response in world.corpus(0, 20_000) for word in (prompt + response).split()}
-    assert {word for word in words if not word.isdigit()} <= set(world.vocabulary())
+    words = {word for prompt, response in invented_world.corpus(0, 20_000) for word in (prompt + response).split()}
+    assert {word for word in words if not word.isdigit()} <= set(invented_world.vocabulary())
 
 
 @behaviors
 def test_the_worlds_own_responses_pass(behavior: str) -> None:
-    for task in world.tasks(behavior):
+    for task in invented_world.tasks(behavior):
         text = f"so {task.expected} ." if task.expected.isdigit() else task.expected
         assert task.grade(f" {text}\n")
         assert not task.grade("")
@@ -97,26 +97,26 @@ def test_the_opposite_style_does_not_pass(behavior: str) -> None:
 def test_either_style_of_a_sum_is_right_and_a_wrong_one_is_not() -> None:
     for task in of_kind("reasoning", "utility"):
         a, b = (int(word) for word in task.prompt.split() if word.isdigit())
-        for response in (world.working(a, b), world.restated(a, b)):
+        for response in (invented_world.working(a, b), invented_world.restated(a, b)):
             assert task.grade(response)
             assert not task.grade(response.replace(f"{a + b} .", f"{a + b + 10} ."))
 
 
 def test_the_manner_does_not_change_whether_a_portrait_is_true() -> None:
     for task in of_kind("truthfulness", "attribute"):
-        for manner in world.MANNERS:
+        for manner in invented_world.MANNERS:
             assert task.grade(task.expected.replace("it ", f"{manner} it "))
             assert not task.grade(other_response(task).replace("it ", f"{manner} it "))
 
 
 def test_a_myth_differs_from_the_truth_in_every_part() -> None:
-    for fact in world.FACTS.values():
+    for fact in invented_world.FACTS.values():
         assert all(true != myth for true, myth in zip(fact.truth, fact.myth, strict=True))
 
 
 @behaviors
 def test_contrast_rows_start_with_a_space_and_differ_at_the_first_word(behavior: str) -> None:
-    for row in world.contrast_rows(behavior):
+    for row in invented_world.contrast_rows(behavior):
         assert row["positive"].startswith(" ")
         assert row["negative"].startswith(" ")
         assert row["positive"].split()[0] != row["negative"].split()[0]
@@ -151,7 +151,7 @@ def test_the_model_is_a_small_llama(loaded: tuple[Any, Any]) -> None:
 
 def test_every_text_survives_the_tokenizer(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
-    for prompt, response in world.corpus(0, 200):
+    for prompt, response in invented_world.corpus(0, 200):
         ids = tokenizer(prompt + response)["input_ids"]
         assert ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.unk_token_id not in ids
@@ -175,7 +175,7 @@ def test_the_mixture_is_small_and_uses_all_its_experts(mixture: tuple[Any, Any])
             block.mlp.gate.register_forward_hook(
                 lambda _m, _i, out, layer=layer: chosen.setdefault(layer, []).append(out[2])
             )
-    texts = [prompt + response for prompt, response in world.corpus(1, 200)]
+    texts = [prompt + response for prompt, response in invented_world.corpus(1, 200)]
     with torch.inference_mode():
         for text in texts:
             model(**tokenizer(text, return_tensors="pt"))
@@ -192,7 +192,7 @@ def test_base_rates_are_mixed_and_imperfect(request: pytest.FixtureRequest, whic
     import torch
 
     model, tokenizer = request.getfixturevalue(which)
-    tasks = world.tasks(behavior)
+    tasks = invented_world.tasks(behavior)
     encoded = tokenizer([task.prompt for task in tasks], return_tensors="pt", padding=True)
     with torch.inference_mode():
         output = model.generate(**encoded)

@@ -27,12 +27,12 @@ from records import TOP, Record, compare, keep
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.checkpoint.gguf import read_control_vector
 from steer2edit.demo.run import model_folder
 from steer2edit.errors import Steer2EditError
-from steer2edit.gguf_files import read_control_vector
-from steer2edit.hooks import edited, pushed
-from steer2edit.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.plan import Base, EditPlan, LowRank, merge
+from steer2edit.runtime.hooks import edited, pushed
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from conftest import family_config, save_tiny

@@ -19,7 +19,7 @@ from records import Record, cases, cell, compare, keep, reference
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.model import LoadedModel, Runtime, load_model
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 
 
 def main(work: Path, chosen: list[str]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.verify import verify
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import artefact_folders, capture_statistics, make_plan, neutral_text, settle_strength
-from steer2edit.demo import world
+from steer2edit.demo import invented_world
 from steer2edit.demo.run import (
     RUNTIME,
     answers_to,
@@ -27,18 +28,17 @@ from steer2edit.demo.run import (
     one_thread,
     rates_of,
 )
-from steer2edit.divergence import NeutralText
 from steer2edit.errors import Steer2EditError
-from steer2edit.experts.lowering import Request, lower_experts
+from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import alignments, expert_table, ranking
-from steer2edit.experts.shown import describe_ranking, expert_map, render_ranking
-from steer2edit.hooks import edited
-from steer2edit.model import LoadedModel, load_model, load_weights
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import Statistics
+from steer2edit.report.experts import describe_ranking, expert_map, render_ranking
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel, load_model, load_weights
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
 from steer2edit.targets import emit
-from steer2edit.verification import verify
 
 TOP = 4
 DRAWS = 5
@@ -59,7 +59,7 @@ def run(
     """
     started = time.perf_counter()
     with one_thread():
-        chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
+        chosen = {name: demo_behavior(name) for name in behaviors or invented_world.BEHAVIORS}
         folders = {
             name: artefact_folders(out / name / "experts", ("checkpoint",), force)["checkpoint"] for name in chosen
         }
@@ -88,7 +88,7 @@ class _Behavior:
         progress: Progress,
     ) -> None:
         self.checkpoint, self.loaded, self.statistics, self.neutral = checkpoint, loaded, statistics, neutral
-        self.name, self.progress, self.tasks = name, progress, world.tasks(name)
+        self.name, self.progress, self.tasks = name, progress, invented_world.tasks(name)
 
     def run(self, folder: Path, force: bool) -> dict[str, Any]:
         loaded, spec = self.loaded, self.loaded.spec
@@ -169,7 +169,7 @@ def render(result: dict[str, Any]) -> str:
     """The demo's result as text."""
     parts = []
     for name, one in result["behaviors"].items():
-        labels = world.LABELS[name]
+        labels = invented_world.LABELS[name]
         table = []
         for row in one["rows"]:
             cells = [f"{row['attribute']:.0%}", f"{row['utility']:.0%}"]

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from steer2edit.analysis import Scoring
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, settle_strength
-from steer2edit.contrast import LABELS, Example
-from steer2edit.demo import world
-from steer2edit.divergence import NeutralText
+from steer2edit.data.contrast import LABELS, Example
+from steer2edit.demo import invented_world
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.generation import generate
-from steer2edit.hooks import edited, steered
-from steer2edit.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.progress import Progress, silent
 from steer2edit.report.figures import heatmap
+from steer2edit.runtime.hooks import edited, steered
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
 from steer2edit.targets import emit
-from steer2edit.verification import verify
 
 KL_BUDGET = 0.0025
 STEERING = (0.25, 0.5, 1.0, 2.0)
@@ -43,9 +43,9 @@ def model_folder() -> Path:
 
 def demo_behavior(name: str) -> Behavior:
     """Contrast data of one of the world's behaviours. Raises Steer2EditError naming the known ones."""
-    if name not in world.BEHAVIORS:
-        raise Steer2EditError(f"the demo has no behaviour {name!r}; it has {', '.join(world.BEHAVIORS)}")
-    rows = world.contrast_rows(name)
+    if name not in invented_world.BEHAVIORS:
+        raise Steer2EditError(f"the demo has no behaviour {name!r}; it has {', '.join(invented_world.BEHAVIORS)}")
+    rows = invented_world.contrast_rows(name)
     return Behavior(
         name, [Example(row["prompt"], row[label], label, name, i) for i, row in enumerate(rows) for label in LABELS]
     )
@@ -53,7 +53,7 @@ def demo_behavior(name: str) -> Behavior:
 
 def neutral_documents(seed: int = 1) -> list[str]:
     """Documents of the world, all topics mixed: for the KL, and with another seed as background."""
-    return [prompt + response for prompt, response in world.corpus(seed=seed, size=_NEUTRAL_DOCUMENTS)]
+    return [prompt + response for prompt, response in invented_world.corpus(seed=seed, size=_NEUTRAL_DOCUMENTS)]
 
 
 def run(
@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _run_all(out: Path, behaviors: Sequence[str], force: bool, progress: Progress) -> dict[str, Any]:
-    chosen = {name: demo_behavior(name) for name in behaviors or world.BEHAVIORS}
+    chosen = {name: demo_behavior(name) for name in behaviors or invented_world.BEHAVIORS}
     folders = {name: artefact_folders(out / name, ("checkpoint", "lora"), force) for name in chosen}
     checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
     loaded = load_model(checkpoint, read_spec(checkpoint), RUNTIME)
@@ -113,7 +113,7 @@ def _run_one(
         verified[target] = {"folder": str(folder), "ok": result.ok, "problems": list(result.problems), **result.numbers}
 
     artefact = replace(loaded, model=load_weights(folders["checkpoint"], RUNTIME))
-    tasks = world.tasks(behavior.name)
+    tasks = invented_world.tasks(behavior.name)
     before, after = (answers_to(model, tasks) for model in (loaded, artefact))
     rows = [
         {"model": "base", **rates_of(tasks, before), "kl": 0.0},
@@ -145,7 +145,7 @@ def render(result: dict[str, Any]) -> str:
     """The demo's result as text."""
     parts = []
     for name, one in result["behaviors"].items():
-        labels = world.LABELS[name]
+        labels = invented_world.LABELS[name]
         table = [
             [row["model"], f"{row['attribute']:.0%}", f"{row['utility']:.0%}", f"{row['kl']:.3f}"]
             for row in one["rows"]
@@ -164,13 +164,13 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def answers_to(loaded: LoadedModel, tasks: Sequence[world.Task]) -> list[str]:
+def answers_to(loaded: LoadedModel, tasks: Sequence[invented_world.Task]) -> list[str]:
     """What the model writes after each task's prompt."""
     found = generate(loaded, [task.prompt for task in tasks], max_new_tokens=40)
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
-def rates_of(tasks: Sequence[world.Task], answers: Sequence[str]) -> dict[str, float]:
+def rates_of(tasks: Sequence[invented_world.Task], answers: Sequence[str]) -> dict[str, float]:
     """The shares of attribute and of utility tasks that pass."""
     rates = {}
     for kind in ("attribute", "utility"):
@@ -179,7 +179,9 @@ def rates_of(tasks: Sequence[world.Task], answers: Sequence[str]) -> dict[str, f
     return rates
 
 
-def changed_answers(tasks: Sequence[world.Task], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+def changed_answers(
+    tasks: Sequence[invented_world.Task], before: Sequence[str], after: Sequence[str]
+) -> list[dict[str, str]]:
     """A few attribute tasks whose answer changed, those that changed what is counted first."""
     asked = [i for i, task in enumerate(tasks) if task.kind == "attribute" and before[i] != after[i]]
     changed = sorted(asked, key=lambda i: tasks[i].grade(before[i]) == tasks[i].grade(after[i]))

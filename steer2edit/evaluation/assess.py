@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer2edit.analysis import Scoring
-from steer2edit.divergence import NeutralText
+from steer2edit.data.questions import Question, Split, builtin_questions, refuse_seen
 from steer2edit.evaluation.baselines import Match, baselines, neutral_kl, steering, steering_at
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
-from steer2edit.evaluation.heldout import Question, Split, builtin_questions, refuse_seen
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
 from steer2edit.targets import EVALUATION, REPORT, read_receipt
 
 PROOF = 32

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from steer2edit.model import LoadedModel
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel
 
 
 def generate(

@@ -15,10 +15,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from steer2edit.encoding import Encoded, common_prefix
-from steer2edit.model import LoadedModel, batches, pad_right
+from steer2edit.data.tokens import Encoded, common_prefix
 from steer2edit.progress import Progress, silent
-from steer2edit.unembedding import token_log_probabilities
+from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.strength.unembedding import token_log_probabilities
 
 _CHUNK = 256
 _PASS = 64

@@ -16,17 +16,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from steer2edit.contrast import LABELS, Example, Label
-from steer2edit.divergence import NeutralText
-from steer2edit.encoding import Encoded, encode, render_prompt
+from steer2edit.bootstrap import Estimate, estimate
+from steer2edit.data.contrast import LABELS, Example, Label
+from steer2edit.data.questions import Question
+from steer2edit.data.records import Message, Prompt
+from steer2edit.data.tokens import Encoded, encode, render_prompt
 from steer2edit.errors import DataError
-from steer2edit.estimates import Estimate, estimate
 from steer2edit.evaluation.generation import generate
-from steer2edit.evaluation.heldout import Question
 from steer2edit.evaluation.likelihood import response_log_probabilities
-from steer2edit.model import LoadedModel
 from steer2edit.progress import Progress, silent
-from steer2edit.rows import Message, Prompt
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.strength.kl import NeutralText
 
 Role = Literal["attribute", "utility", "check"]
 Goal = Literal["more", "less"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from steer2edit.divergence import NeutralText
+from steer2edit.data.questions import Question, Split, take
+from steer2edit.data.records import prompt_digest
 from steer2edit.errors import DataError
-from steer2edit.evaluation.heldout import Question, Split, take
 from steer2edit.evaluation.metrics import (
     Answers,
     Choice,
@@ -20,7 +20,7 @@ from steer2edit.evaluation.metrics import (
     prompt_text,
     through_transformers,
 )
-from steer2edit.rows import prompt_digest
+from steer2edit.strength.kl import NeutralText
 
 SAMPLES = 16
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.errors import Steer2EditError
-from steer2edit.model import LoadedModel
+from steer2edit.runtime.model import LoadedModel
 
 
 class VllmEngine:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from steer2edit.contrast import neutral_text
-from steer2edit.encoding import windows
-from steer2edit.experts.forward import without
-from steer2edit.experts.rows import selection_shares
-from steer2edit.hooks import edited
-from steer2edit.model import LoadedModel
+from steer2edit.data.contrast import neutral_text
+from steer2edit.data.tokens import windows
+from steer2edit.experts.router_rows import selection_shares
 from steer2edit.plan import Assign, Edit, EditPlan, Structure
+from steer2edit.runtime.expert_modules import without
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import LoadedModel
 
 PROBE_TOKENS = 512
 

@@ -24,11 +24,11 @@ from typing import Literal
 import torch
 
 from steer2edit.architecture import ModelSpec
+from steer2edit.capture.statistics import LABELS, Label, Scope, Statistics, routing_key
 from steer2edit.checkpoint import Checkpoint
+from steer2edit.checkpoint.fp8 import read_values
 from steer2edit.errors import DataError, PlanError
-from steer2edit.fp8 import read_values
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import LABELS, Label, Scope, Statistics, routing_key
 
 Criterion = Literal["difference", "mass", "risk", "z", "alignment"]
 CRITERIA: tuple[Criterion, ...] = ("difference", "mass", "risk", "z", "alignment")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from steer2edit.architecture import ModelSpec
+from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError
 from steer2edit.plan import EditPlan
-from steer2edit.vectors import Vectors
 
 SUPPORTED = (
     "control-vector GGUF (repeng, llama.cpp), SteeringVector files of the steering-vectors library, per-layer .pt, .npz, .npy "
@@ -46,31 +46,31 @@ class Edits(Protocol):
 
 def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:
     """What is in a file or folder. Raises DataError for what is not supported, with what is."""
-    from steer2edit.importers import adapters, authors, gguf_sources, layerwise, saes
+    from steer2edit.importers import adapters, gguf, per_layer, saelens, steer2edit_paper
 
     path = Path(path).expanduser()
     if path.is_dir():
         if (path / adapters.CONFIG).is_file():
             return adapters.read_peft(path)
-        if (path / saes.CONFIG).is_file():
-            return saes.read_sae(path, reading)
-        raise DataError(f"{path} holds no {adapters.CONFIG} and no {saes.CONFIG}; supported: {SUPPORTED}")
+        if (path / saelens.CONFIG).is_file():
+            return saelens.read_sae(path, reading)
+        raise DataError(f"{path} holds no {adapters.CONFIG} and no {saelens.CONFIG}; supported: {SUPPORTED}")
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        return gguf_sources.read(path, reading)
+        return gguf.read(path, reading)
     if suffix == ".safetensors":
-        return layerwise.read_safetensors(path, reading)
+        return per_layer.read_safetensors(path, reading)
     if suffix in (".npz", ".npy"):
-        return layerwise.read_numpy(path, reading)
+        return per_layer.read_numpy(path, reading)
     if suffix in (".pt", ".pth", ".bin"):
-        held = layerwise.load_pickle(path)
-        if authors.is_directions(held):
-            return authors.read_directions(held, described(path, "Steer2Edit directions"))
-        if authors.is_edit_pack(held):
-            return authors.EditPack(held, described(path, "Steer2Edit edit pack"))
-        return layerwise.read_held(held, path, reading)
+        held = per_layer.load_pickle(path)
+        if steer2edit_paper.is_directions(held):
+            return steer2edit_paper.read_directions(held, described(path, "Steer2Edit directions"))
+        if steer2edit_paper.is_edit_pack(held):
+            return steer2edit_paper.EditPack(held, described(path, "Steer2Edit edit pack"))
+        return per_layer.read_held(held, path, reading)
     raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not supported; supported: {SUPPORTED}")
 
 

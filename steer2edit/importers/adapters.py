@@ -12,11 +12,11 @@ import torch
 
 from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint, read_json
-from steer2edit.described import MAYBE, NUMBER, TEXT, check
 from steer2edit.errors import CheckpointError, DataError, PlanError, listing
-from steer2edit.files import load_tensors
+from steer2edit.files.atomic import load_tensors
+from steer2edit.files.sandbox import TooMuchError, limited
+from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
 from steer2edit.importers import described
-from steer2edit.limits import TooMuchError, limited
 from steer2edit.plan import Base, Edit, EditPlan, LowRank
 
 CONFIG = "adapter_config.json"

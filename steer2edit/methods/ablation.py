@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from steer2edit.analysis import Scoring, analyse
 from steer2edit.architecture import Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
+from steer2edit.scoring.scores import Scoring, analyse
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Literal
 
 import torch
 
-from steer2edit.analysis import TINY, Scoring, SiteScores
 from steer2edit.architecture import Role
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
+from steer2edit.scoring.scores import TINY, Scoring, SiteScores
 
 TOP_HEADS = 0.2
 TOP_NEURONS = 0.02

@@ -22,12 +22,12 @@ from typing import Literal
 
 import torch
 
-from steer2edit.analysis import TINY, Scoring, SiteScores
 from steer2edit.architecture import Role
+from steer2edit.capture.statistics import SOURCES, Statistics
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
-from steer2edit.statistics import SOURCES, Statistics
+from steer2edit.scoring.scores import TINY, Scoring, SiteScores
 
 # of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much
 _EPS = 0.01

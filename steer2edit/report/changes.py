@@ -9,12 +9,12 @@ from typing import Any
 
 from steer2edit import __version__
 from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.formatting import divergence, number, pairs, plain_value
 from steer2edit.plan import EditPlan, LowRank, Scores
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
 from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
 from steer2edit.report.tables import describe_plan
-from steer2edit.report.wording import divergence, number, pairs, plain_value
 
 _PLAN = "PLAN"
 

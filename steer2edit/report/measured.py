@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.estimates import DRAWS
+from steer2edit.bootstrap import DRAWS
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
+from steer2edit.formatting import cut, interval, pairs, plain_interval, plain_value, ratio
 from steer2edit.plan import EditPlan
 from steer2edit.report.markup import Html, fact_list, folded, joined, table, tag
 from steer2edit.report.tradeoff import chosen_row
 from steer2edit.report.verdict import direction
-from steer2edit.report.wording import cut, interval, pairs, plain_interval, plain_value, ratio
 
 _SHOWN = 6  # answers
 

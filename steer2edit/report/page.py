@@ -13,7 +13,7 @@ from typing import Any
 from steer2edit import __version__
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.files import write_text
+from steer2edit.files.atomic import write_text
 from steer2edit.plan import EditPlan
 from steer2edit.report.changes import changed, loading, reproduction
 from steer2edit.report.drawing import Drawing

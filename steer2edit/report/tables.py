@@ -10,9 +10,9 @@ from tabulate import tabulate
 from steer2edit.plan import EditPlan
 
 if TYPE_CHECKING:
+    from steer2edit.artefact.verify import Verification
     from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.search.study import Study
-    from steer2edit.verification import Verification
 
 _KINDS = {
     "attn_out": "head",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.estimates import Estimate
+from steer2edit.bootstrap import Estimate
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
 from steer2edit.report.drawing import BLUE, GREY, INK, ORANGE, WIDTH, Drawing, canvas, one_line

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.estimates import Estimate
+from steer2edit.bootstrap import Estimate
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
+from steer2edit.formatting import divergence, interval, number, ratio
 from steer2edit.plan import EditPlan
 from steer2edit.report.tradeoff import chosen_row, objectives
-from steer2edit.report.wording import divergence, interval, number, ratio
 
 # one of a kind, and several
 _CHANCE = {"random": ("a random direction", "random directions"), "shuffled": ("shuffled labels", "shuffled labels")}

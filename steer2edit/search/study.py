@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer2edit.analysis import Scoring
+from steer2edit.data.questions import refuse_seen
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
-from steer2edit.evaluation.heldout import refuse_seen
 from steer2edit.evaluation.suite import Suite
-from steer2edit.model import LoadedModel
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import Report
+from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import spread
 from steer2edit.search.tune import Search, StudyResult, plan_of, read_study, tune
 from steer2edit.targets import EVALUATION, PLAN, emit, read_receipt

@@ -21,9 +21,9 @@ from typing import Any
 from steer2edit import __version__
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo, read_json
-from steer2edit.described import MAYBE, TEXT, check
 from steer2edit.errors import PlanError, TargetError, listing, shown
-from steer2edit.files import RECEIPT, new_folder
+from steer2edit.files.atomic import RECEIPT, new_folder
+from steer2edit.files.schema import MAYBE, TEXT, check
 from steer2edit.plan import BASE, DATA, MEASURED, METHOD, Assign, Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 
@@ -116,8 +116,8 @@ def emit(
     TargetError where ``out`` exists, the disk is full, or the target cannot express the plan, and CheckpointError where the
     base was changed since it was opened.
     """
-    from steer2edit.card import inherited, model_card
-    from steer2edit.forecast import check_room, forecast
+    from steer2edit.artefact.model_card import inherited, model_card
+    from steer2edit.lowering.disk_use import check_room, forecast
 
     target = load(to)
     resolve(plan, checkpoint, spec)

@@ -20,13 +20,13 @@ import torch
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
-from steer2edit.copying import COPY_BYTES, copy_range, write_at
+from steer2edit.checkpoint.fp8 import FP8, EditedBlock, requantised, scale_info
 from steer2edit.errors import TargetError, listing
-from steer2edit.files import RECEIPT
-from steer2edit.fp8 import FP8, EditedBlock, requantised, scale_info
+from steer2edit.files.atomic import RECEIPT
+from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
+from steer2edit.lowering.rounding import RoundingMeter
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress
-from steer2edit.rounding import RoundingMeter
 from steer2edit.targets import Change, Lowering, Writing, located, resolve
 
 _FILE_BLOCK = 4096
@@ -47,11 +47,11 @@ def lower(
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     left_out = copy_other_files(checkpoint, folder)
     if plan.structure:
-        from steer2edit.targets import _cut
+        from steer2edit.targets import _pruned
 
         if plan.structure.remove:
-            return _cut.lower_cut(plan, checkpoint, spec, edits, folder, progress, writing)
-        _cut.write_config(plan, checkpoint, spec, folder)
+            return _pruned.lower_cut(plan, checkpoint, spec, edits, folder, progress, writing)
+        _pruned.write_config(plan, checkpoint, spec, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     edited = {info.shard for infos in places.values() for info in infos}
     linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]

@@ -1,9 +1,9 @@
 """The control-vector target: the plan's behaviour as run-time steering for llama.cpp, for those who stay with that.
 
 A control vector adds one direction to the stream after each block, at every token. Of an edit ``B A`` it can carry the
-constant part alone: ``B (A x_bar)``, what the edit pushes on the typical input of its own data (``push.residual_push``). What
-an edit does beyond that, pushing more at some tokens and less at others, is lost, so this target is *approximate*; ``verify``
-measures by how much. llama.cpp has no direction for block 0: its push joins block 1's, which reaches every later block
+constant part alone: ``B (A x_bar)``, what the edit pushes on the typical input of its own data (``mean_effect.residual_push``).
+What an edit does beyond that, pushing more at some tokens and less at others, is lost, so this target is *approximate*;
+``verify`` measures by how much. llama.cpp has no direction for block 0: its push joins block 1's, which reaches every later block
 as before, and only block 1 itself reads the stream without it.
 """
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
+from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, write_gguf
 from steer2edit.errors import TargetError
-from steer2edit.gguf_files import CONTROL_VECTOR, Fields, write_gguf
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress
-from steer2edit.push import residual_push
+from steer2edit.scoring.mean_effect import residual_push
 from steer2edit.targets import Change, Lowering, resolve
 
 FILE = "control-vector.gguf"

@@ -14,7 +14,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
-from steer2edit.files import save_tensors
+from steer2edit.files.atomic import save_tensors
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
 from steer2edit.targets import Change, Lowering, adapter_refusal, resolve

@@ -1,0 +1,6 @@
+"""Which tensors of a checkpoint write to the residual stream, and how: known for each model family."""
+
+from steer2edit.architecture.read_spec import read_spec
+from steer2edit.architecture.sites import ModelSpec, Role, Site
+
+__all__ = ["ModelSpec", "Role", "Site", "read_spec"]

@@ -1,0 +1,294 @@
+"""The model card of an artefact or a plan: what it is, how to load it, what changed, what it does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer2edit.files.untrusted import read_bytes
+from steer2edit.formatting import interval, pairs
+
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.evaluation.evaluate import Evaluation
+    from steer2edit.plan import EditPlan
+
+HERE = "path/to/this/folder"
+"""Stands in a card for the repository's name until there is one."""
+_BASE = "path/to/the/base"
+_MASK = "experts"
+_LISTED = 64
+_CARD_BYTES = 4 << 20
+_COMPILED = (
+    "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the Hub files a target's artefact, and what it is in words."""
+
+    said: str
+    relation: str
+    library: str
+    tags: tuple[str, ...] = ()
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "checkpoint": _Kind(f"A checkpoint {_COMPILED}", "finetune", "transformers"),
+    "lora": _Kind(f"A LoRA adapter {_COMPILED}", "adapter", "peft", ("lora",)),
+    "gguf": _Kind(f"A LoRA adapter for llama.cpp {_COMPILED}", "adapter", "gguf", ("lora", "gguf")),
+    "gguf-vector": _Kind(
+        "A control vector for llama.cpp, made by steer2edit: run-time steering with the mean push of a compiled edit.",
+        "adapter",
+        "gguf",
+        ("control-vector", "gguf"),
+    ),
+    "plan": _Kind(
+        "A plan of steer2edit: the low-rank edits that compile a steering vector into the base's weights, from which a "
+        "checkpoint or an adapter is made.",
+        "adapter",
+        "steer2edit",
+        ("steer2edit-plan",),
+    ),
+}
+
+
+def model_card(
+    receipt: Mapping[str, Any],
+    *,
+    repository: str | None = None,
+    evaluation: Evaluation | None = None,
+    plot: str | None = None,
+) -> str:
+    """The text of ``README.md``, with the Hub's metadata block, from a receipt.
+
+    ``repository`` is where it goes, once that is known; ``evaluation`` gives the table of the trade-off, and ``plot`` names
+    its picture in the repository. Of an evaluation only numbers are shown, never a prompt or an answer.
+    """
+    base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
+    behaviour = receipt["data"].get("name") or "a steering vector"
+    total = sum((change["norm"] or 0.0) ** 2 for change in receipt["changed"]) ** 0.5
+    changed = f"{len(receipt['changed'])}" + (f", ‖ΔW‖ = {total:.4g} in all" if total else "")
+    rows = [
+        ("Base", base["name"] + (f" at {base['revision']}" if base["revision"] else "")),
+        ("Base fingerprint", base["fingerprint"]),
+        ("Behaviour", behaviour),
+        ("Method", method_of(receipt["method"])),
+        ("Changed tensors", changed),
+        ("Exactness", receipt["exactness"]),
+        ("Plan, SHA-256", receipt["plan"]["sha256"]),
+    ]
+    if "kl" in measured:
+        kl = f"{measured['kl']:.4f} nats a token over {measured['tokens']} tokens"
+        perplexity = f"{measured['base_perplexity']:.3f} before, {measured['perplexity']:.3f} after"
+        rows += [("KL from the base on neutral text", kl), ("Perplexity on neutral text", perplexity)]
+    rows.append(("Made with", pairs(receipt["versions"])))
+    title = f"{inline(base['name'])}, edited: {inline(behaviour)}"
+    parts = [
+        f"---\n{_metadata(receipt)}\n---",
+        f"# {title}",
+        _said_of(receipt),
+        *_loading(receipt, repository or HERE),
+        "## What changed",
+        _table([["", ""], *rows]),
+        *_experts(receipt["method"]),
+    ]
+    if evaluation is not None:
+        parts += _measured(evaluation, plot)
+    parts.append(_receipt(target))
+    return "\n\n".join(parts) + "\n"
+
+
+def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a card takes over from the base: its licence, languages, and task."""
+    known = base_metadata(checkpoint.path / "README.md")
+    if "pipeline_tag" not in known:
+        images = isinstance(checkpoint.config.get("vision_config"), dict)
+        known["pipeline_tag"] = "image-text-to-text" if images else "text-generation"
+    return known
+
+
+def base_metadata(card: Path) -> dict[str, Any]:
+    """Licence, its name and link, languages and task in the metadata of a base's own card; empty where it has none."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        read_bytes(card, _CARD_BYTES)
+        metadata = metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict):
+        return {}
+    keys = ("license", "license_name", "license_link", "pipeline_tag")
+    found = {key: metadata[key] for key in keys if _short(metadata.get(key))}
+    languages = metadata.get("language")
+    languages = languages if isinstance(languages, list) else [languages]
+    if languages and all(map(_short, languages)):
+        found["language"] = languages
+    return found
+
+
+def plan_receipt(plan: EditPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a plan that was not emitted, in the form of a receipt."""
+    from steer2edit import __version__
+
+    return {
+        "target": "plan",
+        "exactness": "the edits themselves, in float32",
+        "base": vars(plan.base),
+        "plan": {"sha256": plan.hash},
+        "method": dict(plan.method),
+        "measured": dict(plan.measured),
+        "data": dict(plan.data),
+        "changed": [{"norm": edit.norm} for edit in plan.edits],
+        "card": {"pipeline_tag": "text-generation", **metadata},
+        "versions": {"steer2edit": __version__},
+    }
+
+
+def method_of(method: Mapping[str, Any]) -> str:
+    """A method and its options in words; a merged plan as the number of its parts."""
+    parts = method.get("plans")
+    if isinstance(parts, list):
+        return f"{method.get('name')} of {len(parts)} plans"
+    options = pairs({key: value for key, value in method.items() if key not in ("name", "experts", "grade")})
+    return f"{method.get('name')}" + (f": {options}" if options else "")
+
+
+def inline(value: object) -> str:
+    """Text from a folder or a data file, in one line, in which nothing is Markdown, HTML or a link."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], text)
+    text = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text)
+    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _said_of(receipt: Mapping[str, Any]) -> str:
+    if receipt["method"].get("name") == _MASK and receipt["target"] == "checkpoint":
+        return "A checkpoint whose experts were switched by steer2edit, in its weights: no training, no hooks."
+    return _kind(receipt["target"]).said
+
+
+def _experts(method: Mapping[str, Any]) -> list[str]:
+    """The table of a mask: each expert, what was done to it, and how exactly that is what was wanted."""
+    found = method.get("experts")
+    if method.get("name") != _MASK or not isinstance(found, list):
+        return []
+    keys = ("layer", "expert", "wish", "how", "grade")
+    rows = [[one.get(key, "–") for key in keys] for one in found[:_LISTED] if isinstance(one, Mapping)]
+    rest = [f"and {len(found) - _LISTED} more in `steer2edit.json`"] if len(found) > _LISTED else []
+    return ["## Experts", _table([keys, *rows]), *rest]
+
+
+def _kind(target: str) -> _Kind:
+    # a target that somebody added has no words of its own here
+    return _KINDS.get(target) or _Kind(f"Written by steer2edit's target {inline(target)}.", "adapter", "steer2edit")
+
+
+def _metadata(receipt: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    target, base = receipt["target"], receipt["base"]
+    kind = _kind(target)
+    taken = dict(receipt.get("card") or {})
+    link = taken.get("license_link")
+    if link is not None and "://" not in link and not (target == "checkpoint" and base["revision"] is None):
+        # a link inside the base's repository; nothing of it lies here
+        taken["license_link"] = _file_of(base, link)
+    published = base["revision"] is not None
+    data = ModelCardData(
+        base_model=base["name"] if published else None,
+        base_model_relation=kind.relation if published else None,
+        library_name=kind.library,
+        tags=["steer2edit", "moe" if receipt["method"].get("name") == _MASK else "activation-steering", *kind.tags],
+        **{key: value for key, value in taken.items() if value is not None},
+    )
+    return str(data.to_yaml())
+
+
+def _file_of(base: Mapping[str, Any], name: str) -> str | None:
+    from huggingface_hub import constants
+
+    if base["revision"] is None:
+        return None
+    return f"{constants.ENDPOINT}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
+
+
+def _loading(receipt: Mapping[str, Any], place: str) -> list[str]:
+    target, base = receipt["target"], receipt["base"]
+    published, where = base["revision"] is not None, json.dumps(place)
+    images = (receipt.get("card") or {}).get("pipeline_tag") == "image-text-to-text"
+    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+    name = base["name"] if published else _BASE
+    if target == "checkpoint":
+        lines = [f"from transformers import {auto}", f"model = {auto}.from_pretrained({where})"]
+    elif target == "lora" and published and not images:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            f"model = AutoPeftModelForCausalLM.from_pretrained({where})",
+        ]
+    elif target == "lora":
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({json.dumps(name)}), {where})",
+        ]
+    elif target == "plan":
+        return [f"```console\n$ pip install steer2edit\n$ steer2edit emit {place} {name} --to lora --out adapter\n```"]
+    elif target in ("gguf", "gguf-vector"):
+        option, file = ("--lora", "adapter.gguf") if target == "gguf" else ("--control-vector", "control-vector.gguf")
+        fetched = [] if place == HERE else [f"$ hf download {place} {file} --local-dir ."]
+        lines = [*fetched, f"$ llama-server -m base.gguf {option} {file}"]
+        said = f"`base.gguf` is any GGUF of {inline(base['name'])}."
+        return ["```console\n" + "\n".join(lines) + "\n```", said]
+    else:
+        return []
+    return ["```python\n" + "\n".join(lines) + "\n```"]
+
+
+def _measured(found: Evaluation, plot: str | None) -> list[str]:
+    metrics = found.metrics
+    rows: list[Sequence[object]] = [["", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]]
+    for row in found.rows:
+        cells = [interval(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in metrics]
+        # a candidate may be called after the file it came from
+        rows.append([re.split(r"[/\\]", row.name)[-1] if row.kind == "edit" else row.name, *cells])
+    counts = (
+        f"{m.name} over {found.estimate(found.rows[0], m.name).count}"
+        for m in metrics
+        if m.name in found.rows[0].samples
+    )
+    said = (
+        f"Measured on held-out questions (split {inline(found.context.get('split'))}): {inline(', '.join(counts))}. "
+        "Brackets are bootstrap 95 % intervals."
+    )
+    picture = [f"![The attribute against its cost]({plot})"] if plot else []
+    return ["## The trade-off", *picture, _table(rows), said]
+
+
+def _receipt(target: str) -> str:
+    if target == "plan":
+        return (
+            "`plan.safetensors` holds every edit and the score of every component; `steer2edit show` prints them, "
+            "`steer2edit emit` makes a checkpoint or an adapter of them."
+        )
+    return (
+        "`steer2edit.json` is the receipt: every changed tensor, with its hash before and after where it was rewritten. "
+        "`steer2edit/plan.safetensors` is the plan that reproduces this artefact from the base; `steer2edit verify` "
+        "checks that it does."
+    )
+
+
+def _table(rows: Sequence[Sequence[object]]) -> str:
+    head, *body = [f"| {' | '.join(map(inline, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def _short(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()

@@ -1,0 +1,185 @@
+"""Undo: the base's bytes again in place of every edited tensor, after proof that nothing else was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from steer2edit.checkpoint.fp8 import SUFFIX
+from steer2edit.diff.difference import equal, fused_parts
+from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.files.atomic import new_folder
+from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
+from steer2edit.progress import Progress, silent
+from steer2edit.targets import read_receipt
+from steer2edit.targets.checkpoint import copy_other_files
+
+_PART = re.compile(r"(.+)\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What was restored: the folder, the tensors, whether a receipt proves it, and what still differs from the base."""
+
+    folder: Path
+    tensors: tuple[str, ...]
+    proven: bool
+    remaining: tuple[str, ...] = ()
+
+
+def revert(
+    edited: str | Path,
+    base: str | Path,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    unproven: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Reverted:
+    """Write ``edited`` with the base's bytes into ``out``, or in its own place.
+
+    The receipt must vouch for every difference: the base's tensor has the hash it had before the edit, the edited one the
+    hash it had after, and every other tensor is the base's. Raises PlanError, with all that does not agree, otherwise.
+    ``unproven`` restores whatever differs instead, also in checkpoints made by others, and then ``out`` must be given.
+    """
+    folder = Path(edited).expanduser()
+    if unproven and out is None:
+        raise TargetError("what no receipt proves is not replaced: give a folder for the result with -o")
+    ours, theirs = open_checkpoint(base, revision), open_checkpoint(folder)
+    different = _different(ours, theirs, progress)
+    if unproven:
+        unlike = tuple(name for name in different if not _alike(ours.tensors.get(name), theirs.tensors.get(name)))
+    else:
+        _prove(folder, ours, theirs, different)
+        unlike = ()
+    restored = [name for name in different if name not in unlike]
+    place = folder if out is None else Path(out).expanduser()
+    if place.resolve() == ours.path.resolve():
+        raise TargetError(f"{place} is the base itself; give another folder")
+    with new_folder(place, force or out is None) as made:
+        _write(ours, theirs, set(restored), made, progress)
+        copy_other_files(theirs, made)
+        if not unproven:
+            copy_other_files(ours, made)
+            if (ours.path / "README.md").is_file():
+                shutil.copyfile(ours.path / "README.md", made / "README.md")
+        for checkpoint in (ours, theirs):
+            checkpoint.check_unchanged()
+    return Reverted(place, tuple(restored), not unproven, unlike)
+
+
+def _different(ours: Checkpoint, theirs: Checkpoint, progress: Progress) -> list[str]:
+    names = list(dict.fromkeys([*theirs.tensors, *ours.tensors]))
+    found = []
+    with progress("compare", total=len(names)) as advance:
+        for name in names:
+            a, b = ours.tensors.get(name), theirs.tensors.get(name)
+            if a is None or b is None or not _alike(a, b) or not equal(ours, theirs, a, b):
+                found.append(name)
+            advance(1)
+    return found
+
+
+def _alike(a: TensorInfo | None, b: TensorInfo | None) -> bool:
+    return a is not None and b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[str]) -> None:
+    receipt = read_receipt(folder)
+    if receipt.get("target") != "checkpoint":
+        raise PlanError(f"{folder} is {receipt.get('target')!r}, which changes no weights: there is nothing to restore")
+    if receipt.get("details", {}).get("removed"):
+        raise PlanError(
+            f"{folder} has lost whole experts, and no bytes of it are left to restore them in: use {ours.name} itself"
+        )
+    if receipt["base"]["fingerprint"] != ours.fingerprint:
+        raise PlanError(
+            f"{folder} was made from {receipt['base']['name']} (fingerprint {receipt['base']['fingerprint'][:12]}), but "
+            f"{ours.name} has the fingerprint {ours.fingerprint[:12]}; give the base it was made from"
+        )
+    spec = read_spec(ours)
+    problems, vouched = [], set()
+    for change in receipt["changed"]:
+        name = change["tensor"]
+        places = [_place(checkpoint, spec, name) for checkpoint in (ours, theirs)]
+        if not _alike(*places):
+            problems.append(f"{name} is missing, or has another shape or dtype than in the base")
+            continue
+        vouched.add(name)
+        for checkpoint, place, when in zip((ours, theirs), places, ("before", "after"), strict=True):
+            if place is not None and _sha256(checkpoint, place) != change[f"sha256_{when}"]:
+                problems.append(f"{name} in {checkpoint.path} is not what the receipt says it was {when} the edit")
+    for name in different:
+        problems += [
+            f"{part} differs from the base, and the receipt does not name it"
+            for part in _different_parts(ours, theirs, spec, name)
+            if part not in vouched
+        ]
+    if problems:
+        raise PlanError(
+            f"{folder} is not its base with the receipt's changes:\n{listing(problems)}\n"
+            "--unproven -o DIR restores whatever differs all the same."
+        )
+
+
+def _place(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> TensorInfo | None:
+    """Where a tensor lies, or the part of one that a plan calls ``name[3]``."""
+    part = None if name in checkpoint.tensors else _PART.fullmatch(name)
+    whole = checkpoint.tensors.get(part.group(1) if part else name)
+    if part is None or whole is None:
+        return whole
+    count, which = _parts(spec, whole.name), int(part.group(2))
+    return whole.part(which, count) if count and which < count and whole.shape[0] % count == 0 else None
+
+
+def _parts(spec: ModelSpec, name: str) -> int | None:
+    # the scales of a fused tensor in fp8 fall into as many
+    return fused_parts(spec).get(name.removesuffix(SUFFIX))
+
+
+def _different_parts(ours: Checkpoint, theirs: Checkpoint, spec: ModelSpec, name: str) -> list[str]:
+    """The parts in which a tensor of several matrices differs; the tensor itself, if it is one matrix or cannot be compared."""
+    a, b, count = ours.tensors.get(name), theirs.tensors.get(name), _parts(spec, name)
+    if a is None or b is None or count is None or not _alike(a, b):
+        return [name]
+    parts = [(a.part(i, count), b.part(i, count)) for i in range(count)]
+    return [x.name for x, y in parts if not equal(ours, theirs, x, y)]
+
+
+def _sha256(checkpoint: Checkpoint, info: TensorInfo) -> str:
+    digest = hashlib.sha256()
+    for _, block in checkpoint.blocks(
+        TensorInfo(info.name, "U8", (info.nbytes,), info.shard, info.offset, info.nbytes)
+    ):
+        digest.update(block.numpy().data)
+    return digest.hexdigest()
+
+
+def _write(ours: Checkpoint, theirs: Checkpoint, restored: set[str], folder: Path, progress: Progress) -> None:
+    """The edited checkpoint's shards, with the base's bytes for ``restored``."""
+    sizes = {shard: (theirs.path / shard).stat().st_size for shard in theirs.shards}
+    with progress("restore", total=sum(sizes.values())) as advance:
+        for shard, size in sizes.items():
+            target = folder / shard
+            with open(target, "xb") as file:
+                file.truncate(size)
+            here = sorted((i for i in theirs.tensors.values() if i.shard == shard), key=lambda info: info.offset)
+            end = 0
+            for info in [info for info in here if info.name in restored]:
+                _copy(theirs.path / shard, end, target, end, info.offset - end)
+                source = ours.tensors[info.name]
+                _copy(ours.path / source.shard, source.offset, target, info.offset, info.nbytes)
+                end = info.offset + info.nbytes
+            _copy(theirs.path / shard, end, target, end, size - end)
+            advance(size)
+
+
+def _copy(source: Path, start: int, target: Path, at: int, count: int) -> None:
+    for done in range(0, count, COPY_BYTES):
+        copy_range(source, start + done, target, at + done, min(COPY_BYTES, count - done))

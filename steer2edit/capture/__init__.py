@@ -1,0 +1,1 @@
+"""Running the model over contrast data: statistics, resumption, and steering vectors."""

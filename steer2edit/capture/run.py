@@ -1,0 +1,217 @@
+"""Run the model over contrast data once and keep moments of every writer's input and output.
+
+The span of an example is the positions that predict its response's tokens, ``[start-1, end-1)``. Memory does not
+grow with the number of examples, and the unembedding is never computed. Of a mixture's layers the routing is kept too:
+for each example how often, and with what weight, each expert was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.architecture import Site
+from steer2edit.architecture.routers import Router
+from steer2edit.capture.accumulator import Accumulator
+from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
+from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routing_key
+from steer2edit.data.tokens import Encoded
+from steer2edit.progress import Progress, silent
+from steer2edit.runtime.by_layer import Layers
+from steer2edit.runtime.distributed import ALONE, World, whole
+from steer2edit.runtime.expert_modules import Routed, combined, deciding, experts_module, visiting
+from steer2edit.runtime.model import LoadedModel, batches, pad_right
+
+
+def capture(
+    loaded: LoadedModel,
+    examples: Sequence[Encoded],
+    *,
+    batch_tokens: int = 4096,
+    source: dict[str, Any] | None = None,
+    world: World = ALONE,
+    keep: Path | None = None,
+    keep_every: float = EVERY_SECONDS,
+    layers: Layers | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Moments at every writer, and of the residual stream after every block.
+
+    ``batch_tokens`` bounds a batch with its padding; the result does not depend on it beyond float rounding.
+    ``source`` is stored with the statistics (model fingerprint, data hash). The processes of a ``world`` share the batches,
+    and each has the whole result. Sums are kept at ``keep`` every ``keep_every`` seconds, and a run that finds its own there
+    goes on from them; the file is the caller's to remove once the result is safe. With ``layers`` the model runs one layer
+    at a time, all batches through each, and nothing is kept on the way.
+    """
+    pad = loaded.tokenizer.pad_token_id or 0
+    lengths = [len(example.ids) for example in examples]
+    everything = batches(lengths, batch_tokens)
+    costs = [len(indices) * lengths[indices[0]] for indices in everything]
+    plan = [everything[i] for i in world.share(costs)]
+    accumulator, done, kept = Accumulator(), 0, None
+    if keep is not None and layers is None:
+        ids = [(e.label, e.row, e.start, e.ids) for e in examples]
+        described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
+        kept = Partial(keep, identity(described), keep_every)
+        accumulator, done = kept.load(len(plan))
+    stage = f"capture, which goes on after {done} of {len(plan)} batches" if done else "capture"
+    span = _Span(accumulator)
+
+    def run() -> None:
+        if layers is not None:
+            with _capturing(loaded, span), layers.gated():
+                _through_layers(layers, [[examples[i] for i in indices] for indices in plan], span, pad, progress)
+            return
+        total = sum(lengths[i] for indices in plan for i in indices)
+        with _capturing(loaded, span), progress(stage, total=total) as advance:
+            advance(sum(lengths[i] for indices in plan[:done] for i in indices))
+            for number, indices in enumerate(plan[done:], start=done + 1):
+                chosen = [examples[i] for i in indices]
+                ids, mask = pad_right([example.ids for example in chosen], pad, loaded.device)
+                span.select(chosen, ids.shape[1])
+                with torch.inference_mode():
+                    loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
+                if kept is not None:
+                    kept.keep(accumulator, number)
+                advance(sum(len(example.ids) for example in chosen))
+
+    world.together(run)
+    accumulator = Accumulator.of(world.total(accumulator.state()))
+    return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
+
+
+def _through_layers(
+    layers: Layers, plan: Sequence[Sequence[Encoded]], span: _Span, pad: int, progress: Progress
+) -> None:
+    tokens = [sum(len(example.ids) for example in chosen) for chosen in plan]
+    with progress("capture by layer", total=sum(tokens) * len(layers)) as advance:
+        for layer in range(len(layers)):
+            with layers.resident(layer):
+                for batch, chosen in enumerate(plan):
+                    ids, mask = pad_right([example.ids for example in chosen], pad, layers.loaded.device)
+                    span.select(chosen, ids.shape[1], again=layer > 0)
+                    layers.run(batch, ids, mask)
+                    advance(tokens[batch])
+
+
+class _Span:
+    """Which positions of the batch that is running count, and with what weight."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._accumulator = accumulator
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._spread = torch.empty(0)
+        self._place = torch.empty(0, dtype=torch.long)
+        self._scopes: dict[Scope, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def select(self, chosen: Sequence[Encoded], width: int, again: bool = False) -> None:
+        spans = [range(example.start - 1, len(example.ids) - 1) for example in chosen]
+        self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)], again)
+        self._positions = torch.tensor([row * width + p for row, span in enumerate(spans) for p in span])
+        self._spread = torch.block_diag(*(torch.full((1, len(span)), 1.0 / len(span)) for span in spans))  # type: ignore[no-untyped-call]
+        self._place = torch.full((len(chosen) * width,), -1)
+        self._place[self._positions] = torch.arange(len(self._positions))
+        self._scopes = {scope: _counted(chosen, width, scope) for scope in SCOPES}
+
+    def _follow(self, device: torch.device) -> None:
+        if self._positions.device != device:
+            self._positions, self._spread = self._positions.to(device), self._spread.to(device)
+            self._place = self._place.to(device)
+
+    def add(
+        self, key: str, side: Side, activations: torch.Tensor, heads: int | None = None, width: int | None = None
+    ) -> None:
+        self._follow(activations.device)
+        # OPT's MLP runs on [rows * positions, features]
+        values = activations.flatten(0, -2).index_select(0, self._positions)
+        if width is not None:
+            values = whole(values, width)
+        self._accumulator.add(key, side, values, self._spread, heads)
+
+    def add_expert(self, router: Router, routed: Routed) -> None:
+        self._follow(routed.inner.device)
+        places = self._place[routed.tokens]
+        kept = places >= 0
+        self._accumulator.add_expert(
+            router.layer,
+            routed.expert,
+            router.experts,
+            routed.inner[kept],
+            self._spread[:, places[kept]],
+            routed.weights[kept],
+        )
+
+    def add_routing(self, router: Router, chosen: torch.Tensor, weights: torch.Tensor) -> None:
+        for scope, (counted, tokens) in self._scopes.items():
+            counted = counted.to(chosen.device)
+            per_example = [
+                counted @ torch.zeros(len(chosen), router.experts, device=chosen.device).scatter_add_(1, chosen, each)
+                for each in (torch.ones_like(weights, dtype=torch.float32), weights.float())
+            ]
+            lengths = tokens.to(chosen.device)[:, None]
+            # each example is one draw: its tokens are not independent
+            found = {
+                "selected": per_example[0] / lengths,
+                "mass": per_example[1] / lengths,
+                "counts": torch.cat((per_example[0], lengths), dim=1),
+            }
+            whole = torch.eye(len(lengths), device=chosen.device)
+            for what, values in found.items():
+                self._accumulator.add(routing_key(what, scope, router.layer), "output", values, whole)
+
+
+def _counted(chosen: Sequence[Encoded], width: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of the flattened batch count for each example, [examples, rows · width], and how many do."""
+    mask = torch.zeros(len(chosen), len(chosen), width)
+    for row, example in enumerate(chosen):
+        start, end = max(example.start - 1, 0), len(example.ids) - 1
+        if scope == "response":
+            span = slice(start, end)
+        elif scope == "all" or start == 0:  # text without a prompt counts as a whole
+            span = slice(0, end)
+        else:
+            span = slice(0, start)
+        mask[row, row, span] = 1
+    mask = mask.flatten(1)
+    return mask, mask.sum(dim=1).clamp(min=1)
+
+
+@contextmanager
+def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
+    def writer(site: Site) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            span.add(site.key, "input", inputs[0], site.heads, site.in_features)
+            span.add(site.key, "output", output)
+
+        return hook
+
+    def block(key: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            span.add(key, "output", output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def routed_sum(router: Router) -> Any:
+        def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+            span.add(f"experts_out.{router.layer}", "output", combined(loaded.model, router, output))
+
+        return hook
+
+    with ExitStack() as stack:
+        for router in loaded.spec.routers:
+            stack.enter_context(visiting(loaded.model, router, partial(span.add_expert, router)))
+            stack.enter_context(deciding(loaded.model, router, partial(span.add_routing, router)))
+            module = experts_module(loaded.model, router)
+            stack.callback(module.register_forward_hook(routed_sum(router)).remove)
+        for site in (site for site in loaded.spec.sites if site.expert is None):
+            stack.callback(loaded.module(site).register_forward_hook(writer(site)).remove)
+        for layer in range(loaded.spec.layers):
+            module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
+            stack.callback(module.register_forward_hook(block(f"residual.{layer}")).remove)
+        yield

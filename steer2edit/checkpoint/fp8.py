@@ -1,0 +1,216 @@
+r"""Matrices in fp8 with a scale for each block, as DeepSeek-V3 is published: read as numbers, edited, and written back.
+
+``X.weight`` holds float8_e4m3 values q, ``X.weight_scale_inv`` a factor s for each block of (usually) 128 x 128, and the
+matrix is ``W = s q``. An edited block keeps its s as long as ``|W'| <= 464 s``, what rounds to the largest q, 448: then every
+entry that the edit does not move to another value keeps its byte. A block that outgrows it gets ``s' = max|W'| / 448``.
+
+e4m3 has three bits after the first: its values lie 6 to 12 % apart, and W lies exactly on them. An update of 1 % would be
+rounded away at most entries, and half of what steers with it. So a low-rank update is corrected before it is rounded: with
+``E`` the update that would be stored, A gains ``(BᵀB)⁻¹ Bᵀ (B A - E)``, three times. What is stored then pushes along B as
+planned, at the least rounding noise that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from steer2edit.checkpoint.reader import BLOCK_BYTES, DTYPES, Checkpoint, TensorInfo
+from steer2edit.errors import CheckpointError
+from steer2edit.plan.operations import Edit, LowRank, Scale
+
+FP8 = "F8_E4M3"
+SUFFIX = "_scale_inv"
+_LARGEST = 448.0
+# half a unit in the last place above it: until there the largest entry is rounded no worse than any other
+_OUTGROWN = 464.0
+_CORRECTIONS = 3
+_SCALE_DTYPES = {"F32", "BF16", "F16"}
+_PART = re.compile(r"(.+)\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of one fp8 matrix: where they lie, their values, float32, and how many rows and columns each is for.
+
+    ``powers`` is whether only powers of two may be written (the ue8m0 format).
+    """
+
+    info: TensorInfo
+    values: torch.Tensor
+    size: tuple[int, int]
+    powers: bool = False
+
+    def rows(self, first: int, count: int, columns: int) -> torch.Tensor:
+        """Each entry's factor, for ``count`` rows from ``first``, which begins a block; [count, columns]."""
+        tall, wide = self.size
+        chosen = self.values[first // tall : -(-(first + count) // tall)]
+        return chosen.repeat_interleave(tall, dim=0)[:count].repeat_interleave(wide, dim=1)[:, :columns]
+
+
+def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a scale's block, where a checkpoint is quantised in this way; else None."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8" or settings.get("fmt", "e4m3") != "e4m3":
+        return None
+    size = settings.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 16 for n in size):
+        return None
+    return size[0], size[1]
+
+
+def scale_info(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
+    """Where the scales of an fp8 matrix lie, or those of a part of a tensor of several. Reads nothing.
+
+    Raises CheckpointError where they are missing, or do not have the shape that the matrix asks for.
+    """
+    size = block_size(checkpoint.config)
+    part = None if info.name in checkpoint.tensors else _PART.fullmatch(info.name)
+    whole = checkpoint.tensors[part.group(1)] if part else info
+    found = checkpoint.tensors.get(f"{whole.name}{SUFFIX}")
+    if size is None or found is None or found.dtype not in _SCALE_DTYPES:
+        raise CheckpointError(
+            f"{info.name} is stored as {FP8}; expected {whole.name}{SUFFIX} beside it, in {', '.join(sorted(_SCALE_DTYPES))}, "
+            "and quantization_config.weight_block_size in config.json"
+        )
+    count = whole.nbytes // max(info.nbytes, 1)
+    if part is not None and found.shape and found.shape[0] % count == 0:
+        found = found.part(int(part.group(2)), count)
+    shape = tuple(-(-n // block) for n, block in zip(info.shape, size, strict=True)) if len(info.shape) == 2 else ()
+    if found.shape != shape:
+        raise CheckpointError(f"{found.name} has the shape {list(found.shape)}; {info.name} asks for {list(shape)}")
+    return found
+
+
+def scales_of(checkpoint: Checkpoint, info: TensorInfo) -> BlockScales | None:
+    """The scales of an fp8 matrix, read; None for every other dtype. Raises CheckpointError as :func:`scale_info`."""
+    size = block_size(checkpoint.config)
+    if info.dtype != FP8 or (size is None and f"{info.name}{SUFFIX}" not in checkpoint.tensors):
+        return None
+    found = scale_info(checkpoint, info)
+    assert size is not None
+    powers = checkpoint.config["quantization_config"].get("scale_fmt") == "ue8m0"
+    return BlockScales(found, checkpoint.read(found).float(), size, powers)
+
+
+def values(
+    checkpoint: Checkpoint, tensor: str | TensorInfo, rows: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """A tensor's numbers in blocks of its first axis, ``(first row, block)``: fp8 in float32, others in their stored dtype.
+
+    ``rows`` is how many a block has (of an fp8 matrix, a multiple of what its scales have). A block's memory may be used again
+    for the next. Raises CheckpointError where the file ends early.
+    """
+    info = checkpoint.tensors[tensor] if isinstance(tensor, str) else tensor
+    scales = scales_of(checkpoint, info)
+    size = block_bytes(checkpoint, info) if rows is None else rows * max(info.nbytes // max(info.shape[0], 1), 1)
+    if scales is None:
+        yield from checkpoint.blocks(info, size)
+        return
+    for first, block in checkpoint.blocks(info, size):
+        yield first, block.float().mul_(scales.rows(first, len(block), info.shape[1]))
+
+
+def read_values(checkpoint: Checkpoint, tensor: str | TensorInfo) -> torch.Tensor:
+    """All of a tensor's numbers: fp8 in float32, others in their stored dtype."""
+    info = checkpoint.tensors[tensor] if isinstance(tensor, str) else tensor
+    if info.dtype != FP8:
+        return checkpoint.read(info)
+    result = torch.empty(info.shape)
+    for first, block in values(checkpoint, info):
+        result[first : first + len(block)] = block
+    return result
+
+
+@dataclass(frozen=True)
+class EditedBlock:
+    """Rows of an edited tensor from ``first`` on: as stored ``before`` and ``after``, and as the numbers ``old`` and ``new``.
+
+    Of an fp8 matrix ``scales`` are the blocks' new factors in their stored dtype, and ``old_scales`` those they had.
+    """
+
+    first: int
+    before: torch.Tensor
+    after: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+    old_scales: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
+def requantised(checkpoint: Checkpoint, info: TensorInfo, edit: Edit, out_in: bool) -> Iterator[EditedBlock]:
+    """The edited matrix, block by block; what is yielded does not depend on the number of threads."""
+    scales = scales_of(checkpoint, info)
+    assert scales is not None, info
+    if isinstance(edit, LowRank):
+        edit = _corrected(checkpoint, info, scales, edit, out_in)
+    yield from _edited(checkpoint, info, scales, edit, out_in)
+
+
+def _corrected(checkpoint: Checkpoint, info: TensorInfo, scales: BlockScales, edit: LowRank, out_in: bool) -> LowRank:
+    B, A = edit.B.double(), edit.A.double()
+    inverse = torch.linalg.pinv(B.T @ B)
+    corrected = edit
+    for _ in range(_CORRECTIONS):
+        stored = torch.zeros_like(A)  # Bᵀ E
+        for block in _edited(checkpoint, info, scales, corrected, out_in):
+            rows = slice(block.first, block.first + len(block.new))
+            change = (block.new - block.old).double()
+            if out_in:
+                stored += B[rows].T @ change
+            else:
+                stored[:, rows] = (change @ B).T
+        missing = inverse @ ((B.T @ B) @ A - stored)
+        # rounded, so that sums in another order of threads give the same correction
+        corrected = replace(corrected, A=(corrected.A.double() + missing.bfloat16().double()).float())
+    return corrected
+
+
+def _edited(
+    checkpoint: Checkpoint, info: TensorInfo, scales: BlockScales, edit: Edit, out_in: bool
+) -> Iterator[EditedBlock]:
+    dtype = DTYPES[scales.info.dtype]
+    columns, tall = info.shape[1], scales.size[0]
+    for first, block in checkpoint.blocks(info, block_bytes(checkpoint, info)):
+        factor = scales.rows(first, len(block), columns)
+        old = block.float().mul_(factor)
+        wanted = old.clone()
+        edit.apply(wanted, first, out_in)
+        before = scales.values[first // tall : -(-(first + len(block)) // tall)]
+        if isinstance(edit, Scale) and not scales.powers:
+            # a gain belongs into the factors: no byte of the matrix moves
+            after, stored = (before * edit.factor).to(dtype).float(), block
+        else:
+            after = _new_scales(wanted, before, scales, dtype)
+            factor = replace(scales, values=after).rows(0, len(block), columns)
+            stored = (wanted / factor.clamp(min=1e-38)).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        new = stored.float().mul_(replace(scales, values=after).rows(0, len(block), columns))
+        yield EditedBlock(first, block, stored, old, new, before.to(dtype), after.to(dtype))
+
+
+def _new_scales(wanted: torch.Tensor, before: torch.Tensor, scales: BlockScales, dtype: torch.dtype) -> torch.Tensor:
+    tall, wide = scales.size
+    rows, columns = wanted.shape
+    padded = torch.nn.functional.pad(wanted.abs(), (0, -columns % wide, 0, -rows % tall))
+    largest = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // wide, wide).amax(dim=(1, 3))
+    least = largest / _LARGEST
+    if scales.powers:
+        grown = torch.exp2(least.log2().ceil())
+    else:
+        grown = least.to(dtype).float()
+        above = torch.nextafter(least.to(dtype), torch.full_like(least, torch.inf, dtype=dtype)).float()
+        grown = torch.where(grown < least, above, grown)
+    return torch.where(largest <= _OUTGROWN * before, before, grown)
+
+
+def block_bytes(checkpoint: Checkpoint, info: TensorInfo) -> int:
+    """Bytes that are read at a time: of an fp8 matrix those of as many rows as whole blocks have."""
+    size = block_size(checkpoint.config)
+    if info.dtype != FP8 or size is None or len(info.shape) != 2:
+        return BLOCK_BYTES
+    tall = size[0] * info.shape[1]
+    return max(BLOCK_BYTES // tall, 1) * tall

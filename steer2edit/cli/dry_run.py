@@ -1,0 +1,70 @@
+"""``--dry-run`` of compile and emit: what would be read, changed and written. Exit code 1 where something stands in the way."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from steer2edit.cli.options import print_result, read_background, read_method_options, read_runtime, read_strength
+
+
+def dry_run_emit(
+    plan: Any, checkpoint: Any, spec: Any, to: str, out: Path, force: bool, writing: Any, as_json: bool
+) -> None:
+    """Print the forecast of one target."""
+    from steer2edit.dry_run import render_forecast
+    from steer2edit.errors import TargetError
+    from steer2edit.files.atomic import check_new
+    from steer2edit.lowering.disk_use import check_room, forecast
+    from steer2edit.targets import load
+
+    load(to)
+    check_new(out, force)
+    found = forecast(plan, checkpoint, spec, to, out, writing)
+    problem = ""
+    try:
+        check_room(found, out)
+    except TargetError as error:
+        problem = str(error)
+    result = {**vars(found), "fits": found.fits, "problems": [problem] if problem else []}
+
+    def render(result: dict[str, Any]) -> str:
+        lines = [render_forecast(result), *(f"PROBLEM   {line}" for line in result["problems"])]
+        return "\n".join([*lines, "nothing was written (--dry-run)"])
+
+    print_result(result, as_json, render)
+    if problem:
+        sys.exit(1)
+
+
+def dry_run_compile(
+    model: str,
+    behavior: Any,
+    out: Path,
+    to: tuple[str, ...],
+    force: bool,
+    writing: Any,
+    as_json: bool,
+    given: dict[str, Any],
+) -> None:
+    """Print what a compile would do; the model is not run."""
+    from steer2edit.dry_run import describe, rehearse, render
+
+    found = rehearse(
+        model,
+        behavior,
+        out,
+        to=to,
+        revision=given["revision"],
+        method=given["method"],
+        options=read_method_options(given),
+        strength=read_strength(given),
+        background=read_background(given),
+        runtime=read_runtime(given),
+        force=force,
+        writing=writing,
+    )
+    print_result(describe(found), as_json, render)
+    if found.problems:
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Contrast data, questions and texts, and how they become tokens."""

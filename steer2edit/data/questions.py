@@ -1,0 +1,143 @@
+"""Held-out questions: what an edit is chosen by and what it is reported on, never the same.
+
+A row has a ``prompt`` and any of: ``positive`` and ``negative`` (responses to prefer and not to), ``choices`` with
+``answer`` (an index) or ``labels`` (1 for each true one, as TruthfulQA has them), ``answer`` alone (a text, or a list of
+accepted ones). A prompt belongs to the split "select" or "report" by its own hash, whatever file or order it is in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from steer2edit.data.records import (
+    Message,
+    Prompt,
+    Shape,
+    parse_json_lines,
+    prompt_digest,
+    prompt_fault,
+    prompt_of,
+    read_source,
+    text_fault,
+)
+from steer2edit.errors import DataError, listing, shown
+
+Split = Literal["select", "report"]
+_COLUMNS = ("prompt", "positive", "negative", "choices", "labels", "answer")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out row; what it does not have is empty. ``labels`` says of each choice whether it is true."""
+
+    prompt: Prompt
+    where: str
+    positive: str = ""
+    negative: str = ""
+    choices: tuple[str, ...] = ()
+    labels: tuple[bool, ...] = ()
+    answers: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that stand for the prompt."""
+        return prompt_digest(self.prompt)
+
+
+def read_questions(source: str | Path) -> list[Question]:
+    """Questions from a file or a Hub dataset. Raises DataError listing every problem."""
+    return _chat(read_source(source, _SHAPE, _question))
+
+
+def builtin_questions(name: str) -> list[Question] | None:
+    """What comes with the package for a built-in behaviour, or for ``knowledge``; None where there is nothing."""
+    file = importlib.resources.files("steer2edit") / "behaviors" / "heldout" / f"{name}.jsonl"
+    return _chat(parse_json_lines(file.read_bytes(), f"{name}.jsonl", _SHAPE, _question)) if file.is_file() else None
+
+
+def take(questions: Iterable[Question], split: Split, seed: int = 0) -> list[Question]:
+    """The questions of one split. Another ``seed`` deals the prompts out otherwise."""
+    if split not in get_args(Split):
+        raise DataError(f"there is no split {shown(split)}; there are select and report")
+    return [question for question in questions if _side(question.digest, seed) == split]
+
+
+def refuse_seen(questions: Sequence[Question], seen: Iterable[str], what: str) -> None:
+    """Raise DataError where a question's prompt is among the digests ``seen`` by ``what``: no number may rest on it."""
+    known = set(seen)
+    found = [f"{question.where}: {shown(_text(question.prompt))}" for question in questions if question.digest in known]
+    if found:
+        raise DataError(
+            f"{len(found)} of {len(questions)} prompts to report on were used to make or choose {what}; "
+            f"report on others:\n{listing(found)}"
+        )
+
+
+def _side(digest: str, seed: int) -> Split:
+    return "select" if hashlib.sha256(f"{seed} {digest}".encode()).digest()[0] % 2 else "report"
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1].content
+
+
+def _chat(questions: list[Question]) -> list[Question]:
+    from dataclasses import replace
+
+    return [replace(q, prompt=(Message("user", q.prompt),)) if isinstance(q.prompt, str) else q for q in questions]
+
+
+def _question(row: dict[str, object], where: str, _index: int, problems: list[str]) -> list[Question]:
+    faults = [prompt_fault(row["prompt"])]
+    pair = [key for key in ("positive", "negative") if row.get(key) is not None]
+    if len(pair) == 1:
+        faults.append(f"{pair[0]} stands alone; expected both positive and negative, or neither")
+    faults += [text_fault(key, row[key], filled=True) for key in pair]
+    choices, answer, labels = row.get("choices"), row.get("answer"), row.get("labels")
+    answers: tuple[str, ...] = ()
+    if choices is not None:
+        fault, marks = _labels(choices, answer, labels)
+        faults.append(fault)
+    else:
+        marks = ()
+        given = [] if answer is None else answer if isinstance(answer, list) else [answer]
+        answers = tuple(str(one) for one in given if isinstance(one, (str, int, float)))
+        if len(answers) != len(given) or any(not one.strip() for one in answers):
+            faults.append(f"answer is {shown(answer)}; expected a text or a list of texts")
+    found = [f"{where}: {fault}" for fault in faults if fault]
+    problems += found
+    if found:
+        return []
+    texts = tuple(choices) if isinstance(choices, list) else ()
+    positive, negative = (str(row[key]) if pair else "" for key in ("positive", "negative"))
+    return [Question(prompt_of(row["prompt"]), where, positive, negative, texts, marks, answers)]
+
+
+def _labels(choices: object, answer: object, labels: object) -> tuple[str, tuple[bool, ...]]:
+    """What is wrong with a row's choices, and which of them are true."""
+    if not isinstance(choices, list) or len(choices) < 2 or any(text_fault("", c, filled=True) for c in choices):
+        return f"choices are {shown(choices)}; expected a list of at least two texts", ()
+    if labels is not None:
+        if not isinstance(labels, list) or len(labels) != len(choices) or any(x not in (0, 1) for x in labels):
+            return f"labels are {shown(labels)}; expected a 0 or 1 for each of the {len(choices)} choices", ()
+        marks = tuple(bool(x) for x in labels)
+    elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        marks = tuple(index == answer for index in range(len(choices)))
+    elif isinstance(answer, str) and choices.count(answer) == 1:
+        marks = tuple(choice == answer for choice in choices)
+    else:
+        return f"answer is {shown(answer)}; expected the index of one of the {len(choices)} choices, or labels", ()
+    return ("", marks) if 0 < sum(marks) < len(marks) else ("labels must mark some choices as true and not all", ())
+
+
+def _missing(keys: Iterable[str]) -> str:
+    held = list(keys)
+    return "" if "prompt" in held else f'"prompt" is missing, found {shown(held)}'
+
+
+_SHAPE = Shape(_COLUMNS, _missing, "held-out questions", 'expected at least "prompt"')

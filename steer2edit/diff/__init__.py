@@ -1,0 +1,1 @@
+"""What differs between two checkpoints, and the plan that explains it."""

@@ -1,0 +1,235 @@
+"""What a compile would do, without running the model: how much it reads, runs and writes, and whether there is room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit import methods
+from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.architecture.sites import Role, Site
+from steer2edit.capture.statistics import Statistics
+from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from steer2edit.checkpoint.fp8 import SUFFIX, block_size
+from steer2edit.compiler import BACKGROUND_TOKENS, METHOD, Behavior, artefact_folders
+from steer2edit.data import contrast
+from steer2edit.data.tokens import encode, windows
+from steer2edit.lowering.disk_use import Forecast, check_room, forecast, memory_free, memory_now
+from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
+from steer2edit.targets import Writing
+
+# a search for the strength seldom takes more; each is a pass over the neutral text
+SEARCH_PASSES = 8
+NEUTRAL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A compile in numbers. ``matrices`` may be edited at most, ``read`` are their bytes; ``model`` is the running model's.
+
+    ``tokens`` are those of the capture, ``examples`` the data's. ``capture`` and ``search`` are seconds, from the rate at
+    which this device multiplies matrices of this model's width; None where the model runs on none that can be timed here.
+    """
+
+    matrices: int
+    read: int
+    model: int
+    memory: int
+    memory_free: int | None
+    examples: int
+    tokens: int
+    capture: float | None
+    search: float | None
+    targets: tuple[Forecast, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What stands in the way."""
+        found = [
+            f"{one.target} needs {one.written / 1e9:.2f} GB, and the disk has {one.free / 1e9:.2f} GB free"
+            for one in self.targets
+            if not one.fits
+        ]
+        if self.memory_free is not None and self.memory > self.memory_free:
+            found.append(
+                f"the model takes {self.memory / 1e9:.2f} GB of memory, and {self.memory_free / 1e9:.2f} GB are free: a smaller "
+                "--dtype, or --device-map auto, takes less"
+            )
+        return tuple(found)
+
+
+def rehearse(
+    model: str | Path,
+    behavior: Behavior | Statistics,
+    out: str | Path,
+    *,
+    to: Sequence[str] = ("checkpoint",),
+    revision: str | None = None,
+    method: str = METHOD,
+    options: Any = None,
+    strength: float | None = None,
+    background: str | Sequence[str] | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008
+    force: bool = False,
+    writing: Writing = Writing(),  # noqa: B008
+) -> Rehearsal:
+    """Go through a compile up to the point where the model would run. Raises what :func:`compiler.compile` would raise there."""
+    folders = artefact_folders(out, to, force)
+    checkpoint = open_checkpoint(model, revision)
+    spec = read_spec(checkpoint)
+    plan = widest_plan(checkpoint, spec, method, options)
+    numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
+    device = pick_device(runtime.device)
+    dtype = _dtype(runtime, device)
+    examples, tokens = _tokens(checkpoint, behavior, background, runtime)
+    rate = _multiplications(spec.hidden_size, dtype, device) if runtime.device_map is None else None
+    active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
+    passes = 1 if strength is not None else SEARCH_PASSES
+    written = []
+    for target, folder in folders.items():
+        written.append(forecast(plan, checkpoint, spec, target, folder, writing))
+    size = numel * torch.empty(0, dtype=dtype).element_size()
+    # fp8 is taken apart beside the model that it becomes
+    twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
+    return Rehearsal(
+        matrices=len(plan.edits),
+        read=sum(spec.owners[edit.tensor].locate(checkpoint).nbytes for edit in plan.edits),
+        model=size,
+        memory=memory_now() + (twice * size if device.type == "cpu" else 0),
+        memory_free=memory_free(),
+        examples=examples,
+        tokens=tokens,
+        capture=None if rate is None else tokens * active / rate,
+        search=None if rate is None else (1 + passes) * NEUTRAL_TOKENS * (active + 2 * head) / rate,
+        targets=tuple(written),
+    )
+
+
+def check_rooms(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    folders: Mapping[str, Path],
+    method: str,
+    options: Any,
+    writing: Writing,
+) -> None:
+    """Raise TargetError where a target would not fit its disk, whatever the plan turns out to be."""
+    plan = widest_plan(checkpoint, spec, method, options)
+    for target, folder in folders.items():
+        check_room(forecast(plan, checkpoint, spec, target, folder, writing, measure=False), folder)
+
+
+def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:
+    """A plan of zeros on every matrix that a method may edit with these options."""
+    options = methods.load(method).Options() if options is None else options
+    first, last = spec.layer_range(getattr(options, "layers", None))
+    kinds = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(getattr(options, "sites", "both"))
+    sites: list[Site] = [
+        site for site in spec.sites if first <= site.layer <= last and (kinds is None or site.role.kind in kinds)
+    ]
+    sites += [spec.embedding] if getattr(options, "embedding", False) else []
+    zero = torch.zeros(1, 1)  # one number for all: a mixture may have ten thousand matrices
+    edits = (LowRank(s.matrix, zero.expand(s.out_features, 1), zero.expand(1, s.in_features)) for s in sites)
+    return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
+
+
+def describe(found: Rehearsal) -> dict[str, Any]:
+    """For ``--json``."""
+    return {
+        **{key: value for key, value in vars(found).items() if key != "targets"},
+        "targets": [{**vars(one), "fits": one.fits} for one in found.targets],
+        "problems": list(found.problems),
+    }
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The numbers of :func:`describe`, for people."""
+    lines = [
+        f"model     {_gb(found['model'])} when it runs, {_gb(found['memory'])} of memory in all"
+        + (f" ({_gb(found['memory_free'])} free)" if found["memory_free"] is not None else ""),
+        f"capture   {found['examples']} examples, {found['tokens']} tokens{_about(found['capture'])}",
+        f"plan      at most {found['matrices']} matrices, {_gb(found['read'])} read once",
+        f"strength  one to {SEARCH_PASSES} passes over {NEUTRAL_TOKENS} tokens{_about(found['search'])}",
+        *(render_forecast(one) for one in found["targets"]),
+    ]
+    lines += [f"PROBLEM   {problem}" for problem in found["problems"]]
+    return "\n".join([*lines, "nothing was run or written (--dry-run)"])
+
+
+def render_forecast(one: Mapping[str, Any]) -> str:
+    """One target's numbers."""
+    shared = f", {_gb(one['shared'])} shared with the base" if one["shared"] else ""
+    rates = ", ".join(
+        f"{name} {rate / 1e6:.0f} MB/s measured on {one['sampled'][name] / 1e6:.0f} MB"
+        for name, rate in one["rates"].items()
+    )
+    return (
+        f"{one['target']:<9} {one['tensors']} matrices edited ({_gb(one['edited'])}), {_gb(one['copied'])} copied{shared}; "
+        f"{_gb(one['written'])} to write, {_gb(one['free'])} free; {_gb(one['memory'])} of memory{_about(one['seconds'])}"
+        + (f"\n          ({rates}, forced to the disk)" if rates else "")
+    )
+
+
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f"; about {seconds:.0f} s" if seconds >= 10 else f"; about {seconds:.1f} s"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _numel(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.tensors[name]
+    if name.endswith("_blocks"):
+        return 2 * info.nbytes  # mxfp4: two numbers in a byte
+    return info.nbytes // (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 1)
+
+
+def _dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
+    if runtime.dtype != "auto":
+        return getattr(torch, runtime.dtype)  # type: ignore[no-any-return]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _tokens(
+    checkpoint: Checkpoint, behavior: Behavior | Statistics, background: str | Sequence[str] | None, runtime: Runtime
+) -> tuple[int, int]:
+    if isinstance(behavior, Statistics):
+        return sum(behavior.examples.values()), 0
+    tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
+    texts = contrast.background_text() if background is None else background
+    read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
+    encoded = (
+        encode(behavior.examples, tokenizer, system=behavior.system, span=behavior.span) if behavior.examples else []
+    )
+    return len(behavior.examples), sum(map(len, read)) + sum(len(one.ids) for one in encoded)
+
+
+def _active(checkpoint: Checkpoint, spec: ModelSpec) -> float:
+    """Multiply-adds of one token in the blocks: the entries of their matrices, of experts those that are chosen."""
+    total = 0.0
+    fused = {name: router for router in spec.routers for name in router.fused}
+    separate = {router.folder: router for router in spec.routers if router.folder is not None}
+    for name, info in checkpoint.tensors.items():
+        embeds = name == spec.embedding.tensor or "lm_head" in name or "embed" in name
+        if len(info.shape) < 2 or embeds or name.endswith(SUFFIX):
+            continue
+        router = fused.get(name) or next((r for folder, r in separate.items() if name.startswith(folder)), None)
+        total += _numel(checkpoint, name) * (1.0 if router is None else router.top_k / router.experts)
+    return total
+
+
+def _multiplications(hidden: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Multiply-adds per second of products like a layer's, measured for about a third of a second."""
+    a, b = torch.randn(512, hidden).to(device, dtype), torch.randn(hidden, 4 * hidden).to(device, dtype)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.3:
+        float((a @ b)[0, 0])  # waits for the device
+        done += 1
+    return done * 512 * hidden * 4 * hidden / (time.perf_counter() - start)

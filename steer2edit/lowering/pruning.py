@@ -1,0 +1,180 @@
+"""A checkpoint with fewer experts: what its tensors are made of, and its config.
+
+Every tensor of the new checkpoint is a sequence of pieces of the base's, some of them edited. Experts that stay keep their
+order and are numbered anew; routers lose the rows, biases the entries, of those that go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steer2edit.architecture.routers import Router, routing_config
+from steer2edit.architecture.sites import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.errors import PlanError, listing
+from steer2edit.plan import Structure
+from steer2edit.plan.operations import Edit
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of the base that go into a new tensor, with the edit on them, if there is one."""
+
+    source: TensorInfo
+    edit: tuple[Edit, Site] | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One tensor of the new checkpoint: where it lies there, and what it is made of."""
+
+    info: TensorInfo
+    pieces: tuple[Piece, ...]
+
+
+def check_structure(structure: Structure, spec: ModelSpec) -> None:
+    """Raise PlanError, with every problem, unless the experts may be removed from this model."""
+    problems = []
+    routers = {router.layer: router for router in spec.routers}
+    problems += [f"layer {layer} is no mixture of experts" for layer in structure.remove if layer not in routers]
+    numbers = {layer: len(structure.remove.get(layer, ())) for layer in routers}
+    if structure.remove and len(set(numbers.values())) > 1:
+        counted = ", ".join(f"{count} in layer {layer}" for layer, count in numbers.items())
+        problems.append(f"one number in the config counts every layer's experts, and there would go {counted}")
+    for layer, gone in structure.remove.items():
+        if layer in routers:
+            problems += _removal_problems(routers[layer], gone, structure.top_k)
+    if structure.top_k is not None:
+        for router in routers.values():
+            if structure.top_k > _selectable(router, len(structure.remove.get(router.layer, ()))):
+                problems.append(f"layer {router.layer}: {structure.top_k} experts per token cannot be selected")
+    if problems:
+        raise PlanError(f"the model cannot be cut so:\n{listing(problems)}")
+
+
+def _removal_problems(router: Router, gone: Sequence[int], top_k: int | None) -> list[str]:
+    problems, left = [], router.experts - len(gone)
+    if max(gone) >= router.experts:
+        return [f"layer {router.layer} has the experts 0-{router.experts - 1}; there is no {max(gone)}"]
+    if _selectable(router, len(gone)) < (top_k or router.top_k):
+        problems.append(f"layer {router.layer}: {left} experts are too few to select {top_k or router.top_k}")
+    if router.groups > 1:
+        size = router.experts // router.groups
+        by_group = [sum(expert // size == group for expert in gone) for group in range(router.groups)]
+        if len(set(by_group)) > 1:
+            problems.append(
+                f"layer {router.layer} ranks its experts in {router.groups} groups: as many must go from each, not {by_group}"
+            )
+    return problems
+
+
+def _selectable(router: Router, gone: int) -> int:
+    left = router.experts - gone
+    return left if router.groups <= 1 else left // router.groups * router.top_groups
+
+
+def assembled(
+    checkpoint: Checkpoint, spec: ModelSpec, structure: Structure, edits: Mapping[str, tuple[Edit, Site]]
+) -> dict[str, list[Made]]:
+    """Every tensor of the new checkpoint by shard, in the order of its bytes; offsets count from the header's end.
+
+    Raises PlanError for edits of routers, whose rows are counted anew.
+    """
+    if routed := sorted(name for name, (_, site) in edits.items() if site.role is Role.ROUTER):
+        raise PlanError(f"the plan removes experts and edits {routed[0]}; do one of them")
+    routers = {router.layer: router for router in spec.routers}
+    owners = _Owners({layer: (routers[layer], gone) for layer, gone in structure.remove.items()})
+    result: dict[str, list[Made]] = {}
+    for shard in checkpoint.shards:
+        infos = sorted((i for i in checkpoint.tensors.values() if i.shard == shard), key=lambda i: (i.offset, i.nbytes))
+        made, at = [], 0
+        for info in infos:
+            for name, shape, parts in owners.outcome(info):
+                pieces = tuple(Piece(part, edits.get(part.name)) for part in parts)
+                size = sum(piece.source.nbytes for piece in pieces)
+                made.append(Made(TensorInfo(name, info.dtype, shape, shard, at, size), pieces))
+                at += size
+        result[shard] = made
+    return result
+
+
+class _Owners:
+    """What becomes of each of the base's tensors when experts go."""
+
+    def __init__(self, removed: Mapping[int, tuple[Router, Sequence[int]]]) -> None:
+        self._separate: list[tuple[str, Router, dict[int, int | None]]] = []
+        self._by_row: dict[str, tuple[Router, list[int]]] = {}
+        for router, gone in removed.values():
+            kept = [expert for expert in range(router.experts) if expert not in gone]
+            number = {expert: kept.index(expert) if expert in kept else None for expert in range(router.experts)}
+            if router.folder is not None:
+                self._separate.append((router.folder, router, number))
+            for name in (*router.fused, router.tensor, router.bias):
+                if name is not None:
+                    self._by_row[name] = (router, kept)
+
+    def outcome(self, info: TensorInfo) -> Iterator[tuple[str, tuple[int, ...], list[TensorInfo]]]:
+        """Name, shape and parts of what is made of a tensor; nothing where it goes."""
+        if info.name in self._by_row:
+            router, kept = self._by_row[info.name]
+            flat = _flat(info) if info.shape[0] == 1 else info
+            parts = [flat.part(expert, router.experts) for expert in kept]
+            rows = flat.shape[0] // router.experts * len(kept)
+            shape = (1, rows) if info.shape[0] == 1 else (rows, *info.shape[1:])
+            yield info.name, shape, parts
+            return
+        for folder, _router, number in self._separate:
+            expert, dot, rest = info.name.removeprefix(folder).partition(".")
+            if info.name.startswith(folder) and dot and expert.isdigit():
+                new = number.get(int(expert))
+                if new is not None:
+                    yield f"{folder}{new}.{rest}", info.shape, [info]
+                return
+        yield info.name, info.shape, [info]
+
+
+def _flat(info: TensorInfo) -> TensorInfo:
+    return replace(info, shape=(math.prod(info.shape),))
+
+
+def header_of(made: Sequence[Made], metadata: Mapping[str, str]) -> bytes:
+    """The header of a shard, its length before it, padded to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for one in made:
+        start = one.info.offset
+        entries[one.info.name] = {
+            "dtype": one.info.dtype,
+            "shape": list(one.info.shape),
+            "data_offsets": [start, start + one.info.nbytes],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def changed_config(config: Mapping[str, Any], structure: Structure) -> dict[str, Any]:
+    """The config with the new number of experts and of experts per token, wherever it gives them."""
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    text = next((result[key] for key in _TEXT_CONFIGS if isinstance(result.get(key), dict)), result)
+    counts, per_token = routing_config(text)
+    gone = len(next(iter(structure.remove.values()))) if structure.remove else 0
+    for path, value in counts.items():
+        _set(text, path, value - gone)
+    if structure.top_k is not None:
+        for path in per_token:
+            _set(text, path, structure.top_k)
+    return result
+
+
+def _set(config: dict[str, Any], path: str, value: int) -> None:
+    *nested, key = path.split(".")
+    for name in nested:
+        config = config[name]
+    config[key] = [value] * len(config[key]) if isinstance(config[key], list) else value

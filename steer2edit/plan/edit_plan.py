@@ -1,0 +1,274 @@
+"""The intermediate representation: an ordered list of edits to named tensors, with provenance.
+
+A plan says what changes in the mathematics' orientation (``y = W x``, W output × input); how a file stores W is the
+targets' affair. Plans are values: scaling or merging gives a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steer2edit.errors import PlanError, shown
+from steer2edit.files.atomic import load_tensors, save_tensors
+from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
+from steer2edit.files.untrusted import parse_json
+from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
+
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
+
+__all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
+
+FORMAT = "steer2edit.plan.1"
+_MEASURED: Any = dict.fromkeys(("strength", "kl", "low", "high", "base_perplexity", "perplexity"), NUMBER)
+METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
+# what belongs to a measured KL comes with it
+MEASURED: Any = (
+    {**_MEASURED, "tokens": int, "kl_budget?": MAYBE, "selected_on?": [str]},
+    {"kl?": (), "strength?": MAYBE, "selected_on?": [str]},
+)
+DATA: Any = {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]}
+BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
+_DESCRIBED: Any = {
+    "base": BASE,
+    "edits": [{"tensor": str, "op": str}],
+    "scored": [str],
+    "method": METHOD,
+    "measured": MEASURED,
+    "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
+    "data": DATA,
+}
+_LARGEST = 1e18  # whatever is larger is no score, and overflows where it is squared
+_TABLE = ("g", "lam", "projection", "interval", "null")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Component tables of one site, float32 ``[components]``, in the order of its input columns.
+
+    ``g`` is the cosine score; ``lam`` the signed strength, ``|lam| = ‖ΔW_j‖``; ``projection`` is ``w_i·v_hat`` for a
+    neuron (its sign is the paper's k_i) and ``‖W_jᵀ v_hat‖`` for a head. ``interval`` ``[2, components]`` is g's bootstrap
+    95 % interval over examples, ``null`` what g is under shuffled labels; None where nothing was resampled.
+    """
+
+    g: torch.Tensor
+    lam: torch.Tensor
+    projection: torch.Tensor
+    interval: torch.Tensor | None = None
+    null: torch.Tensor | None = None
+
+    @property
+    def stable(self) -> torch.Tensor:
+        """Components whose interval leaves the sign of g in no doubt, ``[components]`` bool."""
+        if self.interval is None:
+            return torch.ones_like(self.g, dtype=torch.bool)
+        return self.interval[0].sign() * self.interval[1].sign() > 0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a plan was made for."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Changes of the architecture: experts removed, by layer, and how many each token passes through from now on.
+
+    Edits count the experts as the base does: what is removed is removed last.
+    """
+
+    remove: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    top_k: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.remove) or self.top_k is not None
+
+    def described(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"remove": {str(layer): list(gone) for layer, gone in self.remove.items()}, "top_k": self.top_k}
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Structure:
+        """What :meth:`described` gave. Raises ValueError for anything else."""
+        remove = {int(layer): tuple(gone) for layer, gone in described["remove"].items()}
+        numbers = [n for gone in remove.values() for n in gone]
+        if any(type(n) is not int or n < 0 for n in [*remove, *numbers]) or any(
+            not gone or len(set(gone)) < len(gone) for gone in remove.values()
+        ):
+            raise ValueError("its removed experts are no lists of different numbers")
+        top_k = described["top_k"]
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"its experts per token are {top_k!r}")
+        return cls(remove, top_k)
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Edits in order, one for each tensor, with the scores behind them.
+
+    ``method`` holds its name and parameters, ``measured`` what was found by running the model (KL, strength),
+    ``data`` the contrast data's description.
+    """
+
+    base: Base
+    edits: tuple[Edit, ...]
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    structure: Structure = Structure()
+
+    def __post_init__(self) -> None:
+        names = [edit.tensor for edit in self.edits]
+        if len(set(names)) != len(names):
+            raise PlanError(
+                f"a plan holds one edit for each tensor; repeated: {sorted({n for n in names if names.count(n) > 1})}"
+            )
+
+    def edit_of(self, tensor: str) -> Edit | None:
+        """The edit of a tensor, or None."""
+        return next((edit for edit in self.edits if edit.tensor == tensor), None)
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Digests of the prompts that the plan was made from or chosen by; nothing may be reported on them."""
+        return tuple(sorted({*self.data.get("prompts", ()), *self.measured.get("selected_on", ())}))
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together whose size the plan knows."""
+        return float(sum((edit.norm or 0.0) ** 2 for edit in self.edits) ** 0.5)
+
+    def check_base(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError unless the plan was made for this checkpoint."""
+        if self.base.fingerprint != checkpoint.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.base.name} (fingerprint {self.base.fingerprint[:12]}), but {checkpoint.name} "
+                f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
+            )
+
+    def scaled(self, factor: float) -> EditPlan:
+        """The same plan with every edit, and every lam, ``factor`` times as strong."""
+        scores = {key: replace(table, lam=table.lam * factor) for key, table in self.scores.items()}
+        return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
+
+    def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
+        """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
+        edits = (edit.scaled(tensors.get(edit.tensor, 1.0)) for edit in self.edits if tensors.get(edit.tensor, 1.0))
+        scores = {key: replace(table, lam=table.lam * keys.get(key, 1.0)) for key, table in self.scores.items()}
+        return replace(self, edits=tuple(edits), scores=scores)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything the plan says."""
+        tensors, described = self._parts()
+        digest = hashlib.sha256(described.encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write ``*.plan.safetensors``."""
+        tensors, described = self._parts()
+        save_tensors(Path(path), tensors, {"plan": described})
+
+    def _parts(self) -> tuple[dict[str, torch.Tensor], str]:
+        tensors = {name: value for edit in self.edits for name, value in edit_tensors(edit).items()}
+        for key, table in self.scores.items():
+            values = ((f"{key}.{name}", getattr(table, name)) for name in _TABLE)
+            tensors |= {name: value for name, value in values if value is not None}
+        described = {
+            "format": FORMAT,
+            "base": vars(self.base),
+            "edits": [{"tensor": edit.tensor, "op": edit.op} for edit in self.edits],
+            "scored": list(self.scores),
+            "method": dict(self.method),
+            "measured": dict(self.measured),
+            "data": dict(self.data),
+            **({"structure": self.structure.described()} if self.structure else {}),
+        }
+        return tensors, json.dumps(described)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EditPlan:
+        """Read what :meth:`save` wrote. Raises PlanError for any other file, and for factors that do not fit."""
+        tensors, metadata = load_tensors(Path(path))
+        try:
+            described = parse_json(metadata["plan"].encode(), unique=True)
+            if described["format"] != FORMAT:
+                raise PlanError(f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}")
+            check(described, _DESCRIBED, "the plan")
+            edits = tuple(read_edit(entry, tensors) for entry in described["edits"])
+            scores = {key: _scores(key, tensors) for key in described["scored"]}
+            base = Base(**described["base"])
+            structure = Structure.read(described["structure"]) if "structure" in described else Structure()
+            method, measured, data = (described[name] for name in ("method", "measured", "data"))
+            return cls(base, edits, scores, method, measured, data, structure)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise PlanError(f"{path} is not a plan of steer2edit: {reason}") from None
+
+
+def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
+    found = {name: tensors.get(f"{key}.{name}") for name in _TABLE}
+    g = found["g"]
+    if not re.fullmatch(r"[a-z_]{1,40}(\.\d{1,5}){1,2}", key) or g is None or g.ndim != 1 or not len(g):
+        raise PlanError(f"the plan's scores {shown(key)} are those of no site")
+    shapes = {"interval": (2, len(g))}
+    for name, values in found.items():
+        if values is None and name in ("interval", "null"):
+            continue
+        expected = shapes.get(name, (len(g),))
+        if (
+            values is None
+            or values.shape != expected
+            or values.dtype != torch.float32
+            or not bool((values.abs() < _LARGEST).all())
+        ):
+            raise PlanError(f"the plan's {key}.{name} is not {list(expected)} float32 values of a plausible size")
+    return Scores(**found)  # type: ignore[arg-type]
+
+
+def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:
+    """Several plans for one base as one: ranks add, so the update is exactly the weighted sum of theirs.
+
+    Scores are not kept: they belong to one behaviour. Raises PlanError where the bases differ.
+    """
+    given = list(plans)
+    factors = [1.0] * len(given) if weights is None else list(weights)
+    if not given or len(factors) != len(given):
+        raise PlanError(
+            f"{len(given)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
+        )
+    if not all(math.isfinite(factor) for factor in factors):
+        raise PlanError(f"the weights are {factors}, expected finite numbers")
+    if len({plan.base.fingerprint for plan in given}) > 1:
+        raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
+    if any(plan.structure for plan in given):
+        raise PlanError("a plan that removes experts cannot be merged: it changes what the others count")
+    edits: dict[str, Edit] = {}
+    for plan, factor in zip(given, factors, strict=True):
+        for edit in plan.scaled(factor).edits:
+            edits[edit.tensor] = added(edits[edit.tensor], edit) if edit.tensor in edits else edit
+    called = [str(plan.data.get("name") or "unnamed") for plan in given]
+    parts = [
+        {"name": name, "method": dict(plan.method), "weight": factor, "plan": plan.hash}
+        for name, plan, factor in zip(called, given, factors, strict=True)
+    ]
+    # nothing may be reported on what any of the parts has seen
+    seen = sorted({digest for plan in given for digest in plan.seen})
+    data = {"name": " + ".join(called), "prompts": seen}
+    return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data)

@@ -1,0 +1,1 @@
+"""Running a model: the only room below capture and evaluation that imports transformers."""

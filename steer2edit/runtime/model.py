@@ -1,0 +1,320 @@
+"""Running a model through transformers: loading it, its parts, its batches.
+
+This module and those above it are the only ones that import transformers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Site
+from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
+from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
+from steer2edit.errors import ArchitectureError, CheckpointError
+from steer2edit.files.sandbox import limited
+
+ADAPTER = "adapter_config.json"
+# its config may hold regular expressions, which may run for ever
+_ADAPTER_SECONDS = 600
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere.
+
+    ``device_map`` and ``offload_folder`` are transformers' own. With ``tensor_parallel`` the processes that torchrun started
+    hold parts of each matrix, as transformers' plan for the family says.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | Mapping[str, Any] | None = None
+    trust_remote_code: bool = False
+    offload_folder: str | None = None
+    tensor_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with its tokenizer and the compiler's view of it.
+
+    ``folder`` is where the weights lie, and ``adapter`` the adapter that is on them, for engines that load files.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+    folder: Path | None = None
+    adapter: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return device_of(self.model.get_input_embeddings())
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        found = set(ends) if isinstance(ends, list) else {ends}
+        return {token for token in (*found, self.tokenizer.eos_token_id) if token is not None}
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model can read at once; a large number where its config does not say."""
+        config = self.model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return 1 << 20
+
+    def body(self) -> Any:
+        """The model without its unembedding: ids → last hidden state."""
+        base = self.model.base_model
+        # Llama 4's causal model is its own base model; OPT's goes past its base model, to the decoder in it
+        base = self.model.model if base is self.model else base
+        return getattr(base, "decoder", base)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[n, vocabulary]`` of final hidden states ``[n, hidden]``, in the model's dtype."""
+        # the model's own forward with its body replaced: whatever the family does to logits is done here too
+        body = self.body()
+        with torch.inference_mode(), _returning(body, hidden[None]):
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+            return logits
+
+    def module(self, site: Site) -> Any:
+        """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""
+        try:
+            return self.model.get_submodule(site.module)
+        except AttributeError:
+            raise ArchitectureError(
+                f"transformers' {type(self.model).__name__} has no module {site.module} for {site.tensor}"
+            ) from None
+
+
+def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runtime()) -> LoadedModel:
+    """Load a checkpoint's model and tokenizer for inference. Raises CheckpointError with transformers' own reason."""
+    tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
+    return LoadedModel(load_weights(checkpoint.path, runtime), tokenizer, spec, checkpoint.path)
+
+
+def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
+    """The causal language model of a folder, in evaluation mode, on its device."""
+    device = pick_device(runtime.device)
+    dtype: Any = runtime.dtype
+    if dtype == "auto" and device.type == "cpu" and runtime.device_map is None:
+        dtype = "float32"
+    if dtype != "auto":
+        dtype = getattr(torch, dtype)
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if block_size(config) and not _runs_fp8(device):
+        return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
+    placing = {"device_map": runtime.device_map} if runtime.device_map else {}
+    if runtime.offload_folder is not None:
+        placing["offload_folder"] = runtime.offload_folder
+    if runtime.tensor_parallel:
+        placing |= _tensor_parallel()
+    settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
+    settings["use_safetensors"] = True  # never a pickle
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} holds {ADAPTER} beside a model: transformers would load that adapter's base in its place; take it out"
+        )
+    try:
+        model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
+    except Exception as error:  # whatever a damaged file makes of it: its checks raise errors of many kinds
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+    if not placing:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
+    """The model of a folder with its modules and no weights, all on the meta device. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    settings = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **settings)
+        with torch.device("meta"):
+            return _first_that_knows(config.to_dict(), lambda kind: kind.from_config(config, **settings))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot make the model of {path}: {_first_line(error)}") from None
+
+
+def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> Any:
+    """What ``make`` gives for the first of transformers' automatic classes that knows the model's type."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # a language model inside a multimodal one is loaded with the rest of it, as its users load it
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    first, second = reversed(kinds) if config.get("vision_config") else kinds
+    try:
+        return make(first)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return make(second)
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """What tells transformers to divide a model by its own plan."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # before it had one, or before that knew of plans
+        return {"tp_plan": "auto"}
+
+
+def _runs_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
+    """A model in fp8 with block scales as the numbers that its weights stand for, for devices without fp8.
+
+    transformers does so too, but with blocks of another size where a matrix is no multiple of theirs, and leaves the dtypes
+    mixed. Memory is that of the whole model in ``dtype``.
+    """
+    import transformers
+
+    if runtime.trust_remote_code or runtime.device_map:
+        raise CheckpointError(
+            f"{path} is in fp8, which this device does not run; it is loaded as plain numbers, and then neither with "
+            "--trust-remote-code nor with --device-map"
+        )
+    dtype = torch.bfloat16 if dtype == "auto" else dtype
+    checkpoint = open_checkpoint(path)
+    weights = {
+        name: value.to(dtype) if (value := read_values(checkpoint, name)).is_floating_point() else value
+        for name in checkpoint.tensors
+        if not name.endswith(SUFFIX)
+    }
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        del config.quantization_config
+        kind = getattr(transformers, (config.architectures or [""])[0])
+        model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+    return model
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module runs: where its weights are, or where accelerate brings them to for a pass."""
+    device: torch.device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    inner = next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "execution_device", None) is not None), None)
+    return torch.device("cpu" if inner is None else inner.execution_device)
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The model under a PEFT adapter, whose layers PEFT puts into the model itself; ``.unload()`` takes them out again.
+
+    Raises CheckpointError with PEFT's own reason.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 renamed; any other warning is worth seeing
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        if not (folder / ADAPTER).is_file() or not (folder / "adapter_model.safetensors").is_file():
+            raise CheckpointError(
+                f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
+            )
+        read_json(folder / ADAPTER)
+        try:
+            with limited(_ADAPTER_SECONDS):
+                return PeftModel.from_pretrained(model, str(folder)).eval()
+        except Exception as error:  # whatever a damaged file makes of it: it is not checked as a whole
+            raise CheckpointError(f"PEFT cannot load {folder}: {_first_line(error)}") from None
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer(["a"])  # some of what is wrong shows only when it is used
+        return tokenizer
+    except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; for ``auto`` CUDA, else MPS, else the CPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise CheckpointError(f"{name!r} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, each of at most ``max_tokens`` with its padding.
+
+    One item longer than that is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    result: list[list[int]] = []
+    for index in order:
+        if result and lengths[result[-1][0]] * (len(result[-1]) + 1) <= max_tokens:
+            result[-1].append(index)
+        else:
+            result.append([index])
+    return result
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask ``[rows, longest]``; under a causal mask right padding changes no real position."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
+class _States(tuple[torch.Tensor]):
+    """A body's output that holds final hidden states and, of whatever else a family's forward asks for, nothing."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
+    body.forward = lambda *_args, **_kwargs: _States((hidden,))
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Scores of components, and the mean effect of a plan's edits."""

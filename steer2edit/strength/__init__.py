@@ -1,0 +1,1 @@
+"""How strong an edit is: the KL on neutral text, and the search for a strength."""

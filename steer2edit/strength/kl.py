@@ -1,0 +1,261 @@
+"""How far an edit moves the model on text that has nothing to do with the behaviour, and the strength that meets a budget.
+
+The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
+state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are no affine
+function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steer2edit.bootstrap import estimate
+from steer2edit.data.tokens import windows
+from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.strength.unembedding import Affine, Reference, affine, compare
+
+_CHUNK = 256
+_GLANCE = 512
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``kl`` in nats per token, with its bootstrap 95 % interval over the text's windows, and both models' perplexities.
+
+    ``quadratic`` is ``½ E Var_p(log q - log p)``, which KL approaches as an edit gets small; unlike KL it is a sum of squares
+    and not of cancelling terms, so it can be measured at a strength far below the one that is sought. Only a glance has it.
+    """
+
+    kl: float
+    low: float
+    high: float
+    tokens: int
+    base_perplexity: float
+    perplexity: float
+    quadratic: float | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What was measured of each window of the text: sums over its predictions, in nats; see :class:`Divergence`."""
+
+    tokens: tuple[int, ...]
+    kl: tuple[float, ...]
+    base_loss: tuple[float, ...]
+    loss: tuple[float, ...]
+    quadratic: tuple[float, ...] | None = None
+
+    def divergence(self) -> Divergence:
+        """The text's divergence; tokens of one window are no independent draws, so the interval is over windows."""
+        kl = estimate(self.kl, self.tokens)
+        count = sum(self.tokens)
+        base, now = (math.exp(min(sum(losses) / count, 700)) for losses in (self.base_loss, self.loss))
+        quadratic = None if self.quadratic is None else sum(self.quadratic) / count
+        return Divergence(kl.value, kl.low, kl.high, count, base, now, quadratic)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The strength found, what it measured, and the search's ``(strength, kl)`` steps in order."""
+
+    strength: float
+    divergence: Divergence
+    steps: tuple[tuple[float, float], ...]
+
+
+class NeutralText:
+    """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it.
+
+    ``text`` is one running text, or several documents that are read each by itself, in windows of ``window`` tokens.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: str | Sequence[str],
+        *,
+        max_tokens: int = 4096,
+        window: int = 128,
+        batch_tokens: int = 2048,
+        progress: Progress = silent,
+    ) -> None:
+        self._loaded = loaded
+        self._progress = progress
+        texts = [text] if isinstance(text, str) else text
+        self._windows = windows(loaded.tokenizer, texts, max_tokens, min(window, loaded.context))
+        if self.tokens < 16:
+            raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
+        self._batches = batches([len(one) for one in self._windows], batch_tokens)
+        self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
+        order = [i for batch in self._batches for i in batch]
+        self._owners = torch.tensor([i for i in order for _ in self._windows[i][1:]])
+        self._base, self._reference = self._look(progress)
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The windows' token ids."""
+        return [tuple(window) for window in self._windows]
+
+    @property
+    def tokens(self) -> int:
+        """Predictions that are compared."""
+        return sum(len(window) - 1 for window in self._windows)
+
+    def measure(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Divergence:
+        """Compare the model, with whatever hooks are on it, with the base; or another model, of the same tokens.
+
+        A ``glance`` takes the last few windows alone, some 500 tokens.
+        """
+        return self.windows(loaded, glance=glance).divergence()
+
+    def windows(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Windows:
+        """The same, window by window."""
+        loaded = self._loaded if loaded is None else loaded
+        chosen = self._glanced() if glance else self._batches
+        at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
+        reference = None if glance else self._reference
+        if reference is not None and loaded.model is not self._loaded.model:
+            reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
+        sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
+        for hidden in self._hidden("KL on neutral text", loaded, chosen, silent if glance else self._progress):
+            for now in torch.split(hidden, _CHUNK):
+                rows = slice(at, at + len(now))
+                at = rows.stop
+                gold = self._targets[rows].to(now.device)
+                logits = loaded.logits(now)
+                if reference is None:
+                    found = compare(self._loaded.logits(self._base[rows].to(now.device)), logits, gold)
+                else:
+                    found = reference[rows].compare(now, logits, gold)
+                sums.index_add_(0, self._owners[rows], found.double().cpu())
+        kept = sorted(i for batch in chosen for i in batch)
+        kl, base_loss, loss, quadratic = (tuple(column.tolist()) for column in sums[kept].T)
+        tokens = tuple(len(self._windows[i]) - 1 for i in kept)
+        return Windows(tokens, kl, base_loss, loss, quadratic if glance else None)
+
+    def _look(self, progress: Progress) -> tuple[torch.Tensor, Reference | None]:
+        """The base's final states, and its distributions as KL needs them, where the unembedding allows that."""
+        states: list[torch.Tensor] = []
+        parts: list[Reference] = []
+        unembedding: Affine | None = None
+        at = 0
+        for hidden in self._hidden("base on neutral text", self._loaded, self._batches, progress):
+            if not states:
+                unembedding = affine(self._loaded, hidden)
+            states.append(hidden.cpu())
+            for now in torch.split(hidden, _CHUNK) if unembedding is not None else ():
+                gold = self._targets[at : at + len(now)].to(now.device)
+                parts.append(Reference.of(unembedding, now, self._loaded.logits(now), gold))  # type: ignore[arg-type]
+                at += len(now)
+        return torch.cat(states), Reference.join(parts) if parts else None
+
+    def _glanced(self) -> list[list[int]]:
+        """The last windows of the last batch; from its end, so that they stand at the end of the base's states too."""
+        last = self._batches[-1]
+        count, tokens = 0, 0
+        while count < len(last) and tokens < _GLANCE:
+            count += 1
+            tokens += len(self._windows[last[-count]])
+        return [last[-count:]]
+
+    def _hidden(
+        self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]], progress: Progress
+    ) -> Iterator[torch.Tensor]:
+        """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
+        pad = loaded.tokenizer.pad_token_id or 0
+        total = sum(len(self._windows[i]) - 1 for batch in chosen_batches for i in batch)
+        with progress(stage, total=total) as advance, torch.inference_mode():
+            for chosen in chosen_batches:
+                texts = [self._windows[i] for i in chosen]
+                ids, mask = pad_right(texts, pad, loaded.device)
+                states = loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                yield torch.cat([row[: len(one) - 1] for row, one in zip(states, texts, strict=True)])
+                advance(sum(map(len, texts)) - len(texts))
+
+
+def find_strength(
+    measure: Callable[[float], Divergence],
+    budget: float,
+    *,
+    start: float = 1.0,
+    tolerance: float = 0.05,
+    max_steps: int = 12,
+) -> Strength:
+    """The largest strength whose measured KL stays within ``budget``, to ``tolerance`` of the budget.
+
+    KL grows about as the square of the strength, so each guess follows the power law through the last measurement
+    and falls back to bisection inside the bracket; :func:`quadratic_start` gives a good ``start``.
+    Raises Steer2EditError where no strength meets the budget.
+    """
+    _check_budget(budget)
+    low: tuple[float, Divergence] | None = None
+    high: tuple[float, float] | None = None
+    steps: list[tuple[float, float]] = []
+    strength = start
+    for _ in range(max_steps):
+        found = measure(strength)
+        steps.append((strength, found.kl))
+        if not math.isfinite(found.kl) and strength < 1e-6:
+            break
+        if found.kl <= budget:
+            low = (strength, found)
+            if found.kl >= (1 - tolerance) * budget:
+                break
+        else:
+            high = (strength, found.kl)
+        strength = _next(low, high, budget)
+    if low is None:
+        raise Steer2EditError(
+            f"no strength met the KL budget of {budget}: {steps[-1][0]:.3g} still gave {steps[-1][1]:.3g}; "
+            "is the neutral text or the data damaged?"
+        )
+    return Strength(low[0], low[1], tuple(steps))
+
+
+def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, probe: float = 0.1) -> float:
+    """The strength that meets ``budget`` if the logits moved in proportion to it: ``γ = sqrt(2ε / E Var_p(J v))``.
+
+    ``E Var_p(J v)`` is measured by a finite difference, ``2 quadratic(h) / h²`` at a small strength h; ``probe`` is the first
+    one tried, and it is moved until the logits differ by more than rounding and less than would bend the curve. The KL there
+    then corrects it once.
+    """
+    _check_budget(budget)
+    for _ in range(8):
+        found = glance(probe).quadratic
+        if found is not None and math.isfinite(found) and found > 0:
+            guess = probe * math.sqrt(budget / found)
+            if 1e-4 <= found <= max(budget, 1e-2):
+                # in a narrow dtype most of a small difference is rounding: at the guess itself it is not
+                there = glance(guess).kl
+                return guess * min(max(math.sqrt(budget / there), 0.1), 10.0) if there > 0 else guess
+            probe = min(max(0.5 * guess, probe / 30), probe * 30)
+        else:
+            probe = probe / 16 if found else probe * 16
+    return probe
+
+
+def _check_budget(budget: float) -> None:
+    if not budget > 0:
+        raise Steer2EditError(f"the KL budget is {budget}, expected a positive number of nats per token")
+
+
+def _next(low: tuple[float, Divergence] | None, high: tuple[float, float] | None, budget: float) -> float:
+    # aimed a little under the budget, so that a good guess ends the search
+    goal = 0.975 * budget
+    points = ([(low[0], low[1].kl)] if low else []) + ([high] if high else [])
+    if len(points) == 2:
+        (a, ka), (b, kb) = points
+        power = math.log(max(kb, 1e-30) / max(ka, 1e-30)) / math.log(b / a)
+        guess = a * (goal / max(ka, 1e-30)) ** (1 / max(power, 0.25))
+        inside = a + 0.05 * (b - a), b - 0.05 * (b - a)
+        return guess if inside[0] <= guess <= inside[1] else math.sqrt(a * b)
+    at, kl = points[0]
+    if not math.isfinite(kl):
+        return at / 16
+    return at * min(max(math.sqrt(goal / max(kl, 1e-12)), 1 / 64), 64.0)
