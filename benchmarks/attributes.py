@@ -16,15 +16,18 @@ from tabulate import tabulate
 
 from steer2edit import methods
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import Behavior, capture_statistics, make_plan, neutral_text, settle_strength
+from steer2edit.data.behavior import Behavior
 from steer2edit.data.questions import builtin_questions
 from steer2edit.evaluation.assess import assess
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.suite import Suite
+from steer2edit.methods import make_plan
 from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 METHODS = ["steering", "component"]
 

@@ -25,8 +25,8 @@ from synthetic import make_checkpoint, random_plan, random_statistics
 from timing import arguments, drop_from_cache, ratio, report
 
 from steer2edit.architecture import Role, read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.targets import emit
 
 _ROLES = {"both": {Role.ATTN_OUT, Role.MLP_OUT}, "attn": {Role.ATTN_OUT}}
 # each runs in a process of its own
@@ -35,10 +35,10 @@ import torch
 torch.set_num_threads({threads})
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import make_plan
+from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.capture.statistics import Statistics
-from steer2edit.targets import emit
+from steer2edit.artefact.emit import emit
 checkpoint = open_checkpoint({model!r})
 spec = read_spec(checkpoint)
 {work}

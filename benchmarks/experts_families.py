@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 
+from steer2edit.artefact.emit import emit
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import ROWS
 from mask_laws import artefact, largest, logits, mask_plan, reference, selected, silenced
 from mixture_models import MIXTURE_TYPES, MODELS, Case
 
-from steer2edit import targets
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import LABELS, routing_key
-from steer2edit.compiler import Behavior, capture_statistics
 from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
 from steer2edit.experts.edits import strongest
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.runtime.hooks import edited
@@ -100,7 +102,7 @@ def neurons(case: Case, folder: Path) -> float:
         if site.expert is not None
     )
     plan = EditPlan(Base(case.checkpoint.name, None, case.checkpoint.fingerprint), edits)
-    targets.emit(plan, case.checkpoint, case.spec, "checkpoint", folder)
+    emit(plan, case.checkpoint, case.spec, "checkpoint", folder)
     base = case.loaded()
     with edited(base, plan):
         hooked = logits(base)

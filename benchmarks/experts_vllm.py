@@ -27,15 +27,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mixture_models import mixture_config, save_mixture
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import capture_statistics
 from steer2edit.demo import invented_world
 from steer2edit.demo.experts import TOP, mixture_folder
 from steer2edit.demo.run import RUNTIME, demo_behavior
 from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import expert_table, ranking, weakest_for_pruning
 from steer2edit.runtime.model import load_model, load_tokenizer, load_weights
-from steer2edit.targets import emit
 
 # vLLM's CPU kernels want heads of 32 and sizes that are multiples of 32
 _SIZES: dict[str, Any] = {

@@ -21,17 +21,18 @@ import torch
 from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import capture_statistics, make_plan, neutral_text
 from steer2edit.demo import invented_world
 from steer2edit.demo.run import answers_to, demo_behavior, model_folder, neutral_documents
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
-from steer2edit.methods import steering
+from steer2edit.methods import make_plan, steering
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import front_of
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.settle import neutral_text
 
 BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 SEEDS = range(5)

@@ -16,17 +16,19 @@ import torch
 from timing import arguments, interleaved, ratio, report
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import Behavior, capture_statistics, make_plan, neutral_text, settle_strength
+from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example, load_behavior
 from steer2edit.data.questions import builtin_questions
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
-from steer2edit.methods import component
+from steer2edit.methods import component, make_plan
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import Runtime, batches, load_model, pad_right
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.tune import PAPER_GRID, Search
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from itertools import combinations
 from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import capture_statistics, make_plan, neutral_text, settle_strength
 from steer2edit.compose import overlap
 from steer2edit.demo import invented_world
 from steer2edit.demo.run import (
@@ -28,10 +28,12 @@ from steer2edit.demo.run import (
     one_thread,
     rates_of,
 )
+from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan, merge
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import load_model
 from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 
 def main() -> None:

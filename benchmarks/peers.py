@@ -43,7 +43,7 @@ from steer2edit.scoring.scores import analyse
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.targets import emit
+from steer2edit.artefact.emit import emit
 {direction}
 checkpoint = open_checkpoint({model!r})
 spec = read_spec(checkpoint)

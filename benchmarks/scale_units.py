@@ -17,10 +17,11 @@ import torch
 from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import Behavior, capture_statistics
 from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
 from steer2edit.demo import invented_world
 from steer2edit.demo.run import demo_behavior, model_folder, neutral_documents
 from steer2edit.errors import Steer2EditError
@@ -29,7 +30,8 @@ from steer2edit.plan import EditPlan, LowRank
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring, analyse
-from steer2edit.strength.kl import Divergence, NeutralText, find_strength
+from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.strength.line_search import find_strength
 
 UNITS = ("1 (absolute)", "‖W_j‖", "‖W_jᵀ v_hat‖", "‖v‖ / rms(k·x)", "‖v‖ / mean push of the site")
 

@@ -32,7 +32,8 @@ from steer2edit.scoring.scores import analyse
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.plan import EditPlan
-from steer2edit.targets import Writing, emit
+from steer2edit.artefact.emit import emit
+from steer2edit.lowering import Writing
 model, out, plan = Path({model!r}), Path({out!r}), {plan!r}
 start = time.perf_counter()
 {work}

@@ -13,15 +13,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec, Site, read_spec
+    from steer2edit.artefact.emit import emit
     from steer2edit.artefact.verify import verify
+    from steer2edit.capture.run import capture_statistics
     from steer2edit.capture.statistics import Statistics
     from steer2edit.capture.vectors import Vectors
     from steer2edit.checkpoint import Checkpoint, open_checkpoint
-    from steer2edit.compiler import capture_statistics, compile, make_plan
+    from steer2edit.compiler import compile
     from steer2edit.errors import Steer2EditError
     from steer2edit.importers import read_vectors
+    from steer2edit.methods import make_plan
     from steer2edit.plan import EditPlan, merge
-    from steer2edit.targets import emit
 
 _HOME = {
     "Checkpoint": "checkpoint",
@@ -31,10 +33,10 @@ _HOME = {
     "Statistics": "capture.statistics",
     "Steer2EditError": "errors",
     "Vectors": "capture.vectors",
-    "capture_statistics": "compiler",
+    "capture_statistics": "capture.run",
     "compile": "compiler",
-    "emit": "targets",
-    "make_plan": "compiler",
+    "emit": "artefact.emit",
+    "make_plan": "methods",
     "merge": "plan",
     "open_checkpoint": "checkpoint",
     "read_spec": "architecture",

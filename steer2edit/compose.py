@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 
-from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import artefact_folders, neutral_text, settle_strength
 from steer2edit.data.questions import Question, builtin_questions
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
+from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 INTERFERENCE = "steer2edit/interference.json"
 FORMAT = "steer2edit.interference.1"
@@ -57,7 +58,7 @@ class Composed:
 
     plan: EditPlan
     artefacts: dict[str, Path]
-    lowerings: dict[str, targets.Lowering]
+    lowerings: dict[str, Lowering]
     overlaps: tuple[Overlap, ...]
     evaluations: Mapping[str, Evaluation]
 
@@ -86,7 +87,7 @@ def compose(
     questions: Sequence[Sequence[Question] | None] | None = None,
     measure: bool = True,
     force: bool = False,
-    writing: targets.Writing = targets.Writing(),  # noqa: B008
+    writing: Writing = Writing(),  # noqa: B008
     progress: Progress = silent,
 ) -> Composed:
     """Compile several plans for one base into one artefact, each at its own dose times its weight.
@@ -99,7 +100,7 @@ def compose(
     checkpoint = open_checkpoint(model, revision)
     spec = read_spec(checkpoint)
     plan = merge(plans, weights)
-    targets.resolve(plan, checkpoint, spec)
+    resolve(plan, checkpoint, spec)
     parts = [one.scaled(weight) for one, weight in zip(plans, weights, strict=True)]
     overlaps = overlap(parts, spec)
     dosed = strength is not None or kl_budget is not None
@@ -112,7 +113,7 @@ def compose(
             known = [builtin_questions(name) for name in names(plans)] if questions is None else list(questions)
             evaluations = _measure(loaded, parts, plan, known, text, progress)
     lowerings = {
-        target: targets.emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
+        target: emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
         for target, folder in folders.items()
     }
     composed = Composed(plan, folders, lowerings, overlaps, evaluations)

@@ -13,16 +13,19 @@ import torch
 from steer2edit import methods
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import Role, Site
+from steer2edit.artefact.emit import artefact_folders
+from steer2edit.capture.run import BACKGROUND_TOKENS
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
-from steer2edit.compiler import BACKGROUND_TOKENS, METHOD, Behavior, artefact_folders
 from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import encode, windows
+from steer2edit.lowering import Writing
 from steer2edit.lowering.disk_use import Forecast, check_room, forecast, memory_free, memory_now
+from steer2edit.methods import METHOD
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
-from steer2edit.targets import Writing
 
 # a search for the strength seldom takes more; each is a pass over the neutral text
 SEARCH_PASSES = 8

@@ -17,13 +17,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steer2edit.artefact import model_card
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import INDEX, SINGLE, read_json
 from steer2edit.errors import HubError, Steer2EditError, listing
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.files.atomic import PLAN_FILE, RECEIPT
 from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
+from steer2edit.files.layout import CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT
 from steer2edit.plan import EditPlan
-from steer2edit.targets import CARD, EVALUATION, PLAN, REPORT, read_receipt
+from steer2edit.report import card_section
 
 PLOT = "steer2edit/tradeoff.png"
 # what loading a checkpoint needs beside its shards; whatever else lay in the base's folder may be anybody's notes
@@ -197,7 +198,8 @@ def _card(
     if text is not None and hashlib.sha256(text.encode()).hexdigest() != receipt.get("card_sha256"):
         said = f"{CARD} was changed since it was written, and goes as it is; only the repository's name was filled in"
         return text.replace(model_card.HERE, repository).encode(), (said,)
-    made = model_card.model_card(receipt, repository=repository, evaluation=evaluation, plot=plot)
+    sections = [] if evaluation is None else card_section.tradeoff(evaluation, plot)
+    made = model_card.model_card(receipt, repository=repository, sections=sections)
     return made.encode(), _missing_facts(receipt)
 
 

@@ -259,9 +259,10 @@ def statistics_of() -> Callable[..., Any]:
 
     def capture(folder: Path, batch_tokens: int = 256) -> Any:
         from steer2edit.architecture import read_spec
+        from steer2edit.capture.run import capture_statistics
         from steer2edit.checkpoint import open_checkpoint
-        from steer2edit.compiler import Behavior, capture_statistics
         from steer2edit.data import contrast
+        from steer2edit.data.behavior import Behavior
         from steer2edit.runtime.model import load_model
 
         examples = [

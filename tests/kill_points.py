@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.lowering import Writing
 from steer2edit.plan import EditPlan
-from steer2edit.targets import Writing, emit
 
 _CALLS = (
     "open",

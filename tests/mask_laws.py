@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from mixture_models import Case
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.experts.edits import How, Request, lower_experts
 from steer2edit.experts.router_rows import fit_rows, selection_shares
@@ -38,7 +38,7 @@ def mask_plan(case: Case, how: How, bound: float = 0.05) -> EditPlan:
 
 def artefact(case: Case, plan: EditPlan, folder: Path) -> LoadedModel:
     """The checkpoint that a plan gives, loaded."""
-    targets.emit(plan, case.checkpoint, case.spec, "checkpoint", folder)
+    emit(plan, case.checkpoint, case.spec, "checkpoint", folder)
     spec = read_spec(open_checkpoint(folder))
     return LoadedModel(load_weights(folder), load_tokenizer(folder), spec, folder)
 

@@ -237,7 +237,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_python_interface(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path) -> None:
     import steer2edit
-    from steer2edit.compiler import Behavior
+    from steer2edit.data.behavior import Behavior
 
     compiled = steer2edit.compile(
         tiny_llama, Behavior.from_data(data), tmp_path / "out", neutral=neutral.read_text(), kl_budget=0.01

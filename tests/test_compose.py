@@ -10,12 +10,11 @@ import pytest
 import torch
 from conftest import ROWS, run
 
-from steer2edit import targets
 from steer2edit.artefact.verify import verify
-from steer2edit.compiler import make_plan
 from steer2edit.compose import INTERFERENCE, compose, names, overlap, rescale
 from steer2edit.errors import PlanError
-from steer2edit.methods import component, steering
+from steer2edit.files.layout import PLAN
+from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
@@ -97,7 +96,7 @@ def test_composition_from_the_command_line(
     made = run("compile", base, *plans, *weights, "--to", "lora", "--out", tmp_path / "out", "--no-report", "--json")
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["interference"]["plans"] == ["one", "two"]
-    plan = EditPlan.load(tmp_path / "out" / targets.PLAN)
+    plan = EditPlan.load(tmp_path / "out" / PLAN)
     assert plan.hash == merge(parts, [1.0, -0.5]).hash
     assert plan.data["name"] == "one + two" and "00ff" in plan.seen
     assert (tmp_path / "out" / INTERFERENCE).is_file()
@@ -132,7 +131,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
         rows = described["evaluations"][name]["rows"]
         assert [row["name"] for row in rows] == ["base", "one", "two", "together"]
         assert rows[-1]["metrics"]["KL"]["value"] == pytest.approx(0.02, rel=0.2)
-    plan = EditPlan.load(tmp_path / "out" / targets.PLAN)
+    plan = EditPlan.load(tmp_path / "out" / PLAN)
     assert 0.9 * 0.02 <= plan.measured["kl"] <= 0.02
 
 

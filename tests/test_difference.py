@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from test_checkpoint import write
 from test_faults import random_plan
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.artefact.revert import revert
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.diff.difference import CheckpointDifference, compare, fused_parts, recover_plan
 from steer2edit.diff.numerical_rank import TensorDifference
 from steer2edit.errors import CheckpointError, PlanError, TargetError
+from steer2edit.files.layout import RECEIPT
 from steer2edit.plan import EditPlan, LowRank, Structure
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -141,7 +142,7 @@ def emitted(tiny_llama_bf16: Path, tmp_path: Path) -> tuple[Path, Path, EditPlan
     """Base, artefact and plan."""
     checkpoint = open_checkpoint(tiny_llama_bf16)
     plan = random_plan(tiny_llama_bf16, sites=4)
-    targets.emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "edited")
+    emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "edited")
     return tiny_llama_bf16, tmp_path / "edited", plan
 
 
@@ -169,7 +170,7 @@ def test_the_plan_of_an_artefact_is_recovered(
         assert isinstance(edit, LowRank) and isinstance(wanted, LowRank) and edit.B.shape[1] == 1
         error = (edit.dense() - wanted.dense()).norm() / wanted.dense().norm()
         assert error < 0.02
-    targets.emit(found, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "again")
+    emit(found, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "again")
     again, edited_again = open_checkpoint(tmp_path / "again"), open_checkpoint(edited)
     equal = [again.read(name) == edited_again.read(name) for name in again.tensors]
     assert sum(int(x.sum()) for x in equal) / sum(x.numel() for x in equal) > 0.97
@@ -181,7 +182,7 @@ def test_gpt2s_matrices_are_recovered_in_their_own_orientation(tmp_path: Path) -
     base = save_tiny(tmp_path / "gpt2", family_config("gpt2"))
     checkpoint, plan = open_checkpoint(base), random_plan(base, sites=3)
     spec = read_spec(checkpoint)
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
     found, _ = recover_plan(compare(checkpoint, open_checkpoint(tmp_path / "edited")), checkpoint, spec)
     for edit in found.edits:
         assert isinstance(edit, LowRank)
@@ -197,7 +198,7 @@ def test_revert_restores_every_byte(emitted: tuple[Path, Path, EditPlan], tmp_pa
     files = {path.name: path.read_bytes() for path in done.folder.iterdir()}
     assert files.pop("notes.txt") == b"mine"
     assert files == {path.name: path.read_bytes() for path in base.iterdir()}
-    assert (edited / targets.RECEIPT).exists() == (place == "elsewhere")
+    assert (edited / RECEIPT).exists() == (place == "elsewhere")
 
 
 @pytest.mark.parametrize("kind", ["granitemoe", "gpt_oss", "dbrx"])
@@ -208,7 +209,7 @@ def test_experts_of_one_tensor_are_recovered_and_reverted_by_themselves(tmp_path
     plan = random_plan(base, sites=len(spec.sites))
     edits = tuple(edit for edit in plan.edits if spec.owners[edit.tensor].expert in (1, 5))
     plan = replace(plan, edits=edits)
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
     found = compare(checkpoint, open_checkpoint(tmp_path / "edited"), fused_parts(spec))
     assert {item.tensor for item in found.tensors} == {edit.tensor for edit in edits}
     assert {item.rank for item in found.tensors} == {1}
@@ -226,20 +227,20 @@ def test_revert_refuses_a_model_that_has_lost_experts(tmp_path: Path) -> None:
     spec = read_spec(checkpoint)
     removed = Structure(remove={router.layer: (0, 3) for router in spec.routers})
     plan = replace(random_plan(base), edits=(), structure=removed)
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
     with pytest.raises(PlanError, match="lost whole experts"):
         revert(tmp_path / "edited", base)
 
 
 def tampered(base: Path, edited: Path, what: str) -> None:
-    receipt = json.loads((edited / targets.RECEIPT).read_text())
+    receipt = json.loads((edited / RECEIPT).read_text())
     if what == "another tensor":
         info = open_checkpoint(base).tensors["model.norm.weight"]
     else:
         info = open_checkpoint(base).tensors[receipt["changed"][0]["tensor"]]
     if what == "the receipt":
         receipt["changed"].pop()
-        (edited / targets.RECEIPT).write_text(json.dumps(receipt))
+        (edited / RECEIPT).write_text(json.dumps(receipt))
         return
     path = edited / info.shard
     data = bytearray(path.read_bytes())
@@ -281,7 +282,7 @@ def test_revert_refuses_an_adapter_and_another_base(
     with pytest.raises(PlanError, match="fingerprint"):
         revert(edited, tiny_llama)
     checkpoint = open_checkpoint(base)
-    targets.emit(replace(plan), checkpoint, read_spec(checkpoint), "lora", tmp_path / "lora")
+    emit(replace(plan), checkpoint, read_spec(checkpoint), "lora", tmp_path / "lora")
     with pytest.raises(CheckpointError, match="adapter"):
         revert(tmp_path / "lora", base)
 

@@ -15,14 +15,15 @@ from conftest import family_config, save_tiny
 
 from steer2edit.architecture import Role, read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import make_plan, neutral_text, settle_strength
 from steer2edit.errors import DataError, PlanError, Steer2EditError
-from steer2edit.methods import steering
+from steer2edit.methods import make_plan, steering
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.kl import Divergence, NeutralText, find_strength, quadratic_start
+from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.strength.line_search import find_strength, quadratic_start
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 

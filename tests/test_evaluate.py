@@ -13,8 +13,8 @@ from conftest import ROWS, llama_config, save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer2edit.artefact.emit import emit
 from steer2edit.bootstrap import estimate
-from steer2edit.compiler import make_plan, settle_strength
 from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, DataError, PlanError
 from steer2edit.evaluation.assess import assess, with_baselines
@@ -32,12 +32,13 @@ from steer2edit.evaluation.metrics import (
     load_function,
 )
 from steer2edit.evaluation.suite import Suite
+from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
-from steer2edit.targets import emit
+from steer2edit.strength.settle import settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 QUESTIONS = [

@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
 
-from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Role, Site, read_spec
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
+from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import TOLERANCE, verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import make_plan
 from steer2edit.errors import TargetError
+from steer2edit.methods import make_plan
 from steer2edit.plan import Bias, EditPlan
 from steer2edit.runtime.model import LoadedModel, load_weights
 from steer2edit.scoring.scores import Scoring
@@ -240,9 +240,9 @@ def test_plans_become_checkpoints_and_adapters_that_verify(case: Case, method: s
     no_adapter = carries_biases or case.spec.model_type in NO_ADAPTER
     if no_adapter:
         with pytest.raises(TargetError, match="a bias" if carries_biases else "Mamba"):
-            targets.emit(plan, case.checkpoint, case.spec, "lora", tmp_path / "lora")
+            emit(plan, case.checkpoint, case.spec, "lora", tmp_path / "lora")
     for target in ["checkpoint"] if no_adapter else ["checkpoint", "lora"]:
-        targets.emit(plan, case.checkpoint, case.spec, target, tmp_path / target)
+        emit(plan, case.checkpoint, case.spec, target, tmp_path / target)
         result = verify(tmp_path / target, base=case.folder)
         assert result.ok, result.problems
         assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
@@ -251,7 +251,7 @@ def test_plans_become_checkpoints_and_adapters_that_verify(case: Case, method: s
 @pytest.mark.parametrize("case", LAYOUTS, indirect=True)
 def test_after_ablation_no_block_writes_along_the_direction(case: Case, tmp_path: Path) -> None:
     plan = case.plan("ablation")
-    targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
     r = case._statistics.difference(f"residual.{plan.method['direction_layer']}").float()
     r_hat = r / r.norm()
     for before, after in zip(writes(case.loaded()), writes(case.loaded(tmp_path / "out")), strict=True):

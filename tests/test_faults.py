@@ -23,14 +23,15 @@ import pytest
 import torch
 from kill_points import digest
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.behavior import Behavior
 from steer2edit.errors import CheckpointError, Steer2EditError, TargetError
 from steer2edit.files.atomic import new_folder, save_tensors, write_text
 from steer2edit.files.locks import claimed, exclusive
+from steer2edit.lowering import Lowering, Writing
 from steer2edit.plan import Base, EditPlan, LowRank
-from steer2edit.targets import Writing
 
 
 def random_plan(folder: Path, sites: int = 2) -> EditPlan:
@@ -54,9 +55,9 @@ class Case:
         self.base, self.work, self.out, self.plan = base, work, work / "out", random_plan(base)
         work.mkdir(exist_ok=True)
 
-    def emit(self, to: str = "checkpoint", writing: Writing = Writing(), **settings: Any) -> targets.Lowering:  # noqa: B008
+    def emit(self, to: str = "checkpoint", writing: Writing = Writing(), **settings: Any) -> Lowering:  # noqa: B008
         checkpoint = open_checkpoint(self.base)
-        return targets.emit(self.plan, checkpoint, read_spec(checkpoint), to, self.out, writing=writing, **settings)
+        return emit(self.plan, checkpoint, read_spec(checkpoint), to, self.out, writing=writing, **settings)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_call_that_fails_leaves_nothing(case: Case, monkeypatch: pytest.Monkey
     checkpoint.fingerprint  # noqa: B018 - read while reading works
     monkeypatch.setattr(os, name, fails(code))
     with pytest.raises(Steer2EditError, match=os.strerror(code)):
-        targets.emit(case.plan, checkpoint, spec, "checkpoint", case.out)
+        emit(case.plan, checkpoint, spec, "checkpoint", case.out)
     monkeypatch.undo()
     assert list(case.work.iterdir()) == []
 
@@ -166,11 +167,11 @@ def test_a_base_that_changes_meanwhile_is_noticed(case: Case, tmp_path: Path, ho
         yield advance
 
     with pytest.raises(Steer2EditError, match=r"was changed while it was read|No such file") as caught:
-        targets.emit(case.plan, checkpoint, spec, "checkpoint", case.out, writing=Writing(1), progress=progress)
+        emit(case.plan, checkpoint, spec, "checkpoint", case.out, writing=Writing(1), progress=progress)
     assert checkpoint.shards[-1] in str(caught.value) and list(case.work.iterdir()) == []
     if how != "removed":
         with pytest.raises(CheckpointError, match="was changed"):
-            targets.emit(case.plan, checkpoint, spec, "lora", case.out)
+            emit(case.plan, checkpoint, spec, "lora", case.out)
 
 
 def test_two_runs_do_not_write_one_folder(case: Case) -> None:
@@ -190,14 +191,14 @@ def test_a_compile_has_its_folder_from_the_start(
     def second(*_args: object) -> None:
         # another thread stands for another process: it knows nothing of this one's claims
         with ThreadPoolExecutor(1) as pool, pytest.raises(TargetError, match="another run"):
-            pool.submit(compiler.compile, tiny_llama, compiler.Behavior("rows", []), tmp_path / "out", to=to).result()
+            pool.submit(compiler.compile, tiny_llama, Behavior("rows", []), tmp_path / "out", to=to).result()
         raise CheckpointError("enough")
 
     monkeypatch.setattr(compiler, "load_model", second)
     to: list[str] = []
     for to in (["checkpoint"], ["checkpoint", "lora"]):
         with pytest.raises(CheckpointError, match="enough"):
-            compiler.compile(tiny_llama, compiler.Behavior("rows", []), tmp_path / "out", to=to)
+            compiler.compile(tiny_llama, Behavior("rows", []), tmp_path / "out", to=to)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -297,6 +298,6 @@ def test_a_link_that_cannot_be_made_is_a_copy(case: Case, monkeypatch: pytest.Mo
 def test_bytes_do_not_depend_on_the_number_of_jobs(case: Case, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case.emit()
     whole = digest(case.out)
-    monkeypatch.setattr("steer2edit.targets.checkpoint.COPY_BYTES", 1000)
+    monkeypatch.setattr("steer2edit.lowering.rewrite.COPY_BYTES", 1000)
     case.emit(writing=Writing(jobs), force=True)
     assert digest(case.out) == whole

@@ -18,16 +18,17 @@ from kill_points import digest
 from mixture_models import EXPERTS, TOP_K, mixture_config, save_mixture
 from test_faults import random_plan
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import Behavior, compile
+from steer2edit.compiler import compile
+from steer2edit.data.behavior import Behavior
 from steer2edit.dry_run import _active, widest_plan
 from steer2edit.errors import TargetError
+from steer2edit.lowering import Writing
 from steer2edit.lowering.disk_use import check_room, forecast
+from steer2edit.lowering.rewrite import copies
 from steer2edit.plan import EditPlan
-from steer2edit.targets import Writing
-from steer2edit.targets.checkpoint import copies
 
 
 def foretold(base: Path, out: Path, plan: EditPlan, to: str = "checkpoint", **how: Any) -> Any:
@@ -42,7 +43,7 @@ def test_the_bytes_of_a_run_are_those_foretold(tiny_llama_bf16: Path, tmp_path: 
     checkpoint, plan, out = open_checkpoint(base), random_plan(base), tmp_path / "out"
     found = foretold(base, out, plan, link=link)
     assert list(tmp_path.iterdir()) == ([tmp_path / "fp8"] if kind == "fp8" else [])
-    lowering = targets.emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", out, writing=Writing(link=link))
+    lowering = emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", out, writing=Writing(link=link))
     sizes = {path: path.stat().st_size for path in out.rglob("*") if path.is_file()}
     linked = sum(size for path, size in sizes.items() if path.name in lowering.details["linked"])
     assert found.edited + found.copied + found.shared == sum(sizes[out / shard] for shard in checkpoint.shards)
@@ -72,7 +73,7 @@ def test_a_run_without_room_does_not_begin(
     checkpoint, plan = open_checkpoint(tiny_llama_bf16), random_plan(tiny_llama_bf16)
     full(monkeypatch, 12_345)
     with pytest.raises(TargetError, match=r"would take 0\.00 GB as checkpoint, and the disk there has 0\.00 GB free"):
-        targets.emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
+        emit(plan, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +96,7 @@ def test_leftovers_of_a_killed_run_are_removed_before_room_is_looked_for(
     (left / "x").write_bytes(b"0" * 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(1 << 40, 0, 0 if left.exists() else 1 << 30))
     checkpoint = open_checkpoint(tiny_llama_bf16)
-    targets.emit(random_plan(tiny_llama_bf16), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
+    emit(random_plan(tiny_llama_bf16), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
     assert not left.exists()
 
 
@@ -129,7 +130,7 @@ def test_only_the_chosen_experts_are_counted(tmp_path: Path, kind: str) -> None:
 
 @given(start=st.integers(0, 50_000), size=st.integers(0, 50_000))
 def test_pieces_of_a_copy_are_the_range_once(start: int, size: int) -> None:
-    import steer2edit.targets.checkpoint as module
+    import steer2edit.lowering.rewrite as module
 
     asked: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -15,16 +15,18 @@ from conftest import llama_config, save_tiny
 from fp8_models import blockwise, numbers, quantise
 from mixture_models import mixture_config, save_mixture
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.architecture.sites import ModelSpec, Role
+from steer2edit.artefact.emit import emit
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.artefact.revert import revert
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.checkpoint.fp8 import read_values, requantised, values
-from steer2edit.compiler import make_plan
+from steer2edit.checkpoint.fp8 import read_values, values
 from steer2edit.diff.difference import compare, recover_plan
 from steer2edit.errors import ArchitectureError
+from steer2edit.lowering.requantise import requantised
+from steer2edit.methods import make_plan
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.operations import Scale
 from steer2edit.runtime.model import load_weights
@@ -160,7 +162,7 @@ def test_a_gain_moves_scales_and_no_byte(opened: tuple[Checkpoint, ModelSpec]) -
 def test_artefacts_verify(opened: tuple[Checkpoint, ModelSpec], tmp_path: Path, to: str) -> None:
     checkpoint, spec = opened
     plan = planned(checkpoint, spec, 0.2)
-    lowering = targets.emit(plan, checkpoint, spec, to, tmp_path / "out")
+    lowering = emit(plan, checkpoint, spec, to, tmp_path / "out")
     result = verify(tmp_path / "out", checkpoint.path)
     assert result.ok, result.problems
     assert (result.numbers["difference"] <= 1e-4) or to == "checkpoint"
@@ -181,7 +183,7 @@ def test_untouched_tensors_keep_their_bytes_and_revert_restores_the_rest(
     checkpoint, spec = opened
     plan = planned(checkpoint, spec, 0.5)
     plan = replace(plan, edits=plan.edits[:2])
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
     edited = open_checkpoint(tmp_path / "out")
     names = {edit.tensor for edit in plan.edits}
     names |= {f"{name}_scale_inv" for name in names}
@@ -196,7 +198,7 @@ def test_untouched_tensors_keep_their_bytes_and_revert_restores_the_rest(
 def test_a_changed_scale_is_named(opened: tuple[Checkpoint, ModelSpec], tmp_path: Path) -> None:
     checkpoint, spec = opened
     plan = planned(checkpoint, spec, 0.2)
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
     info = checkpoint.tensors[f"{plan.edits[0].tensor}_scale_inv"]
     path = tmp_path / "out" / info.shard
     data = bytearray(path.read_bytes())
@@ -209,7 +211,7 @@ def test_a_changed_scale_is_named(opened: tuple[Checkpoint, ModelSpec], tmp_path
 def test_an_edit_of_rank_one_is_found_under_fp8s_rounding(opened: tuple[Checkpoint, ModelSpec], tmp_path: Path) -> None:
     checkpoint, spec = opened
     plan = planned(checkpoint, spec, 0.5)
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
     found = compare(checkpoint, open_checkpoint(tmp_path / "out"))
     assert {item.tensor for item in found.tensors} == {edit.tensor for edit in plan.edits}
     assert {item.rank for item in found.tensors} == {1}
@@ -230,7 +232,7 @@ def test_a_behaviour_compiles_into_fp8(base: Path, statistics_of: Callable[..., 
     checkpoint = open_checkpoint(base)
     spec = read_spec(checkpoint)
     plan = make_plan(Scoring(checkpoint, spec, statistics_of(base)), method="component")
-    targets.emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
     assert verify(tmp_path / "out", base).ok
 
 
@@ -239,7 +241,7 @@ def test_experts_in_fp8_compile(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(quantise(source, tmp_path / "fp8", SIZE))
     spec = read_spec(checkpoint)
     assert {Role.EXPERT_OUT, Role.SHARED_EXPERT_OUT} <= {site.role for site in spec.sites}
-    targets.emit(planned(checkpoint, spec, 0.3), checkpoint, spec, "checkpoint", tmp_path / "out")
+    emit(planned(checkpoint, spec, 0.3), checkpoint, spec, "checkpoint", tmp_path / "out")
     result = verify(tmp_path / "out", checkpoint.path)
     assert result.ok, result.problems
 
@@ -253,11 +255,11 @@ def test_mxfp4_experts_stay_as_they_are(tmp_path: Path, statistics_of: Callable[
     assert spec.frozen == tuple(f"model.layers.{layer}.mlp.experts.down_proj_blocks" for layer in range(spec.layers))
     plan = make_plan(Scoring(checkpoint, spec, statistics_of(folder))).scaled(0.5)
     for to in ("checkpoint", "lora"):
-        targets.emit(plan, checkpoint, spec, to, tmp_path / to)
+        emit(plan, checkpoint, spec, to, tmp_path / to)
         result = verify(tmp_path / to, folder)
         assert result.ok, result.problems
         assert result.numbers["effect"] > 1e-2 and (result.numbers["difference"] <= 1e-4 or to == "checkpoint")
-    assert any("quantised expert tensors" in note for note in targets.read_receipt(tmp_path / "checkpoint")["notes"])
+    assert any("quantised expert tensors" in note for note in read_receipt(tmp_path / "checkpoint")["notes"])
 
 
 def mxfp4(source: Path, out: Path) -> Path:

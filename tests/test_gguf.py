@@ -14,13 +14,16 @@ from safetensors.torch import load_file
 
 from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact import emit as emitting
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import read_control_vector, read_gguf, write_gguf
-from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, TargetError
+from steer2edit.files.layout import PLAN
+from steer2edit.lowering import Lowering
+from steer2edit.lowering.constant_part import residual_push
+from steer2edit.methods import make_plan
 from steer2edit.plan import Base, Bias, EditPlan, LowRank, Structure, merge
-from steer2edit.scoring.mean_effect import residual_push
 from steer2edit.scoring.scores import Scoring
 from steer2edit.targets import gguf, gguf_vector
 
@@ -33,9 +36,9 @@ def case(scoring: Scoring) -> tuple[Scoring, EditPlan]:
     return scoring, make_plan(scoring, options=Options(sites="both")).scaled(0.5)
 
 
-def emit(case: tuple[Scoring, EditPlan], to: str, out: Path, plan: EditPlan | None = None) -> targets.Lowering:
+def emit(case: tuple[Scoring, EditPlan], to: str, out: Path, plan: EditPlan | None = None) -> Lowering:
     scoring, made = case
-    return targets.emit(plan or made, scoring.checkpoint, scoring.spec, to, out)
+    return emitting.emit(plan or made, scoring.checkpoint, scoring.spec, to, out)
 
 
 def test_the_adapter_reads_back_as_the_plan_and_as_the_peft_adapter(case: Any, tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_the_adapter_reads_back_as_the_plan_and_as_the_peft_adapter(case: Any, t
 def test_gguf_artefacts_verify_and_are_reproduced_byte_for_byte(case: Any, tmp_path: Path, to: str) -> None:
     scoring, _ = case
     emit(case, to, tmp_path / "one")
-    emit(case, to, tmp_path / "two", EditPlan.load(tmp_path / "one" / targets.PLAN))
+    emit(case, to, tmp_path / "two", EditPlan.load(tmp_path / "one" / PLAN))
     file = targets.load(to).FILE
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     result = verify(tmp_path / "one", scoring.checkpoint.path)
@@ -152,7 +155,7 @@ def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str,
     spec = read_spec(checkpoint)
     edits = tuple(LowRank(s.tensor, torch.randn(s.out_features, 1), torch.randn(1, s.in_features)) for s in spec.sites)
     plan = EditPlan(Base(checkpoint.name, None, checkpoint.fingerprint), edits)
-    targets.emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
+    emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
     fields, tensors = read_gguf(tmp_path / "out" / gguf.FILE)
     assert fields["general.architecture"] == architecture
     assert tensors["blk.1.ffn_down.weight.lora_a"].shape == (1, spec.site("mlp_out.1").in_features)
@@ -171,9 +174,9 @@ def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: 
     edit = Bias(str(spec.site("attn_out.0").bias), torch.ones(32))
     base = Base(biased.name, None, biased.fingerprint)
     with pytest.raises(TargetError, match="a bias"):
-        targets.emit(EditPlan(base, (edit,)), biased, spec, "gguf", tmp_path / "out")
+        emit(EditPlan(base, (edit,)), biased, spec, "gguf", tmp_path / "out")
     with pytest.raises(TargetError, match="no-such-family"):
-        targets.emit(
+        emit(
             EditPlan(base, (LowRank(spec.sites[0].tensor, torch.ones(32, 1), torch.ones(1, 64)),)),
             biased,
             replace(spec, model_type="no-such-family"),

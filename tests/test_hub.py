@@ -19,6 +19,7 @@ from loopback_hub import TOKEN, Fault, Hub
 from made_reports import make_evaluation
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.files.hub import Reference, read_reference
 
 # huggingface_hub streams a file in a way that its HTTP library asks it to give up
@@ -160,16 +161,15 @@ def test_only_what_emit_wrote_goes_up(hub: Hub, artefact: Path, tmp_path: Path) 
 def test_notes_that_lay_in_the_base_are_copied_and_not_published(
     hub: Hub, tiny_llama: Path, scoring: Any, tmp_path: Path
 ) -> None:
-    from steer2edit import targets
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.compiler import make_plan
+    from steer2edit.methods import make_plan
 
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     for name in ("questions.jsonl", "train_log.txt", "LICENSE", "draft.safetensors"):
         (base / name).write_text("x")
     checkpoint = open_checkpoint(base)
-    targets.emit(make_plan(scoring), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
+    emit(make_plan(scoring), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
     sent = push(tmp_path / "out", "user/edited")
     assert set(sent["left_out"]) == {"questions.jsonl", "train_log.txt", "draft.safetensors"}
     assert {"LICENSE", "config.json", "tokenizer.json", "model.safetensors"} <= set(hub.files("user/edited"))
@@ -237,9 +237,8 @@ def test_another_artefact_s_weights_do_not_stay_beside_it(hub: Hub, compiled: Pa
 def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scoring: Any, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    from steer2edit import targets
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.compiler import make_plan
+    from steer2edit.methods import make_plan
 
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
@@ -249,7 +248,7 @@ def test_the_card_of_an_adapter_and_its_licence(hub: Hub, tiny_llama: Path, scor
     commit = hub.publish("org/base", base)
     checkpoint = open_checkpoint("org/base")
     plan = make_plan(_of(scoring, checkpoint))
-    targets.emit(plan, checkpoint, read_spec(checkpoint), "lora", tmp_path / "out")
+    emit(plan, checkpoint, read_spec(checkpoint), "lora", tmp_path / "out")
     sent = push(tmp_path / "out", "user/adapter")
     assert sent["notes"] == []
     data = ModelCard(hub.files("user/adapter")["README.md"].decode()).data

@@ -15,18 +15,21 @@ import torch
 from conftest import ROWS, family_config, run, save_tiny
 from safetensors.torch import save_file
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import verify
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import write_gguf
-from steer2edit.compiler import Behavior, capture_statistics, make_plan
+from steer2edit.data.behavior import Behavior
 from steer2edit.errors import DataError
-from steer2edit.importers import Reading, read, read_vectors
-from steer2edit.methods import component, steering
+from steer2edit.files.layout import PLAN
+from steer2edit.importers import read, read_vectors
+from steer2edit.importers.source import Reading
+from steer2edit.lowering.constant_part import residual_push
+from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan, LowRank, merge
-from steer2edit.scoring.mean_effect import residual_push
 from steer2edit.scoring.scores import Scoring
 
 HIDDEN, LAYERS = 32, 3
@@ -227,7 +230,7 @@ def test_the_authors_directions_and_edit_pack_give_the_same_plan_as_a_capture(
 def test_import_undoes_export(scoring: Scoring, tmp_path: Path, to: str) -> None:
     plan = make_plan(scoring, options=steering.Options(sites="both"))
     plan = merge([plan, replace(plan, edits=plan.edits[1:3])], [0.5, 0.25])
-    targets.emit(plan, scoring.checkpoint, scoring.spec, to, tmp_path / "out")
+    emit(plan, scoring.checkpoint, scoring.spec, to, tmp_path / "out")
     source = tmp_path / "out" if to == "lora" else tmp_path / "out/adapter.gguf"
     back = read(source).plan(scoring.checkpoint, scoring.spec)  # type: ignore[union-attr]
     assert {e.tensor for e in back.edits} == {e.tensor for e in plan.edits}
@@ -272,7 +275,7 @@ def test_peft_adapters_are_the_update_that_peft_merges(
         assert isinstance(edit, LowRank)
         delta = merged[edit.tensor] - scoring.checkpoint.read(edit.tensor)
         assert torch.allclose(edit.dense(), delta, atol=1e-5)
-    targets.emit(plan.scaled(0.5), scoring.checkpoint, scoring.spec, "checkpoint", tmp_path / "half")
+    emit(plan.scaled(0.5), scoring.checkpoint, scoring.spec, "checkpoint", tmp_path / "half")
     assert verify(tmp_path / "half", scoring.checkpoint.path).ok
 
 
@@ -311,7 +314,7 @@ def test_a_compile_from_vectors_alone_gives_a_verified_artefact(
     assert made.exit_code == 0, made.output
     for target in ("lora", "gguf-vector"):
         assert verify(tmp_path / "out" / target, tiny_llama).ok
-    plan = EditPlan.load(tmp_path / "out/lora" / targets.PLAN)
+    plan = EditPlan.load(tmp_path / "out/lora" / PLAN)
     assert plan.data["vectors"]["format"] == "per-layer torch file" and len(plan.edits) == LAYERS
     for edit, row in zip(plan.edits, rows, strict=True):
         assert isinstance(edit, LowRank)

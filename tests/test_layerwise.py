@@ -13,11 +13,13 @@ from mixture_models import mixture_config, save_mixture
 from test_distributed import assert_equal
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.compiler import Behavior, capture_statistics, make_plan
 from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
 from steer2edit.errors import Steer2EditError
+from steer2edit.methods import make_plan
 from steer2edit.runtime.by_layer import opened_by_layer
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import Runtime, load_model

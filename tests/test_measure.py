@@ -13,7 +13,7 @@ from rich.console import Console
 
 from steer2edit.evaluation.chat import side_by_side
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.targets import EVALUATION, REPORT
+from steer2edit.files.layout import EVALUATION, REPORT
 
 TEXT = "the old cat sees a small bird and the river runs . " * 36
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]

@@ -15,9 +15,8 @@ from steer2edit import methods
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import make_plan
 from steer2edit.errors import CheckpointError, PlanError, Steer2EditError
-from steer2edit.methods import ablation, component, steering
+from steer2edit.methods import ablation, component, make_plan, steering
 from steer2edit.plan import LowRank
 from steer2edit.scoring.scores import Scoring
 

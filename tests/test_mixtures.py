@@ -14,8 +14,9 @@ import torch
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case
 from safetensors.torch import load_file, save_file
 
-from steer2edit import methods, targets
+from steer2edit import methods
 from steer2edit.architecture import Role, Site, read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import TOLERANCE, verify
 from steer2edit.capture.statistics import LABELS, routing_key
 from steer2edit.checkpoint import open_checkpoint
@@ -134,7 +135,7 @@ def test_a_plan_becomes_a_checkpoint_that_is_the_model_under_hooks(case: Case, t
     plan = random_plan(case)
     plan.save(tmp_path / "x.plan.safetensors")
     assert EditPlan.load(tmp_path / "x.plan.safetensors").hash == plan.hash
-    lowering = targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    lowering = emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
     assert [change.tensor for change in lowering.changes]
     assert {change.tensor for change in lowering.changes} == {edit.tensor for edit in plan.edits}
     result = verify(tmp_path / "out", base=case.folder)
@@ -157,7 +158,7 @@ def test_a_router_that_was_set_is_set_back(build: Callable[[str], Case], model_t
 def test_edits_of_experts_and_routers_are_refused_as_an_adapter(build: Callable[[str], Case], tmp_path: Path) -> None:
     case = build("qwen3_moe")
     with pytest.raises(TargetError) as caught:
-        targets.emit(random_plan(case), case.checkpoint, case.spec, "lora", tmp_path / "out")
+        emit(random_plan(case), case.checkpoint, case.spec, "lora", tmp_path / "out")
     told = str(caught.value)
     assert "experts.0.down_proj.weight" in told and "--to checkpoint" in told
     assert not (tmp_path / "out").exists()
@@ -251,7 +252,7 @@ def test_a_model_without_experts_is_the_model_whose_router_cannot_see_them(case:
     plan = cut_plan(case, edits=(edit,))
     plan.save(tmp_path / "x.plan.safetensors")
     assert EditPlan.load(tmp_path / "x.plan.safetensors").hash == plan.hash
-    targets.emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
     result = verify(tmp_path / "out", base=case.folder)
     assert result.ok, result.problems
     assert result.numbers["difference"] <= 3e-5 < result.numbers["effect"]

@@ -17,7 +17,7 @@ from steer2edit.cli.app import main
 from steer2edit.data.contrast import neutral_text
 from steer2edit.data.questions import builtin_questions
 from steer2edit.evaluation.metrics import prompt_text
-from steer2edit.targets import REPORT
+from steer2edit.files.layout import REPORT
 
 pytestmark = pytest.mark.real
 MODELS = Path(os.environ.get("STEER2EDIT_MODELS", "models"))

@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import llama_config, save_tiny
 
-from steer2edit import targets
 from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.artefact.emit import emit
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_header
-from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
 from steer2edit.files.atomic import new_folder
+from steer2edit.files.layout import PLAN, RECEIPT
+from steer2edit.lowering import Lowering
+from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.scoring.scores import Scoring
 
@@ -32,8 +35,8 @@ class Case:
         self.spec: ModelSpec = read_spec(self.checkpoint)
         self.plan: EditPlan = make_plan(Scoring(self.checkpoint, self.spec, statistics)).scaled(0.5)
 
-    def emit(self, to: str, out: Path, plan: EditPlan | None = None, force: bool = False) -> targets.Lowering:
-        return targets.emit(plan or self.plan, self.checkpoint, self.spec, to, out, force=force)
+    def emit(self, to: str, out: Path, plan: EditPlan | None = None, force: bool = False) -> Lowering:
+        return emit(plan or self.plan, self.checkpoint, self.spec, to, out, force=force)
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_llama_bf16"])
@@ -56,7 +59,7 @@ def test_an_empty_plan_changes_no_byte(case: Case, tmp_path: Path) -> None:
     case.emit("checkpoint", tmp_path / "out", empty)
     ours, theirs = contents(tmp_path / "out"), contents(case.checkpoint.path)
     assert {name: data for name, data in ours.items() if name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"README.md", targets.RECEIPT, targets.PLAN}
+    assert set(ours) - set(theirs) == {"README.md", RECEIPT, PLAN}
 
 
 def test_edited_tensors_are_base_plus_update_and_others_keep_their_bytes(case: Case, tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_headers_are_copied_verbatim(case: Case, tmp_path: Path) -> None:
 
 def test_the_receipt_names_every_change_with_its_hashes(case: Case, tmp_path: Path) -> None:
     case.emit("checkpoint", tmp_path / "out")
-    receipt = targets.read_receipt(tmp_path / "out")
+    receipt = read_receipt(tmp_path / "out")
     edited = open_checkpoint(tmp_path / "out")
     differing = {name for name in edited.tensors if not torch.equal(edited.read(name), case.checkpoint.read(name))}
     assert {change["tensor"] for change in receipt["changed"]} == differing
@@ -97,7 +100,7 @@ def test_the_receipt_names_every_change_with_its_hashes(case: Case, tmp_path: Pa
 
 def test_a_plan_reproduces_its_artefact_byte_for_byte(case: Case, tmp_path: Path) -> None:
     case.emit("checkpoint", tmp_path / "one")
-    case.emit("checkpoint", tmp_path / "two", EditPlan.load(tmp_path / "one" / targets.PLAN))
+    case.emit("checkpoint", tmp_path / "two", EditPlan.load(tmp_path / "one" / PLAN))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name for name in one if one[name] != two.get(name)} == set() and one.keys() == two.keys()
 
@@ -158,7 +161,7 @@ def test_verify_refuses_another_base(bf16: Case, tiny_llama: Path, tmp_path: Pat
 def test_a_plan_for_another_model_is_refused(bf16: Case, tiny_llama: Path, tmp_path: Path) -> None:
     other = open_checkpoint(tiny_llama)
     with pytest.raises(PlanError, match="only the weights it was computed from"):
-        targets.emit(bf16.plan, other, read_spec(other), "checkpoint", tmp_path / "out")
+        emit(bf16.plan, other, read_spec(other), "checkpoint", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -170,7 +173,7 @@ def test_every_other_file_travels_and_stale_weights_do_not(bf16: Case, tmp_path:
     for name, data in {**kept, **dropped}.items():
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_bytes(data)
-    lowering = targets.emit(bf16.plan, open_checkpoint(base), bf16.spec, "checkpoint", tmp_path / "out")
+    lowering = emit(bf16.plan, open_checkpoint(base), bf16.spec, "checkpoint", tmp_path / "out")
     out = contents(tmp_path / "out")
     assert {name: out[name] for name in kept} == kept
     assert not set(dropped) & set(out)
@@ -209,11 +212,11 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_a_failure_while_replacing_keeps_the_old_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / targets.RECEIPT).write_text("old")
+    (out / RECEIPT).write_text("old")
     with pytest.raises(RuntimeError), new_folder(out, force=True) as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
-    assert contents(out) == {targets.RECEIPT: b"old"}
+    assert contents(out) == {RECEIPT: b"old"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from records import TOP, Record, compare, keep
 
-from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import read_control_vector
 from steer2edit.demo.run import model_folder
@@ -153,7 +153,7 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
         out = work / "artefacts" / key / f"{label}-{to}"
         shutil.rmtree(out, ignore_errors=True)
         try:
-            targets.emit(plans[label], checkpoint, spec, to, out)
+            emit(plans[label], checkpoint, spec, to, out)
             artefacts[f"{label} {to}"] = str(out)
         except Steer2EditError as error:
             artefacts[f"{label} {to}"] = f"error: {str(error).splitlines()[0]}"

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer2edit.files.untrusted import read_bytes
-from steer2edit.formatting import interval, pairs
+from steer2edit.formatting import pairs
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
-    from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.plan import EditPlan
 
 HERE = "path/to/this/folder"
@@ -62,13 +61,12 @@ def model_card(
     receipt: Mapping[str, Any],
     *,
     repository: str | None = None,
-    evaluation: Evaluation | None = None,
-    plot: str | None = None,
+    sections: Sequence[str] = (),
 ) -> str:
     """The text of ``README.md``, with the Hub's metadata block, from a receipt.
 
-    ``repository`` is where it goes, once that is known; ``evaluation`` gives the table of the trade-off, and ``plot`` names
-    its picture in the repository. Of an evaluation only numbers are shown, never a prompt or an answer.
+    ``repository`` is where it goes, once that is known. ``sections`` are further paragraphs, such as those of
+    ``report.card_section.tradeoff``.
     """
     base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
     behaviour = receipt["data"].get("name") or "a steering vector"
@@ -95,12 +93,10 @@ def model_card(
         _said_of(receipt),
         *_loading(receipt, repository or HERE),
         "## What changed",
-        _table([["", ""], *rows]),
+        table([["", ""], *rows]),
         *_experts(receipt["method"]),
     ]
-    if evaluation is not None:
-        parts += _measured(evaluation, plot)
-    parts.append(_receipt(target))
+    parts += [*sections, _receipt(target)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -183,7 +179,7 @@ def _experts(method: Mapping[str, Any]) -> list[str]:
     keys = ("layer", "expert", "wish", "how", "grade")
     rows = [[one.get(key, "–") for key in keys] for one in found[:_LISTED] if isinstance(one, Mapping)]
     rest = [f"and {len(found) - _LISTED} more in `steer2edit.json`"] if len(found) > _LISTED else []
-    return ["## Experts", _table([keys, *rows]), *rest]
+    return ["## Experts", table([keys, *rows]), *rest]
 
 
 def _kind(target: str) -> _Kind:
@@ -252,26 +248,6 @@ def _loading(receipt: Mapping[str, Any], place: str) -> list[str]:
     return ["```python\n" + "\n".join(lines) + "\n```"]
 
 
-def _measured(found: Evaluation, plot: str | None) -> list[str]:
-    metrics = found.metrics
-    rows: list[Sequence[object]] = [["", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]]
-    for row in found.rows:
-        cells = [interval(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in metrics]
-        # a candidate may be called after the file it came from
-        rows.append([re.split(r"[/\\]", row.name)[-1] if row.kind == "edit" else row.name, *cells])
-    counts = (
-        f"{m.name} over {found.estimate(found.rows[0], m.name).count}"
-        for m in metrics
-        if m.name in found.rows[0].samples
-    )
-    said = (
-        f"Measured on held-out questions (split {inline(found.context.get('split'))}): {inline(', '.join(counts))}. "
-        "Brackets are bootstrap 95 % intervals."
-    )
-    picture = [f"![The attribute against its cost]({plot})"] if plot else []
-    return ["## The trade-off", *picture, _table(rows), said]
-
-
 def _receipt(target: str) -> str:
     if target == "plan":
         return (
@@ -285,7 +261,8 @@ def _receipt(target: str) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[object]]) -> str:
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table of cells in which nothing is markup; the first row is its head."""
     head, *body = [f"| {' | '.join(map(inline, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX
 from steer2edit.diff.difference import equal, fused_parts
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
+from steer2edit.lowering.other_files import copy_other_files
 from steer2edit.progress import Progress, silent
-from steer2edit.targets import read_receipt
-from steer2edit.targets.checkpoint import copy_other_files
 
 _PART = re.compile(r"(.+)\[(\d+)\]")
 

@@ -16,21 +16,24 @@ import torch
 
 from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Site, read_spec
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_bytes, scales_of
 from steer2edit.checkpoint.gguf import read_control_vector, read_gguf
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.experts.checking import check_masks
 from steer2edit.files.atomic import load_tensors
+from steer2edit.files.layout import PLAN
+from steer2edit.lowering import located, resolve
 from steer2edit.lowering.pruning import assembled, changed_config
+from steer2edit.lowering.rewrite import edited_blocks
 from steer2edit.lowering.rounding import Rounding, RoundingMeter
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited, pushed
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
-from steer2edit.targets import PLAN, gguf, gguf_vector, located, read_receipt, resolve
+from steer2edit.targets import gguf, gguf_vector
 from steer2edit.targets._pruned import compare_cut
-from steer2edit.targets.checkpoint import edited_blocks
 
 TOLERANCE = 1e-4
 CONFIG = "adapter_config.json"

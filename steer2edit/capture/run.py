@@ -7,6 +7,7 @@ for each example how often, and with what weight, each expert was chosen.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,7 +22,11 @@ from steer2edit.architecture.routers import Router
 from steer2edit.capture.accumulator import Accumulator
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
 from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routing_key
-from steer2edit.data.tokens import Encoded
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.records import prompt_digest
+from steer2edit.data.tokens import Encoded, encode, windows
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.by_layer import Layers
 from steer2edit.runtime.distributed import ALONE, World, whole
@@ -215,3 +220,58 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
             stack.callback(module.register_forward_hook(block(f"residual.{layer}")).remove)
         yield
+
+
+BACKGROUND_TOKENS = 8192
+
+
+def capture_statistics(
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    behavior: Behavior,
+    *,
+    background: str | Sequence[str] | None = None,
+    batch_tokens: int = 4096,
+    world: World = ALONE,
+    keep: Path | None = None,
+    keep_every: float = EVERY_SECONDS,
+    layers: Layers | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
+
+    The background stands for everything else the model may read; without one the packaged English text is taken. Without
+    examples it is captured alone, for vectors from elsewhere.
+    ``world``, ``keep``, ``keep_every`` and ``layers`` are those of :func:`capture.capture`.
+    """
+    texts = contrast.background_text() if background is None else background
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    source = {
+        "name": behavior.name,
+        "data": contrast.data_hash(behavior.examples),
+        "system": behavior.system,
+        "span": behavior.span,
+        "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
+        "fingerprint": checkpoint.fingerprint,
+        "model": checkpoint.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+
+    def encoded() -> list[Encoded]:
+        found = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
+        neutral = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
+        return found + [Encoded(tuple(ids), 1, "neutral", row) for row, ids in enumerate(neutral)]
+
+    examples = world.together(encoded)
+    return capture(
+        loaded,
+        examples,
+        batch_tokens=batch_tokens,
+        source=source,
+        world=world,
+        keep=keep,
+        keep_every=keep_every,
+        layers=layers,
+        progress=progress,
+    )

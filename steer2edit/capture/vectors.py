@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
+from steer2edit.architecture.stream import gain, stream_factor
 from steer2edit.capture.statistics import LABELS, Label, Moments, Population, Side, Statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError, listing
 from steer2edit.files.atomic import load_tensors, save_tensors
-from steer2edit.scoring.mean_effect import gain, stream_factor
 
 FORMAT = "steer2edit.vectors.1"
 # of a norm's mean squared gain: where the gain all but vanishes, no writer can push the stream

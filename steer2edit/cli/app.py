@@ -158,8 +158,8 @@ def compile(
     """
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
+    from steer2edit.files.layout import REPORT
     from steer2edit.report.tables import render_evaluation, render_plan
-    from steer2edit.targets import REPORT
 
     if given["plans"] and given["dry_run"]:
         raise click.UsageError("--dry-run does not go with --plan; emit --dry-run does it for one finished plan")
@@ -231,10 +231,11 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
     """Score every component and lay down the edits. Runs no model unless --kl-budget is given."""
     from steer2edit.capture.statistics import Statistics
     from steer2edit.capture.vectors import substituted
-    from steer2edit.compiler import make_plan, neutral_text, settle_strength
+    from steer2edit.methods import make_plan
     from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.runtime.model import load_model
     from steer2edit.scoring.scores import Scoring
+    from steer2edit.strength.settle import neutral_text, settle_strength
 
     checkpoint, spec = open_model(model, given)
     statistics, vectors = Statistics.load(stats), read_vectors(given)
@@ -290,8 +291,8 @@ def emit(
     plan_file: str, model: str, to: str, out: Path, revision: str | None, as_json: bool, force: bool, **given: Any
 ) -> None:
     """Lower a plan, from here or from the Hub, into a checkpoint, an adapter or a control vector. Runs no model."""
+    from steer2edit.artefact.emit import emit as emit_plan
     from steer2edit.plan import EditPlan
-    from steer2edit.targets import emit as emit_plan
 
     checkpoint, spec = open_model(model, {"revision": revision})
     edits = EditPlan.load(find_plan(plan_file))

@@ -68,7 +68,8 @@ def capture(
     from dataclasses import replace
 
     from steer2edit.capture.resume import partial_path
-    from steer2edit.compiler import Behavior, capture_statistics
+    from steer2edit.capture.run import capture_statistics
+    from steer2edit.data.behavior import Behavior
     from steer2edit.errors import ArchitectureError
     from steer2edit.progress import silent
     from steer2edit.runtime.by_layer import opened_by_layer

@@ -115,10 +115,10 @@ def compose_given(
 @json_option
 def scale(plan_file: str, by: float | None, model: str | None, out: Path, as_json: bool, **given: Any) -> None:
     """Give a plan another dose: a factor of the present one, or what a KL budget allows."""
-    from steer2edit.compiler import neutral_text
     from steer2edit.compose import rescale
     from steer2edit.report.tables import describe_plan, render_plan
     from steer2edit.runtime.model import load_model
+    from steer2edit.strength.settle import neutral_text
 
     plan = read_plan(plan_file)
     if by is not None:

@@ -137,11 +137,11 @@ def show_experts(stats: Path, model: str | None, revision: str | None, as_json: 
 @force_option
 def mask(model: str, to: str, out: Path, plan_out: Path | None, as_json: bool, force: bool, **given: Any) -> None:
     """Switch experts off (or on, or scale them) in MODEL's weights, as exactly as its family allows."""
+    from steer2edit.artefact.emit import emit
     from steer2edit.cli.options import quieten_transformers
     from steer2edit.experts.masking import Certification, mask_experts
     from steer2edit.files.atomic import check_new
     from steer2edit.report.experts import render_masks
-    from steer2edit.targets import emit
 
     check_new(out, force)
     checkpoint, spec = open_model(model, given)
@@ -183,8 +183,8 @@ def mask(model: str, to: str, out: Path, plan_out: Path | None, as_json: bool, f
 def _request(checkpoint: Any, spec: Any, given: dict[str, Any]) -> tuple[Any, Any, Any]:
     """What is asked for, how, and of what data; by name, by rank, or neither where only gains and the like are given."""
     from steer2edit.capture.statistics import Statistics
-    from steer2edit.compiler import describe_data
     from steer2edit.experts.edits import Request
+    from steer2edit.methods import describe_data
 
     if given["stats"] and given["named"]:
         raise click.UsageError("--stats ranks experts and --experts names them; give one")

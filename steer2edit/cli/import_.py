@@ -36,7 +36,8 @@ def import_(source: str, out: Path, model: str | None, as_json: bool, **given: A
     """
     from steer2edit.capture.vectors import Vectors
     from steer2edit.files.hub import fetch
-    from steer2edit.importers import Reading, read
+    from steer2edit.importers import read
+    from steer2edit.importers.source import Reading
     from steer2edit.report.tables import describe_plan, render_plan
 
     layers = read_layers(given["layers"]) if given["layers"] else None

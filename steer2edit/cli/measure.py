@@ -209,8 +209,8 @@ def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @click.option("--png", "pngs", is_flag=True, help="Each figure as a PNG too, beside the page.")
 def report(source: Path, out: Path, evaluation: Path | None, pngs: bool) -> None:
     """One page that shows what an edit does: trade-off, changes, answers, how to load and to reproduce it."""
+    from steer2edit.report.load import read_report
     from steer2edit.report.page import write_report
-    from steer2edit.search.study import read_report
 
     write_report(read_report(source, evaluation), out, pngs=pngs)
     click.echo(str(out))
@@ -273,10 +273,10 @@ def _questions(given: dict[str, Any]) -> Any:
 
 
 def _suite(given: dict[str, Any], loaded: Any, questions: Any) -> Suite:
-    from steer2edit.compiler import neutral_text
     from steer2edit.data.questions import builtin_questions, read_questions
     from steer2edit.evaluation.metrics import check_patterns, load_function
     from steer2edit.evaluation.suite import Suite
+    from steer2edit.strength.settle import neutral_text
 
     check_patterns(given["patterns"])
     useful = given["useful"]

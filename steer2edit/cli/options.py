@@ -171,9 +171,8 @@ def open_model(model: str, given: dict[str, Any]) -> Any:
 
 def find_plan(where: str) -> Path:
     """A plan's file, or the plan inside an artefact's folder, here or on the Hub, from where nothing else is fetched."""
-    from steer2edit.files.atomic import PLAN_FILE
     from steer2edit.files.hub import fetch
-    from steer2edit.targets import PLAN
+    from steer2edit.files.layout import PLAN, PLAN_FILE
 
     found = fetch(where, only=[PLAN, PLAN_FILE])
     if not found.is_dir():
@@ -201,7 +200,7 @@ def only_statistics(given: dict[str, Any]) -> bool:
 
 def read_behavior(given: dict[str, Any], vectors: Any = None) -> Any:
     """The behaviour that was given; beside vectors from elsewhere, none need be, and the background text is read alone."""
-    from steer2edit.compiler import Behavior
+    from steer2edit.data.behavior import Behavior
 
     if vectors is not None and not given["data"] and not given["behavior"]:
         return Behavior(str(vectors.source.get("name", "imported vectors")), (), given["system"], given["span"])
@@ -221,7 +220,7 @@ def read_vectors(given: dict[str, Any]) -> Any:
 
 def capture_given(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any = None) -> Any:
     """The statistics of the data that was given; the model is loaded once the data is known to be good."""
-    from steer2edit.compiler import capture_statistics
+    from steer2edit.capture.run import capture_statistics
     from steer2edit.runtime.model import load_model
 
     behavior, background = read_behavior(given), read_background(given)
@@ -326,7 +325,7 @@ def _device_map(text: str | None) -> Any:
 
 
 def read_writing(given: dict[str, Any]) -> Any:
-    from steer2edit.targets import Writing
+    from steer2edit.lowering import Writing
 
     return Writing(given["jobs"], given["link"])
 

@@ -14,10 +14,11 @@ from typing import Any
 from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.verify import verify
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import artefact_folders, capture_statistics, make_plan, neutral_text, settle_strength
 from steer2edit.demo import invented_world
 from steer2edit.demo.run import (
     RUNTIME,
@@ -31,6 +32,7 @@ from steer2edit.demo.run import (
 from steer2edit.errors import Steer2EditError
 from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import alignments, expert_table, ranking
+from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.experts import describe_ranking, expert_map, render_ranking
@@ -38,7 +40,7 @@ from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, load_model, load_weights
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
-from steer2edit.targets import emit
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 TOP = 4
 DRAWS = 5

@@ -14,20 +14,23 @@ import torch
 from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.verify import verify
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.compiler import Behavior, artefact_folders, capture_statistics, make_plan, settle_strength
+from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import LABELS, Example
 from steer2edit.demo import invented_world
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.generation import generate
+from steer2edit.methods import make_plan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.figures import heatmap
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
-from steer2edit.targets import emit
+from steer2edit.strength.settle import settle_strength
 
 KL_BUDGET = 0.0025
 STEERING = (0.25, 0.5, 1.0, 2.0)

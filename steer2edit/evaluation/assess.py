@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from steer2edit.data.questions import Question, Split, builtin_questions, refuse
 from steer2edit.evaluation.baselines import Match, baselines, neutral_kl, steering, steering_at
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
 from steer2edit.evaluation.suite import Suite
+from steer2edit.files.layout import EVALUATION
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
-from steer2edit.targets import EVALUATION, REPORT, read_receipt
 
 PROOF = 32
 """Questions of each kind behind a compile's own report: enough to see an effect, and a matter of minutes on a CPU."""
@@ -70,10 +69,8 @@ def prove(
 ) -> Evaluation:
     """What a compile shows of itself: the edit, activation steering and a random direction, all at the KL of the edit.
 
-    Writes the evaluation and the report page into each artefact's folder; without matplotlib, the evaluation alone.
+    Writes the evaluation into each artefact's folder.
     """
-    from steer2edit.report.page import Report, write_report
-
     source = scoring.statistics.source
     suite = Suite(questions, builtin_questions("knowledge") or [], neutral, system=source.get("system"), limit=PROOF)
     kl = neutral_kl(loaded, plan, neutral)
@@ -88,6 +85,4 @@ def prove(
     found = assess(loaded, suite, candidates, context=context, progress=progress)
     for folder in folders.values():
         found.save(folder / EVALUATION)
-        if importlib.util.find_spec("matplotlib"):
-            write_report(Report(plan, found, receipt=read_receipt(folder)), folder / REPORT)
     return found

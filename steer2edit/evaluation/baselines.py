@@ -14,16 +14,16 @@ from typing import Literal
 import torch
 
 from steer2edit.capture.statistics import RESAMPLES
-from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
-from steer2edit.methods import load
+from steer2edit.methods import load, make_plan
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
-from steer2edit.strength.kl import Divergence, NeutralText, find_strength, quadratic_start
+from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.strength.line_search import find_strength, quadratic_start
 
 Match = Literal["norm", "kl"]
 KINDS = ("random", "shuffled", "flipped", "whole", "ablation")

@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, PlanError, shown
 from steer2edit.evaluation.metrics import Metric, Sample, Task
-from steer2edit.files.atomic import PLAN_FILE, RECEIPT, write_text
+from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
+from steer2edit.files.layout import PLAN, PLAN_FILE, RECEIPT
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_weights, with_adapter
-from steer2edit.targets import PLAN, read_receipt
 
 FORMAT = "steer2edit.evaluation.1"
 _ROW: Any = {

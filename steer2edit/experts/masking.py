@@ -8,7 +8,6 @@ from typing import Any
 
 from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
-from steer2edit.compiler import neutral_text, settle_strength
 from steer2edit.data import contrast
 from steer2edit.data.tokens import windows
 from steer2edit.experts.edits import How, Request, RowFit, check_request, lower_experts, strongest
@@ -16,6 +15,7 @@ from steer2edit.experts.router_rows import fit_rows
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.strength.settle import neutral_text, settle_strength
 
 CALIBRATION_TOKENS = 8192
 HELD_OUT_TOKENS = 8192

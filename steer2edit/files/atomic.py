@@ -12,12 +12,9 @@ from pathlib import Path
 import torch
 
 from steer2edit.errors import PlanError, Steer2EditError, TargetError
+from steer2edit.files.layout import RECEIPT
 from steer2edit.files.locks import exclusive, sync_file, sync_folder, sync_tree
 from steer2edit.files.untrusted import open_regular
-
-RECEIPT = "steer2edit.json"
-PLAN_FILE = "plan.safetensors"
-"""A plan that was published by itself."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -6,45 +6,14 @@ established about a format is refused rather than guessed. Pickles are read with
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-from steer2edit.architecture import ModelSpec
 from steer2edit.capture.vectors import Vectors
-from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError
-from steer2edit.plan import EditPlan
-
-SUPPORTED = (
-    "control-vector GGUF (repeng, llama.cpp), SteeringVector files of the steering-vectors library, per-layer .pt, .npz, .npy "
-    "and .safetensors, Steer2Edit's direction files and edit packs, SAELens folders, PEFT and GGUF LoRA adapters"
-)
+from steer2edit.importers.source import SUPPORTED, Edits, Reading, described
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a file's entries become layers.
-
-    ``layers`` are the first and last layer of a file's single vector; ``offset`` is added to every layer number of a file (-1
-    where entry i is transformers' ``hidden_states[i]``, the stream before block i); ``features`` are an SAE's decoder rows.
-    """
-
-    layers: tuple[int, int] | None = None
-    offset: int = 0
-    features: tuple[int, ...] = ()
-
-
-class Edits(Protocol):
-    """Low-rank edits that are not yet tied to a base."""
-
-    def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
-        """The same as a plan for ``checkpoint``. Raises DataError where they do not fit it."""
-        ...
-
-
-def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:
+def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:  # noqa: B008
     """What is in a file or folder. Raises DataError for what is not supported, with what is."""
     from steer2edit.importers import adapters, gguf, per_layer, saelens, steer2edit_paper
 
@@ -74,7 +43,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:
     raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not supported; supported: {SUPPORTED}")
 
 
-def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:
+def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:  # noqa: B008
     """Steering vectors from any supported source. Raises DataError for a source of finished edits."""
     found = read(path, reading)
     if isinstance(found, Vectors):
@@ -83,12 +52,3 @@ def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:
         f"{path} holds finished edits, not steering vectors: make a plan of it with steer2edit import {path} --model MODEL -o "
         "x.plan.safetensors, and compile with --plan"
     )
-
-
-def described(path: Path, kind: str, **more: Any) -> dict[str, Any]:
-    """The source of what was read: format, name, and the file's SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return {"format": kind, "name": path.stem, "file": path.name, "sha256": digest.hexdigest(), **more}

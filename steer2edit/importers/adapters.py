@@ -16,7 +16,7 @@ from steer2edit.errors import CheckpointError, DataError, PlanError, listing
 from steer2edit.files.atomic import load_tensors
 from steer2edit.files.sandbox import TooMuchError, limited
 from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
-from steer2edit.importers import described
+from steer2edit.importers.source import described
 from steer2edit.plan import Base, Edit, EditPlan, LowRank
 
 CONFIG = "adapter_config.json"

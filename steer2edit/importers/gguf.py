@@ -14,12 +14,12 @@ from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.gguf import CONTROL_VECTOR, read_control_vector, read_gguf
 from steer2edit.errors import DataError, PlanError
-from steer2edit.importers import Reading, described
 from steer2edit.importers.per_layer import at_layers
+from steer2edit.importers.source import Reading, described
 from steer2edit.plan import Base, EditPlan
 
 if TYPE_CHECKING:
-    from steer2edit.importers import Edits
+    from steer2edit.importers.source import Edits
 
 
 def read(path: Path, reading: Reading) -> Vectors | Edits:

@@ -20,7 +20,7 @@ import torch
 from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError, PlanError, listing
 from steer2edit.files.atomic import load_tensors
-from steer2edit.importers import Reading, described
+from steer2edit.importers.source import Reading, described
 
 # under one of these keys files keep the vectors beside other things
 _NESTED = ("layer_activations", "steering_vectors", "directions", "vectors")

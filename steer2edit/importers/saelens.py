@@ -11,8 +11,8 @@ import torch
 
 from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError
-from steer2edit.importers import Reading
 from steer2edit.importers.per_layer import at_layers
+from steer2edit.importers.source import Reading
 
 CONFIG = "cfg.json"
 _STREAM = re.compile(r"blocks\.(\d+)\.hook_(resid_(?:pre|post)|attn_out|mlp_out)")

@@ -18,9 +18,10 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import FP8, block_bytes
 from steer2edit.errors import TargetError
 from steer2edit.files.locks import sync_file
+from steer2edit.lowering.other_files import copied_files
+from steer2edit.lowering.resolve import Writing, located, resolve
+from steer2edit.lowering.rewrite import copies, places_of, rewrite
 from steer2edit.plan import EditPlan, LowRank
-from steer2edit.targets import Writing, located, resolve
-from steer2edit.targets.checkpoint import copied_files, copies, places_of, rewrite
 
 # enough that what the page cache takes in for free does not hide the disk; both take about a second
 _COPY_SAMPLE = 256 << 20

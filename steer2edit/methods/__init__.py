@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
-from steer2edit.errors import Steer2EditError
+from steer2edit import methods
+from steer2edit.capture.statistics import Statistics
+from steer2edit.data.records import prompt_digest
+from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.scoring.mean_effect import record_push
+from steer2edit.scoring.scores import Scoring
 
 
 def names() -> list[str]:
@@ -23,3 +32,41 @@ def load(name: str) -> ModuleType:
     if name not in names():
         raise Steer2EditError(f"there is no method {name!r}; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+METHOD = "steering"
+
+
+def make_plan(
+    scoring: Scoring,
+    *,
+    method: str = METHOD,
+    options: Any = None,
+    progress: Progress = silent,
+) -> EditPlan:
+    """Score every component and lay down the edits; reads each writer once, and runs no model.
+
+    Raises PlanError where the statistics are of another model.
+    """
+    checkpoint, statistics = scoring.checkpoint, scoring.statistics
+    theirs = statistics.source.get("fingerprint")
+    if theirs != checkpoint.fingerprint:
+        raise PlanError(
+            f"the statistics are of {statistics.source.get('model')} (fingerprint {str(theirs)[:12]}), but {checkpoint.name} "
+            f"has the fingerprint {checkpoint.fingerprint[:12]}; capture them from this model"
+        )
+    module = methods.load(method)
+    plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
+    plan = record_push(plan, scoring.spec, statistics)
+    checkpoint.check_unchanged()
+    return replace(plan, data=describe_data(statistics))
+
+
+def describe_data(statistics: Statistics) -> dict[str, Any]:
+    """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
+    described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
+    if described["system"] is not None:
+        described["system"] = prompt_digest(described["system"])
+    if "vectors" in statistics.source:
+        described["vectors"] = statistics.source["vectors"]
+    return {**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)}

@@ -5,15 +5,18 @@ It loads nothing and runs nothing. Whatever comes from data is escaped where it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from steer2edit import __version__
+from steer2edit.artefact.receipt import read_receipt
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.atomic import write_text
+from steer2edit.files.layout import REPORT
 from steer2edit.plan import EditPlan
 from steer2edit.report.changes import changed, loading, reproduction
 from steer2edit.report.drawing import Drawing
@@ -40,6 +43,13 @@ class Report:
     trials: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+
+
+def write_pages(plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path]) -> None:
+    """Write the page of what a compile measured into each artefact's folder; without matplotlib, which draws it, none."""
+    if importlib.util.find_spec("matplotlib"):
+        for folder in folders:
+            write_report(Report(plan, evaluation, receipt=read_receipt(folder)), folder / REPORT)
 
 
 def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:

@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steer2edit.artefact.emit import emit
 from steer2edit.data.questions import refuse_seen
-from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.report.page import Report
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import spread
-from steer2edit.search.tune import Search, StudyResult, plan_of, read_study, tune
-from steer2edit.targets import EVALUATION, PLAN, emit, read_receipt
+from steer2edit.search.tune import Search, StudyResult, plan_of, tune
 
 JOURNAL, RESULT, STATISTICS, KNEE = "study.journal", "study.json", "statistics.safetensors", "knee.plan.safetensors"
 _SHOWN = 8
@@ -116,26 +114,3 @@ def _report(
         "behavior": source.get("name"),
     }
     return assess(loaded, suite, chosen, context=context, progress=progress)
-
-
-def read_report(source: Path, evaluation: Path | None = None) -> Report:
-    """What the report page is made from: a study's folder, an artefact's folder, or a plan file.
-
-    ``evaluation`` is a file of ``eval -o``, in place of what lies in the folder. Raises PlanError for anything else.
-    """
-    found = Evaluation.load(evaluation) if evaluation is not None else None
-    if source.is_file():
-        return Report(EditPlan.load(source), found)
-    if (source / RESULT).is_file():
-        study = read_study(source / RESULT)
-        if not (source / KNEE).is_file():
-            raise PlanError(f"the study in {source} has no front yet: no trial was better than the base")
-        kept = source / "evaluation.json"
-        found = Evaluation.load(kept) if found is None and kept.is_file() else found
-        return Report(EditPlan.load(source / KNEE), found, trials=study["trials"], settings=study["settings"])
-    if source.is_dir():
-        receipt = read_receipt(source)
-        kept = source / EVALUATION
-        found = Evaluation.load(kept) if found is None and kept.is_file() else found
-        return Report(EditPlan.load(source / PLAN), found, receipt=receipt)
-    raise PlanError(f"{source} does not exist; expected a study's or an artefact's folder, or a plan")

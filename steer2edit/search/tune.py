@@ -20,13 +20,13 @@ from typing import Any
 from steer2edit import methods
 from steer2edit.architecture import Role
 from steer2edit.checkpoint import read_json
-from steer2edit.compiler import make_plan
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
 from steer2edit.evaluation.metrics import Metric, Neutral, Task
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.schema import MAYBE, NUMBER, check
+from steer2edit.methods import make_plan
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
@@ -34,7 +34,8 @@ from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.journal import Journal, Params, Trial
 from steer2edit.search.pareto import front_of, knee_of
-from steer2edit.strength.kl import Divergence, quadratic_start
+from steer2edit.strength.kl import Divergence
+from steer2edit.strength.line_search import quadratic_start
 
 FORMAT = "steer2edit.study.1"
 _ESTIMATE: Any = ({"value": NUMBER, "low?": NUMBER, "high?": NUMBER}, None)

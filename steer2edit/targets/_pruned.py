@@ -18,11 +18,11 @@ from steer2edit.checkpoint import INDEX, Checkpoint, TensorInfo, read_json
 from steer2edit.checkpoint.fp8 import FP8
 from steer2edit.errors import TargetError
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
+from steer2edit.lowering import Change, Lowering, Writing
 from steer2edit.lowering.pruning import Made, Piece, assembled, changed_config, check_structure, header_of
+from steer2edit.lowering.rewrite import as_bytes, edited_blocks
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, Writing
-from steer2edit.targets.checkpoint import as_bytes, edited_blocks
 
 
 def write_config(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path) -> None:

@@ -16,9 +16,9 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.gguf import Fields, library, read_gguf, write_gguf
 from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, adapter_refusal, resolve
 
 FILE = "adapter.gguf"
 

@@ -15,10 +15,10 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, write_gguf
 from steer2edit.errors import TargetError
+from steer2edit.lowering import Change, Lowering, resolve
+from steer2edit.lowering.constant_part import residual_push
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress
-from steer2edit.scoring.mean_effect import residual_push
-from steer2edit.targets import Change, Lowering, resolve
 
 FILE = "control-vector.gguf"
 

@@ -15,9 +15,9 @@ from steer2edit.architecture import ModelSpec, Role, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
+from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
-from steer2edit.targets import Change, Lowering, adapter_refusal, resolve
 
 # PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
 NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")

@@ -1,0 +1,30 @@
+"""What happens to a write on its way into the residual stream: a norm's gain, a factor of the whole stream."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from steer2edit.architecture import Role, Site
+from steer2edit.checkpoint import Checkpoint
+
+# what these write reaches the stream at some tokens only, or weighted by a router
+_CONDITIONAL = (Role.EMBED, Role.EXPERT_OUT, Role.SHARED_EXPERT_OUT)
+
+
+def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """The gain of the norm between a site and the stream, float32 ``[out]``; ones where there is none."""
+    if site.norm is None:
+        return torch.ones(site.out_features)
+    return checkpoint.read(site.norm.tensor).float() + site.norm.offset
+
+
+def stream_factor(checkpoint: Checkpoint) -> float:
+    """What the family multiplies every writer's output by before it joins the stream."""
+    config = checkpoint.config
+    if "residual_multiplier" in config:  # Granite
+        return float(config["residual_multiplier"])
+    if config.get("model_type") == "minicpm3" and "scale_depth" in config:
+        return float(config["scale_depth"]) / math.sqrt(float(config["num_hidden_layers"]))
+    return 1.0

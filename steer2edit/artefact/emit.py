@@ -1,0 +1,102 @@
+"""Emit a plan: lower it into a new folder, with receipt, plan and model card."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from steer2edit import __version__, targets
+from steer2edit.architecture import ModelSpec
+from steer2edit.artefact.receipt import FORMAT
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError
+from steer2edit.files.atomic import check_new, new_folder
+from steer2edit.files.layout import CARD, PLAN, RECEIPT
+from steer2edit.lowering import Lowering, Writing, resolve
+from steer2edit.plan import EditPlan
+from steer2edit.progress import Progress, silent
+from steer2edit.targets import load
+
+
+def emit(
+    plan: EditPlan,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    to: str,
+    out: str | Path,
+    *,
+    force: bool = False,
+    writing: Writing = Writing(),  # noqa: B008
+    progress: Progress = silent,
+) -> Lowering:
+    """Lower ``plan`` into the new folder ``out``, with receipt, plan and model card.
+
+    The folder appears only when it is complete and on the disk. Raises PlanError for a plan made for another model,
+    TargetError where ``out`` exists, the disk is full, or the target cannot express the plan, and CheckpointError where the
+    base was changed since it was opened.
+    """
+    from steer2edit.artefact.model_card import inherited, model_card
+    from steer2edit.lowering.disk_use import check_room, forecast
+
+    target = load(to)
+    resolve(plan, checkpoint, spec)
+    if plan.structure and to != "checkpoint":
+        raise TargetError(
+            f"{to} cannot remove experts, or change how many each token passes through; use --to checkpoint"
+        )
+    if Path(out).expanduser().resolve() == checkpoint.path.resolve():
+        raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
+    checkpoint.check_unchanged()
+    with new_folder(Path(out), force) as folder:
+        # only now: what a killed run left there has been removed
+        check_room(forecast(plan, checkpoint, spec, to, Path(out), writing, measure=False), Path(out))
+        # only a target that copies shards has a use for it
+        how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
+        lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)
+        if "grade" in plan.method:  # what a mask of experts equals
+            lowering = replace(lowering, exactness=f"{plan.method['grade']}; the stored values {lowering.exactness}")
+        plan.save(folder / PLAN)
+        receipt = {
+            "format": FORMAT,
+            "target": to,
+            "exactness": lowering.exactness,
+            "base": asdict(plan.base),
+            "plan": {"file": PLAN, "sha256": plan.hash},
+            "method": dict(plan.method),
+            "measured": dict(plan.measured),
+            "data": dict(plan.data),
+            "changed": [asdict(change) for change in lowering.changes],
+            "notes": list(lowering.notes),
+            "details": dict(lowering.details),
+            "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
+            "card": inherited(checkpoint),
+            "versions": _versions(),
+        }
+        card = model_card(receipt)
+        # a card that somebody wrote on since is known by its hash, and not written anew when it is pushed
+        receipt["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
+        (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return lowering
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"steer2edit": __version__, "torch": torch.__version__}
+
+
+def artefact_folders(out: str | Path, to: Sequence[str], force: bool) -> dict[str, Path]:
+    """Where each target goes. Raises TargetError, before any work is done, where that is taken."""
+    chosen = list(dict.fromkeys(to))
+    for target in chosen:
+        targets.load(target)
+    out = Path(out).expanduser()
+    folders = {target: out if len(chosen) == 1 else out / target for target in chosen}
+    for folder in folders.values():
+        check_new(folder, force)
+    return folders

@@ -1,0 +1,46 @@
+"""The constant part of an edit: what it adds to the stream on the typical input of its own data."""
+
+from __future__ import annotations
+
+import torch
+
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture.stream import _CONDITIONAL, gain, stream_factor
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError, listing
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank
+
+
+def residual_push(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, torch.Tensor]:
+    """What each block's edits push into the stream, float32 ``[hidden]`` by layer, to first order in the edit.
+
+    Raises TargetError for edits whose push is not known.
+    """
+    unknown = []
+    found: dict[int, torch.Tensor] = {}
+    for edit in plan.edits:
+        site = spec.owners[edit.tensor]
+        if isinstance(edit, LowRank) and edit.push is not None and site.role not in _CONDITIONAL:
+            vector = edit.B.double() @ edit.push.double()
+        elif isinstance(edit, Bias) and site.norm is None and site.role not in _CONDITIONAL:
+            vector = edit.delta.double()
+        else:
+            unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
+            continue
+        vector = vector * gain(checkpoint, site).double() * stream_factor(checkpoint)
+        found[site.layer] = found.get(site.layer, 0) + vector
+    if unknown:
+        raise TargetError(f"what these edits push into the residual stream is not known:\n{listing(unknown)}")
+    return {layer: vector.float() for layer, vector in sorted(found.items())}
+
+
+def _reason(edit: Edit, site: Site) -> str:
+    if site.role is Role.EMBED:
+        return "the embedding's push differs from token to token"
+    if site.role in _CONDITIONAL:
+        return "an expert pushes only where it is routed to"
+    if isinstance(edit, Bias):
+        return "a bias before a norm"
+    if not isinstance(edit, LowRank):
+        return "routing and gains push no vector"
+    return "the plan was not made from statistics, so its typical input is not known"

@@ -1,0 +1,98 @@
+"""A plan's edits with the sites that they belong to, and what a lowering answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.errors import PlanError, listing
+from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed tensor: what was done, its bytes before and after (SHA-256; None for an adapter), and ‖ΔW‖, where known."""
+
+    tensor: str
+    op: str
+    norm: float | None
+    sha256_before: str | None = None
+    sha256_after: str | None = None
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a target did: how exact it is, each change, and remarks for whoever loads the artefact."""
+
+    exactness: str
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How files are written: ``jobs`` at a time (None: as many as there are processors, at most four), and whether shards
+    that no edit touches become hard links to the base's.
+    """
+
+    jobs: int | None = None
+    link: bool = False
+
+    @property
+    def workers(self) -> int:
+        return min(4, os.cpu_count() or 1) if self.jobs is None else self.jobs
+
+
+def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, tuple[Edit, Site]]:
+    """Each edit with the site it belongs to, by tensor name.
+
+    Raises PlanError, with all problems, where the plan was made for another model or does not fit this one.
+    """
+    plan.check_base(checkpoint)
+    resolved, problems = {}, []
+    for edit in plan.edits:
+        site = spec.owners.get(edit.tensor)
+        if site is None:
+            problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
+        elif isinstance(edit, Assign) != (site.role is Role.ROUTER):
+            problems.append(f"{edit.tensor}: {edit.op} is no operation on a {site.role.value}")
+        elif not edit.fits(shape := _shape(site, edit.tensor)):
+            shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
+            problems.append(f"{edit.tensor} is {' x '.join(map(str, shape))}, its update has {shapes}")
+        else:
+            resolved[edit.tensor] = (edit, site)
+    if problems:
+        raise PlanError(f"the plan does not fit {checkpoint.name}:\n{listing(problems)}")
+    if spec.tied_embeddings and spec.embedding.tensor in resolved:
+        raise PlanError(
+            f"{checkpoint.name} ties its embedding to its unembedding: editing {spec.embedding.tensor} would change both. "
+            "Leave the embedding out."
+        )
+    return resolved
+
+
+def _shape(site: Site, name: str) -> tuple[int, ...]:
+    return (site.out_features, site.in_features) if name == site.matrix else (site.out_features,)
+
+
+def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
+    """Where the matrix or vector lies that an edit of ``site`` names."""
+    return site.locate(checkpoint, edit.tensor)
+
+
+def adapter_refusal(edit: Edit, site: Site) -> str:
+    """Why an adapter cannot carry an edit; "" where it can."""
+    if site.role is Role.EMBED:
+        return "the embedding"
+    if site.role is Role.ROUTER:
+        return "a router"
+    if site.expert is not None:
+        return "an expert among several"
+    if isinstance(edit, LowRank):
+        return ""
+    return "a bias" if isinstance(edit, Bias) else "a gain"

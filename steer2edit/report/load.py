@@ -1,0 +1,37 @@
+"""Reading what a report page is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer2edit.artefact.receipt import read_receipt
+from steer2edit.errors import PlanError
+from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.files.layout import EVALUATION, PLAN
+from steer2edit.plan import EditPlan
+from steer2edit.report.page import Report
+from steer2edit.search.study import KNEE, RESULT
+from steer2edit.search.tune import read_study
+
+
+def read_report(source: Path, evaluation: Path | None = None) -> Report:
+    """What the report page is made from: a study's folder, an artefact's folder, or a plan file.
+
+    ``evaluation`` is a file of ``eval -o``, in place of what lies in the folder. Raises PlanError for anything else.
+    """
+    found = Evaluation.load(evaluation) if evaluation is not None else None
+    if source.is_file():
+        return Report(EditPlan.load(source), found)
+    if (source / RESULT).is_file():
+        study = read_study(source / RESULT)
+        if not (source / KNEE).is_file():
+            raise PlanError(f"the study in {source} has no front yet: no trial was better than the base")
+        kept = source / "evaluation.json"
+        found = Evaluation.load(kept) if found is None and kept.is_file() else found
+        return Report(EditPlan.load(source / KNEE), found, trials=study["trials"], settings=study["settings"])
+    if source.is_dir():
+        receipt = read_receipt(source)
+        kept = source / EVALUATION
+        found = Evaluation.load(kept) if found is None and kept.is_file() else found
+        return Report(EditPlan.load(source / PLAN), found, receipt=receipt)
+    raise PlanError(f"{source} does not exist; expected a study's or an artefact's folder, or a plan")
