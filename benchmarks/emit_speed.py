@@ -24,11 +24,11 @@ import torch
 from synthetic import make_checkpoint, random_plan, random_statistics
 from timing import arguments, drop_from_cache, ratio, report
 
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import open_checkpoint
 
-_ROLES = {"both": {Role.ATTN_OUT, Role.MLP_OUT}, "attn": {Role.ATTN_OUT}}
+_ROLES = {"both": {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT}, "attn": {MatrixRole.ATTN_OUT}}
 # each runs in a process of its own
 _STAGE = """
 import torch

@@ -24,7 +24,7 @@ from pathlib import Path
 from synthetic import make_checkpoint, random_plan
 from tabulate import tabulate
 
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 
 _FAILING = """
@@ -41,7 +41,9 @@ from steer2edit.cli.app import main
 main()
 """
 _PLAIN = "from steer2edit.cli.app import main; main()"
-_NO_FORESIGHT = "import steer2edit.forecast as f; f.Forecast.fits = True; from steer2edit.cli.app import main; main()"
+_NO_FORESIGHT = (
+    "import steer2edit.lowering.disk_use as f; f.DiskUse.fits = True; from steer2edit.cli.app import main; main()"
+)
 
 
 class Bench:
@@ -51,7 +53,7 @@ class Bench:
         self.base = make_checkpoint(work, size, 0.2)
         self.plan, self.place = work / "faults.plan.safetensors", work / "faults"
         checkpoint = open_checkpoint(self.base)
-        random_plan(checkpoint, read_spec(checkpoint), {Role.ATTN_OUT, Role.MLP_OUT}).save(self.plan)
+        random_plan(checkpoint, read_spec(checkpoint), {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT}).save(self.plan)
         self.clean()
         start = time.perf_counter()
         self.emit().wait()

@@ -20,12 +20,12 @@ import torch
 from synthetic import make_checkpoint, random_statistics
 from timing import arguments, drop_from_cache, interleaved, ratio, report
 
-from steer2edit.architecture import Role, Site, read_spec
+from steer2edit.architecture import MatrixRole, Site, read_spec
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.methods import make_plan
 from steer2edit.scoring.scores import Scoring
 
-METHODS = {"steering": {Role.ATTN_OUT}, "component": set(Role), "ablation": set(Role)}
+METHODS = {"steering": {MatrixRole.ATTN_OUT}, "component": set(MatrixRole), "ablation": set(MatrixRole)}
 _BLOCK_BYTES = 1 << 20
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from synthetic import make_checkpoint, make_mixture, random_plan
 from timing import arguments, drop_from_cache, ratio, report
 
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 
 _START = """
@@ -84,7 +84,7 @@ def measure(size: float, given: object, work: Path) -> tuple[list[list[object]],
     checkpoint = open_checkpoint(model)
     spec = read_spec(checkpoint)
     plan_file, out = work / "streaming.plan.safetensors", work / "streaming-out"
-    plan = random_plan(checkpoint, spec, {Role.ATTN_OUT, Role.MLP_OUT})
+    plan = random_plan(checkpoint, spec, {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT})
     plan.save(plan_file)
     jobs = given.jobs  # type: ignore[attr-defined]
     variants = {

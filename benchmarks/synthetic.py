@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role
+from steer2edit.architecture import MatrixRole, ModelSpec
 from steer2edit.capture.statistics import (
     POPULATIONS,
     RESAMPLES,
@@ -79,7 +79,7 @@ def _make(
     return folder
 
 
-def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[Role], norm: float = 0.5) -> EditPlan:
+def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[MatrixRole], norm: float = 0.5) -> EditPlan:
     """A rank-1 edit of Frobenius norm ``norm`` on every residual writer of ``roles``."""
     generator = torch.Generator().manual_seed(0)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
@@ -52,7 +52,7 @@ def compile(
     options: Any = None,
     strength: float | None = None,
     kl_budget: float | None = None,
-    class_budgets: Mapping[Role, float] | None = None,
+    class_budgets: Mapping[MatrixRole, float] | None = None,
     neutral: str | Sequence[str] | None = None,
     background: str | Sequence[str] | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008

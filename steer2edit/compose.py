@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.questions import Question, builtin_questions
@@ -127,7 +127,7 @@ def rescale(
     *,
     factor: float | None = None,
     kl_budget: float | None = None,
-    class_budgets: Mapping[Role, float] | None = None,
+    class_budgets: Mapping[MatrixRole, float] | None = None,
     loaded: LoadedModel | None = None,
     neutral: NeutralText | None = None,
 ) -> EditPlan:
@@ -218,8 +218,8 @@ def _inner(a: LowRank, b: LowRank) -> float:
 
 
 def _direction(a: LowRank, b: LowRank) -> float:
-    if a.push is not None and b.push is not None:
-        one, two = a.B.double() @ a.push.double(), b.B.double() @ b.push.double()
+    if a.mean_effect is not None and b.mean_effect is not None:
+        one, two = a.B.double() @ a.mean_effect.double(), b.B.double() @ b.mean_effect.double()
         if bool(one.any() and two.any()):
             return float(torch.cosine_similarity(one, two, dim=0))
     bases = (torch.linalg.qr(edit.B.double()).Q for edit in (a, b))

@@ -12,7 +12,7 @@ import torch
 
 from steer2edit import methods
 from steer2edit.architecture import ModelSpec, read_spec
-from steer2edit.architecture.sites import Role, Site
+from steer2edit.architecture.sites import MatrixRole, Site
 from steer2edit.artefact.emit import artefact_folders
 from steer2edit.capture.run import BACKGROUND_TOKENS
 from steer2edit.capture.statistics import Statistics
@@ -22,7 +22,7 @@ from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import encode, windows
 from steer2edit.lowering import Writing
-from steer2edit.lowering.disk_use import Forecast, check_room, forecast, memory_free, memory_now
+from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.methods import METHOD
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
@@ -33,7 +33,7 @@ NEUTRAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """A compile in numbers. ``matrices`` may be edited at most, ``read`` are their bytes; ``model`` is the running model's.
 
     ``tokens`` are those of the capture, ``examples`` the data's. ``capture`` and ``search`` are seconds, from the rate at
@@ -49,7 +49,7 @@ class Rehearsal:
     tokens: int
     capture: float | None
     search: float | None
-    targets: tuple[Forecast, ...]
+    targets: tuple[DiskUse, ...]
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Rehearsal:
         return tuple(found)
 
 
-def rehearse(
+def dry_run(
     model: str | Path,
     behavior: Behavior | Statistics,
     out: str | Path,
@@ -81,7 +81,7 @@ def rehearse(
     runtime: Runtime = Runtime(),  # noqa: B008
     force: bool = False,
     writing: Writing = Writing(),  # noqa: B008
-) -> Rehearsal:
+) -> DryRun:
     """Go through a compile up to the point where the model would run. Raises what :func:`compiler.compile` would raise there."""
     folders = artefact_folders(out, to, force)
     checkpoint = open_checkpoint(model, revision)
@@ -96,11 +96,11 @@ def rehearse(
     passes = 1 if strength is not None else SEARCH_PASSES
     written = []
     for target, folder in folders.items():
-        written.append(forecast(plan, checkpoint, spec, target, folder, writing))
+        written.append(disk_use(plan, checkpoint, spec, target, folder, writing))
     size = numel * torch.empty(0, dtype=dtype).element_size()
     # fp8 is taken apart beside the model that it becomes
     twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
-    return Rehearsal(
+    return DryRun(
         matrices=len(plan.edits),
         read=sum(spec.owners[edit.tensor].locate(checkpoint).nbytes for edit in plan.edits),
         model=size,
@@ -125,14 +125,14 @@ def check_rooms(
     """Raise TargetError where a target would not fit its disk, whatever the plan turns out to be."""
     plan = widest_plan(checkpoint, spec, method, options)
     for target, folder in folders.items():
-        check_room(forecast(plan, checkpoint, spec, target, folder, writing, measure=False), folder)
+        check_room(disk_use(plan, checkpoint, spec, target, folder, writing, measure=False), folder)
 
 
 def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:
     """A plan of zeros on every matrix that a method may edit with these options."""
     options = methods.load(method).Options() if options is None else options
     first, last = spec.layer_range(getattr(options, "layers", None))
-    kinds = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(getattr(options, "sites", "both"))
+    kinds = {"attn": {MatrixRole.ATTN_OUT}, "mlp": {MatrixRole.MLP_OUT}}.get(getattr(options, "sites", "both"))
     sites: list[Site] = [
         site for site in spec.sites if first <= site.layer <= last and (kinds is None or site.role.kind in kinds)
     ]
@@ -142,7 +142,7 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
     return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
 
 
-def describe(found: Rehearsal) -> dict[str, Any]:
+def describe(found: DryRun) -> dict[str, Any]:
     """For ``--json``."""
     return {
         **{key: value for key, value in vars(found).items() if key != "targets"},
@@ -159,13 +159,13 @@ def render(found: Mapping[str, Any]) -> str:
         f"capture   {found['examples']} examples, {found['tokens']} tokens{_about(found['capture'])}",
         f"plan      at most {found['matrices']} matrices, {_gb(found['read'])} read once",
         f"strength  one to {SEARCH_PASSES} passes over {NEUTRAL_TOKENS} tokens{_about(found['search'])}",
-        *(render_forecast(one) for one in found["targets"]),
+        *(render_disk_use(one) for one in found["targets"]),
     ]
     lines += [f"PROBLEM   {problem}" for problem in found["problems"]]
     return "\n".join([*lines, "nothing was run or written (--dry-run)"])
 
 
-def render_forecast(one: Mapping[str, Any]) -> str:
+def render_disk_use(one: Mapping[str, Any]) -> str:
     """One target's numbers."""
     shared = f", {_gb(one['shared'])} shared with the base" if one["shared"] else ""
     rates = ", ".join(

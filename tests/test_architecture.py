@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steer2edit.architecture import ModelSpec, Role, read_spec
+from steer2edit.architecture import MatrixRole, ModelSpec, read_spec
 from steer2edit.architecture.families import REFUSED
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError
@@ -81,7 +81,7 @@ def test_sites_are_the_writers_layer_by_layer(spec_of: Make) -> None:
     assert (mlp.out_features, mlp.in_features, mlp.components) == (HIDDEN, INNER, INNER)
     assert attention.tensor == attention.module + ".weight" == "model.layers.1.self_attn.o_proj.weight"
     assert spec.site("mlp_out.1") is mlp
-    assert (spec.embedding.role, spec.embedding.tensor) == (Role.EMBED, "model.embed_tokens.weight")
+    assert (spec.embedding.role, spec.embedding.tensor) == (MatrixRole.EMBED, "model.embed_tokens.weight")
     assert (spec.embedding.in_features, spec.embedding.out_features) == (VOCABULARY, HIDDEN)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
 
-from steer2edit.architecture import ModelSpec, Role, Site, read_spec
+from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import TOLERANCE, verify
@@ -204,7 +204,7 @@ def test_each_layer_has_two_writers_and_every_site_is_its_module(case: Case) -> 
         x = torch.randn(3, site.in_features)
         b = 0 if site.bias is None else case.checkpoint.read(site.bias)
         assert torch.allclose(module(x), x @ W.T + b, atol=1e-5)
-    assert [site.heads for site in spec.sites] == [4 if s.role is Role.ATTN_OUT else None for s in spec.sites]
+    assert [site.heads for site in spec.sites] == [4 if s.role is MatrixRole.ATTN_OUT else None for s in spec.sites]
     assert loaded.module(spec.embedding) is loaded.model.get_input_embeddings()
     assert torch.equal(loaded.module(spec.embedding).weight, case.checkpoint.read(spec.embedding.tensor))
 

@@ -16,7 +16,7 @@ from fp8_models import blockwise, numbers, quantise
 from mixture_models import mixture_config, save_mixture
 
 from steer2edit.architecture import read_spec
-from steer2edit.architecture.sites import ModelSpec, Role
+from steer2edit.architecture.sites import MatrixRole, ModelSpec
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.artefact.revert import revert
@@ -240,7 +240,7 @@ def test_experts_in_fp8_compile(tmp_path: Path) -> None:
     source = save_mixture(tmp_path / "wide", mixture_config("deepseek_v3"), torch.bfloat16)
     checkpoint = open_checkpoint(quantise(source, tmp_path / "fp8", SIZE))
     spec = read_spec(checkpoint)
-    assert {Role.EXPERT_OUT, Role.SHARED_EXPERT_OUT} <= {site.role for site in spec.sites}
+    assert {MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT} <= {site.role for site in spec.sites}
     emit(planned(checkpoint, spec, 0.3), checkpoint, spec, "checkpoint", tmp_path / "out")
     result = verify(tmp_path / "out", checkpoint.path)
     assert result.ok, result.problems
@@ -251,7 +251,7 @@ def test_mxfp4_experts_stay_as_they_are(tmp_path: Path, statistics_of: Callable[
     folder = mxfp4(save_mixture(tmp_path / "wide", config, torch.bfloat16), tmp_path / "mxfp4")
     checkpoint = open_checkpoint(folder)
     spec = read_spec(checkpoint)
-    assert {site.role for site in spec.sites} == {Role.ATTN_OUT}
+    assert {site.role for site in spec.sites} == {MatrixRole.ATTN_OUT}
     assert spec.frozen == tuple(f"model.layers.{layer}.mlp.experts.down_proj_blocks" for layer in range(spec.layers))
     plan = make_plan(Scoring(checkpoint, spec, statistics_of(folder))).scaled(0.5)
     for to in ("checkpoint", "lora"):

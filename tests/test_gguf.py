@@ -21,7 +21,7 @@ from steer2edit.checkpoint.gguf import read_control_vector, read_gguf, write_ggu
 from steer2edit.errors import PlanError, TargetError
 from steer2edit.files.layout import PLAN
 from steer2edit.lowering import Lowering
-from steer2edit.lowering.constant_part import residual_push
+from steer2edit.lowering.constant_part import constant_parts
 from steer2edit.methods import make_plan
 from steer2edit.plan import Base, Bias, EditPlan, LowRank, Structure, merge
 from steer2edit.scoring.scores import Scoring
@@ -114,7 +114,7 @@ def test_the_push_follows_scaling_merging_and_files(case: Any, tmp_path: Path) -
     both.save(tmp_path / "both.plan.safetensors")
     again = EditPlan.load(tmp_path / "both.plan.safetensors")
     assert again.hash == both.hash
-    one, two = (residual_push(p, scoring.checkpoint, scoring.spec) for p in (plan, again))
+    one, two = (constant_parts(p, scoring.checkpoint, scoring.spec) for p in (plan, again))
     assert all(torch.allclose(two[layer], -one[layer], atol=1e-5) for layer in one)
 
 
@@ -128,7 +128,7 @@ def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statisti
     spec = read_spec(checkpoint)
     statistics = statistics_of(folder)
     plan = make_plan(Scoring(checkpoint, spec, statistics), options=Options(sites="attn")).scaled(0.02)
-    predicted = residual_push(plan, checkpoint, spec)[0]
+    predicted = constant_parts(plan, checkpoint, spec)[0]
     loaded = load_model(checkpoint, spec)
     site = spec.site("attn_out.0")
     seen: list[torch.Tensor] = []
@@ -155,7 +155,7 @@ def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str,
     spec = read_spec(checkpoint)
     edits = tuple(LowRank(s.tensor, torch.randn(s.out_features, 1), torch.randn(1, s.in_features)) for s in spec.sites)
     plan = EditPlan(Base(checkpoint.name, None, checkpoint.fingerprint), edits)
-    emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
+    emitting.emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
     fields, tensors = read_gguf(tmp_path / "out" / gguf.FILE)
     assert fields["general.architecture"] == architecture
     assert tensors["blk.1.ffn_down.weight.lora_a"].shape == (1, spec.site("mlp_out.1").in_features)
@@ -166,7 +166,7 @@ def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str,
 
 def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: Path) -> None:
     _, plan = case
-    unknown = replace(plan, edits=tuple(replace(e, push=None) for e in plan.edits))  # type: ignore[type-var]
+    unknown = replace(plan, edits=tuple(replace(e, mean_effect=None) for e in plan.edits))  # type: ignore[type-var]
     with pytest.raises(TargetError, match="typical input is not known"):
         emit(case, "gguf-vector", tmp_path / "out", unknown)
     biased = open_checkpoint(save_tiny(tmp_path / "biased", llama_config(attention_bias=True)))
@@ -174,9 +174,9 @@ def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: 
     edit = Bias(str(spec.site("attn_out.0").bias), torch.ones(32))
     base = Base(biased.name, None, biased.fingerprint)
     with pytest.raises(TargetError, match="a bias"):
-        emit(EditPlan(base, (edit,)), biased, spec, "gguf", tmp_path / "out")
+        emitting.emit(EditPlan(base, (edit,)), biased, spec, "gguf", tmp_path / "out")
     with pytest.raises(TargetError, match="no-such-family"):
-        emit(
+        emitting.emit(
             EditPlan(base, (LowRank(spec.sites[0].tensor, torch.ones(32, 1), torch.ones(1, 64)),)),
             biased,
             replace(spec, model_type="no-such-family"),

@@ -27,7 +27,7 @@ from steer2edit.errors import DataError
 from steer2edit.files.layout import PLAN
 from steer2edit.importers import read, read_vectors
 from steer2edit.importers.source import Reading
-from steer2edit.lowering.constant_part import residual_push
+from steer2edit.lowering.constant_part import constant_parts
 from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.scoring.scores import Scoring
@@ -343,7 +343,7 @@ def test_a_residual_vector_goes_to_both_writers_and_reaches_the_stream_whole(
             Scoring(checkpoint, spec, statistics),
             options=steering.Options(sites=sites),  # type: ignore[arg-type]
         )
-        pushed = residual_push(plan, checkpoint, spec)
+        pushed = constant_parts(plan, checkpoint, spec)
         assert list(pushed) == [1] and len(plan.edits) == writers
         assert torch.allclose(pushed[1], writers * rows[1], atol=0.05 * float(rows[1].norm()))
 

@@ -15,7 +15,7 @@ from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case
 from safetensors.torch import load_file, save_file
 
 from steer2edit import methods
-from steer2edit.architecture import Role, Site, read_spec
+from steer2edit.architecture import MatrixRole, Site, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import TOLERANCE, verify
 from steer2edit.capture.statistics import LABELS, routing_key
@@ -54,7 +54,7 @@ def experts_down(loaded: LoadedModel, site: Site) -> torch.Tensor:
 def test_the_experts_of_a_spec_are_the_modules_of_transformers(case: Case) -> None:
     loaded, spec = case.loaded(), case.spec
     assert spec.routers and all((router.experts, router.top_k) == (EXPERTS, TOP_K) for router in spec.routers)
-    counted = Counter(site.layer for site in spec.sites if site.role is Role.EXPERT_OUT)
+    counted = Counter(site.layer for site in spec.sites if site.role is MatrixRole.EXPERT_OUT)
     assert counted == {router.layer: EXPERTS for router in spec.routers}
     for site in spec.sites:
         W = case.matrix(site)
@@ -229,7 +229,7 @@ def test_methods_edit_inside_experts(case: Case, statistics_of: Callable[..., An
     scoring = Scoring(case.checkpoint, case.spec, captured(case, statistics_of))
     given = {"top_neurons": 0.2, "stable": False} if method == "component" else {"sites": "mlp", "stable": False}
     plan = module.plan(scoring, module.Options(**given, min_tokens=8))
-    assert Role.EXPERT_OUT in {case.spec.owners[edit.tensor].role for edit in plan.edits}
+    assert MatrixRole.EXPERT_OUT in {case.spec.owners[edit.tensor].role for edit in plan.edits}
     tokens = {s.key: scoring.statistics.routed_tokens(s.key) for s in case.spec.sites if s.expert is not None}
     left = sum(count < 8 for count in tokens.values())
     assert plan.method["experts_left_alone"] == left

@@ -14,12 +14,12 @@ from typing import Any
 from steer2edit.architecture.families import FAMILIES, LLAMA, REFUSED, WRAPPERS, WRITER_LEAVES, Family, Orientation
 from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.architecture.routers import Router, integer, read_router
-from steer2edit.architecture.sites import ModelSpec, Norm, Role, Site, part_of
+from steer2edit.architecture.sites import MatrixRole, ModelSpec, Norm, Site, part_of
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import FP8, SUFFIX, block_size, scale_info
 from steer2edit.errors import ArchitectureError, CheckpointError, listing
 
-__all__ = ["ModelSpec", "Norm", "Role", "Site", "read_spec"]
+__all__ = ["MatrixRole", "ModelSpec", "Norm", "Site", "read_spec"]
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # where wrappers put the language model: (prefix on disk, prefix of the module in transformers)
@@ -113,30 +113,38 @@ class _Reader:
         """Find the writers of a block: attention or another mixer, then an MLP or experts."""
         family, found = self.family, len(self.sites)
         for leaf in family.mixers:
-            self._writer(layer, Role.MIXER_OUT, leaf, None if family.bare_mixers else family.attn_norm, optional=True)
+            self._writer(
+                layer, MatrixRole.MIXER_OUT, leaf, None if family.bare_mixers else family.attn_norm, optional=True
+            )
         mixed = len(self.sites) > found
         mlp_norm = None if mixed and family.bare_mixers else family.mlp_norm
         if family.attn_out not in family.mixers:
-            self._writer(layer, Role.ATTN_OUT, family.attn_out, family.attn_norm, optional=mixed or family.partial)
+            self._writer(
+                layer, MatrixRole.ATTN_OUT, family.attn_out, family.attn_norm, optional=mixed or family.partial
+            )
         routed = family.mixture is not None and self._experts(layer)
         # in granite's mixtures the shared expert has the place of a dense model's MLP
         if not (routed and family.mixture and family.mixture.shared == family.mlp_out):
-            self._writer(layer, Role.MLP_OUT, family.mlp_out, mlp_norm, optional=routed or family.partial)
+            self._writer(layer, MatrixRole.MLP_OUT, family.mlp_out, mlp_norm, optional=routed or family.partial)
         if len(self.sites) == found and family.partial:
             self.problems.append(f"layer {layer}: no writer was found")
 
-    def _writer(self, layer: int, role: Role, leaf: str, norm: str | None, *, optional: bool = False) -> None:
+    def _writer(self, layer: int, role: MatrixRole, leaf: str, norm: str | None, *, optional: bool = False) -> None:
         base, family = f"{self.prefix}{layer}.", self.family
         info = self.checkpoint.tensors.get(f"{base}{leaf}.weight")
         if info is None:
             if not optional:
                 self.problems.append(f"layer {layer}: {base}{leaf}.weight is missing ({role.value})")
             return
-        heads = self.heads if role is Role.ATTN_OUT or leaf == family.attn_out else None
+        heads = self.heads if role is MatrixRole.ATTN_OUT or leaf == family.attn_out else None
         width = _in_features(info, family.orientation)
         if leaf == family.attn_out and leaf in family.mixers:
             # one name for attention and for what stands in its place: only the widths tell them apart
-            role, heads = (Role.ATTN_OUT, heads) if width == self.heads * self._head_size() else (Role.MIXER_OUT, None)
+            role, heads = (
+                (MatrixRole.ATTN_OUT, heads)
+                if width == self.heads * self._head_size()
+                else (MatrixRole.MIXER_OUT, None)
+            )
         bias = f"{base}{leaf}.bias"
         site = Site(
             role=role,
@@ -183,7 +191,7 @@ class _Reader:
             orientation: Orientation = "out_in" if mixture.layout in ("separate", "out_in") else "in_out"
             output_bias = mixture.output_bias and f"{base}{mixture.output_bias}"
             site = Site(
-                role=Role.EXPERT_OUT,
+                role=MatrixRole.EXPERT_OUT,
                 layer=layer,
                 tensor=name,
                 module=router.experts_module,
@@ -197,7 +205,7 @@ class _Reader:
             )
             self._keep(site, info)
         if mixture.shared is not None:
-            self._writer(layer, Role.SHARED_EXPERT_OUT, mixture.shared, norm, optional=True)
+            self._writer(layer, MatrixRole.SHARED_EXPERT_OUT, mixture.shared, norm, optional=True)
         return True
 
     def _norm(self, layer: int, leaf: str, norm: str | None) -> Norm | None:
@@ -319,7 +327,7 @@ def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str,
         shape = "is missing" if info is None else f"has the shape {list(info.shape)}"
         raise ArchitectureError(f"{name} {shape}; expected the token embedding, [vocabulary, {hidden}]")
     # a row per token: read as a matrix, it maps a one-hot token to the stream and is stored input × output
-    return Site(Role.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, info.shape[0])
+    return Site(MatrixRole.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, info.shape[0])
 
 
 def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:

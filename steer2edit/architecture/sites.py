@@ -14,7 +14,7 @@ from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.errors import ArchitectureError
 
 
-class Role(str, Enum):
+class MatrixRole(str, Enum):
     """What a site is to the residual stream. A mixer is whatever stands in attention's place (Mamba, convolution)."""
 
     ATTN_OUT = "attn_out"
@@ -26,11 +26,11 @@ class Role(str, Enum):
     EMBED = "embed"
 
     @property
-    def kind(self) -> Role:
+    def kind(self) -> MatrixRole:
         """ATTN_OUT for all that moves information between tokens, MLP_OUT for all that works on each token by itself."""
-        if self in (Role.ATTN_OUT, Role.MIXER_OUT):
-            return Role.ATTN_OUT
-        return self if self in (Role.EMBED, Role.ROUTER) else Role.MLP_OUT
+        if self in (MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT):
+            return MatrixRole.ATTN_OUT
+        return self if self in (MatrixRole.EMBED, MatrixRole.ROUTER) else MatrixRole.MLP_OUT
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Site:
     is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the experts.
     """
 
-    role: Role
+    role: MatrixRole
     layer: int
     tensor: str
     module: str
@@ -100,7 +100,7 @@ class Site:
 
 def _router_site(router: Router, hidden: int) -> Site:
     return Site(
-        role=Role.ROUTER,
+        role=MatrixRole.ROUTER,
         layer=router.layer,
         tensor=router.tensor,
         module=router.router_module,

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from steer2edit.architecture import Role, Site
+from steer2edit.architecture import MatrixRole, Site
 from steer2edit.checkpoint import Checkpoint
 
 # what these write reaches the stream at some tokens only, or weighted by a router
-_CONDITIONAL = (Role.EMBED, Role.EXPERT_OUT, Role.SHARED_EXPERT_OUT)
+_CONDITIONAL = (MatrixRole.EMBED, MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT)
 
 
 def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:

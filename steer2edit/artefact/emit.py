@@ -40,7 +40,7 @@ def emit(
     base was changed since it was opened.
     """
     from steer2edit.artefact.model_card import inherited, model_card
-    from steer2edit.lowering.disk_use import check_room, forecast
+    from steer2edit.lowering.disk_use import check_room, disk_use
 
     target = load(to)
     resolve(plan, checkpoint, spec)
@@ -53,7 +53,7 @@ def emit(
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
         # only now: what a killed run left there has been removed
-        check_room(forecast(plan, checkpoint, spec, to, Path(out), writing, measure=False), Path(out))
+        check_room(disk_use(plan, checkpoint, spec, to, Path(out), writing, measure=False), Path(out))
         # only a target that copies shards has a use for it
         how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
         lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)

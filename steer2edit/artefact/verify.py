@@ -30,10 +30,10 @@ from steer2edit.lowering.rewrite import edited_blocks
 from steer2edit.lowering.rounding import Rounding, RoundingMeter
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.runtime.hooks import edited, pushed
+from steer2edit.runtime.hooks import edited, stream_shifted
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
 from steer2edit.targets import gguf, gguf_vector
-from steer2edit.targets._pruned import compare_cut
+from steer2edit.targets._pruned import compare_pruned
 
 TOLERANCE = 1e-4
 CONFIG = "adapter_config.json"
@@ -168,7 +168,7 @@ def _compare_checkpoint(
             return Verification("checkpoint", 0, ("config.json is not the base's with the plan's numbers of experts",))
     if plan.structure.remove:
         shards = assembled(checkpoint, spec, plan.structure, edits)
-        tensors, wrong = compare_cut(checkpoint, open_checkpoint(folder), shards, progress)
+        tensors, wrong = compare_pruned(checkpoint, open_checkpoint(folder), shards, progress)
         return Verification("checkpoint", tensors, tuple(wrong))
     problems, roundings = [], []
     ours: dict[str, TensorInfo] = {}
@@ -324,7 +324,7 @@ def _artefact_logits(loaded: LoadedModel, folder: Path, target: str, plan: EditP
         return _logits(loaded, lambda: edited(loaded, adapter))
     if target == "gguf-vector":
         _, vectors = read_control_vector(folder / gguf_vector.FILE)
-        return _logits(loaded, lambda: pushed(loaded, vectors))
+        return _logits(loaded, lambda: stream_shifted(loaded, vectors))
     if target == "lora":
         model = with_adapter(loaded.model, folder)
     return _logits(replace(loaded, model=model))

@@ -12,16 +12,16 @@ from steer2edit.cli.options import print_result, read_background, read_method_op
 def dry_run_emit(
     plan: Any, checkpoint: Any, spec: Any, to: str, out: Path, force: bool, writing: Any, as_json: bool
 ) -> None:
-    """Print the forecast of one target."""
-    from steer2edit.dry_run import render_forecast
+    """Print how much one target writes."""
+    from steer2edit.dry_run import render_disk_use
     from steer2edit.errors import TargetError
     from steer2edit.files.atomic import check_new
-    from steer2edit.lowering.disk_use import check_room, forecast
+    from steer2edit.lowering.disk_use import check_room, disk_use
     from steer2edit.targets import load
 
     load(to)
     check_new(out, force)
-    found = forecast(plan, checkpoint, spec, to, out, writing)
+    found = disk_use(plan, checkpoint, spec, to, out, writing)
     problem = ""
     try:
         check_room(found, out)
@@ -30,7 +30,7 @@ def dry_run_emit(
     result = {**vars(found), "fits": found.fits, "problems": [problem] if problem else []}
 
     def render(result: dict[str, Any]) -> str:
-        lines = [render_forecast(result), *(f"PROBLEM   {line}" for line in result["problems"])]
+        lines = [render_disk_use(result), *(f"PROBLEM   {line}" for line in result["problems"])]
         return "\n".join([*lines, "nothing was written (--dry-run)"])
 
     print_result(result, as_json, render)
@@ -49,9 +49,9 @@ def dry_run_compile(
     given: dict[str, Any],
 ) -> None:
     """Print what a compile would do; the model is not run."""
-    from steer2edit.dry_run import describe, rehearse, render
+    from steer2edit.dry_run import describe, dry_run, render
 
-    found = rehearse(
+    found = dry_run(
         model,
         behavior,
         out,

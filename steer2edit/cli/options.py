@@ -284,9 +284,9 @@ def read_strength(given: dict[str, Any]) -> float | None:
 
 def read_budgets(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of ``settle_strength`` that say how strong an edit may be."""
-    from steer2edit.architecture import Role
+    from steer2edit.architecture import MatrixRole
 
-    budgets = {Role.ATTN_OUT: given["kl_budget_attn"], Role.MLP_OUT: given["kl_budget_mlp"]}
+    budgets = {MatrixRole.ATTN_OUT: given["kl_budget_attn"], MatrixRole.MLP_OUT: given["kl_budget_mlp"]}
     classes = {role: budget for role, budget in budgets.items() if budget is not None}
     return {"strength": read_strength(given), "kl_budget": given["kl_budget"], "class_budgets": classes or None}
 

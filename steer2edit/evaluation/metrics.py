@@ -28,7 +28,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.kl import NeutralText
 
-Role = Literal["attribute", "utility", "check"]
+MetricRole = Literal["attribute", "utility", "check"]
 Goal = Literal["more", "less"]
 CONTENT_FREE = "N/A"
 """The prompt that says nothing (Zhao et al. 2021, Calibrate Before Use)."""
@@ -39,7 +39,7 @@ class Metric:
     """A number's name, what it is for, which way is better, and its unit. ``exponential``: exp of the mean is shown."""
 
     name: str
-    role: Role
+    role: MetricRole
     goal: Goal
     unit: str = ""
     exponential: bool = False
@@ -100,7 +100,7 @@ class Answers:
     """
 
     questions: Sequence[Question]
-    role: Role = "attribute"
+    role: MetricRole = "attribute"
     patterns: Sequence[str] = ()
     function: Callable[[str, str], float] | None = None
     max_new_tokens: int = 160
@@ -194,7 +194,7 @@ class Choice:
     """
 
     questions: Sequence[Question]
-    role: Role = "attribute"
+    role: MetricRole = "attribute"
     system: str | None = None
 
     @property

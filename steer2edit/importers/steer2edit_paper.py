@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role
+from steer2edit.architecture import MatrixRole, ModelSpec
 from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError, listing
 from steer2edit.plan import Base, EditPlan, LowRank
 
 _WRITER = re.compile(r"model\.layers\[(\d+)\]\.(self_attn\.o_proj|mlp\.down_proj)")
-_ROLES = {"self_attn.o_proj": Role.ATTN_OUT, "mlp.down_proj": Role.MLP_OUT}
+_ROLES = {"self_attn.o_proj": MatrixRole.ATTN_OUT, "mlp.down_proj": MatrixRole.MLP_OUT}
 
 
 def is_directions(held: Any) -> bool:
@@ -78,12 +78,12 @@ class EditPack:
         """One rank-1 edit for each edited writer. Raises DataError listing all that does not fit the model."""
         problems: list[str] = []
         rows: dict[str, torch.Tensor] = {}
-        for kind, role in (("attn", Role.ATTN_OUT), ("mlp", Role.MLP_OUT)):
+        for kind, role in (("attn", MatrixRole.ATTN_OUT), ("mlp", MatrixRole.MLP_OUT)):
             for place, entry in self.held[kind].items():
                 try:
                     layer, component = (int(part) for part in place)
                     size = float(entry["lambda"])
-                    k_hat = entry["k_hat"].float() if role is Role.ATTN_OUT else torch.ones(1)
+                    k_hat = entry["k_hat"].float() if role is MatrixRole.ATTN_OUT else torch.ones(1)
                     site = spec.site(f"{role.value}.{layer}")
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     problems.append(f"{kind} {place}: {error!r}")
@@ -99,7 +99,7 @@ class EditPack:
         edits = []
         for site in (site for site in spec.sites if site.key in rows):
             key, row = site.key, rows[site.key]
-            table = self.held["meta"].get("vhat_attn" if site.role is Role.ATTN_OUT else "vhat_mlp", {})
+            table = self.held["meta"].get("vhat_attn" if site.role is MatrixRole.ATTN_OUT else "vhat_mlp", {})
             v_hat = table.get(site.layer) if isinstance(table, Mapping) else None
             if not isinstance(v_hat, torch.Tensor) or v_hat.shape != (site.out_features,):
                 problems.append(f"{key}: its v_hat is missing or not of {site.out_features} numbers")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.stream import _CONDITIONAL, gain, stream_factor
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 
 
-def residual_push(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, torch.Tensor]:
-    """What each block's edits push into the stream, float32 ``[hidden]`` by layer, to first order in the edit.
+def constant_parts(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[int, torch.Tensor]:
+    """What each block's edits add to the stream on average, float32 ``[hidden]`` by layer, to first order in the edit.
 
-    Raises TargetError for edits whose push is not known.
+    Raises TargetError for edits whose mean effect is not known.
     """
     unknown = []
     found: dict[int, torch.Tensor] = {}
     for edit in plan.edits:
         site = spec.owners[edit.tensor]
-        if isinstance(edit, LowRank) and edit.push is not None and site.role not in _CONDITIONAL:
-            vector = edit.B.double() @ edit.push.double()
+        if isinstance(edit, LowRank) and edit.mean_effect is not None and site.role not in _CONDITIONAL:
+            vector = edit.B.double() @ edit.mean_effect.double()
         elif isinstance(edit, Bias) and site.norm is None and site.role not in _CONDITIONAL:
             vector = edit.delta.double()
         else:
@@ -30,17 +30,17 @@ def residual_push(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> di
         vector = vector * gain(checkpoint, site).double() * stream_factor(checkpoint)
         found[site.layer] = found.get(site.layer, 0) + vector
     if unknown:
-        raise TargetError(f"what these edits push into the residual stream is not known:\n{listing(unknown)}")
+        raise TargetError(f"what these edits add to the residual stream on average is not known:\n{listing(unknown)}")
     return {layer: vector.float() for layer, vector in sorted(found.items())}
 
 
 def _reason(edit: Edit, site: Site) -> str:
-    if site.role is Role.EMBED:
-        return "the embedding's push differs from token to token"
+    if site.role is MatrixRole.EMBED:
+        return "the embedding's edit adds another vector from token to token"
     if site.role in _CONDITIONAL:
-        return "an expert pushes only where it is routed to"
+        return "an expert's edit acts only on tokens that are routed to it"
     if isinstance(edit, Bias):
         return "a bias before a norm"
     if not isinstance(edit, LowRank):
-        return "routing and gains push no vector"
+        return "routing and gains add no vector"
     return "the plan was not made from statistics, so its typical input is not known"

@@ -32,7 +32,7 @@ _FICLONE = 0x40049409
 
 
 @dataclass(frozen=True)
-class Forecast:
+class DiskUse:
     """Bytes of one target's run. ``edited`` are read, changed and written; ``copied`` by the kernel; ``shared`` with the base.
 
     ``written`` is the room that is needed and ``free`` what there is. ``seconds`` is None where too little is written for an
@@ -56,7 +56,7 @@ class Forecast:
         return self.written <= self.free
 
 
-def forecast(
+def disk_use(
     plan: EditPlan,
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -65,7 +65,7 @@ def forecast(
     writing: Writing,
     *,
     measure: bool = True,
-) -> Forecast:
+) -> DiskUse:
     """What emitting ``plan`` takes.
 
     With ``measure`` a sample of the very work is done into a temporary folder beside ``out``, on the files as the page cache
@@ -76,7 +76,7 @@ def forecast(
     if to != "checkpoint":
         rank = max((edit.B.shape[1] for edit, _ in edits.values() if isinstance(edit, LowRank)), default=0)
         size = sum(4 * rank * (site.out_features + site.in_features) for _, site in edits.values()) + _plan_bytes(plan)
-        return Forecast(to, len(edits), size, 0, 0, size, _free(parent), memory_now() + 2 * size)
+        return DiskUse(to, len(edits), size, 0, 0, size, _free(parent), memory_now() + 2 * size)
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     edited = sum(info.nbytes for infos in places.values() for info in infos)
@@ -94,7 +94,7 @@ def forecast(
         parts = ((copied, rates.get("copy")), (edited, rates.get("edit")))
         seconds = sum(size / rate for size, rate in parts if size and rate)
     block = max((_block(checkpoint, edit, site) for edit, site in edits.values()), default=0)
-    return Forecast(
+    return DiskUse(
         target=to,
         tensors=len(edits),
         edited=edited,
@@ -109,7 +109,7 @@ def forecast(
     )
 
 
-def check_room(found: Forecast, out: Path) -> None:
+def check_room(found: DiskUse, out: Path) -> None:
     """Raise TargetError where the disk has no room for what will be written."""
     if not found.fits:
         hint = " --link writes only the shards that are edited." if found.copied > 0 and not found.shared else ""

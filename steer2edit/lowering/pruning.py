@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from steer2edit.architecture.routers import Router, routing_config
-from steer2edit.architecture.sites import ModelSpec, Role, Site
+from steer2edit.architecture.sites import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.errors import PlanError, listing
 from steer2edit.plan import Structure
@@ -56,7 +56,7 @@ def check_structure(structure: Structure, spec: ModelSpec) -> None:
             if structure.top_k > _selectable(router, len(structure.remove.get(router.layer, ()))):
                 problems.append(f"layer {router.layer}: {structure.top_k} experts per token cannot be selected")
     if problems:
-        raise PlanError(f"the model cannot be cut so:\n{listing(problems)}")
+        raise PlanError(f"the model cannot be pruned so:\n{listing(problems)}")
 
 
 def _removal_problems(router: Router, gone: Sequence[int], top_k: int | None) -> list[str]:
@@ -87,7 +87,7 @@ def assembled(
 
     Raises PlanError for edits of routers, whose rows are counted anew.
     """
-    if routed := sorted(name for name, (_, site) in edits.items() if site.role is Role.ROUTER):
+    if routed := sorted(name for name, (_, site) in edits.items() if site.role is MatrixRole.ROUTER):
         raise PlanError(f"the plan removes experts and edits {routed[0]}; do one of them")
     routers = {router.layer: router for router in spec.routers}
     owners = _Owners({layer: (routers[layer], gone) for layer, gone in structure.remove.items()})

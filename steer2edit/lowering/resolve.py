@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.errors import PlanError, listing
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank
@@ -59,7 +59,7 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str
         site = spec.owners.get(edit.tensor)
         if site is None:
             problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
-        elif isinstance(edit, Assign) != (site.role is Role.ROUTER):
+        elif isinstance(edit, Assign) != (site.role is MatrixRole.ROUTER):
             problems.append(f"{edit.tensor}: {edit.op} is no operation on a {site.role.value}")
         elif not edit.fits(shape := _shape(site, edit.tensor)):
             shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
@@ -87,9 +87,9 @@ def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
 
 def adapter_refusal(edit: Edit, site: Site) -> str:
     """Why an adapter cannot carry an edit; "" where it can."""
-    if site.role is Role.EMBED:
+    if site.role is MatrixRole.EMBED:
         return "the embedding"
-    if site.role is Role.ROUTER:
+    if site.role is MatrixRole.ROUTER:
         return "a router"
     if site.expert is not None:
         return "an expert among several"

@@ -18,7 +18,7 @@ from steer2edit.data.records import prompt_digest
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.scoring.mean_effect import record_push
+from steer2edit.scoring.mean_effect import record_mean_effect
 from steer2edit.scoring.scores import Scoring
 
 
@@ -57,7 +57,7 @@ def make_plan(
         )
     module = methods.load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
-    plan = record_push(plan, scoring.spec, statistics)
+    plan = record_mean_effect(plan, scoring.spec, statistics)
     checkpoint.check_unchanged()
     return replace(plan, data=describe_data(statistics))
 

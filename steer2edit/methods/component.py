@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from steer2edit.architecture import Role
+from steer2edit.architecture import MatrixRole
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
@@ -57,9 +57,9 @@ class Options:
     layers: tuple[int, int] | None = None
     min_tokens: int = 32
 
-    def rule(self, role: Role) -> Rule | None:
+    def rule(self, role: MatrixRole) -> Rule | None:
         """The rule for heads or neurons; None where they are left alone. Raises PlanError for contradictions."""
-        attn = role is Role.ATTN_OUT
+        attn = role is MatrixRole.ATTN_OUT
         rho, tau, top = (
             (self.rho_attn, self.tau_attn, self.top_heads) if attn else (self.rho_mlp, self.tau_mlp, self.top_neurons)
         )
@@ -123,7 +123,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     """
     spec = scoring.spec
     first, last = spec.layer_range(options.layers)
-    rules = {role: options.rule(role) for role in (Role.ATTN_OUT, Role.MLP_OUT)}
+    rules = {role: options.rule(role) for role in (MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT)}
     sites = [site for site in spec.sites if first <= site.layer <= last and rules[site.role.kind] is not None]
     sites, too_few = scoring.routed_enough(sites, options.min_tokens)
     scored = scoring.score(sites, progress)

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from steer2edit.architecture import Role
+from steer2edit.architecture import MatrixRole
 from steer2edit.capture.statistics import SOURCES, Statistics
 from steer2edit.errors import PlanError
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -58,7 +58,9 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     if not 0 <= options.background <= 1:
         raise PlanError(f"--background-weight is {options.background}, expected a number from 0 to 1")
     spec = scoring.spec
-    roles = {"attn": {Role.ATTN_OUT}, "mlp": {Role.MLP_OUT}}.get(options.sites, {Role.ATTN_OUT, Role.MLP_OUT})
+    roles = {"attn": {MatrixRole.ATTN_OUT}, "mlp": {MatrixRole.MLP_OUT}}.get(
+        options.sites, {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT}
+    )
     first, last = spec.layer_range(options.layers)
     sites = [site for site in spec.sites if site.role.kind in roles and first <= site.layer <= last]
     sites, too_few = scoring.routed_enough(sites, options.min_tokens)

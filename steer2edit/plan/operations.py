@@ -20,18 +20,20 @@ from steer2edit.errors import PlanError
 class LowRank:
     """``W + B A``: ``B`` is [out, r], ``A`` is [r, in], float32.
 
-    ``push`` [r] is what ``A`` gives on the typical input of the data behind the plan, where that is known: ``B push`` is
-    the edit's constant part (``mean_effect.record_push``).
+    ``mean_effect`` [r] is ``A`` times the mean input of the data behind the plan, where that is known. ``B mean_effect`` is
+    the edit's constant part (``scoring.mean_effect.record_mean_effect``). A plan's file stores it as ``push``.
     """
 
     op: ClassVar[str] = "low_rank"
     tensor: str
     B: torch.Tensor
     A: torch.Tensor
-    push: torch.Tensor | None = None
+    mean_effect: torch.Tensor | None = None
 
     def scaled(self, factor: float) -> LowRank:
-        return replace(self, A=self.A * factor, push=None if self.push is None else self.push * factor)
+        return replace(
+            self, A=self.A * factor, mean_effect=None if self.mean_effect is None else self.mean_effect * factor
+        )
 
     def dense(self) -> torch.Tensor:
         """The update itself, [out, in]."""
@@ -54,7 +56,7 @@ class LowRank:
         return float(gram.sum().clamp(min=0).sqrt())
 
     def parts(self) -> dict[str, torch.Tensor]:
-        return {"B": self.B, "A": self.A, **({} if self.push is None else {"push": self.push})}
+        return {"B": self.B, "A": self.A, **({} if self.mean_effect is None else {"push": self.mean_effect})}
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return (self.B.shape[0], self.A.shape[1]) == shape
@@ -66,12 +68,12 @@ class LowRank:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> LowRank:
-        B, A, push = parts["B"], parts["A"], parts.get("push")
+        B, A, mean_effect = parts["B"], parts["A"], parts.get("push")
         if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
             raise ValueError(f"B is {list(B.shape)} and A {list(A.shape)}")
-        if push is not None and push.shape != A.shape[:1]:
-            raise ValueError(f"A is {list(A.shape)} and its push {list(push.shape)}")
-        return cls(entry["tensor"], B, A, push)
+        if mean_effect is not None and mean_effect.shape != A.shape[:1]:
+            raise ValueError(f"A is {list(A.shape)} and its push {list(mean_effect.shape)}")
+        return cls(entry["tensor"], B, A, mean_effect)
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,9 @@ def read_edit(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 def added(first: Edit, second: Edit) -> Edit:
     """Both edits of one tensor as one. Raises PlanError where the operations do not add up."""
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        known = first.push is not None and second.push is not None
-        push = torch.cat((first.push, second.push)) if known else None  # type: ignore[arg-type]
-        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), push)
+        known = first.mean_effect is not None and second.mean_effect is not None
+        mean_effect = torch.cat((first.mean_effect, second.mean_effect)) if known else None  # type: ignore[arg-type]
+        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), mean_effect)
     if isinstance(first, Bias) and isinstance(second, Bias):
         return Bias(first.tensor, first.delta + second.delta)
     if isinstance(first, Scale) and isinstance(second, Scale):

@@ -206,7 +206,7 @@ def _layers(plan: EditPlan) -> list[dict[str, Any]]:
 
 
 def _place(key: str) -> tuple[str, int, int | None]:
-    """Role, layer and expert of a site's key."""
+    """MatrixRole, layer and expert of a site's key."""
     role, layer, *expert = key.split(".")
     return role, int(layer), int(expert[0]) if expert else None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, Scale
 from steer2edit.runtime.expert_modules import Routed, Visit, experts_module, routing_tensor, visiting, without
@@ -19,24 +19,24 @@ from steer2edit.runtime.model import LoadedModel, device_of
 
 
 @contextmanager
-def edited(loaded: LoadedModel, plan: EditPlan, factor: float = 1.0) -> Iterator[None]:
-    """Within the block the model behaves as if ``factor`` times the plan were in its weights.
+def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterator[None]:
+    """Within the block the model behaves as if ``strength`` times the plan were in its weights.
 
     The update is applied as ``y + B (A x)`` at each edited matrix, in the activations' dtype or better, so a plan is tried
     without touching a weight; routers' rows and biases are set, and set back. Removed experts are masked as *absent*.
     """
     with ExitStack() as stack:
         for site, edits in _by_site(loaded.spec, plan):
-            if site.role is Role.ROUTER:
+            if site.role is MatrixRole.ROUTER:
                 stack.enter_context(_routing_set(loaded, site, edits))
             elif site.expert is None:
                 module = loaded.module(site)
-                hook = _embedding_hook if site.role is Role.EMBED else _linear_hook
-                stack.enter_context(_hooked(module, hook(site, edits, factor, device_of(module))))
+                hook = _embedding_hook if site.role is MatrixRole.EMBED else _linear_hook
+                stack.enter_context(_hooked(module, hook(site, edits, strength, device_of(module))))
         for layer, experts in _experts_by_layer(loaded.spec, plan).items():
             router = loaded.spec.router(layer)
             device = device_of(experts_module(loaded.model, router))
-            changes = {site.expert: _changes(site, edits, factor, device) for site, edits in experts}
+            changes = {site.expert: _changes(site, edits, strength, device) for site, edits in experts}
             stack.enter_context(visiting(loaded.model, router, _changing(changes)))
         for layer, gone in plan.structure.remove.items():
             stack.enter_context(without(loaded.model, loaded.spec.router(layer), gone, absent=True))
@@ -51,22 +51,22 @@ def steered(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: 
     with ExitStack() as stack:
         for key, vector in vectors.items():
             module = loaded.module(loaded.spec.site(key))
-            push = (strength * vector).to(device_of(module), torch.float32)
-            stack.enter_context(_hooked(module, lambda _m, _i, out, push=push: (out + push).to(out.dtype)))
+            shift = (strength * vector).to(device_of(module), torch.float32)
+            stack.enter_context(_hooked(module, lambda _m, _i, out, shift=shift: (out + shift).to(out.dtype)))
         yield
 
 
 @contextmanager
-def pushed(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
+def stream_shifted(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """Within the block a vector ``[hidden]`` is added to the residual stream after each named layer's block."""
     device = loaded.device
 
-    def pushing(vector: torch.Tensor) -> Callable[..., Any]:
-        push = vector.to(device, torch.float32)
+    def shifting(vector: torch.Tensor) -> Callable[..., Any]:
+        shift = vector.to(device, torch.float32)
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             stream = output[0] if isinstance(output, tuple) else output
-            moved = (stream + push.to(stream.device)).to(stream.dtype)
+            moved = (stream + shift.to(stream.device)).to(stream.dtype)
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
         return hook
@@ -74,7 +74,7 @@ def pushed(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator
     with ExitStack() as stack:
         for layer, vector in vectors.items():
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
-            stack.enter_context(_hooked(module, pushing(vector)))
+            stack.enter_context(_hooked(module, shifting(vector)))
         yield
 
 
@@ -100,7 +100,7 @@ def _experts_by_layer(spec: ModelSpec, plan: EditPlan) -> dict[int, list[tuple[S
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _changes(site: Site, edits: Sequence[Edit], factor: float, device: torch.device) -> list[Change]:
+def _changes(site: Site, edits: Sequence[Edit], strength: float, device: torch.device) -> list[Change]:
     """What edits of a matrix and its bias make of an output ``y`` [n, out], given the input ``x`` [n, in], both float32."""
     made: list[Change] = []
     gains = {edit.tensor: edit.factor for edit in edits if isinstance(edit, Scale)}
@@ -114,10 +114,10 @@ def _changes(site: Site, edits: Sequence[Edit], factor: float, device: torch.dev
         made.append(lambda x, y: y * gain)
     for edit in edits:
         if isinstance(edit, LowRank):
-            a, b = (factor * edit.A).to(device).T, edit.B.to(device).T
+            a, b = (strength * edit.A).to(device).T, edit.B.to(device).T
             made.append(lambda x, y, a=a, b=b: y + (x @ a) @ b)  # type: ignore[misc]
         elif isinstance(edit, Bias):
-            delta = (factor * edit.delta).to(device)
+            delta = (strength * edit.delta).to(device)
             made.append(lambda x, y, delta=delta: y + delta)  # type: ignore[misc]
         elif isinstance(edit, Assign):
             raise PlanError(f"the plan sets rows of {edit.tensor}, which is no router")
@@ -169,8 +169,8 @@ def _experts_per_token(loaded: LoadedModel, top_k: int) -> Iterator[None]:
             module.top_k = value
 
 
-def _linear_hook(site: Site, edits: list[Edit], factor: float, device: torch.device) -> Callable[..., torch.Tensor]:
-    changes = _changes(site, edits, factor, device)
+def _linear_hook(site: Site, edits: list[Edit], strength: float, device: torch.device) -> Callable[..., torch.Tensor]:
+    changes = _changes(site, edits, strength, device)
 
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # of a model on several devices a hook sees the input before it was moved
@@ -182,8 +182,10 @@ def _linear_hook(site: Site, edits: list[Edit], factor: float, device: torch.dev
     return hook
 
 
-def _embedding_hook(site: Site, edits: list[Edit], factor: float, device: torch.device) -> Callable[..., torch.Tensor]:
-    pairs = [((factor * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
+def _embedding_hook(
+    site: Site, edits: list[Edit], strength: float, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    pairs = [((strength * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
 
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # some families scale the embedding's rows inside the module

@@ -1,4 +1,4 @@
-"""The constant part of a plan: what its edits push, on average, into the residual stream.
+"""The mean effect of a plan: what its edits add, on average, to the residual stream.
 
 An edit ``B A`` adds ``B (A x)``. On the typical input x_bar of the data that the plan was made from, that is the vector
 ``B (A x_bar)``; run-time steering, which adds one vector at every token, can carry that much of an edit and no more.
@@ -15,24 +15,24 @@ from steer2edit.capture.statistics import LABELS, Statistics
 from steer2edit.plan import Edit, EditPlan, LowRank
 
 
-def record_push(plan: EditPlan, spec: ModelSpec, statistics: Statistics) -> EditPlan:
-    """The plan with every low-rank edit's ``push`` filled in where its typical input was captured.
+def record_mean_effect(plan: EditPlan, spec: ModelSpec, statistics: Statistics) -> EditPlan:
+    """The plan with every low-rank edit's ``mean_effect`` filled in where its typical input was captured.
 
-    Behind a norm the push is what reaches its gain: ``A x_bar`` over the root mean square of the site's output.
+    Behind a norm the mean effect is what reaches its gain: ``A x_bar`` over the root mean square of the site's output.
     """
 
-    def pushing(edit: Edit) -> Edit:
+    def recorded(edit: Edit) -> Edit:
         site = spec.owners.get(edit.tensor)
         if site is None or site.role in _CONDITIONAL or not isinstance(edit, LowRank):
             return edit
         if (site.key, "input", "positive") not in statistics.moments:
             return edit
-        push = edit.A.double() @ statistics.x_bar(site.key).double()
+        effect = edit.A.double() @ statistics.x_bar(site.key).double()
         if site.norm is not None:
-            push = push / output_size(statistics, site)
-        return replace(edit, push=push.float())
+            effect = effect / output_size(statistics, site)
+        return replace(edit, mean_effect=effect.float())
 
-    return replace(plan, edits=tuple(pushing(edit) for edit in plan.edits))
+    return replace(plan, edits=tuple(recorded(edit) for edit in plan.edits))
 
 
 def output_size(statistics: Statistics, site: Site) -> float:

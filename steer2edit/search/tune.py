@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit import methods
-from steer2edit.architecture import Role
+from steer2edit.architecture import MatrixRole
 from steer2edit.checkpoint import read_json
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
@@ -265,7 +265,7 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
         options = {"scale": "absolute", "stable": False, **options}
     plan = make_plan(scoring, method=method, options=module.Options(**options))
     if "mlp_share" in params:
-        share = {Role.ATTN_OUT: 1.0, Role.MLP_OUT: params["mlp_share"]}
+        share = {MatrixRole.ATTN_OUT: 1.0, MatrixRole.MLP_OUT: params["mlp_share"]}
         tensors = {name: share.get(site.role.kind, 1.0) for name, site in scoring.spec.owners.items()}
         plan = plan.reweighted(tensors, {site.key: share[site.role.kind] for site in scoring.spec.sites})
     return plan

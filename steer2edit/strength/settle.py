@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from steer2edit.architecture import Role
+from steer2edit.architecture import MatrixRole
 from steer2edit.data import contrast
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.plan import EditPlan
@@ -26,7 +26,7 @@ def settle_strength(
     *,
     strength: float | None = None,
     kl_budget: float | None = None,
-    class_budgets: Mapping[Role, float] | None = None,
+    class_budgets: Mapping[MatrixRole, float] | None = None,
     neutral: NeutralText,
 ) -> EditPlan:
     """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it.
@@ -69,13 +69,13 @@ def settle_strength(
 
 
 def _settle_classes(
-    loaded: LoadedModel, plan: EditPlan, budgets: Mapping[Role, float], neutral: NeutralText
+    loaded: LoadedModel, plan: EditPlan, budgets: Mapping[MatrixRole, float], neutral: NeutralText
 ) -> tuple[EditPlan, dict[str, Any]]:
     roles = {name: site.role.kind for name, site in loaded.spec.owners.items()}
     found: dict[str, Any] = {}
-    factors: dict[Role, float] = {}
+    factors: dict[MatrixRole, float] = {}
     for role in sorted({roles[edit.tensor] for edit in plan.edits if edit.tensor in roles}):
-        name = "attn" if role is Role.ATTN_OUT else "mlp"
+        name = "attn" if role is MatrixRole.ATTN_OUT else "mlp"
         if role not in budgets:
             raise PlanError(f"the plan edits {name} writers too: give --kl-budget-{name} (0 leaves them out)")
         factors[role] = 0.0

@@ -26,13 +26,13 @@ from steer2edit.progress import Progress
 
 
 def write_config(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path) -> None:
-    """Write config.json with the plan's numbers of experts. Raises PlanError where the model cannot be cut so."""
+    """Write config.json with the plan's numbers of experts. Raises PlanError where the model cannot be pruned so."""
     check_structure(plan.structure, spec)
     text = json.dumps(changed_config(checkpoint.config, plan.structure), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def lower_cut(
+def lower_pruned(
     plan: EditPlan,
     checkpoint: Checkpoint,
     spec: ModelSpec,
@@ -59,7 +59,7 @@ def lower_cut(
     checkpoint.check_unchanged()
     routers = [spec.router(layer) for layer in plan.structure.remove]
     for name in [name for router in routers for name in (router.tensor, router.bias) if name]:
-        changes.append(_cut_change(checkpoint, shards, name))
+        changes.append(_pruned_change(checkpoint, shards, name))
     removed = {str(layer): list(gone) for layer, gone in plan.structure.remove.items()}
     kept = spec.routers[0].experts - len(next(iter(removed.values())))
     dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in edits.items()})
@@ -138,7 +138,7 @@ def _rewrite(checkpoint: Checkpoint, piece: Piece, target: Path, at: int) -> Cha
     return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
 
 
-def _cut_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], name: str) -> Change:
+def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], name: str) -> Change:
     made = next(one for one in shards[checkpoint.tensors[name].shard] if one.info.name == name)
     after = hashlib.sha256()
     for piece in made.pieces:
@@ -157,10 +157,10 @@ def _write_index(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], f
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def compare_cut(
+def compare_pruned(
     checkpoint: Checkpoint, artefact: Checkpoint, shards: Mapping[str, Sequence[Made]], progress: Progress
 ) -> tuple[int, list[str]]:
-    """How many tensors a cut checkpoint should have, and what is wrong with those that it has."""
+    """How many tensors a pruned checkpoint should have, and what is wrong with those that it has."""
     problems = []
     expected = {one.info.name: one for made in shards.values() for one in made}
     problems += [f"{name} is missing" for name in sorted(expected.keys() - artefact.tensors.keys())]

@@ -37,7 +37,7 @@ def lower(
         from steer2edit.targets import _pruned
 
         if plan.structure.remove:
-            return _pruned.lower_cut(plan, checkpoint, spec, edits, folder, progress, writing)
+            return _pruned.lower_pruned(plan, checkpoint, spec, edits, folder, progress, writing)
         _pruned.write_config(plan, checkpoint, spec, folder)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     edited = {info.shard for infos in places.values() for info in infos}

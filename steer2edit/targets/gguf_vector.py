@@ -1,10 +1,10 @@
 """The control-vector target: the plan's behaviour as run-time steering for llama.cpp, for those who stay with that.
 
 A control vector adds one direction to the stream after each block, at every token. Of an edit ``B A`` it can carry the
-constant part alone: ``B (A x_bar)``, what the edit pushes on the typical input of its own data (``mean_effect.residual_push``).
+constant part alone: ``B (A x_bar)``, the edit's mean effect on its own data (``lowering.constant_part``).
 What an edit does beyond that, pushing more at some tokens and less at others, is lost, so this target is *approximate*;
-``verify`` measures by how much. llama.cpp has no direction for block 0: its push joins block 1's, which reaches every later block
-as before, and only block 1 itself reads the stream without it.
+``verify`` measures by how much. llama.cpp has no direction for block 0: its part joins block 1's, which reaches every later
+block as before, and only block 1 itself reads the stream without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, write_gguf
 from steer2edit.errors import TargetError
 from steer2edit.lowering import Change, Lowering, resolve
-from steer2edit.lowering.constant_part import residual_push
+from steer2edit.lowering.constant_part import constant_parts
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress
 
@@ -24,9 +24,9 @@ FILE = "control-vector.gguf"
 
 
 def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
-    """Write ``control-vector.gguf`` into ``folder``. Raises TargetError for plans whose push is not known."""
+    """Write ``control-vector.gguf`` into ``folder``. Raises TargetError for plans whose mean effect is not known."""
     resolve(plan, checkpoint, spec)
-    vectors = residual_push(plan, checkpoint, spec)
+    vectors = constant_parts(plan, checkpoint, spec)
     if not vectors:
         raise TargetError("the plan is empty; there is nothing for a control vector to carry")
     if spec.layers < 2:
@@ -39,8 +39,9 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     write_gguf(folder / FILE, CONTROL_VECTOR, tensors, fields)
     changes = tuple(Change(name, "ControlVector", float(vector.double().norm())) for name, vector in tensors.items())
     notes: tuple[str, ...] = (
-        "Carries the mean push of each edit on its own data, at every token alike; the weights push selectively.",
+        "Carries each edit's mean effect on its own data, at every token alike. "
+        "The weights act more on some tokens than on others.",
     )
     if moved:
-        notes += ("Block 0's push is added after block 1: llama.cpp has no direction for block 0.",)
+        notes += ("Block 0's part is added after block 1: llama.cpp has no direction for block 0.",)
     return Lowering("approximate", changes, notes, {"files": [FILE], "layers": sorted(vectors)})

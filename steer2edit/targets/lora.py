@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Role, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
@@ -67,7 +67,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
 
 
 def _peft_refusal(spec: ModelSpec, site: Site) -> str:
-    mamba = site.role is Role.MIXER_OUT and spec.model_type in NO_ADAPTER
+    mamba = site.role is MatrixRole.MIXER_OUT and spec.model_type in NO_ADAPTER
     return "a Mamba mixer, which PEFT refuses to wrap" if mamba else ""
 
 

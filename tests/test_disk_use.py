@@ -26,14 +26,14 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.dry_run import _active, widest_plan
 from steer2edit.errors import TargetError
 from steer2edit.lowering import Writing
-from steer2edit.lowering.disk_use import check_room, forecast
+from steer2edit.lowering.disk_use import check_room, disk_use
 from steer2edit.lowering.rewrite import copies
 from steer2edit.plan import EditPlan
 
 
 def foretold(base: Path, out: Path, plan: EditPlan, to: str = "checkpoint", **how: Any) -> Any:
     checkpoint = open_checkpoint(base)
-    return forecast(plan, checkpoint, read_spec(checkpoint), to, out, Writing(**how))
+    return disk_use(plan, checkpoint, read_spec(checkpoint), to, out, Writing(**how))
 
 
 @pytest.mark.parametrize("link", [False, True])

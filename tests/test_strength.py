@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import family_config, save_tiny
 
-from steer2edit.architecture import Role, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.methods import make_plan, steering
@@ -217,14 +217,20 @@ def test_classes_keep_their_own_budgets(
     scoring = Scoring(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama))
     both = make_plan(scoring, options=steering.Options(sites="both"))
     neutral = neutral_text(loaded, TEXT)
-    settled = settle_strength(loaded, both, class_budgets={Role.ATTN_OUT: 0.02, Role.MLP_OUT: 0.005}, neutral=neutral)
+    settled = settle_strength(
+        loaded, both, class_budgets={MatrixRole.ATTN_OUT: 0.02, MatrixRole.MLP_OUT: 0.005}, neutral=neutral
+    )
     for role, budget in (("self_attn", 0.02), ("mlp", 0.005)):
         part = replace(settled, edits=tuple(edit for edit in settled.edits if role in edit.tensor))
         with edited(loaded, part):
             assert 0.94 * budget <= neutral.measure().kl <= budget
     bounded = settle_strength(
-        loaded, both, kl_budget=0.004, class_budgets={Role.ATTN_OUT: 0.02, Role.MLP_OUT: 0.0}, neutral=neutral
+        loaded,
+        both,
+        kl_budget=0.004,
+        class_budgets={MatrixRole.ATTN_OUT: 0.02, MatrixRole.MLP_OUT: 0.0},
+        neutral=neutral,
     )
     assert bounded.measured["kl"] <= 0.004 and all("self_attn" in edit.tensor for edit in bounded.edits)
     with pytest.raises(PlanError, match="--kl-budget-mlp"):
-        settle_strength(loaded, both, class_budgets={Role.ATTN_OUT: 0.02}, neutral=neutral)
+        settle_strength(loaded, both, class_budgets={MatrixRole.ATTN_OUT: 0.02}, neutral=neutral)
