@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from test_families import CAUSAL, WRAPPERS
 from steer2edit.data.tokens import Encoded
 from steer2edit.evaluation import likelihood
 from steer2edit.evaluation.likelihood import response_log_probabilities
+from steer2edit.runtime.cache import cache_parameter, returned_cache
 from steer2edit.runtime.model import LoadedModel, load_weights
 
 SLIDING = ["cohere2", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "starcoder2"]
@@ -130,3 +133,29 @@ def test_fewer_tokens_are_run_where_a_prompt_is_shared(loaded: LoadedModel) -> N
     finally:
         hook.remove()
     assert shared < 0.6 * sum(run)
+
+
+def test_the_cache_has_the_name_that_the_forward_gives_it() -> None:
+    def older(input_ids: Any, past_key_values: Any = None) -> None: ...
+    def newer(input_ids: Any, cache: Any = None) -> None: ...
+    def without(input_ids: Any, **kwargs: Any) -> None: ...
+
+    @functools.wraps(newer)
+    def renaming(*args: Any, **kwargs: Any) -> None: ...
+
+    names = [cache_parameter(forward) for forward in (older, newer, renaming, without)]
+    assert names == ["past_key_values", "cache", "cache", None]
+    assert returned_cache(OrderedDict(last_hidden_state=1, past_key_values=2)) == 2
+    assert returned_cache(OrderedDict(last_hidden_state=1, cache=3)) == 3
+    assert returned_cache((1, 2)) is None
+
+
+def test_an_error_that_is_not_about_the_cache_is_raised(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deprecated(*_args: Any) -> None:
+        raise FutureWarning("renamed")
+
+    likelihood._continuing.pop(loaded.model, None)
+    monkeypatch.setattr(likelihood, "_shared", deprecated)
+    with pytest.raises(FutureWarning, match="renamed"):
+        response_log_probabilities(loaded, questions())
+    assert loaded.model not in likelihood._continuing

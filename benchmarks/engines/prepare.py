@@ -31,7 +31,8 @@ from steer2edit.checkpoint.gguf import read_control_vector
 from steer2edit.demo.run import model_folder
 from steer2edit.errors import Steer2EditError
 from steer2edit.plan import Base, EditPlan, LowRank, merge
-from steer2edit.runtime.hooks import edited, pushed
+from steer2edit.runtime.cache import cache_parameter, returned_cache
+from steer2edit.runtime.hooks import edited, stream_shifted
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
@@ -168,7 +169,7 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     found["merged"] = answers(merged, prompts, tokens)
     if not artefacts["first gguf-vector"].startswith("error"):
         _, vectors = read_control_vector(Path(artefacts["first gguf-vector"]) / "control-vector.gguf")
-        found["control vector"] = answers(loaded, prompts, tokens, lambda: pushed(loaded, vectors))
+        found["control vector"] = answers(loaded, prompts, tokens, lambda: stream_shifted(loaded, vectors))
     path = work / "references" / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found) + "\n")
@@ -243,8 +244,9 @@ def answers(
             record: Record = {"prompt": prompt, "tokens": [], "top": []}
             ids, past = torch.tensor([prompt]), None
             for _ in range(tokens):
-                out = loaded.model(input_ids=ids, past_key_values=past, use_cache=True)
-                past = out.past_key_values
+                past_cache = {} if past is None else {cache_parameter(loaded.model.forward): past}
+                out = loaded.model(input_ids=ids, use_cache=True, **past_cache)
+                past = returned_cache(out)
                 best = torch.log_softmax(out.logits[0, -1].float(), dim=-1).topk(TOP)
                 record["top"].append([[int(i), float(p)] for i, p in zip(best.indices, best.values, strict=True)])
                 record["tokens"].append(int(best.indices[0]))

@@ -17,6 +17,7 @@ import torch
 
 from steer2edit.data.tokens import Encoded, common_prefix
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.cache import cache_parameter, returned_cache
 from steer2edit.runtime.model import LoadedModel, batches, pad_right
 from steer2edit.strength.unembedding import token_log_probabilities
 
@@ -27,6 +28,8 @@ _HEAD = 8
 """A beginning that all prompts share is worth a pass of its own from so many tokens on."""
 _WORTH = 0.85
 """Sharing is taken up where it leaves at most this part of the tokens."""
+_NOT_CONTINUED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a family's own code may raise where its cache cannot be continued by several responses."""
 _continuing: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
@@ -155,9 +158,11 @@ def _run(loaded: LoadedModel, rows: Sequence[Sequence[int]], cache: Any, past: i
     """Final states of ``rows``, which continue what ``cache`` holds, and the cache with them in it."""
     ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id or 0, loaded.device)
     mask = torch.cat([mask.new_ones(len(rows), past), mask], dim=1)
-    given = {} if cache is None else {"past_key_values": cache}
-    out = loaded.body()(input_ids=ids, attention_mask=mask, use_cache=True, **given)
-    return out[0], getattr(out, "past_key_values", None)
+    body = loaded.body()
+    name = cache_parameter(body.forward)
+    past_cache = {} if cache is None or name is None else {name: cache}
+    out = body(input_ids=ids, attention_mask=mask, use_cache=True, **past_cache)
+    return out[0], returned_cache(out)
 
 
 def _taken(cache: Any, rows: Sequence[int]) -> Any:
@@ -199,11 +204,11 @@ def _tried(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> 
     least = min(plan.batches, key=lambda batch: _held(batch, examples))
     try:
         _, cache = _run(loaded, [examples[0].ids[:1]], None, 0)
-        layers = getattr(cache, "layers", None)
+        layers = getattr(cache, "layers", None) if cache_parameter(loaded.body().forward) else None
         if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
             return False
         found = list(_shared(loaded, examples, _Sharing(plan.head, (least,))))
-    except Exception:  # whatever a family's own code raises where its cache is not taken up so; the other way is left
+    except _NOT_CONTINUED:
         return False
     # a module may keep a state of its own besides, which no type tells
     shared = torch.cat([values for _, part in found for values in part])
