@@ -20,7 +20,7 @@ from steer2edit.evaluation.assess import prove
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering, Writing
-from steer2edit.methods import METHOD, make_plan
+from steer2edit.methods import METHOD, make_plan, own_strength
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
@@ -65,8 +65,8 @@ def compile(
     """Compile a behaviour into ``model``'s weights.
 
     ``strength`` multiplies the method's edit; without it, the largest is taken whose measured mean KL on neutral text (nats
-    per token) is within ``kl_budget``, 0.05 unless given. With one target ``out`` is its folder, with several a folder for
-    each inside.
+    per token) is within ``kl_budget``, 0.05 unless given; options of the method may ask for a strength of their own. With one
+    target ``out`` is its folder, with several a folder for each inside.
     With ``vectors`` from elsewhere these take the place of the captured difference, and a behaviour without examples will do.
     ``options`` is the method's own Options. Statistics of an earlier capture may stand for the behaviour. With held-out
     ``questions`` the edit is also measured, beside activation steering and a random direction, and each artefact gets
@@ -94,6 +94,8 @@ def compile(
         scoring = Scoring(checkpoint, spec, statistics)
         plan = make_plan(scoring, method=method, options=options, progress=progress)
         text = neutral_text(loaded, neutral, progress)
+        if strength is None and kl_budget is None and class_budgets is None:
+            strength = own_strength(options)
         plan = settle_strength(
             loaded, plan, strength=strength, kl_budget=kl_budget, class_budgets=class_budgets, neutral=text
         )

@@ -144,7 +144,7 @@ def rescale(
     if factor is not None:
         if not math.isfinite(factor):
             raise PlanError(f"--by is {factor}, expected a finite number")
-        return replace(bare.scaled(factor), measured={**kept, "strength": before * factor})
+        return replace(bare, measured={**kept, "strength": before}).at_strength(factor)
     if loaded is None or neutral is None:
         raise PlanError("a KL budget is measured: it needs the model")
     settled = settle_strength(loaded, bare, kl_budget=kl_budget, class_budgets=class_budgets, neutral=neutral)

@@ -92,6 +92,8 @@ def dry_run(
     dtype = _dtype(runtime, device)
     examples, tokens = _tokens(checkpoint, behavior, background, runtime)
     rate = _multiplications(spec.hidden_size, dtype, device) if runtime.device_map is None else None
+    if strength is None:
+        strength = methods.own_strength(options)
     active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
     passes = 1 if strength is not None else SEARCH_PASSES
     written = []

@@ -90,6 +90,39 @@ def test_scale_absolute_is_not_rescaled(tiny_llama: Path, data: Path, neutral: P
     assert json.loads(result.stdout)["measured"]["strength"] == 1.0
 
 
+def test_a_planned_strength_is_recorded_and_scale_multiplies_it(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    stats, plan, scaled = (
+        tmp_path / name for name in ("x.stats.safetensors", "x.plan.safetensors", "y.plan.safetensors")
+    )
+    assert run("capture", tiny_llama, "--data", data, "-o", stats).exit_code == 0
+    assert run("plan", tiny_llama, "--stats", stats, "--strength", "2", "-o", plan).exit_code == 0
+    assert EditPlan.load(plan).measured["strength"] == 2
+    assert run("scale", plan, "--by", "3", "-o", scaled).exit_code == 0
+    assert EditPlan.load(scaled).measured["strength"] == 6
+
+
+def test_scale_absolute_means_the_same_in_python_and_on_the_command_line(
+    tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path
+) -> None:
+    import steer2edit
+    from steer2edit.data.behavior import Behavior
+    from steer2edit.methods import component
+
+    flags = ("--method", "component", "--scale", "absolute", "--rho-attn", "0.5", "--alpha", "0.1")
+    result = run(
+        "compile", tiny_llama, "--data", data, "--neutral", neutral, *flags, "--to", "lora", "--out", tmp_path / "one"
+    )
+    assert result.exit_code == 0, result.output
+    compiled = steer2edit.compile(
+        tiny_llama, Behavior.from_data(data), tmp_path / "two", to=("lora",), neutral=neutral.read_text(),
+        method="component", options=component.Options(rho_attn=0.5, alpha=0.1, scale="absolute"),
+    )  # fmt: skip
+    plan = EditPlan.load(tmp_path / "one" / "steer2edit" / "plan.safetensors")
+    assert plan.measured["strength"] == compiled.plan.measured["strength"] == 1.0
+    assert plan.method["stable"] is compiled.plan.method["stable"] is False
+    assert plan.hash == compiled.plan.hash
+
+
 def test_show_lists_and_draws(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path) -> None:
     run("compile", tiny_llama, "--data", data, "--neutral", neutral, "--out", tmp_path / "out")
     shown = run("show", tmp_path / "out", "--plot", tmp_path / "map.png")

@@ -252,7 +252,7 @@ def plan(model: str, stats: Path, out: Path, as_json: bool, **given: Any) -> Non
         neutral = neutral_text(loaded, read_neutral(given), progress_bar())
         made = settle_strength(loaded, made, **read_budgets(given), neutral=neutral)
     elif given["strength"] is not None:
-        made = made.scaled(given["strength"])
+        made = made.at_strength(given["strength"])
     made.save(out)
     print_result(
         {"plan": str(out), **describe_plan(made)},

@@ -124,7 +124,7 @@ def scale(plan_file: str, by: float | None, model: str | None, out: Path, as_jso
     if by is not None:
         scaled = rescale(plan, factor=by)
     else:
-        budgets = read_budgets({**given, "strength": None, "scale": None})
+        budgets = read_budgets({**given, "strength": None})
         if budgets["kl_budget"] is None and budgets["class_budgets"] is None:
             raise click.UsageError("give --by, or a KL budget")
         if model is None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steer2edit.cli.options import print_result, read_background, read_method_options, read_runtime, read_strength
+from steer2edit.cli.options import print_result, read_background, read_method_options, read_runtime
 
 
 def dry_run_emit(
@@ -59,7 +59,7 @@ def dry_run_compile(
         revision=given["revision"],
         method=given["method"],
         options=read_method_options(given),
-        strength=read_strength(given),
+        strength=given["strength"],
         background=read_background(given),
         runtime=read_runtime(given),
         force=force,

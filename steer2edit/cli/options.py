@@ -256,9 +256,6 @@ def read_method_options(given: dict[str, Any]) -> Any:
         names = {"stable": "all-components", "background": "background-weight"}
         flags = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in strange)
         raise click.UsageError(f"the method {given['method']} has no option {flags}")
-    if chosen.get("scale") == "absolute":
-        # the paper's edit to the letter knows nothing of stability
-        chosen.setdefault("stable", False)
     if "layers" in chosen:
         chosen["layers"] = read_layers(chosen["layers"])
     return options_class(**chosen)
@@ -273,22 +270,13 @@ def read_layers(text: str) -> tuple[int, int]:
     return int(first), int(last if dash else first)
 
 
-def read_strength(given: dict[str, Any]) -> float | None:
-    # the paper's lambda is absolute: asked for by that name, it is not rescaled unasked
-    budgets = (given["kl_budget"], given["kl_budget_attn"], given["kl_budget_mlp"])
-    if given["scale"] == "absolute" and given["strength"] is None and all(budget is None for budget in budgets):
-        return 1.0
-    value: float | None = given["strength"]
-    return value
-
-
 def read_budgets(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of ``settle_strength`` that say how strong an edit may be."""
     from steer2edit.architecture import MatrixRole
 
     budgets = {MatrixRole.ATTN_OUT: given["kl_budget_attn"], MatrixRole.MLP_OUT: given["kl_budget_mlp"]}
     classes = {role: budget for role, budget in budgets.items() if budget is not None}
-    return {"strength": read_strength(given), "kl_budget": given["kl_budget"], "class_budgets": classes or None}
+    return {"strength": given["strength"], "kl_budget": given["kl_budget"], "class_budgets": classes or None}
 
 
 def read_neutral(given: dict[str, Any]) -> str | None:

@@ -62,6 +62,12 @@ def make_plan(
     return replace(plan, data=describe_data(statistics))
 
 
+def own_strength(options: Any) -> float | None:
+    """The strength that a method's options ask for where neither strength nor budget is given; None: the KL budget decides."""
+    strength: float | None = getattr(options, "strength", None)
+    return strength
+
+
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}

@@ -40,8 +40,8 @@ class Options:
     ``slope``, or from ``top_*``, a budget: this many components, or below 1 this share of them, by |g| over all layers; tau is
     then the first score left out. ``rho <= 0`` or ``top == 0`` leaves the class alone. With nothing given for either class
     the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``stable`` leaves out components whose score's bootstrap interval
-    holds zero. ``layers`` are the first and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to
-    are left alone.
+    holds zero; where it is None, so does scale "relative", and "absolute" edits them as the paper does. ``layers`` are the
+    first and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to are left alone.
     """
 
     rho_attn: float | None = None
@@ -53,9 +53,19 @@ class Options:
     top_heads: float | None = None
     top_neurons: float | None = None
     scale: Literal["relative", "absolute"] = "relative"
-    stable: bool = True
+    stable: bool | None = None
     layers: tuple[int, int] | None = None
     min_tokens: int = 32
+
+    @property
+    def strength(self) -> float | None:
+        """The strength of these options where none is given: the paper's lambda is absolute, and is not rescaled."""
+        return 1.0 if self.scale == "absolute" else None
+
+    @property
+    def only_stable(self) -> bool:
+        """Whether components of unstable sign are left alone."""
+        return self.scale == "relative" if self.stable is None else self.stable
 
     def rule(self, role: MatrixRole) -> Rule | None:
         """The rule for heads or neurons; None where they are left alone. Raises PlanError for contradictions."""
@@ -140,7 +150,11 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
             edits.append(edit)
     method = {
         "name": "component",
-        **{key: value for key, value in asdict(options).items() if value is not None},
+        **{
+            key: value
+            for key, value in asdict(replace(options, stable=options.only_stable)).items()
+            if value is not None
+        },
         "layers": [first, last],
         "experts_left_alone": too_few,
         **{f"threshold_{role.value}": rule.tau for role, rule in settled.items()},
@@ -151,7 +165,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
 def _eligible(one: SiteScores, options: Options) -> torch.Tensor:
     """The scores g, with zero for components whose sign hangs on the sample, unless these may be edited too."""
-    return one.table.g * one.table.stable if options.stable else one.table.g
+    return one.table.g * one.table.stable if options.only_stable else one.table.g
 
 
 def _edit(one: SiteScores, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:

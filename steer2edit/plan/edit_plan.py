@@ -165,6 +165,13 @@ class EditPlan:
         scores = {key: replace(table, lam=table.lam * factor) for key, table in self.scores.items()}
         return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
 
+    def at_strength(self, strength: float) -> EditPlan:
+        """The plan at ``strength`` times its present strength, recorded in ``measured``. Raises PlanError unless finite."""
+        if not math.isfinite(strength):
+            raise PlanError(f"the strength is {strength}, expected a finite number")
+        now = float(self.measured.get("strength") or 1.0)
+        return replace(self.scaled(strength), measured={**self.measured, "strength": now * strength})
+
     def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
         """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
         edits = (edit.scaled(tensors.get(edit.tensor, 1.0)) for edit in self.edits if tensors.get(edit.tensor, 1.0))

@@ -262,7 +262,7 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
         options["layers"] = (params["first_layer"], params["last_layer"])
     if search.grid and method == "component":
         # Steer2Edit's own parameters are tried to the letter
-        options = {"scale": "absolute", "stable": False, **options}
+        options = {"scale": "absolute", **options}
     plan = make_plan(scoring, method=method, options=module.Options(**options))
     if "mlp_share" in params:
         share = {MatrixRole.ATTN_OUT: 1.0, MatrixRole.MLP_OUT: params["mlp_share"]}
