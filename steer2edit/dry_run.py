@@ -141,7 +141,7 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
     sites += [spec.embedding] if getattr(options, "embedding", False) else []
     zero = torch.zeros(1, 1)  # one number for all: a mixture may have ten thousand matrices
     edits = (LowRank(s.matrix, zero.expand(s.out_features, 1), zero.expand(1, s.in_features)) for s in sites)
-    return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits))
+    return EditPlan(Base.of(checkpoint), tuple(edits))
 
 
 def describe(found: DryRun) -> dict[str, Any]:

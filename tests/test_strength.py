@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import pytest
 import torch
 from conftest import family_config, save_tiny
 
+import steer2edit
 from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.methods import make_plan, steering
 from steer2edit.plan import EditPlan
-from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import Divergence, NeutralText
-from steer2edit.strength.line_search import find_strength, quadratic_start
+from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
+from steer2edit.strength.meet import at, estimate, meet
 from steer2edit.strength.settle import neutral_text, settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
@@ -189,17 +192,36 @@ def test_the_closed_form_is_exact_for_a_quadratic_and_close_for_a_plan(loaded: L
 
     for probe in (1e-4, 0.1, 100.0):
         assert quadratic_start(glance, 0.05, probe=probe) == pytest.approx(math.sqrt(0.05 / 7))
-    neutral = NeutralText(loaded, TEXT)
-
-    def measured(strength: float, glance: bool = False) -> Divergence:
-        with edited(loaded, plan, strength):
-            return neutral.measure(glance=glance)
-
-    start = quadratic_start(lambda strength: measured(strength, glance=True), 0.001)
-    assert measured(start).kl == pytest.approx(0.001, rel=0.3)
+    neutral, apply = NeutralText(loaded, TEXT), partial(edited, loaded, plan)
+    start = estimate(apply, neutral, 0.001)
+    assert at(apply, neutral, start).divergence.kl == pytest.approx(0.001, rel=0.3)
     # KL becomes its quadratic as the edit gets small
-    small = measured(start / 4, glance=True)
+    with apply(start / 4):
+        small = neutral.measure(glance=True)
     assert small.kl == pytest.approx(small.quadratic, rel=0.05)
+
+
+def test_what_meets_a_budget_is_what_was_measured_there(loaded: LoadedModel, plan: EditPlan) -> None:
+    neutral = NeutralText(loaded, TEXT)
+    vectors = {site.key: torch.full((site.out_features,), 0.1) for site in loaded.spec.sites}
+    for apply in (partial(edited, loaded, plan), partial(steered, loaded, vectors)):
+        met = meet(apply, neutral, 0.02)
+        assert 0.95 * 0.02 <= met.divergence.kl <= 0.02
+        assert met.steps[-1] == (met.strength, met.divergence.kl)
+        assert at(apply, neutral, met.strength) == Strength(met.strength, met.divergence, ())
+    assert at(partial(edited, loaded, plan), neutral, 0.0).divergence.kl == 0
+
+
+def test_one_place_applies_an_edit_and_measures_it() -> None:
+    package = Path(steer2edit.__file__).parent
+    for name, homes in (
+        ("find_strength(", {"line_search.py", "meet.py"}),
+        ("quadratic_start(", {"line_search.py", "meet.py"}),
+        # the metric measures whatever candidate the model is
+        (".measure(glance=", {"meet.py"}),
+        (".measure().kl", set()),
+    ):
+        assert {path.name for path in package.rglob("*.py") if name in path.read_text(encoding="utf-8")} == homes, name
 
 
 def test_windows_add_up_and_a_glance_is_some_of_them(loaded: LoadedModel, plan: EditPlan) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,9 @@ from steer2edit.errors import PlanError, listing, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
 from steer2edit.files.schema import TEXT, check
 from steer2edit.files.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
 
 Label = Literal["positive", "negative"]
 Population = Literal["positive", "negative", "neutral"]
@@ -91,6 +94,15 @@ class Statistics:
     resampled: Mapping[tuple[Kind, str, Side], Resampled] = field(default_factory=dict)
     weights: Mapping[Kind, torch.Tensor] = field(default_factory=dict)
     experts: Mapping[tuple[int, Population], ExpertMoments] = field(default_factory=dict)
+
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError unless the statistics were captured from this checkpoint's weights."""
+        theirs = self.source.get("fingerprint")
+        if theirs != checkpoint.fingerprint:
+            raise PlanError(
+                f"the statistics are of {self.source.get('model')} (fingerprint {str(theirs)[:12]}), but {checkpoint.name} has "
+                f"the fingerprint {checkpoint.fingerprint[:12]}; capture them from this model"
+            )
 
     def mean(self, key: str, side: Side, population: Population) -> torch.Tensor:
         """The mean activation, float64 ``[features]``. Raises PlanError where it was not captured."""

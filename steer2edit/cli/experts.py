@@ -90,7 +90,7 @@ def show_experts(stats: Path, model: str | None, revision: str | None, as_json: 
     statistics, aligned = Statistics.load(stats), None
     if model is not None:
         checkpoint, spec = open_model(model, {"revision": revision})
-        _same_model(statistics, checkpoint)
+        statistics.check_model(checkpoint)
         aligned = alignments(statistics, spec, checkpoint, progress_bar())
     _print_ranking(statistics, aligned, {"statistics": str(stats)}, as_json, given)
 
@@ -191,7 +191,7 @@ def _request(checkpoint: Any, spec: Any, given: dict[str, Any]) -> tuple[Any, An
     off, data = _pairs(given["named"], "--experts") if given["named"] else [], None
     if given["stats"]:
         statistics = Statistics.load(given["stats"])
-        _same_model(statistics, checkpoint)
+        statistics.check_model(checkpoint)
         off, data = _ranked_off(checkpoint, spec, statistics, given), describe_data(statistics)
     how = "prune" if given["prune"] else given["how"]
     if given["prune"] and given["how"] != "auto":
@@ -248,17 +248,6 @@ def _table(statistics: Any, aligned: Any, given: dict[str, Any], make: Any) -> A
 
     control = Statistics.load(given["control"]) if given["control"] is not None else None
     return make(statistics, scope=given["scope"], by=given["by"], control=control, alignment=aligned)
-
-
-def _same_model(statistics: Any, checkpoint: Any) -> None:
-    from steer2edit.errors import PlanError
-
-    theirs = statistics.source.get("fingerprint")
-    if theirs != checkpoint.fingerprint:
-        raise PlanError(
-            f"the statistics are of {statistics.source.get('model')} (fingerprint {str(theirs)[:12]}), but "
-            f"{checkpoint.name} has the fingerprint {checkpoint.fingerprint[:12]}; profile this model"
-        )
 
 
 def _pairs(text: str, flag: str) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +41,7 @@ from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, load_model, load_weights
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import at
 from steer2edit.strength.settle import neutral_text, settle_strength
 
 TOP = 4
@@ -105,8 +107,7 @@ class _Behavior:
         checked = verify(folder, self.checkpoint.path, runtime=RUNTIME, progress=self.progress)
         before = answers_to(loaded, self.tasks)
         after = answers_to(replace(loaded, model=load_weights(folder, RUNTIME)), self.tasks)
-        with edited(loaded, plan):
-            kl = self.neutral.measure().kl
+        kl = at(partial(edited, loaded, plan), self.neutral).divergence.kl
         rows = [
             {"model": "base", **rates_of(self.tasks, before), "kl": 0.0},
             {"model": f"the attribute's {TOP} experts off (checkpoint)", **rates_of(self.tasks, after), "kl": kl},
@@ -140,8 +141,10 @@ class _Behavior:
         return lower_experts(self.checkpoint, self.loaded.spec, Request.of(experts))
 
     def measured(self, plan: EditPlan) -> dict[str, float]:
-        with edited(self.loaded, plan):
-            return {**rates_of(self.tasks, answers_to(self.loaded, self.tasks)), "kl": self.neutral.measure().kl}
+        apply = partial(edited, self.loaded, plan)
+        with apply(1.0):
+            rates = rates_of(self.tasks, answers_to(self.loaded, self.tasks))
+        return {**rates, "kl": at(apply, self.neutral).divergence.kl}
 
     def random_masks(self, taken: set[Pair]) -> dict[str, Any]:
         """As many experts at random, none of those that were ``taken``: the mean over draws, and each draw."""

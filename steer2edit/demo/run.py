@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import at
 from steer2edit.strength.settle import settle_strength
 
 KL_BUDGET = 0.0025
@@ -129,9 +131,11 @@ def _run_one(
     rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured["kl"]})
     vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}
     for strength in STEERING:
-        with steered(loaded, vectors, strength):
+        apply = partial(steered, loaded, vectors)
+        with apply(strength):
             rates = rates_of(tasks, answers_to(loaded, tasks))
-            rows.append({"model": f"steering × {strength:g}", **rates, "kl": neutral.measure().kl})
+        kl = at(apply, neutral, strength).divergence.kl
+        rows.append({"model": f"steering × {strength:g}", **rates, "kl": kl})
     samples = changed_answers(tasks, before, after)
     plots, note = [], ""
     for drawn, name in ((plan, "heatmap.png"), (component, "heatmap-component.png")):

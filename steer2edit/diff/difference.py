@@ -169,4 +169,4 @@ def recover_plan(
             edits.append(LowRank(found.tensor, B.contiguous(), A.contiguous()))
     ranks = sorted({edit.B.shape[1] for edit in edits if isinstance(edit, LowRank)})
     method = {"name": "recovered", "ranks": ranks, "left_out": left_out}
-    return EditPlan(Base(base.name, base.revision, base.fingerprint), tuple(edits), method=method), left_out
+    return EditPlan(Base.of(base), tuple(edits), method=method), left_out

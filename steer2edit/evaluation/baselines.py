@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,8 +23,8 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
-from steer2edit.strength.kl import Divergence, NeutralText
-from steer2edit.strength.line_search import find_strength, quadratic_start
+from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import at, meet
 
 Match = Literal["norm", "kl"]
 KINDS = ("random", "shuffled", "flipped", "whole", "ablation")
@@ -84,14 +85,8 @@ def steering(
 def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl: float) -> Candidate:
     """Activation steering at the strength that meets a KL."""
     vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
-
-    def measure(strength: float, glance: bool = False) -> Divergence:
-        with steered(loaded, vectors, strength):
-            return neutral.measure(glance=glance)
-
-    start = quadratic_start(lambda strength: measure(strength, glance=True), kl)
-    found = replace(_steering(loaded, vectors, find_strength(measure, kl, start=start).strength), note="at equal KL")
-    return found
+    strength = meet(partial(steered, loaded, vectors), neutral, kl).strength
+    return replace(_steering(loaded, vectors, strength), note="at equal KL")
 
 
 def random_direction(plan: EditPlan, seed: int) -> EditPlan:
@@ -151,20 +146,13 @@ def of_norm(plan: EditPlan, norm: float) -> EditPlan:
 
 def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> float:
     """The KL that a plan reaches on the neutral text."""
-    with edited(loaded, plan):
-        return neutral.measure().kl
+    return at(partial(edited, loaded, plan), neutral).divergence.kl
 
 
 def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float) -> EditPlan:
     """The plan at the strength that meets a KL. Raises PlanError where none does."""
-
-    def measure(strength: float, glance: bool = False) -> Divergence:
-        with edited(loaded, plan, strength):
-            return neutral.measure(glance=glance)
-
     try:
-        start = quadratic_start(lambda strength: measure(strength, glance=True), kl)
-        return plan.scaled(find_strength(measure, kl, start=start).strength)
+        return plan.scaled(meet(partial(edited, loaded, plan), neutral, kl).strength)
     except Steer2EditError as error:
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 

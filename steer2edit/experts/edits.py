@@ -132,7 +132,7 @@ def lower_experts(
         raise PlanError(f"this cannot be done with {checkpoint.name}:\n{listing(problems)}")
     if structure:
         check_structure(structure, spec)
-    base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+    base = Base.of(checkpoint)
     method: dict[str, Any] = {"name": "experts", "grade": summary(graded, request.top_k)}
     method["experts"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in graded]
     said = {"name": "masked experts", **(data or {})}

@@ -131,7 +131,7 @@ class PeftAdapter:
                 f"{len(problems)} of the adapter's modules cannot be part of a plan, which edits residual writers "
                 f"(such as {spec.sites[0].module}) alone:\n{listing(problems)}"
             )
-        base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+        base = Base.of(checkpoint)
         method = {"name": "imported", **self.source}
         return EditPlan(base, tuple(edits), method=method, data={"name": self.source["name"]})
 

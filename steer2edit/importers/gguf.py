@@ -49,7 +49,7 @@ class GgufAdapter:
         """The adapter at scale 1 as a plan. Raises DataError where it is another architecture's."""
         from steer2edit.targets.gguf import read_back
 
-        base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+        base = Base.of(checkpoint)
         source = described(self.path, "GGUF LoRA adapter")
         try:
             plan = read_back(self.path, base, spec)

@@ -111,5 +111,5 @@ class EditPack:
             raise DataError(f"{self.source['file']} does not fit {checkpoint.name}:\n{listing(problems)}")
         meta = {name: self.held["meta"][name] for name in ("rho_attn", "rho_mlp", "alpha") if name in self.held["meta"]}
         method = {"name": "imported", **self.source, **{name: float(value) for name, value in meta.items()}}
-        base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+        base = Base.of(checkpoint)
         return EditPlan(base, tuple(edits), method=method, data={"name": self.source["name"]})

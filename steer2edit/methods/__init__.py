@@ -15,7 +15,7 @@ from typing import Any
 from steer2edit import methods
 from steer2edit.capture.statistics import Statistics
 from steer2edit.data.records import prompt_digest
-from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.errors import Steer2EditError
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.scoring.mean_effect import record_mean_effect
@@ -49,12 +49,7 @@ def make_plan(
     Raises PlanError where the statistics are of another model.
     """
     checkpoint, statistics = scoring.checkpoint, scoring.statistics
-    theirs = statistics.source.get("fingerprint")
-    if theirs != checkpoint.fingerprint:
-        raise PlanError(
-            f"the statistics are of {statistics.source.get('model')} (fingerprint {str(theirs)[:12]}), but {checkpoint.name} "
-            f"has the fingerprint {checkpoint.fingerprint[:12]}; capture them from this model"
-        )
+    statistics.check_model(checkpoint)
     module = methods.load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
     plan = record_mean_effect(plan, scoring.spec, statistics)

@@ -62,7 +62,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
                 along = float(checkpoint.read(site.locate(checkpoint, site.bias_vector)).float() @ u_hat)
                 edits.append(Bias(site.bias_vector, -options.alpha * along * u_hat))
             advance(1)
-    base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+    base = Base.of(checkpoint)
     method = {"name": "ablation", **asdict(options), "direction_layer": layer, "layers": [first, last]}
     return EditPlan(base, tuple(edits), method=method)
 

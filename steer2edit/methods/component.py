@@ -160,7 +160,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         **{f"threshold_{role.value}": rule.tau for role, rule in settled.items()},
     }
     checkpoint = scoring.checkpoint
-    return EditPlan(Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint), tuple(edits), tables, method)
+    return EditPlan(Base.of(checkpoint), tuple(edits), tables, method)
 
 
 def _eligible(one: SiteScores, options: Options) -> torch.Tensor:

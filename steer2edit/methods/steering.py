@@ -72,7 +72,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         tables[one.site.key] = replace(one.table, lam=lam)
         if bool(a.any()):
             edits.append(LowRank(one.site.matrix, one.v_hat[:, None].clone(), a[None, :].clone()))
-    base = Base(scoring.checkpoint.name, scoring.checkpoint.revision, scoring.checkpoint.fingerprint)
+    base = Base.of(scoring.checkpoint)
     method = {"name": "steering", **asdict(options), "layers": [first, last], "experts_left_alone": too_few}
     return EditPlan(base, tuple(edits), tables, method)
 

@@ -82,6 +82,11 @@ class Base:
     revision: str | None
     fingerprint: str
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Base:
+        """The base that a checkpoint is."""
+        return cls(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)
+
 
 @dataclass(frozen=True)
 class Structure:

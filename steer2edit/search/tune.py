@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.journal import Journal, Params, Trial
 from steer2edit.search.pareto import front_of, knee_of
-from steer2edit.strength.kl import Divergence
-from steer2edit.strength.line_search import quadratic_start
+from steer2edit.strength.meet import at, estimate
 
 FORMAT = "steer2edit.study.1"
 _ESTIMATE: Any = ({"value": NUMBER, "low?": NUMBER, "high?": NUMBER}, None)
@@ -198,9 +198,8 @@ def plan_of(scoring: Scoring, loaded: LoadedModel, suite: Suite, trial: Trial, s
         "params": dict(trial.params),
         "selected_on": suite.digests("select"),
     }
-    with edited(loaded, plan):
-        found = suite.neutral.measure()
-    return replace(plan, measured={**measured, **asdict(found)})
+    divergence = at(partial(edited, loaded, plan), suite.neutral).divergence
+    return replace(plan, measured={**measured, **asdict(divergence)})
 
 
 @dataclass(frozen=True)
@@ -225,12 +224,7 @@ class _Bench:
         neutral = next(task for task in self.tasks if isinstance(task, Neutral))
         strength = self.search.strength
         if "kl" in params:
-
-            def glance(factor: float) -> Divergence:
-                with edited(self.loaded, plan, factor):
-                    return neutral.text.measure(glance=True)
-
-            strength = quadratic_start(glance, params["kl"])
+            strength = estimate(partial(edited, self.loaded, plan), neutral.text, params["kl"])
         candidate = plan_candidate(self.loaded, f"trial {number}", _with_strength(plan, strength))
         quick = measure(candidate, [neutral], self.progress)
         kl = quick.samples["KL"].estimate(_metric(self.tasks, "KL")).value

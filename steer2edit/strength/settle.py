@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from steer2edit.architecture import MatrixRole
@@ -14,8 +15,8 @@ from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
-from steer2edit.strength.kl import Divergence, NeutralText
-from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
+from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import at, meet
 
 KL_BUDGET = 0.05
 
@@ -47,59 +48,41 @@ def settle_strength(
         plan, classes = _settle_classes(loaded, plan, class_budgets, neutral)
     elif kl_budget is None and strength is None:
         kl_budget = KL_BUDGET
-
-    def measure(factor: float) -> Divergence:
-        with edited(loaded, plan, factor):
-            return neutral.measure()
-
+    apply = partial(edited, loaded, plan)
     if strength is not None or kl_budget is None:
-        fixed = 1.0 if strength is None else strength
-        found = Strength(fixed, measure(fixed), ())
         kl_budget = None
+        settled = at(apply, neutral, 1.0 if strength is None else strength)
     else:
-        found = find_strength(measure, kl_budget, start=_start(loaded, plan, neutral, kl_budget))
+        settled = meet(apply, neutral, kl_budget)
     measured = {
-        "strength": found.strength,
+        "strength": settled.strength,
         "kl_budget": kl_budget,
         **({"classes": classes} if classes else {}),
-        **asdict(found.divergence),
-        "steps": [list(step) for step in found.steps],
+        **asdict(settled.divergence),
+        "steps": [list(step) for step in settled.steps],
     }
-    return replace(plan.scaled(found.strength), measured={**plan.measured, **measured})
+    return replace(plan.scaled(settled.strength), measured={**plan.measured, **measured})
 
 
 def _settle_classes(
     loaded: LoadedModel, plan: EditPlan, budgets: Mapping[MatrixRole, float], neutral: NeutralText
 ) -> tuple[EditPlan, dict[str, Any]]:
     roles = {name: site.role.kind for name, site in loaded.spec.owners.items()}
-    found: dict[str, Any] = {}
-    factors: dict[MatrixRole, float] = {}
+    classes: dict[str, Any] = {}
+    strengths: dict[MatrixRole, float] = {}
     for role in sorted({roles[edit.tensor] for edit in plan.edits if edit.tensor in roles}):
         name = "attn" if role is MatrixRole.ATTN_OUT else "mlp"
         if role not in budgets:
             raise PlanError(f"the plan edits {name} writers too: give --kl-budget-{name} (0 leaves them out)")
-        factors[role] = 0.0
+        strengths[role] = 0.0
         if budgets[role] > 0:
             part = replace(plan, edits=tuple(edit for edit in plan.edits if roles.get(edit.tensor) is role))
-
-            def measure(factor: float, part: EditPlan = part) -> Divergence:
-                with edited(loaded, part, factor):
-                    return neutral.measure()
-
-            settled = find_strength(measure, budgets[role], start=_start(loaded, part, neutral, budgets[role]))
-            factors[role] = settled.strength
-            found[name] = {"strength": settled.strength, "kl_budget": budgets[role], "kl": settled.divergence.kl}
-    tensors = {tensor: factors.get(role, 1.0) for tensor, role in roles.items()}
-    keys = {site.key: factors.get(site.role.kind, 1.0) for site in loaded.spec.sites}
-    return plan.reweighted(tensors, keys), found
-
-
-def _start(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, budget: float) -> float:
-    def glance(factor: float) -> Divergence:
-        with edited(loaded, plan, factor):
-            return neutral.measure(glance=True)
-
-    return quadratic_start(glance, budget)
+            settled = meet(partial(edited, loaded, part), neutral, budgets[role])
+            strengths[role] = settled.strength
+            classes[name] = {"strength": settled.strength, "kl_budget": budgets[role], "kl": settled.divergence.kl}
+    tensors = {tensor: strengths.get(role, 1.0) for tensor, role in roles.items()}
+    keys = {site.key: strengths.get(site.role.kind, 1.0) for site in loaded.spec.sites}
+    return plan.reweighted(tensors, keys), classes
 
 
 def neutral_text(
