@@ -48,6 +48,7 @@ from steer2edit.cli.options import (
 )
 from steer2edit.cli.push import push
 from steer2edit.errors import Steer2EditError, printable
+from steer2edit.notices import collected
 from steer2edit.runtime.launch import process_of
 
 
@@ -56,8 +57,10 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         process = process_of(os.environ)
+        first = process is None or process.rank == 0
         try:
-            return super().invoke(ctx)
+            with collected(lambda text: click.echo(printable(f"note: {text}"), err=True) if first else None):
+                return super().invoke(ctx)
         except (Steer2EditError, click.ClickException) as error:
             if process is not None and process.rank > 0:
                 # process 0 says it; torchrun ends all of them as soon as one has failed

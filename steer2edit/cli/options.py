@@ -11,6 +11,7 @@ import click
 
 from steer2edit.errors import printable
 from steer2edit.files.untrusted import parse_json, read_bytes
+from steer2edit.notices import notices
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -188,7 +189,10 @@ def progress_bar() -> Any:
 
 
 def print_result(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
-    """A result on stdout, as JSON or as text."""
+    """A result on stdout, as JSON or as text. JSON objects also hold the run's notices, where there are any."""
+    said = notices()
+    if as_json and said and isinstance(result, dict):
+        result = {**result, "notices": said}
     click.echo(json.dumps(result, indent=1, default=list) if as_json else printable(render(result)))
 
 
