@@ -24,6 +24,7 @@ from steer2edit.evaluation.assess import PROOF, assess
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
+from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.progress import Progress, silent
@@ -31,7 +32,6 @@ from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.settle import neutral_text, settle_strength
 
-INTERFERENCE = "steer2edit/interference.json"
 FORMAT = "steer2edit.interference.1"
 
 

@@ -59,6 +59,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, or the name of its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def printable(text: str) -> str:
     """A text for the terminal, with control characters written as escapes."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)

@@ -22,11 +22,10 @@ from steer2edit.checkpoint import INDEX, SINGLE, read_json
 from steer2edit.errors import HubError, Steer2EditError, listing
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
-from steer2edit.files.layout import CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT
+from steer2edit.files.layout import ADAPTER_CONFIG, CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT, TRADEOFF
 from steer2edit.plan import EditPlan
 from steer2edit.report import card_section
 
-PLOT = "steer2edit/tradeoff.png"
 # what loading a checkpoint needs beside its shards; whatever else lay in the base's folder may be anybody's notes
 _NEEDED = (
     *("*config.json", "tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
@@ -113,13 +112,13 @@ def pack(folder: Path, repository: str, stated: Mapping[str, Any], include: Sequ
     evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     notes = []
     if evaluation is not None and (drawn := _plot(evaluation)):
-        files[PLOT] = drawn
+        files[TRADEOFF] = drawn
     elif evaluation is not None:
         notes.append(
             "no picture of the trade-off: matplotlib is not installed, or nothing was measured on both its axes"
         )
     files[CARD], said = _card(
-        folder, _restated(receipt, stated), repository, evaluation, PLOT if PLOT in files else None
+        folder, _restated(receipt, stated), repository, evaluation, TRADEOFF if TRADEOFF in files else None
     )
     return Parcel(files, left_out, (*notes, *said))
 
@@ -304,7 +303,7 @@ def _send(parcel: Parcel, repository: str, private: bool) -> str:
 
 
 def _is_artefact(name: str) -> bool:
-    return PurePosixPath(name).suffix in _WEIGHTS or name in ("adapter_config.json", INDEX)
+    return PurePosixPath(name).suffix in _WEIGHTS or name in (ADAPTER_CONFIG, INDEX)
 
 
 def _stage(parcel: Parcel, folder: Path) -> None:

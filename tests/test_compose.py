@@ -11,9 +11,9 @@ import torch
 from conftest import ROWS, run
 
 from steer2edit.artefact.verify import verify
-from steer2edit.compose import INTERFERENCE, compose, names, overlap, rescale
+from steer2edit.compose import compose, names, overlap, rescale
 from steer2edit.errors import PlanError
-from steer2edit.files.layout import PLAN
+from steer2edit.files.layout import INTERFERENCE, PLAN
 from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.runtime.hooks import edited

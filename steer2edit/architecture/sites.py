@@ -10,7 +10,7 @@ from functools import cached_property
 
 from steer2edit.architecture.families import Orientation
 from steer2edit.architecture.routers import Router
-from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.checkpoint import Checkpoint, TensorInfo, part_name
 from steer2edit.errors import ArchitectureError
 
 
@@ -78,12 +78,12 @@ class Site:
     @property
     def matrix(self) -> str:
         """What plans call the matrix: its tensor's name, with ``[3]`` for the fourth part of a tensor of several."""
-        return part_name(self.tensor, self.part)
+        return _name(self.tensor, self.part)
 
     @property
     def bias_vector(self) -> str | None:
         """What plans call the bias, if there is one."""
-        return None if self.bias is None else part_name(self.bias, self.part)
+        return None if self.bias is None else _name(self.bias, self.part)
 
     @property
     def components(self) -> int:
@@ -111,9 +111,9 @@ def _router_site(router: Router, hidden: int) -> Site:
     )
 
 
-def part_name(tensor: str, part: tuple[int, int] | None) -> str:
+def _name(tensor: str, part: tuple[int, int] | None) -> str:
     """What plans call a tensor, or a part of it."""
-    return tensor if part is None else f"{tensor}[{part[0]}]"
+    return tensor if part is None else part_name(tensor, part[0])
 
 
 def part_of(info: TensorInfo, part: tuple[int, int] | None) -> TensorInfo:

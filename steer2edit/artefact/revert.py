@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.artefact.receipt import read_receipt
-from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, split_part_name
 from steer2edit.checkpoint.fp8 import SUFFIX
 from steer2edit.diff.difference import equal, fused_parts
 from steer2edit.errors import PlanError, TargetError, listing
@@ -18,8 +17,6 @@ from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
 from steer2edit.lowering.other_files import copy_other_files
 from steer2edit.progress import Progress, silent
-
-_PART = re.compile(r"(.+)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -130,11 +127,11 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
 
 def _place(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> TensorInfo | None:
     """Where a tensor lies, or the part of one that a plan calls ``name[3]``."""
-    part = None if name in checkpoint.tensors else _PART.fullmatch(name)
-    whole = checkpoint.tensors.get(part.group(1) if part else name)
+    part = None if name in checkpoint.tensors else split_part_name(name)
+    whole = checkpoint.tensors.get(part[0] if part else name)
     if part is None or whole is None:
         return whole
-    count, which = _parts(spec, whole.name), int(part.group(2))
+    count, which = _parts(spec, whole.name), part[1]
     return whole.part(which, count) if count and which < count and whole.shape[0] % count == 0 else None
 
 

@@ -17,13 +17,13 @@ import torch
 from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.artefact.receipt import read_receipt
-from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header, read_json
+from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, part_name, read_header, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_bytes, scales_of
 from steer2edit.checkpoint.gguf import read_control_vector, read_gguf
 from steer2edit.errors import CheckpointError, PlanError
 from steer2edit.experts.checking import check_masks
 from steer2edit.files.atomic import load_tensors
-from steer2edit.files.layout import PLAN
+from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAN
 from steer2edit.lowering import located, resolve
 from steer2edit.lowering.pruning import assembled, changed_config
 from steer2edit.lowering.rewrite import edited_blocks
@@ -36,7 +36,6 @@ from steer2edit.targets import gguf, gguf_vector
 from steer2edit.targets._pruned import compare_pruned
 
 TOLERANCE = 1e-4
-CONFIG = "adapter_config.json"
 _GGUF_TARGETS = ("gguf", "gguf-vector")
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -221,7 +220,7 @@ def _by_tensor(
         if scales_of(checkpoint, place) is not None and f"{name}{SUFFIX}" not in found:
             scales = checkpoint.tensors[f"{name}{SUFFIX}"]
             parts = [scales.part(i, count) for i in range(count)] if count > 1 else []
-            found[scales.name] = [(part, None) for i, part in enumerate(parts) if f"{name}[{i}]" not in edits]
+            found[scales.name] = [(part, None) for i, part in enumerate(parts) if part_name(name, i) not in edits]
     return found
 
 
@@ -251,9 +250,9 @@ def _compare_adapter(
 
     with tempfile.TemporaryDirectory() as scratch, progress("compare adapter", total=1) as advance:
         lora.lower(plan, checkpoint, spec, Path(scratch), silent)
-        expected, _ = load_tensors(Path(scratch) / "adapter_model.safetensors")
-        found, _ = load_tensors(folder / "adapter_model.safetensors")
-        same_config = read_json(Path(scratch) / CONFIG) == read_json(folder / CONFIG)
+        expected, _ = load_tensors(Path(scratch) / ADAPTER_WEIGHTS)
+        found, _ = load_tensors(folder / ADAPTER_WEIGHTS)
+        same_config = read_json(Path(scratch) / ADAPTER_CONFIG) == read_json(folder / ADAPTER_CONFIG)
         advance(1)
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} is not in the plan" for name in sorted(found.keys() - expected.keys())]
@@ -263,7 +262,7 @@ def _compare_adapter(
         if not _same(expected[name], found[name])
     ]
     if not same_config:
-        problems.append(f"{CONFIG} differs from the one that the plan gives")
+        problems.append(f"{ADAPTER_CONFIG} differs from the one that the plan gives")
     return Verification("lora", len(found), tuple(problems))
 
 

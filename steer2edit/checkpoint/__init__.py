@@ -8,10 +8,13 @@ from steer2edit.checkpoint.reader import (
     Checkpoint,
     TensorInfo,
     open_checkpoint,
+    part_name,
     read_header,
     read_json,
+    split_part_name,
 )
 
 __all__ = [
-    "DTYPES", "EDITABLE", "INDEX", "SINGLE", "Checkpoint", "TensorInfo", "open_checkpoint", "read_header", "read_json",
+    "DTYPES", "EDITABLE", "INDEX", "SINGLE", "Checkpoint", "TensorInfo", "open_checkpoint", "part_name", "read_header",
+    "read_json", "split_part_name",
 ]  # fmt: skip

@@ -12,20 +12,18 @@ planned, at the least rounding noise that does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from steer2edit.checkpoint.reader import BLOCK_BYTES, Checkpoint, TensorInfo
+from steer2edit.checkpoint.reader import BLOCK_BYTES, Checkpoint, TensorInfo, split_part_name
 from steer2edit.errors import CheckpointError
 
 FP8 = "F8_E4M3"
 SUFFIX = "_scale_inv"
 _SCALE_DTYPES = {"F32", "BF16", "F16"}
-_PART = re.compile(r"(.+)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def scale_info(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
     Raises CheckpointError where they are missing, or do not have the shape that the matrix asks for.
     """
     size = block_size(checkpoint.config)
-    part = None if info.name in checkpoint.tensors else _PART.fullmatch(info.name)
-    whole = checkpoint.tensors[part.group(1)] if part else info
+    part = None if info.name in checkpoint.tensors else split_part_name(info.name)
+    whole = checkpoint.tensors[part[0]] if part else info
     found = checkpoint.tensors.get(f"{whole.name}{SUFFIX}")
     if size is None or found is None or found.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
@@ -74,7 +72,7 @@ def scale_info(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
         )
     count = whole.nbytes // max(info.nbytes, 1)
     if part is not None and found.shape and found.shape[0] % count == 0:
-        found = found.part(int(part.group(2)), count)
+        found = found.part(part[1], count)
     shape = tuple(-(-n // block) for n, block in zip(info.shape, size, strict=True)) if len(info.shape) == 2 else ()
     if found.shape != shape:
         raise CheckpointError(f"{found.name} has the shape {list(found.shape)}; {info.name} asks for {list(shape)}")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ import torch
 
 from steer2edit.errors import CheckpointError, HubError, listing, shown
 from steer2edit.files.hub import read_reference, snapshot
+from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.files.untrusted import JSON_BYTES, open_regular, parse_json, read_bytes, special_files
 
 INDEX = "model.safetensors.index.json"
@@ -65,6 +67,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_PART = re.compile(r"(.+)\[(\d+)\]")
 _STAMPED = ("size", "time of writing", "inode")
 EDITABLE = frozenset({"F64", "F32", "F16", "BF16"})
 # bits of every dtype of the format, also of those that torch may not have
@@ -102,7 +105,20 @@ class TensorInfo:
             raise ValueError(f"{self.name} has {rows} rows; there is no part {index} of {count}")
         shape = (rows // count, *rest) if rows > count else tuple(rest)
         size = self.nbytes // count
-        return replace(self, name=f"{self.name}[{index}]", shape=shape, offset=self.offset + index * size, nbytes=size)
+        return replace(
+            self, name=part_name(self.name, index), shape=shape, offset=self.offset + index * size, nbytes=size
+        )
+
+
+def part_name(tensor: str, index: int) -> str:
+    """What plans call one part of a fused tensor: ``name[3]``."""
+    return f"{tensor}[{index}]"
+
+
+def split_part_name(name: str) -> tuple[str, int] | None:
+    """The fused tensor and the index in ``name[3]``; None for the name of a whole tensor."""
+    match = _PART.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
 
 
 @dataclass(frozen=True)
@@ -309,7 +325,7 @@ def _weight_map(path: Path) -> dict[str, str] | None:
             return None
         others = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".gguf", ".pth", ".safetensors"})
         hint = f" (found {', '.join(others[:4])})" if others else ""
-        if (path / "adapter_config.json").exists():
+        if (path / ADAPTER_CONFIG).exists():
             hint = " (this is a PEFT adapter: name its base model instead)"
         raise CheckpointError(
             f"{path} holds neither {SINGLE} nor {INDEX}{hint}; other formats are converted with "

@@ -25,7 +25,7 @@ def diff(base: str, edited: str, out: Path | None, max_rank: int, top: int, as_j
     """
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.diff.difference import compare, fused_parts, recover_plan
-    from steer2edit.errors import ArchitectureError, PlanError
+    from steer2edit.errors import ArchitectureError, PlanError, first_line
 
     ours, theirs = open_checkpoint(base), open_checkpoint(edited)
     spec: Any = None
@@ -35,7 +35,7 @@ def diff(base: str, edited: str, out: Path | None, max_rank: int, top: int, as_j
 
         spec = read_spec(ours)
     except ArchitectureError as error:
-        unknown = str(error).splitlines()[0]
+        unknown = first_line(error)
     found = compare(ours, theirs, fused_parts(spec), max_rank=max_rank, progress=progress_bar())
     result: dict[str, Any] = {
         **{key: value for key, value in vars(found).items() if key != "tensors"},

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from steer2edit.errors import DataError, HubError, listing, shown
+from steer2edit.errors import DataError, HubError, first_line, listing, shown
 from steer2edit.files.hub import dataset_file, read_reference
 from steer2edit.files.untrusted import parse_json, read_bytes
 
@@ -281,4 +281,4 @@ def _reason(error: Exception) -> str:
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
     if isinstance(error, json.JSONDecodeError):
         return f"invalid JSON: {error.msg} at column {error.colno}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steer2edit.data.records import Message
 from steer2edit.data.tokens import render_prompt
+from steer2edit.errors import printable
 from steer2edit.evaluation.evaluate import Candidate
 from steer2edit.evaluation.generation import generate
 from steer2edit.runtime.model import LoadedModel
@@ -54,7 +54,7 @@ class Chat:
 
 
 def side_by_side(answers: Sequence[str], titles: Sequence[str]) -> Table:
-    """Answers in columns beside each other, for rich to print; control characters, which could move the cursor, are cut."""
+    """Answers in columns beside each other, for rich to print; control characters, which could move the cursor, are escaped."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -64,8 +64,3 @@ def side_by_side(answers: Sequence[str], titles: Sequence[str]) -> Table:
         table.add_column(Text(printable(title)), ratio=1, overflow="fold")
     table.add_row(*(Text(printable(answer)) for answer in answers))
     return table
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which could move the cursor or worse; line breaks stay."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from steer2edit import targets
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
@@ -21,7 +22,7 @@ from steer2edit.errors import CheckpointError, PlanError, shown
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
-from steer2edit.files.layout import PLAN, PLAN_FILE, RECEIPT
+from steer2edit.files.layout import ADAPTER_CONFIG, PLAN, PLAN_FILE, RECEIPT
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -195,15 +196,15 @@ def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runt
         plan = EditPlan.load(path / PLAN)
         plan.check_base(checkpoint)
         seen, note = plan.seen, f"{receipt['target']}, {receipt['exactness']}"
-    enter = _adapter(loaded, path) if (path / "adapter_config.json").is_file() else _weights(loaded, path, runtime)
+    enter = _adapter(loaded, path) if (path / ADAPTER_CONFIG).is_file() else _weights(loaded, path, runtime)
     # the folders of one compile are called after their target
-    name = f"{path.resolve().parent.name}/{path.resolve().name}" if path.name in ("checkpoint", "lora") else name
+    name = f"{path.resolve().parent.name}/{path.resolve().name}" if path.name in targets.names() else name
     return Candidate(name, enter, note=note, seen=frozenset(seen))
 
 
 def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], AbstractContextManager[LoadedModel]]:
     if not (path / "config.json").is_file():
-        raise PlanError(f"{path} holds no config.json and no adapter_config.json: it is no checkpoint and no adapter")
+        raise PlanError(f"{path} holds no config.json and no {ADAPTER_CONFIG}: it is no checkpoint and no adapter")
 
     @contextmanager
     def enter() -> Iterator[LoadedModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import Steer2EditError, first_line
 from steer2edit.evaluation.evaluate import Candidate
 from steer2edit.runtime.model import LoadedModel
 
@@ -42,8 +42,7 @@ def lm_eval(
                 model=harness, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0
             )["results"]
         except Exception as error:  # of whatever a task, its data or the Hub raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Steer2EditError(f"lm-eval failed on {', '.join(tasks)}: {reason}") from None
+            raise Steer2EditError(f"lm-eval failed on {', '.join(tasks)}: {first_line(error)}") from None
         for task, values in results.items():
             row = {"": name}
             row |= {key.replace(",none", ""): value for key, value in values.items() if isinstance(value, float)}

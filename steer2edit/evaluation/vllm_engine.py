@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import Steer2EditError, first_line
 from steer2edit.runtime.model import LoadedModel
 
 
@@ -60,8 +60,7 @@ class VllmEngine:
                     max_lora_rank=8,
                 )
             except Exception as error:  # of whatever an engine cannot do with a model
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise Steer2EditError(f"vLLM cannot load {loaded.folder}: {reason}") from None
+                raise Steer2EditError(f"vLLM cannot load {loaded.folder}: {first_line(error)}") from None
             self._folder = loaded.folder
         return self._engine
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError
+from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.importers.source import SUPPORTED, Edits, Reading, described
 
 
@@ -19,11 +20,11 @@ def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:  # 
 
     path = Path(path).expanduser()
     if path.is_dir():
-        if (path / adapters.CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             return adapters.read_peft(path)
         if (path / saelens.CONFIG).is_file():
             return saelens.read_sae(path, reading)
-        raise DataError(f"{path} holds no {adapters.CONFIG} and no {saelens.CONFIG}; supported: {SUPPORTED}")
+        raise DataError(f"{path} holds no {ADAPTER_CONFIG} and no {saelens.CONFIG}; supported: {SUPPORTED}")
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     suffix = path.suffix.lower()

@@ -14,13 +14,12 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, DataError, PlanError, listing
 from steer2edit.files.atomic import load_tensors
+from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import TooMuchError, limited
 from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
 from steer2edit.importers.source import described
 from steer2edit.plan import Base, Edit, EditPlan, LowRank
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _PAIR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 # settings that make an adapter more than W + s B A, and what each is
 _MORE = {
@@ -50,16 +49,16 @@ _SECONDS = 30
 def read_peft(folder: Path) -> PeftAdapter:
     """The adapter in a folder. Raises DataError where it is more than plain LoRA, with everything that is."""
     try:
-        config = read_json(folder / CONFIG)
-        tensors, _ = load_tensors(folder / WEIGHTS)
+        config = read_json(folder / ADAPTER_CONFIG)
+        tensors, _ = load_tensors(folder / ADAPTER_WEIGHTS)
     except (CheckpointError, PlanError) as error:
         raise DataError(str(error)) from None
     try:
-        check(config, _CONFIG, CONFIG)
+        check(config, _CONFIG, ADAPTER_CONFIG)
         with limited(_SECONDS):
             return _plain_lora(folder, config, tensors)
     except (ValueError, TooMuchError, re.error) as error:
-        raise DataError(f"{folder / CONFIG} cannot be used: {error}") from None
+        raise DataError(f"{folder / ADAPTER_CONFIG} cannot be used: {error}") from None
 
 
 def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PeftAdapter:
@@ -85,7 +84,9 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
         try:
             scale = _scale(config, module, rank)
         except (ValueError, TypeError, AttributeError, re.error) as error:
-            raise DataError(f"{folder / CONFIG}: r, lora_alpha or their patterns are not understood: {error}") from None
+            raise DataError(
+                f"{folder / ADAPTER_CONFIG}: r, lora_alpha or their patterns are not understood: {error}"
+            ) from None
         if scale is None:
             problems.append(f"{module} has the rank {rank}, its config says r = {_setting(config, 'r', module)}")
         else:
@@ -95,7 +96,9 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
             f"{folder} is not a plain LoRA adapter, W + s B A:\n{listing(problems or ['it holds no factors'])}"
         )
     base = config.get("base_model_name_or_path")
-    source = described(folder / WEIGHTS, "PEFT LoRA adapter", adapter_of=base if isinstance(base, str) else None)
+    source = described(
+        folder / ADAPTER_WEIGHTS, "PEFT LoRA adapter", adapter_of=base if isinstance(base, str) else None
+    )
     return PeftAdapter(factors, {**source, "name": folder.resolve().name})
 
 

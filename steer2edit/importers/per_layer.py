@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from steer2edit.capture.vectors import Vectors
-from steer2edit.errors import DataError, PlanError, listing
+from steer2edit.errors import DataError, PlanError, first_line, listing
 from steer2edit.files.atomic import load_tensors
 from steer2edit.importers.source import Reading, described
 
@@ -57,10 +57,10 @@ def load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
-            f"{path} holds more than tensors and plain values, and is not read: {str(error).strip().splitlines()[0]}"
+            f"{path} holds more than tensors and plain values, and is not read: {first_line(error)}"
         ) from None
     except _BROKEN as error:
-        raise DataError(f"{path} is not a readable torch file: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise DataError(f"{path} is not a readable torch file: {first_line(error)}") from None
 
 
 def read_held(held: Any, path: Path, reading: Reading) -> Vectors:

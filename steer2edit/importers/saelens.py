@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steer2edit.capture.vectors import Vectors
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, first_line
 from steer2edit.importers.per_layer import at_layers
 from steer2edit.importers.source import Reading
 
@@ -29,7 +29,7 @@ def read_sae(folder: Path, reading: Reading) -> Vectors:
     try:
         sae: Any = SAE.load_from_disk(str(folder), device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise DataError(f"SAELens cannot load {folder}: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise DataError(f"SAELens cannot load {folder}: {first_line(error)}") from None
     rows: torch.Tensor = sae.W_dec.detach().float()
     strange = [feature for feature in reading.features if not 0 <= feature < rows.shape[0]]
     if strange:

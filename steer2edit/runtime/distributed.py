@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import Steer2EditError, first_line
 from steer2edit.runtime.launch import process_of
 
 T = TypeVar("T")
@@ -91,8 +91,9 @@ class World:
         try:
             exchange()
         except RuntimeError as error:  # gloo's and the store's errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Steer2EditError(f"another of the {self.size} processes has ended: {reason[:200]}") from None
+            raise Steer2EditError(
+                f"another of the {self.size} processes has ended: {first_line(error)[:200]}"
+            ) from None
 
 
 ALONE = World()
@@ -129,9 +130,8 @@ def joined(backend: str | None = "gloo") -> Iterator[World]:
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Steer2EditError(
-            f"process {process.rank} of {process.size} cannot join the others at MASTER_ADDR:MASTER_PORT: {reason}"
+            f"process {process.rank} of {process.size} cannot join the others at MASTER_ADDR:MASTER_PORT: {first_line(error)}"
         ) from None
     try:
         yield World(process.rank, process.size)

@@ -17,10 +17,10 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
-from steer2edit.errors import ArchitectureError, CheckpointError
+from steer2edit.errors import ArchitectureError, CheckpointError, first_line
+from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
 
-ADAPTER = "adapter_config.json"
 # its config may hold regular expressions, which may run for ever
 _ADAPTER_SECONDS = 600
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -127,14 +127,14 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         placing |= _tensor_parallel()
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
     settings["use_safetensors"] = True  # never a pickle
-    if (path / ADAPTER).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{path} holds {ADAPTER} beside a model: transformers would load that adapter's base in its place; take it out"
+            f"{path} holds {ADAPTER_CONFIG} beside a model: transformers would load that adapter's base in its place; take it out"
         )
     try:
         model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
     except Exception as error:  # whatever a damaged file makes of it: its checks raise errors of many kinds
-        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+        raise CheckpointError(f"transformers cannot load {path}: {first_line(error)}") from None
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -150,7 +150,7 @@ def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
         with torch.device("meta"):
             return _first_that_knows(config.to_dict(), lambda kind: kind.from_config(config, **settings))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot make the model of {path}: {_first_line(error)}") from None
+        raise CheckpointError(f"transformers cannot make the model of {path}: {first_line(error)}") from None
 
 
 def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> Any:
@@ -210,7 +210,7 @@ def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
         if (path / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from None
+        raise CheckpointError(f"transformers cannot load {path}: {first_line(error)}") from None
     return model
 
 
@@ -234,16 +234,16 @@ def with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # peft reads a property that transformers 5 renamed; any other warning is worth seeing
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        if not (folder / ADAPTER).is_file() or not (folder / "adapter_model.safetensors").is_file():
+        if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             raise CheckpointError(
                 f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
             )
-        read_json(folder / ADAPTER)
+        read_json(folder / ADAPTER_CONFIG)
         try:
             with limited(_ADAPTER_SECONDS):
                 return PeftModel.from_pretrained(model, str(folder)).eval()
         except Exception as error:  # whatever a damaged file makes of it: it is not checked as a whole
-            raise CheckpointError(f"PEFT cannot load {folder}: {_first_line(error)}") from None
+            raise CheckpointError(f"PEFT cannot load {folder}: {first_line(error)}") from None
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -255,7 +255,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         tokenizer(["a"])  # some of what is wrong shows only when it is used
         return tokenizer
     except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
-        raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {_first_line(error)}") from None
+        raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {first_line(error)}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -314,7 +314,3 @@ def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         del body.forward
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

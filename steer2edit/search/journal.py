@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.errors import PlanError, Steer2EditError, first_line
 
 Params = dict[str, Any]
 # What may differ when a study goes on: asking for more.
@@ -71,8 +71,7 @@ class Journal:
             )
             known = self._study.user_attrs.get("settings")
         except Exception as error:  # of whatever database driver the URL names
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Steer2EditError(f"Optuna cannot open {storage}: {reason}") from None
+            raise Steer2EditError(f"Optuna cannot open {storage}: {first_line(error)}") from None
         if known is None:
             self._study.set_user_attr("settings", dict(settings))
         elif other := [key for key in settings if key not in _FREE and known.get(key) != settings[key]]:

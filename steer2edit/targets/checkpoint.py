@@ -20,6 +20,8 @@ from steer2edit.lowering.rewrite import _Rewritten, copies, places_of, rewrite
 from steer2edit.plan import Edit, EditPlan
 from steer2edit.progress import Progress
 
+SUMMARY = "The whole model with edited weights, for transformers, vLLM and everything that reads the base."
+
 
 def lower(
     plan: EditPlan,

@@ -20,6 +20,7 @@ from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress
 
+SUMMARY = "A LoRA adapter for llama.cpp, for any GGUF of the base."
 FILE = "adapter.gguf"
 
 # llama.cpp's architecture of each model type: what its converter gives the base, which an adapter has to repeat

@@ -20,6 +20,7 @@ from steer2edit.lowering.constant_part import constant_parts
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress
 
+SUMMARY = "A control vector for llama.cpp: the plan's mean effect, added at run time."
 FILE = "control-vector.gguf"
 
 

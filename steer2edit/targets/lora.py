@@ -15,9 +15,12 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
+from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
+
+SUMMARY = "A PEFT LoRA adapter beside the base, for PEFT and vLLM."
 
 # PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
 NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -46,7 +49,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
         B, A = _factors(edits.get(site.key), site, rank)
         tensors[f"base_model.model.{site.module}.lora_A.weight"] = A
         tensors[f"base_model.model.{site.module}.lora_B.weight"] = B
-    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -60,7 +63,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
         "fan_in_fan_out": targeted[0].orientation == "in_out",
         "target_modules": _target_modules(targeted, checkpoint),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
     notes = ("Stored in float32: cast to bf16, an adapter loses about three digits.",)
     return Lowering("exact", changes, notes, {"rank": rank, "target_modules": sorted(leaves)})
