@@ -26,7 +26,7 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
-from steer2edit.plan import EditPlan, LowRank, merge
+from steer2edit.plan import EditPlan, LowRank, Measured, merge
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.strength.kl import NeutralText
@@ -138,17 +138,16 @@ def rescale(
     """
     if (factor is None) == (kl_budget is None and class_budgets is None):
         raise PlanError("give either --by, or a KL budget")
-    kept = {key: plan.measured[key] for key in ("selected_on",) if key in plan.measured}
-    before = float(plan.measured.get("strength", 1.0))
-    bare = replace(plan, measured=kept)
+    before = 1.0 if plan.measured.strength is None else plan.measured.strength
+    bare = replace(plan, measured=Measured(strength=before, selected_on=plan.measured.selected_on))
     if factor is not None:
         if not math.isfinite(factor):
             raise PlanError(f"--by is {factor}, expected a finite number")
-        return replace(bare, measured={**kept, "strength": before}).at_strength(factor)
+        return bare.at_strength(factor)
     if loaded is None or neutral is None:
         raise PlanError("a KL budget is measured: it needs the model")
     settled = settle_strength(loaded, bare, kl_budget=kl_budget, class_budgets=class_budgets, neutral=neutral)
-    return replace(settled, measured={**settled.measured, "strength": before * settled.measured["strength"]})
+    return replace(settled, measured=replace(settled.measured, strength=before * _strength(settled)))
 
 
 def overlap(plans: Sequence[EditPlan], spec: ModelSpec) -> tuple[Overlap, ...]:
@@ -193,11 +192,12 @@ def _measure(
     text: NeutralText,
     progress: Progress,
 ) -> dict[str, Evaluation]:
-    """On each behaviour's questions: the base, each part alone at the dose it has in the composition, all together."""
-    dose = float(plan.measured["strength"])
+    """On each behaviour's questions: the base, each part alone at the strength it has in the composition, all together."""
+    strength = _strength(plan)
     called = names(parts)
     candidates = [
-        plan_candidate(loaded, name, part.scaled(dose), note="alone") for name, part in zip(called, parts, strict=True)
+        plan_candidate(loaded, name, part.scaled(strength), note="alone")
+        for name, part in zip(called, parts, strict=True)
     ]
     candidates.append(plan_candidate(loaded, "together", plan, note=" + ".join(called)))
     found = {}
@@ -206,6 +206,12 @@ def _measure(
             suite = Suite(asked, builtin_questions("knowledge") or [], text, limit=PROOF)
             found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
     return found
+
+
+def _strength(settled: EditPlan) -> float:
+    """The strength of a plan that was settled."""
+    assert settled.measured.strength is not None
+    return settled.measured.strength
 
 
 def _low_rank(plan: EditPlan) -> dict[str, LowRank]:

@@ -43,9 +43,9 @@ def plain_interval(found: Mapping[str, Any] | None) -> str:
     return interval(Estimate(found["value"], found.get("low", math.nan), found.get("high", math.nan), 0))
 
 
-def divergence(measured: Mapping[str, Any]) -> str:
+def divergence(kl: Estimate) -> str:
     """A plan's KL from the base, with its interval."""
-    return f"{plain_interval({'value': measured['kl'], **measured})} nats/token"
+    return f"{interval(kl)} nats/token"
 
 
 def plain_value(given: object) -> str:

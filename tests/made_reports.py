@@ -9,7 +9,7 @@ import torch
 
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric, Sample
-from steer2edit.plan import Base, EditPlan, LowRank, Scores
+from steer2edit.plan import Base, EditPlan, LowRank, Measured, Scores
 from steer2edit.report.page import Report
 
 METRICS = (
@@ -65,7 +65,12 @@ def make_plan(
     data = {"name": name, "data": "d" * 64, "examples": {"positive": 48, "negative": 48}, "tokens": {"positive": 900}}
     base = Base("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac", "f" * 64)
     return EditPlan(
-        base, edits, scores, {"name": "component", "rho_attn": 0.3, "layers": [0, layers - 1]}, measured, data
+        base,
+        edits,
+        scores,
+        {"name": "component", "rho_attn": 0.3, "layers": [0, layers - 1]},
+        Measured.from_json(measured),
+        data,
     )
 
 

@@ -96,9 +96,9 @@ def test_a_planned_strength_is_recorded_and_scale_multiplies_it(tiny_llama: Path
     )
     assert run("capture", tiny_llama, "--data", data, "-o", stats).exit_code == 0
     assert run("plan", tiny_llama, "--stats", stats, "--strength", "2", "-o", plan).exit_code == 0
-    assert EditPlan.load(plan).measured["strength"] == 2
+    assert EditPlan.load(plan).measured.strength == 2
     assert run("scale", plan, "--by", "3", "-o", scaled).exit_code == 0
-    assert EditPlan.load(scaled).measured["strength"] == 6
+    assert EditPlan.load(scaled).measured.strength == 6
 
 
 def test_scale_absolute_means_the_same_in_python_and_on_the_command_line(
@@ -118,7 +118,7 @@ def test_scale_absolute_means_the_same_in_python_and_on_the_command_line(
         method="component", options=component.Options(rho_attn=0.5, alpha=0.1, scale="absolute"),
     )  # fmt: skip
     plan = EditPlan.load(tmp_path / "one" / "steer2edit" / "plan.safetensors")
-    assert plan.measured["strength"] == compiled.plan.measured["strength"] == 1.0
+    assert plan.measured.strength == compiled.plan.measured.strength == 1.0
     assert plan.method["stable"] is compiled.plan.method["stable"] is False
     assert plan.hash == compiled.plan.hash
 
@@ -275,7 +275,7 @@ def test_the_python_interface(tiny_llama: Path, data: Path, neutral: Path, tmp_p
     compiled = steer2edit.compile(
         tiny_llama, Behavior.from_data(data), tmp_path / "out", neutral=neutral.read_text(), kl_budget=0.01
     )
-    assert compiled.plan.measured["kl"] <= 0.01
+    assert compiled.plan.measured.kl <= 0.01
     assert steer2edit.verify(compiled.artefacts["checkpoint"], tiny_llama, numbers=False).ok
     with pytest.raises(AttributeError):
         _ = steer2edit.nothing

@@ -15,7 +15,7 @@ from steer2edit.compose import compose, names, overlap, rescale
 from steer2edit.errors import PlanError
 from steer2edit.files.layout import INTERFERENCE, PLAN
 from steer2edit.methods import component, make_plan, steering
-from steer2edit.plan import EditPlan, LowRank, merge
+from steer2edit.plan import EditPlan, LowRank, Measured, merge
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
@@ -132,7 +132,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
         assert [row["name"] for row in rows] == ["base", "one", "two", "together"]
         assert rows[-1]["metrics"]["KL"]["value"] == pytest.approx(0.02, rel=0.2)
     plan = EditPlan.load(tmp_path / "out" / PLAN)
-    assert 0.9 * 0.02 <= plan.measured["kl"] <= 0.02
+    assert 0.9 * 0.02 <= plan.measured.kl <= 0.02
 
 
 def test_scale_gives_another_dose(
@@ -141,14 +141,14 @@ def test_scale_gives_another_dose(
     out = tmp_path / "x.plan.safetensors"
     assert run("scale", files[0], "--by", "0.5", "-o", out).exit_code == 0
     half = EditPlan.load(out)
-    assert half.norm == pytest.approx(0.5 * parts[0].norm) and half.measured == {"strength": 0.5}
-    assert rescale(half, factor=4.0).measured == {"strength": 2.0}
+    assert half.norm == pytest.approx(0.5 * parts[0].norm) and half.measured == Measured(strength=0.5)
+    assert rescale(half, factor=4.0).measured == Measured(strength=2.0)
     budget = ("--kl-budget", "0.02", "--neutral", neutral)
     settled = run("scale", files[0], "--model", scoring.checkpoint.path, *budget, "-o", out)
     assert settled.exit_code == 0, settled.output
     plan = EditPlan.load(out)
-    assert 0.9 * 0.02 <= plan.measured["kl"] <= 0.02
-    assert plan.norm == pytest.approx(plan.measured["strength"] * parts[0].norm, rel=1e-4)
+    assert 0.9 * 0.02 <= plan.measured.kl <= 0.02
+    assert plan.norm == pytest.approx(plan.measured.strength * parts[0].norm, rel=1e-4)
 
 
 def test_contradictions_are_usage_errors(

@@ -203,7 +203,7 @@ def test_a_plan_gives_the_same_numbers_as_hooks_as_checkpoint_and_as_adapter(
     for metric in found.metrics:
         for row in others:
             assert row.samples[metric.name].values == pytest.approx(hooks.samples[metric.name].values, abs=2e-3)
-    assert found.estimate(hooks, "KL").value == pytest.approx(plan.measured["kl"], rel=1e-3)
+    assert found.estimate(hooks, "KL").value == pytest.approx(plan.measured.kl, rel=1e-3)
     assert found.change(base, "margin").high == 0.0
 
 
@@ -230,7 +230,7 @@ def test_candidates_of_other_models_and_nothings_are_refused(
 def test_nothing_is_reported_on_prompts_that_made_or_chose_the_edit(
     loaded: LoadedModel, plan: EditPlan, suite: Suite
 ) -> None:
-    seen = replace(plan, measured={**plan.measured, "selected_on": suite.digests("select")})
+    seen = replace(plan, measured=replace(plan.measured, selected_on=tuple(suite.digests("select"))))
     assess(loaded, suite, [plan_candidate(loaded, "x", seen)])
     with pytest.raises(DataError, match="make or choose"):
         assess(loaded, suite, [plan_candidate(loaded, "x", seen)], split="select")
@@ -266,7 +266,7 @@ def test_baselines_are_as_large_as_the_plan_or_cost_as_much(
         with candidate.enter():
             kl = neutral.measure().kl
         if name != "sign flipped":
-            assert kl == pytest.approx(plan.measured["kl"], rel=0.06), name
+            assert kl == pytest.approx(plan.measured.kl, rel=0.06), name
     at_norm = baselines(loaded, scoring, plan, neutral, match="norm", draws=1)
     assert all(candidate.note == "at equal ‖ΔW‖" for candidate in at_norm)
     with_baselines(loaded, scoring, plan, Suite(QUESTIONS, [], neutral), strengths=(0.5,), draws=1)

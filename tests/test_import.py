@@ -324,7 +324,7 @@ def test_a_compile_from_vectors_alone_gives_a_verified_artefact(
     assert run("capture", tiny_llama, "--background-only", "-o", stats, *text[:2]).exit_code == 0
     staged = run("plan", tiny_llama, "--stats", stats, *vectors, "-o", tmp_path / "p.safetensors", "--strength", 1)
     assert staged.exit_code == 0, staged.output
-    again = EditPlan.load(tmp_path / "p.safetensors").scaled(plan.measured["strength"])
+    again = EditPlan.load(tmp_path / "p.safetensors").scaled(plan.measured.strength)
     for mine, theirs in zip(again.edits, plan.edits, strict=True):
         assert isinstance(mine, LowRank) and isinstance(theirs, LowRank)
         assert torch.allclose(mine.dense(), theirs.dense(), atol=1e-6)

@@ -161,7 +161,7 @@ def test_verdict_names_activation_steering_where_it_costs_as_much() -> None:
 
 def test_a_study_without_a_report_shows_its_front_and_says_where_it_was_chosen() -> None:
     whole = make_report(evaluation=None)
-    plan = dataclasses.replace(whole.plan, measured={**whole.plan.measured, "selected_on": ["0" * 16]})
+    plan = dataclasses.replace(whole.plan, measured=dataclasses.replace(whole.plan.measured, selected_on=("0" * 16,)))
     report = dataclasses.replace(whole, plan=plan)
     assert "chosen on the selection split" in verdict(report)
     page = render_page(report)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import save_tensors
-from steer2edit.plan import Base, Bias, EditPlan, LowRank, Scores, merge
+from steer2edit.plan import Base, Bias, EditPlan, LowRank, Measured, Scores, merge
 
 BASE = Base("model", None, "f" * 64)
 
@@ -72,6 +75,62 @@ def test_a_file_holds_a_plan_exactly(tmp_path: Path) -> None:
     again = EditPlan.load(tmp_path / "x.plan.safetensors")
     assert again.hash == plan.hash and again.base == plan.base and again.method == plan.method
     assert random_plan(4).hash != plan.hash
+
+
+_COST: dict[str, Any] = {
+    "kl": 0.0483, "low": 0.043, "high": 0.054, "tokens": 4080, "base_perplexity": 32.29, "perplexity": 32.84, "quadratic": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {},
+        {"strength": 2},
+        {"selected_on": [], "strength": None},
+        {"strength": 0.83, "kl_budget": 0.05, **_COST, "steps": [[1.0, 0.07], [0.83, 0.0483]]},
+        {"strength": 1.0, "kl_budget": None, **_COST, "steps": []},
+        {"strength": 1.0, **_COST},
+        {"selected_on": ["0" * 16], "strength": 0.83, "kl_budget": 0.05, **_COST, "steps": [[0.83, 0.0483]]},
+        {
+            **{
+                "strength": 1.5,
+                "kl_budget": None,
+                "classes": {"attn": {"strength": 1.5, "kl_budget": 0.1, "kl": 0.09}},
+            },
+            **{**_COST, "quadratic": 0.05, "steps": []},
+        },
+        {"strength": 3.1, "kl": 0.1, "trial": 0, "params": {"method": "steering"}, "selected_on": ["a"], **_COST},
+        {**_COST, "strength": 1.0, "of another version": [1]},
+    ],
+)
+def test_what_was_measured_is_read_and_written_as_it_was(described: dict[str, Any]) -> None:
+    """Key by key and in their order: a plan's hash, which its receipts hold, is over these bytes."""
+    again = Measured.from_json(json.loads(json.dumps(described)))
+    assert json.dumps(again.to_json()) == json.dumps(described)
+    assert again.strength == described.get("strength") and again.kl == described.get("kl")
+    assert replace(again, divergence=None).kl is None and "kl" not in replace(again, divergence=None).to_json()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"kl": 0.1},
+        {"strength": 1.0, **_COST, "low": "0"},
+        {"strength": 1.0, **_COST, "tokens": None},
+        {"strength": "1"},
+        {"strength": 1.0, **_COST, "steps": [[1.0]]},
+        {"strength": 1.0, **_COST, "steps": 7},
+        {"strength": 1.0, **_COST, "classes": {"attn": 0.1}},
+        {"strength": 1.0, **_COST, "params": []},
+    ],
+)
+def test_a_plan_with_a_damaged_cost_is_refused(tmp_path: Path, damaged: dict[str, Any]) -> None:
+    tensors, described = random_plan(0)._parts()
+    described = json.dumps({**json.loads(described), "measured": damaged})
+    save_tensors(tmp_path / "x", tensors, {"plan": described})
+    with pytest.raises(PlanError):
+        EditPlan.load(tmp_path / "x")
 
 
 def test_one_tensor_has_one_edit() -> None:

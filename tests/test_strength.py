@@ -19,11 +19,11 @@ from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.methods import make_plan, steering
-from steer2edit.plan import EditPlan
+from steer2edit.plan import Divergence, EditPlan
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
 from steer2edit.strength.meet import at, estimate, meet
 from steer2edit.strength.settle import neutral_text, settle_strength
@@ -148,12 +148,13 @@ def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
 
 def test_the_search_gets_close_to_the_budget_and_not_over(loaded: LoadedModel, plan: EditPlan) -> None:
     settled = settle_strength(loaded, plan, kl_budget=0.03, neutral=NeutralText(loaded, TEXT, window=20))
-    assert 0.0285 <= settled.measured["kl"] <= 0.03
-    assert len(settled.measured["steps"]) <= 4
-    assert settled.measured["low"] < settled.measured["kl"] < settled.measured["high"]
+    assert 0.0285 <= settled.measured.kl <= 0.03
+    assert len(settled.measured.steps or ()) <= 4
+    cost = settled.measured.divergence
+    assert cost is not None and cost.low < cost.kl < cost.high
     neutral = NeutralText(loaded, TEXT, window=20)
     with edited(loaded, settled):
-        assert neutral.measure().kl == pytest.approx(settled.measured["kl"], rel=1e-3)
+        assert neutral.measure().kl == pytest.approx(settled.measured.kl, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,6 @@ def test_classes_keep_their_own_budgets(
         class_budgets={MatrixRole.ATTN_OUT: 0.02, MatrixRole.MLP_OUT: 0.0},
         neutral=neutral,
     )
-    assert bounded.measured["kl"] <= 0.004 and all("self_attn" in edit.tensor for edit in bounded.edits)
+    assert bounded.measured.kl <= 0.004 and all("self_attn" in edit.tensor for edit in bounded.edits)
     with pytest.raises(PlanError, match="--kl-budget-mlp"):
         settle_strength(loaded, both, class_budgets={MatrixRole.ATTN_OUT: 0.02}, neutral=neutral)

@@ -103,7 +103,7 @@ def test_trials_land_near_the_kl_they_aim_at_and_keep_what_was_measured(
     assert unbroken.knee in unbroken.front
     chosen = next(trial for trial in aimed if trial.number == unbroken.front[-1])
     plan = plan_of(scoring, loaded, suite, chosen, SEARCH)
-    assert plan.measured["kl"] == pytest.approx(chosen.kl, rel=1e-6)
+    assert plan.measured.kl == pytest.approx(chosen.kl, rel=1e-6)
     assert set(suite.digests("select")) <= set(plan.seen)
     assert not {q.digest for q in suite.questions("report")} & set(plan.seen)
 
@@ -223,7 +223,7 @@ def test_the_command_searches_reports_and_emits(tiny_llama: Path, files: dict[st
     kinds = [row.kind for row in evaluation.rows]
     assert kinds[:2] == ["base", "knee"]
     assert {"steering", "random", "shuffled", "flipped", "whole", "ablation"} <= set(kinds)
-    assert evaluation.context["split"] == "report" and knee.measured["selected_on"]
+    assert evaluation.context["split"] == "report" and knee.measured.selected_on
     verified = run("verify", out / "lora", "--base", tiny_llama)
     assert verified.exit_code == 0, verified.output
     page = run("report", out, "-o", tmp_path / "report.html", "--png")

@@ -67,7 +67,7 @@ def emit(
             "base": asdict(plan.base),
             "plan": {"file": PLAN, "sha256": plan.hash},
             "method": dict(plan.method),
-            "measured": dict(plan.measured),
+            "measured": plan.measured.to_json(),
             "data": dict(plan.data),
             "changed": [asdict(change) for change in lowering.changes],
             "notes": list(lowering.notes),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer2edit.files.untrusted import read_bytes
 from steer2edit.formatting import pairs
+from steer2edit.plan import Measured
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
@@ -68,7 +69,7 @@ def model_card(
     ``repository`` is where it goes, once that is known. ``sections`` are further paragraphs, such as those of
     ``report.card_section.tradeoff``.
     """
-    base, target, measured = receipt["base"], receipt["target"], receipt["measured"]
+    base, target, cost = receipt["base"], receipt["target"], Measured.from_json(receipt["measured"]).divergence
     behaviour = receipt["data"].get("name") or "a steering vector"
     total = sum((change["norm"] or 0.0) ** 2 for change in receipt["changed"]) ** 0.5
     changed = f"{len(receipt['changed'])}" + (f", ‖ΔW‖ = {total:.4g} in all" if total else "")
@@ -81,9 +82,9 @@ def model_card(
         ("Exactness", receipt["exactness"]),
         ("Plan, SHA-256", receipt["plan"]["sha256"]),
     ]
-    if "kl" in measured:
-        kl = f"{measured['kl']:.4f} nats a token over {measured['tokens']} tokens"
-        perplexity = f"{measured['base_perplexity']:.3f} before, {measured['perplexity']:.3f} after"
+    if cost is not None:
+        kl = f"{cost.kl:.4f} nats a token over {cost.tokens} tokens"
+        perplexity = f"{cost.base_perplexity:.3f} before, {cost.perplexity:.3f} after"
         rows += [("KL from the base on neutral text", kl), ("Perplexity on neutral text", perplexity)]
     rows.append(("Made with", pairs(receipt["versions"])))
     title = f"{inline(base['name'])}, edited: {inline(behaviour)}"
@@ -140,7 +141,7 @@ def plan_receipt(plan: EditPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "base": vars(plan.base),
         "plan": {"sha256": plan.hash},
         "method": dict(plan.method),
-        "measured": dict(plan.measured),
+        "measured": plan.measured.to_json(),
         "data": dict(plan.data),
         "changed": [{"norm": edit.norm} for edit in plan.edits],
         "card": {"pipeline_tag": "text-generation", **metadata},

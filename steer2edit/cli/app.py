@@ -203,7 +203,7 @@ def compile(
         "exactness": {target: lowering.exactness for target, lowering in compiled.lowerings.items()},
         "changed": len(compiled.plan.edits),
         "method": dict(compiled.plan.method),
-        "measured": dict(compiled.plan.measured),
+        "measured": compiled.plan.measured.to_json(),
         "evaluation": compiled.evaluation and compiled.evaluation.described(),
     }
 

@@ -94,7 +94,7 @@ def compose_given(
         "artefacts": {target: str(folder) for target, folder in composed.artefacts.items()},
         "exactness": {target: lowering.exactness for target, lowering in composed.lowerings.items()},
         "changed": len(composed.plan.edits),
-        "measured": dict(composed.plan.measured),
+        "measured": composed.plan.measured.to_json(),
         "interference": composed.described(),
     }
     print_result(result, as_json, lambda result: _render(composed, result))

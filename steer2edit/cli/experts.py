@@ -170,7 +170,7 @@ def mask(model: str, to: str, out: Path, plan_out: Path | None, as_json: bool, f
         "exactness": lowering.exactness,
         "grade": plan.method["grade"],
         "experts": plan.method["experts"],
-        "measured": dict(plan.measured),
+        "measured": plan.measured.to_json(),
         "notes": list(lowering.notes),
     }
     print_result(

@@ -122,13 +122,13 @@ def _run_one(
     before, after = (answers_to(model, tasks) for model in (loaded, artefact))
     rows = [
         {"model": "base", **rates_of(tasks, before), "kl": 0.0},
-        {"model": "edited checkpoint", **rates_of(tasks, after), "kl": plan.measured["kl"]},
+        {"model": "edited checkpoint", **rates_of(tasks, after), "kl": plan.measured.kl},
     ]
     component = make_plan(scoring, method="component", progress=progress)
     component = settle_strength(loaded, component, kl_budget=KL_BUDGET, neutral=neutral)
     with edited(loaded, component):
         rates = rates_of(tasks, answers_to(loaded, tasks))
-    rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured["kl"]})
+    rows.append({"model": "Steer2Edit's component edit", **rates, "kl": component.measured.kl})
     vectors = {site.key: statistics.difference(site.key).float() for site in spec.sites}
     for strength in STEERING:
         apply = partial(steered, loaded, vectors)

@@ -171,7 +171,7 @@ def plan_candidate(loaded: LoadedModel, name: str, plan: EditPlan, kind: str = "
         with edited(loaded, plan):
             yield loaded
 
-    return Candidate(name, enter, kind, note, plan.measured.get("strength"), frozenset(plan.seen))
+    return Candidate(name, enter, kind, note, plan.measured.strength, frozenset(plan.seen))
 
 
 def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runtime: Runtime = Runtime()) -> Candidate:  # noqa: B008

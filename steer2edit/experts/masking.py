@@ -65,11 +65,10 @@ def mask_experts(
     plan = lower_experts(checkpoint, spec, request, how=how, rows=fits, bound=certification.bound, data=data)
     if loaded is None or not certification.measure:
         return plan
-    measured = settle_strength(
-        loaded, plan, strength=1.0, neutral=neutral_text(loaded, certification.neutral, progress)
-    )
-    kept = {key: value for key, value in measured.measured.items() if key not in ("kl_budget", "steps")}
-    return replace(plan, measured=kept)
+    neutral = neutral_text(loaded, certification.neutral, progress)
+    measured = settle_strength(loaded, plan, strength=1.0, neutral=neutral).measured
+    # nothing was searched
+    return replace(plan, measured=replace(measured, steps=None))
 
 
 def _rows_wanted(spec: ModelSpec, request: Request, how: How) -> dict[int, tuple[int, ...]]:

@@ -1,9 +1,10 @@
 """The plan: an ordered list of edits with their provenance, and the operations that an edit can be."""
 
-from steer2edit.plan.edit_plan import BASE, DATA, MEASURED, METHOD, Base, EditPlan, Scores, Structure, merge
+from steer2edit.plan.edit_plan import BASE, DATA, METHOD, Base, EditPlan, Scores, Structure, merge
+from steer2edit.plan.measured import MEASURED, Divergence, Measured
 from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale
 
 __all__ = [
-    "BASE", "DATA", "MEASURED", "METHOD", "Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores",
-    "Structure", "merge",
+    "BASE", "DATA", "MEASURED", "METHOD", "Assign", "Base", "Bias", "Divergence", "Edit", "EditPlan", "LowRank",
+    "Measured", "Scale", "Scores", "Structure", "merge",
 ]  # fmt: skip

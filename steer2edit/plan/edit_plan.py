@@ -19,8 +19,9 @@ import torch
 
 from steer2edit.errors import PlanError, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
-from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
+from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
+from steer2edit.plan.measured import MEASURED, Measured
 from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
 
 if TYPE_CHECKING:
@@ -29,13 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
 
 FORMAT = "steer2edit.plan.1"
-_MEASURED: Any = dict.fromkeys(("strength", "kl", "low", "high", "base_perplexity", "perplexity"), NUMBER)
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
-# what belongs to a measured KL comes with it
-MEASURED: Any = (
-    {**_MEASURED, "tokens": int, "kl_budget?": MAYBE, "selected_on?": [str]},
-    {"kl?": (), "strength?": MAYBE, "selected_on?": [str]},
-)
 DATA: Any = {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]}
 BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
 _DESCRIBED: Any = {
@@ -124,15 +119,15 @@ class Structure:
 class EditPlan:
     """Edits in order, one for each tensor, with the scores behind them.
 
-    ``method`` holds its name and parameters, ``measured`` what was found by running the model (KL, strength),
-    ``data`` the contrast data's description.
+    ``method`` holds its name and parameters, ``measured`` what running the model showed (KL, strength), ``data`` the contrast
+    data's description.
     """
 
     base: Base
     edits: tuple[Edit, ...]
     scores: Mapping[str, Scores] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
     data: Mapping[str, Any] = field(default_factory=dict)
     structure: Structure = Structure()
 
@@ -150,7 +145,7 @@ class EditPlan:
     @property
     def seen(self) -> tuple[str, ...]:
         """Digests of the prompts that the plan was made from or chosen by; nothing may be reported on them."""
-        return tuple(sorted({*self.data.get("prompts", ()), *self.measured.get("selected_on", ())}))
+        return tuple(sorted({*self.data.get("prompts", ()), *self.measured.selected_on}))
 
     @property
     def norm(self) -> float:
@@ -174,8 +169,8 @@ class EditPlan:
         """The plan at ``strength`` times its present strength, recorded in ``measured``. Raises PlanError unless finite."""
         if not math.isfinite(strength):
             raise PlanError(f"the strength is {strength}, expected a finite number")
-        now = float(self.measured.get("strength") or 1.0)
-        return replace(self.scaled(strength), measured={**self.measured, "strength": now * strength})
+        now = 1.0 if self.measured.strength is None else self.measured.strength
+        return replace(self.scaled(strength), measured=replace(self.measured, strength=now * strength))
 
     def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
         """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
@@ -208,7 +203,7 @@ class EditPlan:
             "edits": [{"tensor": edit.tensor, "op": edit.op} for edit in self.edits],
             "scored": list(self.scores),
             "method": dict(self.method),
-            "measured": dict(self.measured),
+            "measured": self.measured.to_json(),
             "data": dict(self.data),
             **({"structure": self.structure.described()} if self.structure else {}),
         }
@@ -227,7 +222,8 @@ class EditPlan:
             scores = {key: _scores(key, tensors) for key in described["scored"]}
             base = Base(**described["base"])
             structure = Structure.read(described["structure"]) if "structure" in described else Structure()
-            method, measured, data = (described[name] for name in ("method", "measured", "data"))
+            method, data = described["method"], described["data"]
+            measured = Measured.from_json(described["measured"])
             return cls(base, edits, scores, method, measured, data, structure)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)

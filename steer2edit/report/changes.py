@@ -10,7 +10,7 @@ from typing import Any
 from steer2edit import __version__
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.formatting import divergence, number, pairs, plain_value
-from steer2edit.plan import EditPlan, LowRank, Scores
+from steer2edit.plan import EditPlan, LowRank, Measured, Scores
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
 from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
@@ -115,7 +115,7 @@ def reproduction(
         ("Data, SHA-256", plan.data.get("data")),
         ("Examples", plain_value(plan.data.get("examples"))),
         ("System message, digest", plan.data.get("system")),
-        ("Strength", plain_value(plan.measured.get("strength"))),
+        ("Strength", plain_value(plan.measured.strength)),
         ("Seeds", pairs(seeds)),
         ("Versions", pairs(receipt.get("versions") or {"steer2edit": __version__})),
     ]
@@ -150,17 +150,17 @@ def _merged(method: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
     return rows
 
 
-def _measured(measured: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _measured(measured: Measured) -> list[tuple[str, object]]:
     facts: list[tuple[str, object]] = []
-    if measured.get("strength") is not None:
-        facts.append(("Strength", number(measured["strength"])))
-    if measured.get("kl") is not None:
-        over = f" over {measured['tokens']:,} tokens of neutral text" if "tokens" in measured else ""
-        facts.append(("KL from the base", f"{divergence(measured)}{over}"))
-    if measured.get("kl_budget") is not None:
-        facts.append(("KL budget", f"{number(measured['kl_budget'])} nats/token"))
-    if measured.get("perplexity") is not None and measured.get("base_perplexity") is not None:
-        facts.append(("Perplexity", f"{number(measured['base_perplexity'])} → {number(measured['perplexity'])}"))
+    cost = measured.divergence
+    if measured.strength is not None:
+        facts.append(("Strength", number(measured.strength)))
+    if cost is not None:
+        facts.append(("KL from the base", f"{divergence(cost.estimate)} over {cost.tokens:,} tokens of neutral text"))
+    if measured.kl_budget is not None:
+        facts.append(("KL budget", f"{number(measured.kl_budget)} nats/token"))
+    if cost is not None:
+        facts.append(("Perplexity", f"{number(cost.base_perplexity)} → {number(cost.perplexity)}"))
     return facts
 
 

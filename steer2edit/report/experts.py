@@ -9,6 +9,7 @@ from typing import Any
 
 from steer2edit.errors import Steer2EditError
 from steer2edit.experts.ranking import ExpertTable, Ranked
+from steer2edit.plan import Measured
 from steer2edit.report.tables import expert_lines
 
 _HEADERS = {
@@ -74,13 +75,13 @@ def render_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> str:
     return "\n".join([*lines, "", tabulate(rows, headers=list(_HEADERS.values()), disable_numparse=True)])
 
 
-def render_masks(method: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+def render_masks(method: Mapping[str, Any], measured: Measured) -> str:
     """What a plan does with experts: the grades, each expert, and what was measured."""
     lines = [str(method["grade"]), *(f"  {line}" for line in expert_lines(method))]
-    if "kl" in measured:
+    if (cost := measured.divergence) is not None:
         lines.append(
-            f"KL {measured['kl']:.4f} nats a token on neutral text; perplexity {measured['base_perplexity']:.2f} before, "
-            f"{measured['perplexity']:.2f} after"
+            f"KL {cost.kl:.4f} nats a token on neutral text; perplexity {cost.base_perplexity:.2f} before, "
+            f"{cost.perplexity:.2f} after"
         )
     return "\n".join(lines)
 

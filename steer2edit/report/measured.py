@@ -132,7 +132,7 @@ def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
             )
     else:
         said.append("The behaviour was not measured here: nothing on this page says that the edit does what it is for.")
-    if plan.measured.get("kl") is not None:
+    if plan.measured.divergence is not None:
         said.append("KL is measured on neutral text, and says little of how far the model moves on other text.")
     if any(site.interval is not None for site in plan.scores.values()):
         said.append("Intervals of g are over resampled contrast examples, component by component.")

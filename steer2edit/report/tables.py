@@ -29,7 +29,7 @@ def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
         "base": vars(plan.base),
         "method": dict(plan.method),
         "data": {key: value for key, value in plan.data.items() if key != "prompts"},
-        "measured": dict(plan.measured),
+        "measured": plan.measured.to_json(),
         "sha256": plan.hash,
         "edits": len(plan.edits),
         "norm": plan.norm,
@@ -55,11 +55,10 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
     if plan.data:
         told_of = (plan.data.get("name"), plan.data.get("examples"))
         parts.insert(1, f"data     {', '.join(str(one) for one in told_of if one is not None)}")
-    if "kl" in (measured := described["measured"]):
+    if (cost := plan.measured.divergence) is not None:
         parts.append(
-            f"measured strength {measured['strength']:.4g}, KL {measured['kl']:.4g} "
-            f"[{measured['low']:.2g}, {measured['high']:.2g}] nats/token over {measured['tokens']} tokens, "
-            f"perplexity {measured['base_perplexity']:.4g} → {measured['perplexity']:.4g}"
+            f"measured strength {plan.measured.strength:.4g}, KL {cost.kl:.4g} [{cost.low:.2g}, {cost.high:.2g}] nats/token "
+            f"over {cost.tokens} tokens, perplexity {cost.base_perplexity:.4g} → {cost.perplexity:.4g}"
         )
     parts += [f"experts  {line}" for line in expert_lines(plan.method)]
     if stable := described["stable"]:

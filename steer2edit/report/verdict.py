@@ -47,9 +47,9 @@ def direction(metric: Metric, change: Estimate) -> int:
 
 def _unmeasured(plan: EditPlan) -> str:
     said = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
-    if plan.measured.get("kl") is not None:
-        said += f", and moves the model by {divergence(plan.measured)} on neutral text"
-    if plan.measured.get("selected_on"):
+    if plan.measured.divergence is not None:
+        said += f", and moves the model by {divergence(plan.measured.divergence.estimate)} on neutral text"
+    if plan.measured.selected_on:
         return f"{said}. It was chosen on the selection split; what it does on other questions was not measured."
     return f"{said}. What it does to the behaviour was not measured."
 

@@ -101,10 +101,10 @@ def _report(
     shown = [number for number in spread(result.front, _SHOWN) if number != result.knee]
     chosen += [plan_candidate(loaded, f"trial {number}", plans[number], "front") for number in shown]
     # along the front's own range of KL, so that both curves can be read at the same cost
-    costs = sorted(plan.measured["kl"] for plan in plans.values())
+    costs = sorted(kl for plan in plans.values() if (kl := plan.measured.kl) is not None)
     points = [costs[round(i * (len(costs) - 1) / (_STEERING_POINTS - 1))] for i in range(_STEERING_POINTS)]
     # the knee's own cost comes with its baselines
-    points = [kl for kl in dict.fromkeys(points) if kl > 0 and kl != knee.measured["kl"]]
+    points = [kl for kl in dict.fromkeys(points) if kl > 0 and kl != knee.measured.kl]
     chosen += [steering_at(loaded, scoring, suite.neutral, kl) for kl in points]
     chosen += with_baselines(loaded, scoring, knee, suite, progress=progress)
     source = scoring.statistics.source

@@ -28,7 +28,7 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.methods import make_plan
-from steer2edit.plan import Base, EditPlan
+from steer2edit.plan import Base, EditPlan, Measured
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
@@ -191,15 +191,14 @@ def tune(
 def plan_of(scoring: Scoring, loaded: LoadedModel, suite: Suite, trial: Trial, search: Search) -> EditPlan:
     """The plan of a trial, as it was measured; it remembers by what prompts it was chosen."""
     plan = _with_strength(_make(scoring, trial.params, search), float(trial.checks["strength"]))
-    measured = {
-        "strength": trial.checks["strength"],
-        "kl": trial.kl,
-        "trial": trial.number,
-        "params": dict(trial.params),
-        "selected_on": suite.digests("select"),
-    }
-    divergence = at(partial(edited, loaded, plan), suite.neutral).divergence
-    return replace(plan, measured={**measured, **asdict(divergence)})
+    measured = Measured(
+        strength=trial.checks["strength"],
+        divergence=at(partial(edited, loaded, plan), suite.neutral).divergence,
+        trial=trial.number,
+        params=dict(trial.params),
+        selected_on=tuple(suite.digests("select")),
+    )
+    return replace(plan, measured=measured)
 
 
 @dataclass(frozen=True)

@@ -16,29 +16,13 @@ import torch
 from steer2edit.bootstrap import estimate
 from steer2edit.data.tokens import windows
 from steer2edit.errors import DataError
+from steer2edit.plan import Divergence
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, batches, pad_right
 from steer2edit.strength.unembedding import Affine, Reference, affine, compare
 
 _CHUNK = 256
 _GLANCE = 512
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """``kl`` in nats per token, with its bootstrap 95 % interval over the text's windows, and both models' perplexities.
-
-    ``quadratic`` is ``½ E Var_p(log q - log p)``, which KL approaches as an edit gets small; unlike KL it is a sum of squares
-    and not of cancelling terms, so it can be measured at a strength far below the one that is sought. Only a glance has it.
-    """
-
-    kl: float
-    low: float
-    high: float
-    tokens: int
-    base_perplexity: float
-    perplexity: float
-    quadratic: float | None = None
 
 
 @dataclass(frozen=True)

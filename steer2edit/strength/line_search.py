@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from steer2edit.errors import Steer2EditError
-from steer2edit.strength.kl import Divergence
+from steer2edit.plan import Divergence
 
 
 @dataclass(frozen=True)

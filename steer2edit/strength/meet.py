@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.plan import Divergence
+from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
 
 Apply = Callable[[float], AbstractContextManager[Any]]

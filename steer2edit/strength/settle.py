@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from steer2edit.architecture import MatrixRole
 from steer2edit.data import contrast
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.plan import EditPlan
+from steer2edit.plan.measured import ClassStrength
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
@@ -43,7 +43,7 @@ def settle_strength(
             "the plan edits nothing: every score is under its threshold, or no score's sign is stable; lower rho, raise "
             "--top-heads/--top-neurons, give more examples, or --all-components"
         )
-    classes: dict[str, Any] = {}
+    classes: dict[str, ClassStrength] = {}
     if class_budgets is not None:
         plan, classes = _settle_classes(loaded, plan, class_budgets, neutral)
     elif kl_budget is None and strength is None:
@@ -54,21 +54,22 @@ def settle_strength(
         settled = at(apply, neutral, 1.0 if strength is None else strength)
     else:
         settled = meet(apply, neutral, kl_budget)
-    measured = {
-        "strength": settled.strength,
-        "kl_budget": kl_budget,
-        **({"classes": classes} if classes else {}),
-        **asdict(settled.divergence),
-        "steps": [list(step) for step in settled.steps],
-    }
-    return replace(plan.scaled(settled.strength), measured={**plan.measured, **measured})
+    measured = replace(
+        plan.measured,
+        strength=settled.strength,
+        kl_budget=kl_budget,
+        classes=classes,
+        divergence=settled.divergence,
+        steps=settled.steps,
+    )
+    return replace(plan.scaled(settled.strength), measured=measured)
 
 
 def _settle_classes(
     loaded: LoadedModel, plan: EditPlan, budgets: Mapping[MatrixRole, float], neutral: NeutralText
-) -> tuple[EditPlan, dict[str, Any]]:
+) -> tuple[EditPlan, dict[str, ClassStrength]]:
     roles = {name: site.role.kind for name, site in loaded.spec.owners.items()}
-    classes: dict[str, Any] = {}
+    classes: dict[str, ClassStrength] = {}
     strengths: dict[MatrixRole, float] = {}
     for role in sorted({roles[edit.tensor] for edit in plan.edits if edit.tensor in roles}):
         name = "attn" if role is MatrixRole.ATTN_OUT else "mlp"
@@ -79,7 +80,7 @@ def _settle_classes(
             part = replace(plan, edits=tuple(edit for edit in plan.edits if roles.get(edit.tensor) is role))
             settled = meet(partial(edited, loaded, part), neutral, budgets[role])
             strengths[role] = settled.strength
-            classes[name] = {"strength": settled.strength, "kl_budget": budgets[role], "kl": settled.divergence.kl}
+            classes[name] = ClassStrength(settled.strength, budgets[role], settled.divergence.kl)
     tensors = {tensor: strengths.get(role, 1.0) for tensor, role in roles.items()}
     keys = {site.key: strengths.get(site.role.kind, 1.0) for site in loaded.spec.sites}
     return plan.reweighted(tensors, keys), classes

@@ -1,0 +1,133 @@
+"""What running the model showed of an edit: its strength, its cost on neutral text, and the steps of the search.
+
+Plans and receipts hold it as one JSON object. What was read is written again as it was, key by key, because a plan's hash
+is over these bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from steer2edit.bootstrap import Estimate
+from steer2edit.files.schema import MAYBE, NUMBER
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``kl`` in nats per token, with its bootstrap 95 % interval over the text's windows, and both models' perplexities.
+
+    ``quadratic`` is ``½ E Var_p(log q - log p)``, which KL approaches as an edit gets small. It is a sum of squares, so it can be
+    measured at a strength far below the one that is sought, where the terms of KL cancel. Only a quick look at a part of the
+    text has it.
+    """
+
+    kl: float
+    low: float
+    high: float
+    tokens: int
+    base_perplexity: float
+    perplexity: float
+    quadratic: float | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """The KL with its interval."""
+        return Estimate(self.kl, self.low, self.high, self.tokens)
+
+
+@dataclass(frozen=True)
+class ClassStrength:
+    """One class of writers (attention or MLPs) that met a KL budget of its own: its strength, budget and KL."""
+
+    strength: float
+    kl_budget: float
+    kl: float
+
+
+_DIVERGENCE = tuple(one.name for one in fields(Divergence))
+_CLASS: Any = {one.name: NUMBER for one in fields(ClassStrength)}
+_OTHER: Any = {
+    "strength?": MAYBE,
+    "kl_budget?": MAYBE,
+    "selected_on?": [str],
+    "classes?": {str: _CLASS},
+    "steps?": [[NUMBER]],
+    "trial?": int,
+    "params?": {},
+}
+_COST: Any = dict.fromkeys(("strength", "kl", "low", "high", "base_perplexity", "perplexity"), NUMBER)
+# what belongs to a measured KL comes with it
+MEASURED: Any = ({**_OTHER, **_COST, "tokens": int, "quadratic?": MAYBE}, {**_OTHER, "kl?": ()})
+"""The kind of a measured edit's JSON, for :func:`files.schema.check`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of an edit. ``strength`` is already in the plan's edits; everything is None or empty where not measured.
+
+    ``divergence`` is the cost on neutral text, ``kl_budget`` the largest KL that was allowed (None for a strength that was
+    given), ``steps`` the search's ``(strength, kl)`` in order. ``trial`` and ``params`` say which proposal of a study it is, and
+    ``selected_on`` holds digests of the prompts that it was chosen by. ``more`` are keys of other versions.
+    """
+
+    strength: float | None = None
+    kl_budget: float | None = None
+    classes: Mapping[str, ClassStrength] = field(default_factory=dict)
+    divergence: Divergence | None = None
+    steps: tuple[tuple[float, float], ...] | None = None
+    trial: int | None = None
+    params: Mapping[str, Any] | None = None
+    selected_on: tuple[str, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+    _keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    _empty: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    @property
+    def kl(self) -> float | None:
+        """The KL from the base on neutral text, in nats per token."""
+        return None if self.divergence is None else self.divergence.kl
+
+    def to_json(self) -> dict[str, Any]:
+        """As plans and receipts hold it."""
+        values: dict[str, Any] = {
+            "strength": self.strength,
+            "kl_budget": self.kl_budget,
+            "classes": {name: asdict(one) for name, one in self.classes.items()},
+            **(dict.fromkeys(_DIVERGENCE) if self.divergence is None else asdict(self.divergence)),
+            "steps": None if self.steps is None else [list(step) for step in self.steps],
+            "trial": self.trial,
+            "params": None if self.params is None else dict(self.params),
+            "selected_on": list(self.selected_on),
+            **self.more,
+        }
+        # a settled strength says too that it had no budget and no search, and a measured KL that it has no quadratic form
+        shown = set(self._empty)
+        shown |= {"kl_budget", "steps"} if self.steps is not None else set()
+        shown |= {"quadratic"} if self.divergence is not None else set()
+        keys = dict.fromkeys([*self._keys, *values])
+        return {key: values[key] for key in keys if key in shown or values.get(key) not in _EMPTY}
+
+    @classmethod
+    def from_json(cls, described: Mapping[str, Any]) -> Measured:
+        """What :meth:`to_json` gave. Raises ValueError or TypeError for what :data:`MEASURED` does not allow."""
+        own = {key: described[key] for key in ("strength", "kl_budget", "trial", "params") if key in described}
+        steps = described.get("steps")
+        divergence = None
+        if "kl" in described:
+            divergence = Divergence(**{key: described[key] for key in _DIVERGENCE if key in described})
+        return cls(
+            **own,
+            classes={name: ClassStrength(**one) for name, one in described.get("classes", {}).items()},
+            divergence=divergence,
+            steps=None if steps is None else tuple((strength, kl) for strength, kl in steps),
+            selected_on=tuple(described.get("selected_on", ())),
+            more={key: value for key, value in described.items() if key not in _KEYS},
+            _keys=tuple(described),
+            _empty=frozenset(key for key, value in described.items() if value in _EMPTY),
+        )
+
+
+_EMPTY: tuple[Any, ...] = (None, [], {})
+_KEYS = {*(one.name for one in fields(Measured)), *_DIVERGENCE} - {"divergence", "more", "_keys", "_empty"}
