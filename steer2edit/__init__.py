@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec, Site, read_spec
     from steer2edit.artefact.emit import emit
+    from steer2edit.artefact.request import CompileRequest
     from steer2edit.artefact.verify import verify
     from steer2edit.capture.run import capture_statistics
     from steer2edit.capture.statistics import Statistics
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Checkpoint": "checkpoint",
+    "CompileRequest": "artefact.request",
     "EditPlan": "plan",
     "ModelSpec": "architecture",
     "Site": "architecture",
@@ -45,8 +47,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Checkpoint", "EditPlan", "ModelSpec", "Site", "Statistics", "Steer2EditError", "Vectors", "capture_statistics",
-    "compile", "emit", "make_plan", "merge", "open_checkpoint", "read_spec", "read_vectors", "verify",
+    "Checkpoint", "CompileRequest", "EditPlan", "ModelSpec", "Site", "Statistics", "Steer2EditError", "Vectors",
+    "capture_statistics", "compile", "emit", "make_plan", "merge", "open_checkpoint", "read_spec", "read_vectors", "verify",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,14 @@ from steer2edit import methods
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import MatrixRole, Site
 from steer2edit.artefact.emit import artefact_folders
+from steer2edit.artefact.request import CompileRequest
 from steer2edit.capture.run import BACKGROUND_TOKENS
-from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
-from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import encode, windows
 from steer2edit.lowering import Writing
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
-from steer2edit.methods import METHOD
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
 
@@ -67,38 +65,27 @@ class DryRun:
         return tuple(found)
 
 
-def dry_run(
-    model: str | Path,
-    behavior: Behavior | Statistics,
-    out: str | Path,
-    *,
-    to: Sequence[str] = ("checkpoint",),
-    revision: str | None = None,
-    method: str = METHOD,
-    options: Any = None,
-    strength: float | None = None,
-    background: str | Sequence[str] | None = None,
-    runtime: Runtime = Runtime(),  # noqa: B008
-    force: bool = False,
-    writing: Writing = Writing(),  # noqa: B008
-) -> DryRun:
-    """Go through a compile up to the point where the model would run. Raises what :func:`compiler.compile` would raise there."""
-    folders = artefact_folders(out, to, force)
-    checkpoint = open_checkpoint(model, revision)
+def dry_run(request: CompileRequest) -> DryRun:
+    """Go through a compile up to the point where the model would run.
+
+    Raises what :func:`steer2edit.compiler.compile` would raise there.
+    """
+    folders = artefact_folders(request.out, request.to, request.force)
+    checkpoint = open_checkpoint(request.model, request.revision)
     spec = read_spec(checkpoint)
-    plan = widest_plan(checkpoint, spec, method, options)
+    if request.vectors is not None:
+        request.vectors.check(spec)
+    if request.statistics is not None:
+        request.statistics.check_model(checkpoint)
+    plan = widest_plan(checkpoint, spec, request.method, request.options)
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
-    device = pick_device(runtime.device)
-    dtype = _dtype(runtime, device)
-    examples, tokens = _tokens(checkpoint, behavior, background, runtime)
-    rate = _multiplications(spec.hidden_size, dtype, device) if runtime.device_map is None else None
-    if strength is None:
-        strength = methods.own_strength(options)
+    device = pick_device(request.runtime.device)
+    dtype = _dtype(request.runtime, device)
+    examples, tokens = _tokens(checkpoint, request)
+    rate = _multiplications(spec.hidden_size, dtype, device) if request.runtime.device_map is None else None
     active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
-    passes = 1 if strength is not None else SEARCH_PASSES
-    written = []
-    for target, folder in folders.items():
-        written.append(disk_use(plan, checkpoint, spec, target, folder, writing))
+    passes = 1 if request.fixed_strength is not None else SEARCH_PASSES
+    written = [disk_use(plan, checkpoint, spec, target, folder, request.writing) for target, folder in folders.items()]
     size = numel * torch.empty(0, dtype=dtype).element_size()
     # fp8 is taken apart beside the model that it becomes
     twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
@@ -202,13 +189,13 @@ def _dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _tokens(
-    checkpoint: Checkpoint, behavior: Behavior | Statistics, background: str | Sequence[str] | None, runtime: Runtime
-) -> tuple[int, int]:
-    if isinstance(behavior, Statistics):
-        return sum(behavior.examples.values()), 0
-    tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
-    texts = contrast.background_text() if background is None else background
+def _tokens(checkpoint: Checkpoint, request: CompileRequest) -> tuple[int, int]:
+    """Examples, and the tokens that a capture runs over."""
+    if request.behavior is None:
+        return sum(request.statistics.examples.values()) if request.statistics is not None else 0, 0
+    behavior = request.behavior
+    tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
+    texts = contrast.background_text() if request.background is None else request.background
     read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
     encoded = (
         encode(behavior.examples, tokenizer, system=behavior.system, span=behavior.span) if behavior.examples else []

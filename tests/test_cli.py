@@ -113,10 +113,11 @@ def test_scale_absolute_means_the_same_in_python_and_on_the_command_line(
         "compile", tiny_llama, "--data", data, "--neutral", neutral, *flags, "--to", "lora", "--out", tmp_path / "one"
     )
     assert result.exit_code == 0, result.output
-    compiled = steer2edit.compile(
-        tiny_llama, Behavior.from_data(data), tmp_path / "two", to=("lora",), neutral=neutral.read_text(),
+    request = steer2edit.CompileRequest(
+        tiny_llama, tmp_path / "two", Behavior.from_data(data), to=("lora",), neutral=neutral.read_text(),
         method="component", options=component.Options(rho_attn=0.5, alpha=0.1, scale="absolute"),
     )  # fmt: skip
+    compiled = steer2edit.compile(request)
     plan = EditPlan.load(tmp_path / "one" / "steer2edit" / "plan.safetensors")
     assert plan.measured.strength == compiled.plan.measured.strength == 1.0
     assert plan.method["stable"] is compiled.plan.method["stable"] is False
@@ -272,10 +273,13 @@ def test_the_python_interface(tiny_llama: Path, data: Path, neutral: Path, tmp_p
     import steer2edit
     from steer2edit.data.behavior import Behavior
 
-    compiled = steer2edit.compile(
-        tiny_llama, Behavior.from_data(data), tmp_path / "out", neutral=neutral.read_text(), kl_budget=0.01
+    request = steer2edit.CompileRequest(
+        tiny_llama, tmp_path / "out", Behavior.from_data(data), neutral=neutral.read_text(), kl_budget=0.01
     )
+    compiled = steer2edit.compile(request)
     assert compiled.plan.measured.kl <= 0.01
     assert steer2edit.verify(compiled.artefacts["checkpoint"], tiny_llama, numbers=False).ok
     with pytest.raises(AttributeError):
         _ = steer2edit.nothing
+    with pytest.raises(steer2edit.Steer2EditError, match="exactly one of the two"):
+        steer2edit.CompileRequest(tiny_llama, tmp_path / "none")

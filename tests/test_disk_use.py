@@ -20,6 +20,7 @@ from test_faults import random_plan
 
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
+from steer2edit.artefact.request import CompileRequest
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.compiler import compile
 from steer2edit.data.behavior import Behavior
@@ -85,7 +86,7 @@ def test_compile_looks_for_room_before_it_runs_the_model(
     full(monkeypatch, 12_345)
     monkeypatch.setattr(compiler, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(TargetError, match="too few"):
-        compile(tiny_llama, Behavior("rows", []), tmp_path / "out")
+        compile(CompileRequest(tiny_llama, tmp_path / "out", Behavior("rows", [])))
 
 
 def test_leftovers_of_a_killed_run_are_removed_before_room_is_looked_for(

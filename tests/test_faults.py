@@ -25,6 +25,7 @@ from kill_points import digest
 
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
+from steer2edit.artefact.request import CompileRequest
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.errors import CheckpointError, Steer2EditError, TargetError
@@ -191,14 +192,15 @@ def test_a_compile_has_its_folder_from_the_start(
     def second(*_args: object) -> None:
         # another thread stands for another process: it knows nothing of this one's claims
         with ThreadPoolExecutor(1) as pool, pytest.raises(TargetError, match="another run"):
-            pool.submit(compiler.compile, tiny_llama, Behavior("rows", []), tmp_path / "out", to=to).result()
+            pool.submit(compiler.compile, request).result()
         raise CheckpointError("enough")
 
     monkeypatch.setattr(compiler, "load_model", second)
-    to: list[str] = []
+    request = CompileRequest(tiny_llama, tmp_path / "out", Behavior("rows", []))
     for to in (["checkpoint"], ["checkpoint", "lora"]):
+        request = CompileRequest(tiny_llama, tmp_path / "out", Behavior("rows", []), to=to)
         with pytest.raises(CheckpointError, match="enough"):
-            compiler.compile(tiny_llama, Behavior("rows", []), tmp_path / "out", to=to)
+            compiler.compile(request)
         assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("cli",), ("demo", "compiler", "publish"), ("compose", "dry_run"), ("report",), ("search",), ("evaluation",), ("artefact",),
     ("experts", "importers", "diff"), ("targets",), ("lowering",), ("methods",), ("scoring",), ("strength",), ("capture",),
     ("runtime",), ("data",), ("plan",), ("architecture",), ("checkpoint",), ("files",), ("formatting",), ("bootstrap",),
-    ("errors", "notices", "progress"),
+    ("errors", "notices", "options", "progress"),
 )  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 LOWEST_WITH_TRANSFORMERS = LEVEL["runtime"]

@@ -159,6 +159,7 @@ def compile(
 
     With --plan, finished plans are composed into one artefact instead: their updates add, each times its --weight.
     """
+    from steer2edit.artefact.request import CompileRequest
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
     from steer2edit.files.layout import REPORT
@@ -175,14 +176,12 @@ def compile(
         raise click.UsageError("several --eval belong to several --plan; give one")
     given["questions"] = next(iter(given["questions"]), None)
     vectors = read_vectors(given)
-    behavior = Statistics.load(stats) if stats and only_statistics(given) else read_behavior(given, vectors)
-    if given["dry_run"]:
-        dry_run_compile(model, behavior, out, to, force, read_writing(given), as_json, given)
-        return
-    compiled = compile_model(
+    statistics = Statistics.load(stats) if stats and only_statistics(given) else None
+    request = CompileRequest(
         model,
-        behavior,
         out,
+        behavior=read_behavior(given, vectors) if statistics is None else None,
+        statistics=statistics,
         vectors=vectors,
         to=to,
         revision=given["revision"],
@@ -193,11 +192,14 @@ def compile(
         background=read_background(given),
         runtime=read_runtime(given),
         batch_tokens=given["batch_tokens"],
-        questions=None if given["no_report"] else read_held_out(given),
+        questions=None if given["no_report"] or given["dry_run"] else read_held_out(given),
         force=force,
         writing=read_writing(given),
-        progress=progress_bar(),
     )
+    if given["dry_run"]:
+        dry_run_compile(request, as_json)
+        return
+    compiled = compile_model(request, progress_bar())
     result = {
         "artefacts": {target: str(folder) for target, folder in compiled.artefacts.items()},
         "exactness": {target: lowering.exactness for target, lowering in compiled.lowerings.items()},

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from steer2edit.cli.options import print_result, read_background, read_method_options, read_runtime
+from steer2edit.cli.options import print_result
+
+if TYPE_CHECKING:
+    from steer2edit.artefact.request import CompileRequest
 
 
 def dry_run_emit(
@@ -38,33 +41,11 @@ def dry_run_emit(
         sys.exit(1)
 
 
-def dry_run_compile(
-    model: str,
-    behavior: Any,
-    out: Path,
-    to: tuple[str, ...],
-    force: bool,
-    writing: Any,
-    as_json: bool,
-    given: dict[str, Any],
-) -> None:
+def dry_run_compile(request: CompileRequest, as_json: bool) -> None:
     """Print what a compile would do; the model is not run."""
     from steer2edit.dry_run import describe, dry_run, render
 
-    found = dry_run(
-        model,
-        behavior,
-        out,
-        to=to,
-        revision=given["revision"],
-        method=given["method"],
-        options=read_method_options(given),
-        strength=given["strength"],
-        background=read_background(given),
-        runtime=read_runtime(given),
-        force=force,
-        writing=writing,
-    )
+    found = dry_run(request)
     print_result(describe(found), as_json, render)
     if found.problems:
         sys.exit(1)

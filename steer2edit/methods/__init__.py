@@ -1,7 +1,9 @@
 """One file, one method: scores in, an EditPlan out.
 
 A method module has a frozen dataclass ``Options`` and a function ``plan(scoring, options, progress) ->
-EditPlan``. It is found by its file's name; methods never import each other.
+EditPlan``. It is found by its file's name; methods never import each other. The fields of ``Options`` that
+``steer2edit.options.option`` makes are flags of the command line, and those with a ``search`` are tried by ``tune``. The command
+line imports every method for its ``--help``: what is heavy, such as torch, is imported inside functions.
 """
 
 from __future__ import annotations
@@ -10,21 +12,20 @@ import importlib
 import pkgutil
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from steer2edit import methods
-from steer2edit.capture.statistics import Statistics
-from steer2edit.data.records import prompt_digest
 from steer2edit.errors import Steer2EditError
-from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.scoring.mean_effect import record_mean_effect
-from steer2edit.scoring.scores import Scoring
+
+if TYPE_CHECKING:
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.plan import EditPlan
+    from steer2edit.scoring.scores import Scoring
 
 
 def names() -> list[str]:
     """The methods there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load(name: str) -> ModuleType:
@@ -48,9 +49,11 @@ def make_plan(
 
     Raises PlanError where the statistics are of another model.
     """
+    from steer2edit.scoring.mean_effect import record_mean_effect
+
     checkpoint, statistics = scoring.checkpoint, scoring.statistics
     statistics.check_model(checkpoint)
-    module = methods.load(method)
+    module = load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
     plan = record_mean_effect(plan, scoring.spec, statistics)
     checkpoint.check_unchanged()
@@ -65,6 +68,8 @@ def own_strength(options: Any) -> float | None:
 
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
+    from steer2edit.data.records import prompt_digest
+
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])

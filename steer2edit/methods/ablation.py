@@ -10,31 +10,39 @@ alpha = 1 no writer can write along it any more. Where a norm stands between a w
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from steer2edit.architecture import Site
-from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import PlanError
-from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
+from steer2edit.methods._shared import LAYERS
+from steer2edit.options import AnyLayer, option
 from steer2edit.progress import Progress, silent
-from steer2edit.scoring.scores import Scoring, analyse
+
+if TYPE_CHECKING:
+    import torch
+
+    from steer2edit.architecture import Site
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.plan import Edit, EditPlan
+    from steer2edit.scoring.scores import Scoring
 
 
 @dataclass(frozen=True)
 class Options:
-    """``alpha`` is the part removed; ``direction_layer`` the block after which the direction is taken (the middle one if
-    None); ``layers`` the first and last layer edited; ``embedding`` whether the token embedding is projected too.
-    """
+    """How much is removed, and where; with ``direction_layer`` None the direction is taken after the middle block."""
 
-    alpha: float = 1.0
-    direction_layer: int | None = None
-    layers: tuple[int, int] | None = None
-    embedding: bool = False
+    alpha: float = option(1.0, "Part of the direction that is removed; 1 is all of it.")
+    direction_layer: int | None = option(
+        None, "Take the direction after this layer's block.", shown_default="the middle layer", search=AnyLayer()
+    )
+    layers: tuple[int, int] | None = option(None, LAYERS)
+    embedding: bool = option(False, "Edit the token embedding too, in models that do not tie it.")
 
 
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """One rank-1 edit for each writer, and one for each bias. Raises PlanError for layers that are not there."""
+    from steer2edit.plan import Base, Bias, EditPlan, LowRank
+    from steer2edit.scoring.scores import analyse
+
     checkpoint, spec, statistics = scoring.checkpoint, scoring.spec, scoring.statistics
     layer = spec.layers // 2 if options.direction_layer is None else options.direction_layer
     if not 0 <= layer < spec.layers:
@@ -68,6 +76,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
 
 def _through_norm(checkpoint: Checkpoint, site: Site, r: torch.Tensor) -> torch.Tensor:
+    import torch
+
     if site.norm is None:
         return torch.nn.functional.normalize(r, dim=0)
     u = (checkpoint.read(site.norm.tensor).float() + site.norm.offset) * r

@@ -18,15 +18,19 @@ this unit with others.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from steer2edit.architecture import MatrixRole
 from steer2edit.errors import PlanError
-from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.methods._shared import ALL_COMPONENTS, LAYERS
+from steer2edit.options import Between, option
 from steer2edit.progress import Progress, silent
-from steer2edit.scoring.scores import TINY, Scoring, SiteScores
+
+if TYPE_CHECKING:
+    import torch
+
+    from steer2edit.architecture import MatrixRole
+    from steer2edit.plan import EditPlan, LowRank
+    from steer2edit.scoring.scores import Scoring, SiteScores
 
 TOP_HEADS = 0.2
 TOP_NEURONS = 0.02
@@ -40,21 +44,42 @@ class Options:
     ``slope``, or from ``top_*``, a budget: this many components, or below 1 this share of them, by |g| over all layers; tau is
     then the first score left out. ``rho <= 0`` or ``top == 0`` leaves the class alone. With nothing given for either class
     the budgets ``TOP_HEADS`` and ``TOP_NEURONS`` apply. ``stable`` leaves out components whose score's bootstrap interval
-    holds zero; where it is None, so does scale "relative", and "absolute" edits them as the paper does. ``layers`` are the
-    first and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to are left alone.
+    holds zero; where it is None, so does scale "relative", and "absolute" edits them as the paper does. Experts that fewer than
+    ``min_tokens`` tokens were routed to are left alone.
     """
 
-    rho_attn: float | None = None
-    rho_mlp: float | None = None
-    alpha: float | None = None
-    tau_attn: float | None = None
-    tau_mlp: float | None = None
-    slope: float | None = None
-    top_heads: float | None = None
-    top_neurons: float | None = None
-    scale: Literal["relative", "absolute"] = "relative"
-    stable: bool | None = None
-    layers: tuple[int, int] | None = None
+    search_mlp_share: ClassVar[bool] = True
+
+    rho_attn: float | None = option(
+        None, "The paper's rho for heads, with --alpha; 0 leaves attention alone.", rare=True
+    )
+    rho_mlp: float | None = option(
+        None, "The paper's rho for neurons, with --alpha; 0 leaves the MLPs alone.", rare=True
+    )
+    alpha: float | None = option(None, "The paper's alpha, 0 to 1.", rare=True)
+    tau_attn: float | None = option(None, "Threshold on a head's |score|, in place of rho and alpha.", rare=True)
+    tau_mlp: float | None = option(None, "Threshold on a neuron's |score|, in place of rho and alpha.", rare=True)
+    slope: float | None = option(
+        None, "Growth of the edit with the score above the threshold, with --tau-….", rare=True
+    )
+    top_heads: float | None = option(
+        None,
+        "Edit this many heads; below 1, this share of them.",
+        shown_default=f"{TOP_HEADS:g}",
+        search=Between(0.02, 1.0, log=True),
+    )
+    top_neurons: float | None = option(
+        None,
+        "Edit this many neurons; below 1, this share of them.",
+        shown_default=f"{TOP_NEURONS:g}",
+        search=Between(0.001, 0.2, log=True),
+    )
+    scale: Literal["relative", "absolute"] = option(
+        "relative",
+        "Unit of the edit: relative to the steering vector, or the paper's own; absolute means strength 1 and --all-components.",
+    )
+    stable: bool | None = option(None, ALL_COMPONENTS, "--all-components", value=False)
+    layers: tuple[int, int] | None = option(None, LAYERS)
     min_tokens: int = 32
 
     @property
@@ -69,7 +94,7 @@ class Options:
 
     def rule(self, role: MatrixRole) -> Rule | None:
         """The rule for heads or neurons; None where they are left alone. Raises PlanError for contradictions."""
-        attn = role is MatrixRole.ATTN_OUT
+        attn = role.value == "attn_out"
         rho, tau, top = (
             (self.rho_attn, self.tau_attn, self.top_heads) if attn else (self.rho_mlp, self.tau_mlp, self.top_neurons)
         )
@@ -131,6 +156,11 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
     Raises PlanError for contradictory options, and CheckpointError for weights that are not finite.
     """
+    import torch
+
+    from steer2edit.architecture import MatrixRole
+    from steer2edit.plan import Base, EditPlan
+
     spec = scoring.spec
     first, last = spec.layer_range(options.layers)
     rules = {role: options.rule(role) for role in (MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT)}
@@ -170,6 +200,11 @@ def _eligible(one: SiteScores, options: Options) -> torch.Tensor:
 
 def _edit(one: SiteScores, rule: Rule, options: Options) -> tuple[torch.Tensor, LowRank]:
     """The components' lam, and the site's outer product."""
+    import torch
+
+    from steer2edit.plan import LowRank
+    from steer2edit.scoring.scores import TINY
+
     site, projection = one.site, one.projection
     size = one.table.projection.abs()
     # where a component cannot write along v_hat at all, k_hat is undefined and nothing is edited

@@ -18,16 +18,19 @@ reliably get most of it. Strength 1 is a mean push of v, as activation steering'
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
-from steer2edit.architecture import MatrixRole
-from steer2edit.capture.statistics import SOURCES, Statistics
 from steer2edit.errors import PlanError
-from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.methods._shared import ALL_COMPONENTS, LAYERS
+from steer2edit.options import option
 from steer2edit.progress import Progress, silent
-from steer2edit.scoring.scores import TINY, Scoring, SiteScores
+
+if TYPE_CHECKING:
+    import torch
+
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.plan import EditPlan
+    from steer2edit.scoring.scores import Scoring, SiteScores
 
 # of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much
 _EPS = 0.01
@@ -35,24 +38,35 @@ _EPS = 0.01
 
 @dataclass(frozen=True)
 class Options:
-    """``sites`` are the writers that carry the vector (by default attention alone, which did best at equal KL). ``moments`` says
-    whether a head's columns are weighed together, or each by itself, and ``background`` is the background's weight in them
-    against the contrast data's, 0 to 1. ``stable`` leaves out components whose score's bootstrap interval holds zero; of the
-    others ``carriers`` is the share that carries the vector at each site, the most reliable first. ``layers`` are the first
-    and last layer edited. Experts that fewer than ``min_tokens`` tokens were routed to are left alone.
+    """Which writers and components carry the vector. ``sites`` is attention alone by default, which did best at equal KL.
+
+    ``stable`` leaves out components whose score's bootstrap interval holds zero; of the others ``carriers`` is the share that
+    carries the vector at each site, the most reliable first. Experts that fewer than ``min_tokens`` tokens were routed to are
+    left alone.
     """
 
-    sites: Literal["attn", "mlp", "both"] = "attn"
-    moments: Literal["heads", "diagonal"] = "heads"
-    background: float = 0.5
-    carriers: float = 1.0
-    stable: bool = True
-    layers: tuple[int, int] | None = None
+    search_mlp_share: ClassVar[bool] = True
+
+    sites: Literal["attn", "mlp", "both"] = option("attn", "The matrices that carry the vector.")
+    carriers: float = option(
+        1.0, "Share of each matrix's heads or neurons that carry the vector, above 0 and at most 1."
+    )
+    moments: Literal["heads", "diagonal"] = option(
+        "heads", "Weigh a head's input columns together, or each column by itself.", rare=True
+    )
+    background: float = option(
+        0.5, "Weight of the background text in the second moments, 0 to 1.", "--background-weight", rare=True
+    )
+    stable: bool = option(True, ALL_COMPONENTS, "--all-components", value=False)
+    layers: tuple[int, int] | None = option(None, LAYERS)
     min_tokens: int = 32
 
 
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """One rank-1 edit for each writer chosen. Raises PlanError for a share of carriers outside (0, 1]."""
+    from steer2edit.architecture import MatrixRole
+    from steer2edit.plan import Base, EditPlan, LowRank
+
     if not 0 < options.carriers <= 1:
         raise PlanError(f"--carriers is {options.carriers}, expected a share above 0 and at most 1")
     if not 0 <= options.background <= 1:
@@ -79,6 +93,11 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
 def _functional(statistics: Statistics, one: SiteScores, options: Options) -> torch.Tensor:
     """``a`` [in], with a · x_bar = 1 over the components that carry; zero elsewhere, and everywhere if none does."""
+    import torch
+
+    from steer2edit.capture.statistics import SOURCES
+    from steer2edit.scoring.scores import TINY
+
     site, x = one.site, one.x_bar.double()
     by_component = x.view(site.components, -1)
     if site.heads is not None and options.moments == "heads":

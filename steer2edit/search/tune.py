@@ -28,6 +28,7 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.methods import make_plan
+from steer2edit.options import AnyLayer, Between, Option, options_of
 from steer2edit.plan import Base, EditPlan, Measured
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
@@ -158,6 +159,7 @@ def tune(
     ``storage`` is a journal file, or any URL that Optuna takes, which many machines can share. Raises Steer2EditError
     without Optuna, PlanError where the storage holds a study with other settings, or a metric is not measured.
     """
+    _check_grid(search)
     tasks = suite.tasks("select")
     attribute, utility = _objectives(tasks, search)
     goals = attribute.goal, utility.goal
@@ -251,7 +253,7 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
     module = methods.load(method)
     known = module.Options.__dataclass_fields__
     options = {key: value for key, value in params.items() if key in known}
-    if "first_layer" in params:
+    if "first_layer" in params and "layers" in known:
         options["layers"] = (params["first_layer"], params["last_layer"])
     if search.grid and method == "component":
         # Steer2Edit's own parameters are tried to the letter
@@ -264,6 +266,16 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
     return plan
 
 
+def _check_grid(search: Search) -> None:
+    """Raise PlanError where the grid names an option that none of the methods has."""
+    known = {name for method in search.methods for name in methods.load(method).Options.__dataclass_fields__}
+    if unknown := sorted(set(search.grid) - known):
+        raise PlanError(
+            f"--grid names {', '.join(unknown)}, which {' and '.join(search.methods)} does not have; its options: "
+            f"{', '.join(sorted(known))}"
+        )
+
+
 def _suggest(trial: Any, scoring: Scoring, search: Search) -> Params:
     """A proposal: the method, the KL aimed at, the layers, how much the MLPs take part, and the method's own."""
     layers = scoring.spec.layers
@@ -273,17 +285,32 @@ def _suggest(trial: Any, scoring: Scoring, search: Search) -> Params:
         "first_layer": trial.suggest_int("first_layer", 0, layers // 2),
         "last_layer": trial.suggest_int("last_layer", layers // 2, layers - 1),
     }
-    if params["method"] == "steering":
-        share = trial.suggest_float("mlp_share", 0.0, 1.0)
-        params["sites"] = "attn" if share < 0.2 else "both"
-        params["mlp_share"] = 0.0 if share < 0.2 else share
-    elif params["method"] == "component":
-        params["top_heads"] = trial.suggest_float("top_heads", 0.02, 1.0, log=True)
-        params["top_neurons"] = trial.suggest_float("top_neurons", 0.001, 0.2, log=True)
-        params["mlp_share"] = trial.suggest_float("component_mlp_share", 0.0, 1.0)
-    elif params["method"] == "ablation":
-        params["direction_layer"] = trial.suggest_int("direction_layer", 0, layers - 1)
+    method = str(params["method"])
+    options = {one: methods.load(one).Options for one in search.methods}
+    searched = {one: [o for o in options_of(options[one]) if o.search is not None] for one in search.methods}
+    for one in searched[method]:
+        shared = any(one.name == other.name for name in search.methods if name != method for other in searched[name])
+        params[one.name] = _suggest_option(trial, f"{method}_{one.name}" if shared else one.name, one, layers)
+    if getattr(options[method], "search_mlp_share", False):
+        share = trial.suggest_float("mlp_share" if method == methods.METHOD else f"{method}_mlp_share", 0.0, 1.0)
+        if any(one.name == "sites" for one in options_of(options[method])):
+            params["sites"] = "attn" if share < 0.2 else "both"
+            share = 0.0 if share < 0.2 else share
+        params["mlp_share"] = share
     return params
+
+
+def _suggest_option(trial: Any, name: str, option: Option, layers: int) -> Any:
+    """A value of one option from the range that its method declares."""
+    match option.search:
+        case Between(low, high, log) if option.kind is int:
+            return trial.suggest_int(name, int(low), int(high), log=log)
+        case Between(low, high, log):
+            return trial.suggest_float(name, low, high, log=log)
+        case AnyLayer():
+            return trial.suggest_int(name, 0, layers - 1)
+        case _:
+            return trial.suggest_categorical(name, list(option.choices or (False, True)))
 
 
 def _with_strength(plan: EditPlan, strength: float) -> EditPlan:

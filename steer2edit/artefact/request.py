@@ -1,0 +1,63 @@
+"""What a compile is asked to do, in one value: the command line, the dry run and ``compile`` share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steer2edit.architecture import MatrixRole
+from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vectors import Vectors
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.questions import Question
+from steer2edit.errors import DataError
+from steer2edit.lowering import Writing
+from steer2edit.methods import METHOD, own_strength
+from steer2edit.runtime.model import Runtime
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """What to compile into ``model``, how strongly, and where the artefacts go.
+
+    Give ``behavior`` or ``statistics`` of an earlier capture. ``vectors`` from elsewhere take the place of the captured
+    difference; a behaviour without examples is then enough. ``options`` are the method's own Options. ``strength`` multiplies
+    the method's edit; without it the largest strength is taken whose mean KL on neutral text (nats per token) is within
+    ``kl_budget``, 0.05 unless given; ``class_budgets`` bound attention and MLPs apart. With one target ``out`` is its folder,
+    with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page.
+
+    Raises DataError unless exactly one of behaviour and statistics is given.
+    """
+
+    model: str | Path
+    out: str | Path
+    behavior: Behavior | None = None
+    statistics: Statistics | None = None
+    vectors: Vectors | None = None
+    to: Sequence[str] = ("checkpoint",)
+    revision: str | None = None
+    method: str = METHOD
+    options: Any = None
+    strength: float | None = None
+    kl_budget: float | None = None
+    class_budgets: Mapping[MatrixRole, float] | None = None
+    neutral: str | Sequence[str] | None = None
+    background: str | Sequence[str] | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+    batch_tokens: int = 4096
+    questions: Sequence[Question] | None = None
+    force: bool = False
+    writing: Writing = field(default_factory=Writing)
+
+    def __post_init__(self) -> None:
+        if (self.behavior is None) == (self.statistics is None):
+            raise DataError("give a behaviour or the statistics of an earlier capture, exactly one of the two")
+
+    @property
+    def fixed_strength(self) -> float | None:
+        """The strength that is given, or that the method's options ask for; None where a KL budget decides."""
+        if self.strength is None and self.kl_budget is None and self.class_budgets is None:
+            return own_strength(self.options)
+        return self.strength
