@@ -256,9 +256,9 @@ def test_steering_takes_the_least_energy_for_its_push(setup: Setup, moments: str
         site = next(site for site in spec.sites if site.tensor == edit.tensor)
         x_bar = statistics.x_bar(site.key).float()
         if site.heads is not None and moments == "heads":
-            S = (statistics.block_moments(site.key, "contrast") + statistics.block_moments(site.key, "neutral")) / 2
+            S = (statistics.block_moments(site.key, "contrast") + statistics.block_moments(site.key, "background")) / 2
         else:
-            both = (statistics.energy(site.key) + statistics.energy(site.key, "neutral")) / 2
+            both = (statistics.energy(site.key) + statistics.energy(site.key, "background")) / 2
             S = both.float()[:, None, None]
         # the floor is part of what is minimised
         S = S + 0.01 * S.diagonal(dim1=1, dim2=2).mean() * torch.eye(S.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,17 @@ import pytest
 import torch
 from conftest import ROWS
 
+from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture
 from steer2edit.capture.statistics import LABELS, POPULATIONS, Statistics
+from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.errors import PlanError
+from steer2edit.files.atomic import load_tensors
+from steer2edit.methods import make_plan
 from steer2edit.runtime.model import LoadedModel, batches
+from steer2edit.scoring.scores import Scoring
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +32,8 @@ def encoded(loaded: LoadedModel) -> list[Encoded]:
         for index, row in enumerate(ROWS)
         for label in LABELS
     ]
-    neutral = [Encoded(tuple(range(4, 12 + i)), 1, "neutral", i) for i in range(3)]
-    return [*encode(examples, loaded.tokenizer), *neutral]
+    background = [Encoded(tuple(range(4, 12 + i)), 1, "background", i) for i in range(3)]
+    return [*encode(examples, loaded.tokenizer), *background]
 
 
 def close(a: Statistics, b: Statistics) -> bool:
@@ -61,7 +67,7 @@ def test_moments_are_those_of_a_plain_loop(loaded: LoadedModel, encoded: list[En
         assert torch.allclose(found.mean("attn_out.1", "input", population), mean, atol=1e-6)
         assert torch.allclose(found.moments["attn_out.1", "input", population].m2, m2, atol=1e-6)
     heads = loaded.spec.site("attn_out.1").components
-    for source, populations in (("contrast", LABELS), ("neutral", ("neutral",))):
+    for source, populations in (("contrast", LABELS), ("background", ("background",))):
         rows = [x.view(len(x), heads, -1) for population in populations for x in inputs[population]]
         blocks = torch.stack([torch.einsum("thi,thj->hij", x, x) / len(x) for x in rows]).mean(0)
         assert torch.allclose(found.block_moments("attn_out.1", source).double(), blocks, atol=1e-5)  # type: ignore[arg-type]
@@ -116,7 +122,24 @@ def test_a_file_holds_them_exactly(tiny_llama: Path, statistics_of: Callable[...
     statistics.save(tmp_path / "x.stats.safetensors")
     again = Statistics.load(tmp_path / "x.stats.safetensors")
     assert again.source == statistics.source and again.tokens == statistics.tokens
+    assert again.moments.keys() == statistics.moments.keys() and again.blocks.keys() == statistics.blocks.keys()
     assert all(torch.equal(again.moments[key].mean, statistics.moments[key].mean) for key in statistics.moments)
+    assert ("attn_out.0", "background") in again.blocks and again.examples["background"] > 0
+
+
+def test_files_name_the_background_as_they_always_did(
+    tiny_llama: Path, statistics_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    statistics_of(tiny_llama).save(tmp_path / "x.stats.safetensors")
+    tensors, metadata = load_tensors(tmp_path / "x.stats.safetensors")
+    described = json.loads(metadata["statistics"])
+    assert list(described["examples"]) == list(described["tokens"]) == ["positive", "negative", "neutral"]
+    assert {"attn_out.0.input.neutral.mean", "attn_out.0.input.neutral.blocks"} <= tensors.keys()
+    assert not any("background" in name for name in tensors)
+    plan = make_plan(
+        Scoring(open_checkpoint(tiny_llama), read_spec(open_checkpoint(tiny_llama)), statistics_of(tiny_llama))
+    )
+    assert list(plan.data["examples"]) == ["positive", "negative", "neutral"]
 
 
 def test_other_files_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

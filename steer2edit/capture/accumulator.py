@@ -25,6 +25,8 @@ from steer2edit.capture.statistics import (
     Side,
     Source,
     Statistics,
+    read_name,
+    stored_name,
 )
 from steer2edit.errors import PlanError
 
@@ -96,7 +98,7 @@ class Accumulator:
         counts = [[counted[population] for population in POPULATIONS] for counted in (self._examples, self._tokens)]
         state = {"total": self._total.clone(), "counts": torch.tensor(counts, dtype=torch.float64)}
         state |= {f"sums/{key}/{side}": sums for (key, side), sums in self._sums.items()}
-        state |= {f"blocks/{key}/{source}": sums for (key, source), sums in self._blocks.items()}
+        state |= {f"blocks/{key}/{stored_name(source)}": sums for (key, source), sums in self._blocks.items()}
         for layer, experts in self._experts.items():
             state |= {f"experts/{layer}/{name}": sums for name, sums in experts.state().items()}
         return state
@@ -119,7 +121,7 @@ class Accumulator:
             ):
                 made._sums[parts[1], cast(Side, parts[2])] = values
             elif parts[0] == "blocks" and len(parts) == 3 and values.ndim == 3:
-                made._blocks[parts[1], cast(Source, parts[2])] = values
+                made._blocks[parts[1], cast(Source, read_name(parts[2]))] = values
             elif parts[0] == "experts" and len(parts) == 3 and parts[1].isdigit() and len(values) == len(POPULATIONS):
                 layer = int(parts[1])
                 made._experts[layer] = ExpertSums({**made._experts.get(layer, ExpertSums()).state(), parts[2]: values})
@@ -171,10 +173,10 @@ _RESAMPLED_ROWS: Mapping[Kind, slice] = {
 
 @lru_cache(maxsize=4096)
 def _example_weights(population: Population, row: int) -> torch.Tensor:
-    """How often one example counts in each row of the sums. A row's examples share their luck, so that pairs stay pairs."""
+    """How often one example counts in each row of the sums. Both examples of a pair get the same bootstrap weight."""
     weights = torch.zeros(_ROWS)
     weights[POPULATIONS.index(population)] = 1
-    if population != "neutral":
+    if population != "background":
         generator = torch.Generator().manual_seed(row)
         label = LABELS.index(population)
         times = torch.poisson(torch.ones(RESAMPLES["bootstrap"]), generator=generator)

@@ -21,7 +21,7 @@ from steer2edit.architecture import Site
 from steer2edit.architecture.routers import Router
 from steer2edit.capture.accumulator import Accumulator
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
-from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routing_key
+from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routing_key, stored_name
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
@@ -61,7 +61,7 @@ def capture(
     plan = [everything[i] for i in world.share(costs)]
     accumulator, done, kept = Accumulator(), 0, None
     if keep is not None and layers is None:
-        ids = [(e.label, e.row, e.start, e.ids) for e in examples]
+        ids = [(stored_name(e.label), e.row, e.start, e.ids) for e in examples]
         described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
         kept = Partial(keep, identity(described), keep_every)
         accumulator, done = kept.load(len(plan))
@@ -260,8 +260,8 @@ def capture_statistics(
 
     def encoded() -> list[Encoded]:
         found = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
-        neutral = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
-        return found + [Encoded(tuple(ids), 1, "neutral", row) for row, ids in enumerate(neutral)]
+        read = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
+        return found + [Encoded(tuple(ids), 1, "background", row) for row, ids in enumerate(read)]
 
     examples = world.together(encoded)
     return capture(

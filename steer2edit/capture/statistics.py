@@ -27,19 +27,38 @@ if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
 
 Label = Literal["positive", "negative"]
-Population = Literal["positive", "negative", "neutral"]
-Source = Literal["contrast", "neutral"]
+Population = Literal["positive", "negative", "background"]
+Source = Literal["contrast", "background"]
 Side = Literal["input", "output"]
 Kind = Literal["bootstrap", "shuffled"]
 Scope = Literal["prompt", "response", "all"]
 SCOPES: tuple[Scope, ...] = ("prompt", "response", "all")
 LABELS: tuple[Label, Label] = ("positive", "negative")
-SOURCES: tuple[Source, Source] = ("contrast", "neutral")
-POPULATIONS: tuple[Population, ...] = (*LABELS, "neutral")
+SOURCES: tuple[Source, Source] = ("contrast", "background")
+POPULATIONS: tuple[Population, ...] = (*LABELS, "background")
 RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
 FORMAT = "steer2edit.statistics.2"
-SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "neutral": "neutral"}
-_COUNTS: Any = dict.fromkeys(POPULATIONS, int)
+SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "background": "background"}
+_STORED = {"background": "neutral"}
+"""How files name what has another name here: once the background text was called neutral."""
+
+
+def stored_name(population: str) -> str:
+    """A population or source as files name it."""
+    return _STORED.get(population, population)
+
+
+def read_name(stored: str) -> str:
+    """The population or source that files name ``stored``."""
+    return next((name for name, theirs in _STORED.items() if theirs == stored), stored)
+
+
+def stored_counts(counts: Mapping[Population, int]) -> dict[str, int]:
+    """Counts by population as files hold them."""
+    return {stored_name(population): count for population, count in counts.items()}
+
+
+_COUNTS: Any = {stored_name(population): int for population in POPULATIONS}
 _DESCRIBED: Any = {
     "examples": _COUNTS,
     "tokens": _COUNTS,
@@ -82,7 +101,7 @@ class Statistics:
 
     Besides the writers there is one pseudo-site per block, ``residual.N``: the residual stream after block N
     (side ``output``). ``blocks`` holds ``E[x_j x_jᵀ]`` of each head's input ``x_j``, ``[heads, d, d]`` float32, by
-    ``(site key, "contrast" or "neutral")``; ``resampled`` is by ``(kind, site key, side)``, with the total weight of each
+    ``(site key, "contrast" or "background")``; ``resampled`` is by ``(kind, site key, side)``, with the total weight of each
     resample and label in ``weights`` ``[resamples, 2]``. ``source`` says what was captured.
     """
 
@@ -117,8 +136,8 @@ class Statistics:
 
     def energy(self, key: str, source: Source = "contrast") -> torch.Tensor:
         """``E[x²]`` of a site's input, elementwise; for the contrast data half the sum of both classes'."""
-        if source == "neutral":
-            return self._moments(key, "input", "neutral").m2
+        if source == "background":
+            return self._moments(key, "input", "background").m2
         return self._typical(key, [self._moments(key, "input", label).m2 for label in LABELS])
 
     def routed_tokens(self, key: str) -> int | None:
@@ -154,7 +173,7 @@ class Statistics:
             raise PlanError(_missing(f"{kind} means of {key}")) from None
 
     def shuffled(self, index: int) -> Statistics:
-        """The statistics as they are under labels dealt out by coins: what a method makes of no behaviour at all."""
+        """The statistics with randomly swapped labels (permutation ``index``): what a method makes of no behaviour at all."""
         moments = dict(self.moments)
         for (kind, key, side), one in self.resampled.items():
             if kind == "shuffled":
@@ -215,16 +234,19 @@ class Statistics:
         """
         tensors = {f"{kind}.weights": weights for kind, weights in self.weights.items()}
         for (key, side, population), moments in self.moments.items():
-            tensors[f"{key}.{side}.{population}.mean"] = moments.mean
-            tensors[f"{key}.{side}.{population}.m2"] = moments.m2
-        tensors |= {f"{key}.input.{source}.blocks": blocks for (key, source), blocks in self.blocks.items()}
+            tensors[f"{key}.{side}.{stored_name(population)}.mean"] = moments.mean
+            tensors[f"{key}.{side}.{stored_name(population)}.m2"] = moments.m2
+        tensors |= {
+            f"{key}.input.{stored_name(source)}.blocks": blocks for (key, source), blocks in self.blocks.items()
+        }
         tensors |= {f"{key}.{side}.{kind}.means": one.means for (kind, key, side), one in self.resampled.items()}
         for (layer, population), experts in self.experts.items():
-            tensors |= {f"routed.{layer}.{population}.{what}": value for what, value in experts.tensors().items()}
+            name = f"routed.{layer}.{stored_name(population)}"
+            tensors |= {f"{name}.{what}": value for what, value in experts.tensors().items()}
         described = {
             "format": FORMAT,
-            "examples": self.examples,
-            "tokens": self.tokens,
+            "examples": stored_counts(self.examples),
+            "tokens": stored_counts(self.tokens),
             "source": self.source,
         }
         save_tensors(Path(path), tensors, {"statistics": json.dumps(described)})
@@ -250,16 +272,19 @@ class Statistics:
                 if name.endswith(".weights"):
                     weights[name.removesuffix(".weights")] = tensor
                     continue
-                key, side, group, what = name.rsplit(".", 3)
+                key, side, stored, what = name.rsplit(".", 3)
+                group = read_name(stored)
                 if key == "routed":
                     experts.setdefault((int(side), group), {})[what] = tensor
                 elif what == "mean":
-                    moments[key, side, group] = Moments(tensor, tensors[f"{key}.{side}.{group}.m2"])
+                    moments[key, side, group] = Moments(tensor, tensors[f"{key}.{side}.{stored}.m2"])
                 elif what == "blocks":
                     blocks[key, group] = tensor
                 elif what == "means":
                     resampled[group, key, side] = Resampled(tensor)
-            examples, tokens = ({p: int(described[name][p]) for p in POPULATIONS} for name in ("examples", "tokens"))
+            examples, tokens = (
+                {p: int(described[name][stored_name(p)]) for p in POPULATIONS} for name in ("examples", "tokens")
+            )
             routed = {key: ExpertMoments.of(values) for key, values in experts.items()}
             return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights, routed)
         except (KeyError, ValueError, TypeError) as error:

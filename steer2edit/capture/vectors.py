@@ -103,7 +103,7 @@ def substituted(vectors: Vectors, statistics: Statistics, checkpoint: Checkpoint
     moments = dict(statistics.moments)
 
     def captured(key: str, side: Side, label: Label) -> Moments:
-        population: Population = label if contrast else "neutral"
+        population: Population = label if contrast else "background"
         return statistics.moments[key, side, population]
 
     def place(key: str, direction: torch.Tensor) -> None:
@@ -144,7 +144,7 @@ def _at_site(
         return v
     # the stream gets gain * y / rms(y)
     g = gain(checkpoint, site).double()
-    populations: tuple[Population, ...] = LABELS if contrast else ("neutral",)
+    populations: tuple[Population, ...] = LABELS if contrast else ("background",)
     squares = [float(statistics.moments[site.vector_key, "output", one].m2.mean()) for one in populations]
     rms = math.sqrt(sum(squares) / len(squares))
     return rms * v * g / (g.square() + _DAMPING * g.square().mean())

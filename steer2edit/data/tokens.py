@@ -23,7 +23,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     start: int
-    label: Label | Literal["neutral"]
+    label: Label | Literal["background"]
     row: int
 
 

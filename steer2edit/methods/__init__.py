@@ -68,6 +68,7 @@ def own_strength(options: Any) -> float | None:
 
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
+    from steer2edit.capture.statistics import stored_counts
     from steer2edit.data.records import prompt_digest
 
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
@@ -75,4 +76,4 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
         described["system"] = prompt_digest(described["system"])
     if "vectors" in statistics.source:
         described["vectors"] = statistics.source["vectors"]
-    return {**described, "examples": dict(statistics.examples), "tokens": dict(statistics.tokens)}
+    return {**described, "examples": stored_counts(statistics.examples), "tokens": stored_counts(statistics.tokens)}

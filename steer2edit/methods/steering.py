@@ -101,13 +101,13 @@ def _functional(statistics: Statistics, one: SiteScores, options: Options) -> to
     site, x = one.site, one.x_bar.double()
     by_component = x.view(site.components, -1)
     if site.heads is not None and options.moments == "heads":
-        contrast, neutral = (statistics.block_moments(site.key, name).double() for name in SOURCES)
-        S = (1 - options.background) * contrast + options.background * neutral
+        contrast, background = (statistics.block_moments(site.key, name).double() for name in SOURCES)
+        S = (1 - options.background) * contrast + options.background * background
         floor = _EPS * float(S.diagonal(dim1=1, dim2=2).mean()) + TINY
         weights = torch.linalg.solve(S + floor * torch.eye(S.shape[1], dtype=S.dtype), by_component)
     else:
-        contrast, neutral = (statistics.energy(site.key, name) for name in SOURCES)
-        energy = (1 - options.background) * contrast + options.background * neutral
+        contrast, background = (statistics.energy(site.key, name) for name in SOURCES)
+        energy = (1 - options.background) * contrast + options.background * background
         weights = by_component / (energy + _EPS * energy.mean() + TINY).view(site.components, -1)
     reliability = (weights * by_component).sum(dim=1)
     if options.stable:
