@@ -19,7 +19,7 @@ from steer2edit.capture.run import BACKGROUND_TOKENS
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
-from steer2edit.data.tokens import encode, windows
+from steer2edit.data.tokens import windows
 from steer2edit.lowering import Writing
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -197,9 +197,7 @@ def _tokens(checkpoint: Checkpoint, request: CompileRequest) -> tuple[int, int]:
     tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
     texts = contrast.background_text() if request.background is None else request.background
     read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
-    encoded = (
-        encode(behavior.examples, tokenizer, system=behavior.system, span=behavior.span) if behavior.examples else []
-    )
+    encoded = behavior.encode(tokenizer) if behavior.examples else []
     return len(behavior.examples), sum(map(len, read)) + sum(len(one.ids) for one in encoded)
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from steer2edit.checkpoint import open_checkpoint, read_header
 from steer2edit.data.contrast import read_contrast
-from steer2edit.data.tokens import render_prompt
+from steer2edit.data.templates import render_prompt
 from steer2edit.errors import CheckpointError, DataError, PlanError, printable
 from steer2edit.files.atomic import load_tensors
 from steer2edit.files.untrusted import parse_json
@@ -178,7 +178,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_chat_templates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer2edit.data.tokens._TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("steer2edit.data.templates._SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[kind].replace("HERE", str(tmp_path / "touched"))
     with pytest.raises(DataError, match="rejects messages"):

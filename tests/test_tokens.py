@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from steer2edit.data.contrast import Example, Message
-from steer2edit.data.tokens import Encoded, encode, render_prompt
+from steer2edit.data.templates import render_prompt
+from steer2edit.data.tokens import Encoded, encode
 from steer2edit.errors import DataError
 
 BOS, EOS, END = "<s>", "</s>", "<|im_end|>"

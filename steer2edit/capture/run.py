@@ -26,7 +26,7 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.records import prompt_digest
-from steer2edit.data.tokens import Encoded, encode, windows
+from steer2edit.data.tokens import Encoded, windows
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.by_layer import Layers
 from steer2edit.runtime.distributed import ALONE, World, whole
@@ -251,6 +251,7 @@ def capture_statistics(
         "data": contrast.data_hash(behavior.examples),
         "system": behavior.system,
         "span": behavior.span,
+        **({"chat_template_kwargs": dict(arguments)} if (arguments := behavior.chat_template_kwargs) else {}),
         "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
         "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
         "fingerprint": checkpoint.fingerprint,
@@ -259,7 +260,7 @@ def capture_statistics(
     }
 
     def encoded() -> list[Encoded]:
-        found = encode(behavior.examples, loaded.tokenizer, system=behavior.system, span=behavior.span)
+        found = behavior.encode(loaded.tokenizer)
         read = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
         return found + [Encoded(tuple(ids), 1, "background", row) for row, ids in enumerate(read)]
 

@@ -68,6 +68,7 @@ _DESCRIBED: Any = {
             for name in ("name", "data", "system", "span", "background", "fingerprint", "model", "dtype")
         },
         "prompts?": [str],
+        "chat_template_kwargs?": dict,
     },
 }
 

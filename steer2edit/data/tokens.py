@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from steer2edit.data.contrast import Example, Label
-from steer2edit.data.records import Message, Prompt
+from steer2edit.data.records import Prompt
+from steer2edit.data.templates import TemplateArguments, after_an_answer, render_prompts, templated
 from steer2edit.errors import DataError, listing, shown
-from steer2edit.files.sandbox import limited
 
-# a template is a stranger's program: transformers keeps it from the system, and this from running on and on
-_TEMPLATE_SECONDS = 5.0
-_TEMPLATE_BYTES = 1 << 30
+MAX_TOKENS = 2048
+"""Of an example's tokens, those past this number are cut."""
 Span = Literal["matched", "response"]
 
 
@@ -27,60 +26,34 @@ class Encoded:
     row: int
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any, system: str | None = None) -> str:
-    """The text before the response: by the tokenizer's chat template, or as plain text where it has none.
-
-    Raises DataError if the template rejects or drops what it is given, or if there are two system messages.
-    """
-    if isinstance(prompt, str) and not _templated(tokenizer):
-        return prompt if system is None else f"{system}\n\n{prompt}"
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if system is not None:
-        if any(message.role == "system" for message in messages):
-            raise DataError("the prompt has a system message of its own, and a system text is given too: keep one")
-        messages = (Message("system", system), *messages)
-    if not _templated(tokenizer):
-        turns = [f"{m.role.capitalize()}: {m.content}\n" for m in messages if m.role != "system"]
-        return "".join([f"{m.content}\n\n" for m in messages if m.role == "system"] + turns) + "Assistant:"
-    remedy = "leave the system text out, or write it into the user's messages"
-    chat = [message._asdict() for message in messages]
-    try:
-        with limited(_TEMPLATE_SECONDS, _TEMPLATE_BYTES):
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template raises: Jinja's errors, TypeError, ValueError
-        roles = ", ".join(message.role for message in messages)
-        advice = f"; {remedy}" if "system" in roles else "; check the order and the names of the roles"
-        reason = str(error) or type(error).__name__
-        raise DataError(f"the chat template rejects messages with roles {roles} ({reason}){advice}") from None
-    for message in messages:
-        if message.role == "system" and message.content.strip() not in text:
-            raise DataError(f"the chat template drops the system message; {remedy}")
-    return str(text)
-
-
 def encode(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
     system: str | None = None,
     span: Span = "matched",
-    max_tokens: int = 2048,
+    max_tokens: int = MAX_TOKENS,
+    chat_template_kwargs: TemplateArguments | None = None,
 ) -> list[Encoded]:
     """Tokens and response span of each example, in order, cut at ``max_tokens``.
 
     A response ends in the end-of-turn token, where there is one. ``span="matched"`` then cuts the responses of a
     pair to as many tokens as the shorter has, so that the classes do not differ in how far into a response they
     look; ``"response"`` keeps them whole. A token that merges the prompt's end with the response's beginning counts
-    as the response's. Raises DataError, listing every prompt that cannot be rendered or is too long, and every
-    response without a token.
+    as the response's. ``chat_template_kwargs`` are arguments for the chat template (enable_thinking, …).
+
+    Raises DataError, listing every prompt that cannot be rendered or is too long, and every response without a token.
     """
     if span not in get_args(Span):
         raise DataError(f"there is no span {shown(span)}; there are {', '.join(get_args(Span))}")
-    special = not _templated(tokenizer)  # a template writes its own special tokens; the first would be doubled
-    texts = _rendered(examples, tokenizer, system)
+    special = not templated(tokenizer)  # a template writes its own; the first would be doubled
+    places: dict[Prompt, str] = {}
+    for example in examples:
+        places.setdefault(example.prompt, example.where)
+    texts = render_prompts(places, tokenizer, system, chat_template_kwargs)
     prompts = dict(zip(texts, _tokenize(list(texts.values()), tokenizer, special), strict=True))
     wholes = [_joined(texts[e.prompt], e.response, spaced=special) for e in examples]
-    end = _end_of_turn(tokenizer)
+    end = _end_of_turn(tokenizer, chat_template_kwargs)
     encoded: list[Encoded] = []
     problems: list[str] = []
     for example, ids in zip(examples, _tokenize(wholes, tokenizer, special), strict=True):
@@ -121,25 +94,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
-def _templated(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def _rendered(examples: Sequence[Example], tokenizer: Any, system: str | None) -> dict[Prompt, str]:
-    texts: dict[Prompt, str] = {}
-    problems: list[str] = []
-    for example in examples:
-        if example.prompt not in texts:
-            try:
-                texts[example.prompt] = render_prompt(example.prompt, tokenizer, system)
-            except DataError as error:
-                texts[example.prompt] = ""
-                problems.append(f"{example.where}: {error}")
-    if problems:
-        raise DataError(f"prompts that cannot be rendered:\n{listing(problems)}")
-    return texts
-
-
 def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encoded]:
     """All responses of a row cut to as many tokens as its shortest has; a row with one class only stays whole."""
     # The prompt is part of the key: the rows of two sources put together may have the same numbers.
@@ -156,29 +110,15 @@ def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encode
     ]
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def _end_of_turn(tokenizer: Any, arguments: TemplateArguments | None) -> int | None:
     """The token that ends a response: the first added token that a chat template puts behind an answer, else the EOS.
 
     Ordinary tokens in between are passed over: white space before the end token, or a mark spelled out in text.
     """
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    tail = tokenizer(_after_an_answer(tokenizer), add_special_tokens=False)["input_ids"]
+    tail = tokenizer(after_an_answer(tokenizer, arguments), add_special_tokens=False)["input_ids"]
     end: int | None = next((index for index in tail if index in added), tokenizer.eos_token_id)
     return end
-
-
-def _after_an_answer(tokenizer: Any) -> str:
-    """What the chat template writes behind the last answer of a chat; nothing where it has no place for one."""
-    if not _templated(tokenizer):
-        return ""
-    answer = "Forty-two"  # no template's own words
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        with limited(_TEMPLATE_SECONDS, _TEMPLATE_BYTES):
-            _, found, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)
-    except Exception:  # whatever a template raises; that it takes the prompts is checked elsewhere
-        return ""
-    return str(tail) if found else ""
 
 
 def _joined(prompt: str, response: str, spaced: bool) -> str:

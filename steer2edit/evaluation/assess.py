@@ -72,7 +72,14 @@ def prove(
     Writes the evaluation into each artefact's folder.
     """
     source = scoring.statistics.source
-    suite = Suite(questions, builtin_questions("knowledge") or [], neutral, system=source.get("system"), limit=PROOF)
+    suite = Suite(
+        questions,
+        builtin_questions("knowledge") or [],
+        neutral,
+        system=source.get("system"),
+        chat_template_kwargs=source.get("chat_template_kwargs"),
+        limit=PROOF,
+    )
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
     held = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), progress=progress)

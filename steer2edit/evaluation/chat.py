@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steer2edit.data.records import Message
-from steer2edit.data.tokens import render_prompt
+from steer2edit.data.templates import TemplateArguments, render_prompt, templated
 from steer2edit.errors import printable
 from steer2edit.evaluation.evaluate import Candidate
 from steer2edit.evaluation.generation import generate
@@ -25,6 +25,7 @@ class Chat:
     edited: Candidate
     max_new_tokens: int = 200
     system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
     _histories: tuple[list[Message], list[Message]] = field(default_factory=lambda: ([], []))
 
     def ask(self, question: str) -> tuple[str, str]:
@@ -47,8 +48,8 @@ class Chat:
             history.clear()
 
     def _answer(self, model: LoadedModel, history: Sequence[Message]) -> str:
-        text = render_prompt(tuple(history), model.tokenizer, self.system)
-        special = not model.tokenizer.chat_template
+        text = render_prompt(tuple(history), model.tokenizer, self.system, self.chat_template_kwargs, writing=True)
+        special = not templated(model.tokenizer)
         ids = generate(model, [text], max_new_tokens=self.max_new_tokens, add_special_tokens=special)[0]
         return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 

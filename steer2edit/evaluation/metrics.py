@@ -20,7 +20,8 @@ from steer2edit.bootstrap import Estimate, estimate
 from steer2edit.data.contrast import LABELS, Example, Label
 from steer2edit.data.questions import Question
 from steer2edit.data.records import Message, Prompt
-from steer2edit.data.tokens import Encoded, encode, render_prompt
+from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
+from steer2edit.data.tokens import encode
 from steer2edit.errors import DataError
 from steer2edit.evaluation.generation import generate
 from steer2edit.evaluation.likelihood import response_log_probabilities
@@ -105,6 +106,7 @@ class Answers:
     function: Callable[[str, str], float] | None = None
     max_new_tokens: int = 160
     system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
     run: Generate = through_transformers
 
     @property
@@ -123,11 +125,18 @@ class Answers:
         )
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        texts = [render_prompt(q.prompt, loaded.tokenizer, self.system) for q in self.questions]
+        prompts = render_prompts(
+            {q.prompt: q.where for q in self.questions},
+            loaded.tokenizer,
+            self.system,
+            self.chat_template_kwargs,
+            writing=True,
+        )
+        texts = [prompts[q.prompt] for q in self.questions]
         with progress("generate", total=len(texts)) as advance:
             rows = self.run(loaded, texts, self.max_new_tokens)
             advance(len(texts))
-        answers = [loaded.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        answers = [without_thought(loaded.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
         found: dict[str, list[float]] = {
             "length": [float(len(row)) for row in rows],
             "repetition": [_repetition(row) for row in rows],
@@ -156,6 +165,7 @@ class Preference:
 
     questions: Sequence[Question]
     system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
     metrics: tuple[Metric, ...] = (
         Metric("margin", "attribute", "more", "nats/token"),
         Metric("calibrated margin", "attribute", "more", "nats/token"),
@@ -179,7 +189,13 @@ class Preference:
             for i, (prompt, q) in enumerate(pairs)
             for label in LABELS
         ]
-        encoded = encode(examples, loaded.tokenizer, system=self.system, span="response")
+        encoded = encode(
+            examples,
+            loaded.tokenizer,
+            system=self.system,
+            span="response",
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
         means = [float(x.mean()) for x in response_log_probabilities(loaded, encoded, progress=progress)]
         return [positive - negative for positive, negative in zip(means[::2], means[1::2], strict=True)]
 
@@ -196,6 +212,7 @@ class Choice:
     questions: Sequence[Question]
     role: MetricRole = "attribute"
     system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -204,11 +221,19 @@ class Choice:
         return (Metric("MC1", self.role, "more"), Metric("MC2", self.role, "more"))
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        encoded: list[Encoded] = []
         label: Label = "positive"
-        for index, question in enumerate(self.questions):
-            examples = [Example(question.prompt, text, label, question.where, index) for text in question.choices]
-            encoded += encode(examples, loaded.tokenizer, system=self.system, span="response")
+        examples = [
+            Example(question.prompt, text, label, question.where, index)
+            for index, question in enumerate(self.questions)
+            for text in question.choices
+        ]
+        encoded = encode(
+            examples,
+            loaded.tokenizer,
+            system=self.system,
+            span="response",
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
         scores = iter(response_log_probabilities(loaded, encoded, progress=progress))
         found: dict[str, list[float]] = {"MC1": [], "MC2": [], "accuracy": []}
         for question in self.questions:

@@ -9,6 +9,7 @@ from typing import Any
 
 from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.records import prompt_digest
+from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import (
     Answers,
@@ -41,6 +42,7 @@ class Suite:
     function: Callable[[str, str], float] | None = None
     max_new_tokens: int = 160
     system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
     limit: int | None = None
     seed: int = 0
     run: Generate = through_transformers
@@ -52,11 +54,11 @@ class Suite:
             raise DataError(f"no question falls into the split {split}; give more questions, or another --split-seed")
         found: list[Task] = [Neutral(self.neutral)]
         if pairs := [q for q in asked if q.positive]:
-            found.append(Preference(pairs, self.system))
+            found.append(Preference(pairs, **self._rendering))
         if choices := [q for q in asked if q.choices]:
-            found.append(Choice(choices, system=self.system))
+            found.append(Choice(choices, **self._rendering))
         if choices := [q for q in useful if q.choices]:
-            found.append(Choice(choices, "utility", self.system))
+            found.append(Choice(choices, "utility", **self._rendering))
         # with the attribute's answers first: they are what is shown
         found.append(self._answers(self.written(split)))
         if exact := [q for q in useful if q.answers]:
@@ -89,6 +91,7 @@ class Suite:
 
     def context(self, split: Split) -> dict[str, Any]:
         """What an evaluation says of itself."""
+        arguments = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
         return {
             "split": split,
             "split_seed": self.seed,
@@ -97,16 +100,22 @@ class Suite:
             "neutral_tokens": self.neutral.tokens,
             "max_new_tokens": self.max_new_tokens,
             "system": self.system,
+            **arguments,
         }
+
+    @property
+    def _rendering(self) -> dict[str, Any]:
+        """How prompts become text, for the tasks."""
+        return {"system": self.system, "chat_template_kwargs": self.chat_template_kwargs}
 
     def _answers(self, questions: Sequence[Question], useful: bool = False) -> Answers:
         if useful:
-            return Answers(questions, "utility", max_new_tokens=self.max_new_tokens, system=self.system, run=self.run)
+            return Answers(questions, "utility", max_new_tokens=self.max_new_tokens, run=self.run, **self._rendering)
         return Answers(
             questions,
             patterns=self.patterns,
             function=self.function,
             max_new_tokens=self.max_new_tokens,
-            system=self.system,
             run=self.run,
+            **self._rendering,
         )

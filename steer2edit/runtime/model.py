@@ -17,12 +17,24 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
+from steer2edit.data.templates import processor_template, templated
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
 
 # its config may hold regular expressions, which may run for ever
 _ADAPTER_SECONDS = 600
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""A folder with a tokenizer has at least one of these."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -247,15 +259,21 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder."""
+    """The tokenizer of a folder, with the chat template of ``chat_template.json`` where it has none of its own."""
     from transformers import AutoTokenizer
 
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"there is no tokenizer in {path} (none of {', '.join(TOKENIZER_FILES)}); copy the base's tokenizer files there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
         tokenizer(["a"])  # some of what is wrong shows only when it is used
-        return tokenizer
     except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
         raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {first_line(error)}") from None
+    if not templated(tokenizer):
+        tokenizer.chat_template = processor_template(path)
+    return tokenizer
 
 
 def pick_device(name: str) -> torch.device:
