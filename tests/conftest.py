@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from loopback_hub import TOKEN, Hub, serve
+from releases import config_class
 
 WORDS = [
     "a",
@@ -232,9 +233,7 @@ SPECIAL_SETTINGS: dict[str, dict[str, Any]] = {
 
 def family_config(model_type: str, **changes: Any) -> Any:
     """A two-layer config of any model type; heads times head_dim is not hidden_size where the type allows that."""
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[model_type]
+    kind = config_class(model_type)
     known = {*kind().to_dict(), *kind.attribute_map}
     settings = {name: value for name, value in COMMON_SETTINGS.items() if name in known}
     return kind(**{**settings, **SPECIAL_SETTINGS.get(model_type, {}), **changes})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from conftest import COMMON_SETTINGS, make_tokenizer
+from releases import config_class
 
 from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.architecture.mixtures import MIXTURES
@@ -90,9 +91,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 def mixture_config(model_type: str, **changes: Any) -> Any:
     """A config of three layers with eight experts of which two are taken; the first is dense where the family allows it."""
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[model_type]
+    kind = config_class(model_type)
     known = {*kind().to_dict(), *kind.attribute_map}
     common = {**COMMON_SETTINGS, "num_hidden_layers": 3, **_COUNTS}
     settings = {name: value for name, value in common.items() if name in known}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
+from releases import config_class
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
@@ -112,12 +113,12 @@ class Case:
 
 def wrapper(folder: Path, model_type: str) -> Path:
     """A multimodal wrapper around a tiny language model."""
-    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     text, vision = WRAPPED[model_type]
     text = {**COMMON_SETTINGS, **text}
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, tie_word_embeddings=False)
+    config = config_class(model_type)(text_config=text, vision_config=vision, tie_word_embeddings=False)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
