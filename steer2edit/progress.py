@@ -1,10 +1,16 @@
-"""How long work tells how far it is; the library itself is silent."""
+"""Progress of long work: bars on a terminal, lines in a log; the library itself is silent."""
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+EVERY_SECONDS = 10.0
+"""How long a run without a terminal is silent within one stage, at most."""
 
 
 class Progress(Protocol):
@@ -21,12 +27,55 @@ def silent(stage: str, total: float) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def bar(stage: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr, when that is a terminal; one line when the stage ends, when it is not."""
-    import sys
-
+    """A progress bar on stderr where that is a terminal, and :func:`lines` where it is not."""
+    if not sys.stderr.isatty():
+        with lines(stage, total) as advance:
+            yield advance
+        return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=stage, unit_scale=True, file=sys.stderr, leave=False, disable=None) as line:
+    with tqdm(total=total, desc=stage, unit_scale=True, file=sys.stderr, leave=False) as line:
         yield lambda amount: line.update(amount) and None
-    if not sys.stderr.isatty():
-        print(f"{stage}: done", file=sys.stderr)
+
+
+@contextmanager
+def lines(stage: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Lines on stderr, with counts and seconds: one when the stage ends, and one every ``EVERY_SECONDS`` before that.
+
+    A stage that ends again within that time under the same name is counted and not shown.
+    """
+    started = shown = time.monotonic()
+    done = 0.0
+
+    def advance(amount: float) -> None:
+        nonlocal done, shown
+        done += amount
+        now = time.monotonic()
+        if done < total and now - shown >= EVERY_SECONDS:
+            shown = now
+            _say(f"{stage}: {_count(done)} of {_count(total)}, {now - started:.0f} s")
+
+    yield advance
+    now = time.monotonic()
+    times, last = _ended.get(stage, (0, -math.inf))
+    show = now - last >= EVERY_SECONDS
+    _ended[stage] = times + 1, now if show else last
+    if show:
+        again = f" (time {times + 1})" if times else ""
+        _say(f"{stage}: {_count(done)} done in {_seconds(now - started)}{again}")
+
+
+_ended: dict[str, tuple[int, float]] = {}
+"""How often a stage of a name has ended, and when that was shown last."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _count(amount: float) -> str:
+    return f"{amount:,.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

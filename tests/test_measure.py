@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROWS, run
 from rich.console import Console
 
+from steer2edit import progress
 from steer2edit.evaluation.chat import side_by_side
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.files.layout import EVALUATION, REPORT
+from steer2edit.files.layout import EVALUATION, PLAN, REPORT
+from steer2edit.strength.kl import NeutralText, Windows
 
 TEXT = "the old cat sees a small bird and the river runs . " * 36
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
@@ -87,6 +91,41 @@ def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, 
     assert kl[1:] == pytest.approx([kl[0], kl[0]], rel=0.05)
     again = run("eval", tiny_llama, *settings, "--utility", "none")
     assert again.exit_code == 0 and "split report" in again.stdout
+
+
+def test_eval_with_baselines_says_before_how_much_work_it_is(
+    tiny_llama: Path, compiled: Path, files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    passes = []
+    measured = NeutralText.windows
+
+    def counted(self: NeutralText, *given: Any, glance: bool = False, **more: Any) -> Windows:
+        passes.append(0 if glance else 1)
+        return measured(self, *given, glance=glance, **more)
+
+    monkeypatch.setattr(NeutralText, "windows", counted)
+    monkeypatch.setattr(progress, "_ended", {})  # as in a process of its own
+    (tmp_path / "long.txt").write_text(TEXT * 6)
+    result = run(
+        "eval", tiny_llama, compiled / "lora" / PLAN, "--data", files / "pairs.jsonl", "--eval", files / "held.jsonl",
+        "--utility", "none", "--neutral", tmp_path / "long.txt", "--limit", 2, "--max-new-tokens", 4, "--baselines",
+        "--draws", 1, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    said = re.search(
+        r"(\d+) candidates, each on (\d+) questions and (\d+) written answers of up to (\d+) tokens; about (\d+) passes over "
+        r"(\d+) tokens",
+        result.stderr,
+    )
+    assert said is not None, result.stderr
+    candidates, questions, answers, tokens, about, neutral = map(int, said.groups())
+    assert (candidates, questions, answers, tokens) == (len(found["rows"]), 2, 2, 4)
+    # four windows of 128 tokens, each of which predicts 127
+    assert neutral == found["context"]["neutral_tokens"] == 4 * 127
+    assert 0.4 * about <= sum(passes) <= about
+    assert "random direction 1: KL on neutral text, pass 1 of about 5: 508 done in" in result.stderr
+    assert len(set(result.stderr.splitlines())) == len(result.stderr.splitlines())
 
 
 @pytest.mark.parametrize(

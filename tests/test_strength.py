@@ -141,6 +141,12 @@ def test_every_window_begins_with_the_bos(loaded: LoadedModel, monkeypatch: pyte
     assert len(windows) > 2 and all(window[0] == 1 and 1 not in window[1:] for window in windows)
 
 
+@pytest.mark.parametrize(("limit", "count"), [(None, 9), (1000, 9), (6, 6), (1, 4)])
+def test_a_limit_bounds_the_neutral_text_too(loaded: LoadedModel, limit: int | None, count: int) -> None:
+    long = "the old cat sees a small bird . " * 140
+    assert len(neutral_text(loaded, long, limit=limit).rows) == count
+
+
 def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(DataError, match="expected at least"):
         NeutralText(loaded, "a cat")
@@ -219,7 +225,7 @@ def test_one_place_applies_an_edit_and_measures_it() -> None:
         ("find_strength(", {"line_search.py", "meet.py"}),
         ("quadratic_start(", {"line_search.py", "meet.py"}),
         # the metric measures whatever candidate the model is
-        (".measure(glance=", {"meet.py"}),
+        ("text.measure(glance=", {"meet.py"}),
         (".measure().kl", set()),
     ):
         assert {path.name for path in package.rglob("*.py") if name in path.read_text(encoding="utf-8")} == homes, name

@@ -216,6 +216,7 @@ def test_the_command_searches_reports_and_emits(tiny_llama: Path, files: dict[st
     out = tmp_path / "study"
     result = run(*arguments(files, tiny_llama, out), "--trials", 6, "--to", "lora", "--json")
     assert result.exit_code == 0, result.output
+    assert "search: 7 candidates, each on" in result.stderr and "report: at most" in result.stderr
     printed = json.loads(result.stdout)
     assert len(printed["trials"]) == 6 and printed["knee"] in printed["front"]
     knee = EditPlan.load(out / "knee.plan.safetensors")

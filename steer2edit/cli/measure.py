@@ -40,7 +40,11 @@ suite_options = options(
     ),
     click.option("--function", help="Score answers by your own function, file.py:name, of (prompt, answer)."),
     click.option("--max-new-tokens", type=click.IntRange(1), default=160, show_default=True, help="Of an answer."),
-    click.option("--limit", type=click.IntRange(1), help="At most so many questions of each kind."),
+    click.option(
+        "--limit",
+        type=click.IntRange(1),
+        help="At most so many questions of each kind, and windows of 128 tokens of neutral text (but at least 4).",
+    ),
     click.option("--split-seed", type=int, default=0, show_default=True, help="Deals the questions out to the splits."),
 )
 
@@ -84,6 +88,7 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
     """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text."""
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.work import baselines_work, work_of
     from steer2edit.report.tables import render_evaluation
     from steer2edit.runtime.model import load_model
 
@@ -100,6 +105,9 @@ def evaluate(model: str, candidates: tuple[str, ...], as_json: bool, out: Path |
     if given["baselines"] or strengths:
         scoring = _scoring(given, checkpoint, spec, loaded)
         if given["baselines"]:
+            more, passes = baselines_work(given["match"], given["draws"], strengths)
+            work = work_of(suite, given["split"], len(chosen) + more, passes)
+            click.echo(f"evaluation: {work}", err=True)
             chosen += with_baselines(
                 loaded,
                 scoring,
@@ -157,7 +165,7 @@ def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
     from steer2edit.report.tables import render_study
     from steer2edit.runtime.model import load_model
-    from steer2edit.search.study import run_study
+    from steer2edit.search.study import run_study, study_work
     from steer2edit.search.tune import Search, read_grid
 
     checkpoint, spec = open_model(model, given)
@@ -187,6 +195,7 @@ def tune(model: str, out: Path, as_json: bool, **given: Any) -> None:
     suite = _suite(given, loaded, questions)
     kept = out / "statistics.safetensors"
     scoring = _scoring({**given, "stats": kept if kept.is_file() else given["stats"]}, checkpoint, spec, loaded)
+    click.echo(study_work(search, suite, not given["no_report"]), err=True)
     done = run_study(
         loaded,
         scoring,
@@ -283,7 +292,7 @@ def _suite(given: dict[str, Any], loaded: Any, questions: Any) -> Suite:
     return Suite(
         questions,
         [] if useful == "none" else read_questions(useful) if useful else builtin_questions("knowledge") or [],
-        neutral_text(loaded, read_neutral(given), progress_bar()),
+        neutral_text(loaded, read_neutral(given), progress_bar(), limit=given["limit"]),
         patterns=given["patterns"],
         function=load_function(given["function"]) if given["function"] else None,
         max_new_tokens=given["max_new_tokens"],

@@ -1,4 +1,4 @@
-"""One plan, measured on questions it has not seen, beside activation steering and edits that have no point."""
+"""One plan, measured on questions it has not seen, beside activation steering and control edits."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ def with_baselines(
 ) -> list[Candidate]:
     """The plan's baselines, and activation steering at the plan's own KL and at each of ``strengths``."""
     kl = neutral_kl(loaded, plan, suite.neutral)
-    found = steering(loaded, scoring, strengths)
-    found.append(steering_at(loaded, scoring, suite.neutral, kl))
-    found.sort(key=lambda candidate: candidate.strength or 0.0)
-    return [*found, *baselines(loaded, scoring, plan, suite.neutral, match=match, draws=draws, progress=progress)]
+    steered = steering(loaded, scoring, strengths)
+    steered.append(steering_at(loaded, scoring, suite.neutral, kl))
+    steered.sort(key=lambda candidate: candidate.strength or 0.0)
+    controls = baselines(loaded, scoring, plan, suite.neutral, match=match, draws=draws, kl=kl, progress=progress)
+    return [*steered, *controls]
 
 
 def prove(
@@ -82,14 +83,14 @@ def prove(
     )
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
-    held = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), progress=progress)
+    controls = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), kl=kl, progress=progress)
     context = {
         "model": scoring.checkpoint.name,
         "fingerprint": scoring.checkpoint.fingerprint,
         "behavior": source.get("name"),
     }
-    candidates = [named, steering_at(loaded, scoring, neutral, kl), *held]
-    found = assess(loaded, suite, candidates, context=context, progress=progress)
+    candidates = [named, steering_at(loaded, scoring, neutral, kl), *controls]
+    evaluation = assess(loaded, suite, candidates, context=context, progress=progress)
     for folder in folders.values():
-        found.save(folder / EVALUATION)
-    return found
+        evaluation.save(folder / EVALUATION)
+    return evaluation

@@ -1,4 +1,4 @@
-"""What an edit must beat: activation steering, and edits that have everything but the point of it.
+"""The baselines: activation steering, and control edits of the same size (random direction, shuffled labels, flipped sign, …).
 
 Each baseline is a candidate like any other. Edits are made as large as the plan (``match="norm"``: each tensor's ‖ΔW‖ is the
 plan's) or brought to the KL that the plan reaches (``match="kl"``), so that what a random direction gives as well is seen.
@@ -40,37 +40,40 @@ def baselines(
     match: Match = "kl",
     draws: int = 3,
     only: Sequence[str] = KINDS,
+    kl: float | None = None,
     progress: Progress = silent,
 ) -> list[Candidate]:
-    """The edits that ``plan`` is held against: ``draws`` random directions and as many shuffled labels, the sign flipped,
-    whole matrices, directional ablation; or those of the kinds ``only``.
+    """The control edits of ``plan``: ``draws`` random directions and as many shuffled labels, the sign flipped, whole matrices,
+    directional ablation; or those of the kinds ``only``.
 
-    The flipped plan keeps its ‖ΔW‖ whatever ``match`` is. Raises PlanError where a baseline cannot be brought to the KL.
+    The flipped plan keeps its ‖ΔW‖ whatever ``match`` is. ``kl`` is the plan's, where that is known already. Raises PlanError
+    where a baseline cannot be brought to the KL.
     """
-    made: list[tuple[str, str, EditPlan]] = []
+    edits: list[tuple[str, str, EditPlan]] = []
     for kind in only:
         if kind == "random":
-            made += [(f"random direction {i + 1}", kind, random_direction(plan, seed=i)) for i in range(draws)]
+            edits += [(f"random direction {i + 1}", kind, random_direction(plan, seed=i)) for i in range(draws)]
         elif kind == "shuffled":
             shuffles = range(min(draws, RESAMPLES["shuffled"]))
-            made += [(f"shuffled labels {i + 1}", kind, shuffled_labels(scoring, plan, i)) for i in shuffles]
+            edits += [(f"shuffled labels {i + 1}", kind, shuffled_labels(scoring, plan, i)) for i in shuffles]
         elif kind == "flipped":
-            made.append(("sign flipped", kind, plan.scaled(-1)))
+            edits.append(("sign flipped", kind, plan.scaled(-1)))
         elif kind == "whole":
-            made.append(("whole matrices", kind, whole_matrices(scoring, plan)))
+            edits.append(("whole matrices", kind, whole_matrices(scoring, plan)))
         else:
             ablated = make_plan(scoring, method="ablation")
-            made.append(("ablation", kind, of_norm(ablated, plan.norm)))
-    goal = neutral_kl(loaded, plan, neutral) if match == "kl" else None
-    found = []
-    with progress("baselines", total=len(made)) as advance:
-        for name, kind, other in made:
+            edits.append(("ablation", kind, of_norm(ablated, plan.norm)))
+    if match == "kl" and kl is None:
+        kl = neutral_kl(loaded, plan, neutral)
+    candidates = []
+    with progress("baselines", total=len(edits)) as advance:
+        for name, kind, other in edits:
             note, settled = "at equal ‖ΔW‖", other
-            if goal is not None and kind != "flipped":
-                note, settled = "at equal KL", to_kl(loaded, other, neutral, goal)
-            found.append(plan_candidate(loaded, name, settled, kind, note))
+            if match == "kl" and kl is not None and kind != "flipped":
+                note, settled = "at equal KL", to_kl(loaded, other, neutral, kl, name)
+            candidates.append(plan_candidate(loaded, name, settled, kind, note))
             advance(1)
-    return found
+    return candidates
 
 
 def steering(
@@ -85,7 +88,7 @@ def steering(
 def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl: float) -> Candidate:
     """Activation steering at the strength that meets a KL."""
     vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
-    strength = meet(partial(steered, loaded, vectors), neutral, kl).strength
+    strength = meet(partial(steered, loaded, vectors), neutral, kl, "steering").strength
     return replace(_steering(loaded, vectors, strength), note="at equal KL")
 
 
@@ -106,7 +109,7 @@ def random_direction(plan: EditPlan, seed: int) -> EditPlan:
 
 
 def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
-    """What the plan's method makes of the same data with labels dealt out by coins, at the plan's ‖ΔW‖ in all.
+    """What the plan's method makes of the same data with randomly swapped labels, at the plan's ‖ΔW‖ in all.
 
     Raises PlanError where the method that made the plan is not known.
     """
@@ -149,10 +152,10 @@ def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> flo
     return at(partial(edited, loaded, plan), neutral).divergence.kl
 
 
-def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float) -> EditPlan:
-    """The plan at the strength that meets a KL. Raises PlanError where none does."""
+def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, name: str = "") -> EditPlan:
+    """The plan at the strength that meets a KL. Raises PlanError where none does; ``name`` is for the progress."""
     try:
-        return plan.scaled(meet(partial(edited, loaded, plan), neutral, kl).strength)
+        return plan.scaled(meet(partial(edited, loaded, plan), neutral, kl, name).strength)
     except Steer2EditError as error:
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 

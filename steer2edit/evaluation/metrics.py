@@ -133,7 +133,7 @@ class Answers:
             writing=True,
         )
         texts = [prompts[q.prompt] for q in self.questions]
-        with progress("generate", total=len(texts)) as advance:
+        with progress(f"answer {len(texts)} questions", total=len(texts)) as advance:
             rows = self.run(loaded, texts, self.max_new_tokens)
             advance(len(texts))
         answers = [without_thought(loaded.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
@@ -261,7 +261,7 @@ class Neutral:
     )
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        found = self.text.windows(loaded)
+        found = self.text.windows(loaded, progress=progress)
         weights = tuple(map(float, found.tokens))
         return Outcome({"KL": Sample(found.kl, weights), "perplexity": Sample(found.loss, weights)})
 

@@ -80,6 +80,11 @@ class Suite:
         bare = [q for q in asked if not q.positive and not q.choices]
         return bare or list(islice(asked, SAMPLES))
 
+    def answers(self, split: Split) -> int:
+        """How many answers each candidate writes."""
+        exact = [q for q in take(self.utility, split, self.seed)[: self.limit] if q.answers]
+        return len(self.written(split)) + len(exact)
+
     def prompts(self, split: Split) -> list[str]:
         """The texts of their prompts."""
         return [prompt_text(q.prompt) for q in self.written(split)]

@@ -18,16 +18,19 @@ from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.work import baselines_work, work_of
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import spread
 from steer2edit.search.tune import Search, StudyResult, plan_of, tune
+from steer2edit.strength.line_search import USUAL_PASSES
 
 JOURNAL, RESULT, STATISTICS, KNEE = "study.journal", "study.json", "statistics.safetensors", "knee.plan.safetensors"
 _SHOWN = 8
 _STEERING_POINTS = 4
+_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ def run_study(
     return Study(folder, result, knee, evaluation)
 
 
+def study_work(search: Search, suite: Suite, report: bool = True) -> str:
+    """What a study runs at most, in words: its trials, and the report on the other half of the questions."""
+    trials = len(search.points()) if search.grid else search.trials
+    lines = [f"search: {work_of(suite, 'select', trials)}"]
+    if report:
+        controls, passes = baselines_work("kl", _DRAWS)
+        # each plan of the front is measured once more, and steering is brought to some of their KLs
+        passes += trials + USUAL_PASSES * _STEERING_POINTS
+        most = min(trials, _SHOWN) + _STEERING_POINTS + controls
+        lines.append(f"report: at most {work_of(suite, 'report', most, passes)}")
+    return "\n".join(lines)
+
+
 def _report(
     loaded: LoadedModel,
     scoring: Scoring,
@@ -106,7 +122,7 @@ def _report(
     # the knee's own cost comes with its baselines
     points = [kl for kl in dict.fromkeys(points) if kl > 0 and kl != knee.measured.kl]
     chosen += [steering_at(loaded, scoring, suite.neutral, kl) for kl in points]
-    chosen += with_baselines(loaded, scoring, knee, suite, progress=progress)
+    chosen += with_baselines(loaded, scoring, knee, suite, draws=_DRAWS, progress=progress)
     source = scoring.statistics.source
     context = {
         "model": scoring.checkpoint.name,

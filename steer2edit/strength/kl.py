@@ -21,6 +21,8 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, batches, pad_right
 from steer2edit.strength.unembedding import Affine, Reference, affine, compare
 
+MAX_TOKENS = 4096
+WINDOW = 128
 _CHUNK = 256
 _GLANCE = 512
 
@@ -55,8 +57,8 @@ class NeutralText:
         loaded: LoadedModel,
         text: str | Sequence[str],
         *,
-        max_tokens: int = 4096,
-        window: int = 128,
+        max_tokens: int = MAX_TOKENS,
+        window: int = WINDOW,
         batch_tokens: int = 2048,
         progress: Progress = silent,
     ) -> None:
@@ -82,15 +84,25 @@ class NeutralText:
         """Predictions that are compared."""
         return sum(len(window) - 1 for window in self._windows)
 
-    def measure(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Divergence:
+    def measure(
+        self, loaded: LoadedModel | None = None, *, glance: bool = False, stage: str = "KL on neutral text"
+    ) -> Divergence:
         """Compare the model, with whatever hooks are on it, with the base; or another model, of the same tokens.
 
-        A ``glance`` takes the last few windows alone, some 500 tokens.
+        A ``glance`` takes the last few windows alone, some 500 tokens. ``stage`` is the name that progress shows.
         """
-        return self.windows(loaded, glance=glance).divergence()
+        return self.windows(loaded, glance=glance, stage=stage).divergence()
 
-    def windows(self, loaded: LoadedModel | None = None, *, glance: bool = False) -> Windows:
-        """The same, window by window."""
+    def windows(
+        self,
+        loaded: LoadedModel | None = None,
+        *,
+        glance: bool = False,
+        stage: str = "KL on neutral text",
+        progress: Progress | None = None,
+    ) -> Windows:
+        """The same, window by window. ``progress`` stands in for the text's own."""
+        progress = silent if glance else self._progress if progress is None else progress
         loaded = self._loaded if loaded is None else loaded
         chosen = self._glanced() if glance else self._batches
         at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
@@ -98,7 +110,7 @@ class NeutralText:
         if reference is not None and loaded.model is not self._loaded.model:
             reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
         sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
-        for hidden in self._hidden("KL on neutral text", loaded, chosen, silent if glance else self._progress):
+        for hidden in self._hidden(stage, loaded, chosen, progress):
             for now in torch.split(hidden, _CHUNK):
                 rows = slice(at, at + len(now))
                 at = rows.stop

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from steer2edit.errors import Steer2EditError
 from steer2edit.plan import Divergence
 
+USUAL_PASSES = 5
+"""How many measurements a search seldom exceeds when it begins at :func:`quadratic_start`."""
+
 
 @dataclass(frozen=True)
 class Strength:

@@ -5,29 +5,37 @@ All that changes a model by a number comes here: a plan, one part of it, a basel
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from steer2edit.plan import Divergence
 from steer2edit.strength.kl import NeutralText
-from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
+from steer2edit.strength.line_search import USUAL_PASSES, Strength, find_strength, quadratic_start
 
 Apply = Callable[[float], AbstractContextManager[Any]]
 """Within ``apply(strength)`` the model of the neutral text is edited at that strength."""
 
 
-def at(apply: Apply, text: NeutralText, strength: float = 1.0) -> Strength:
-    """The divergence at one strength: one pass over the neutral text."""
-    return Strength(strength, _measure(apply, text, strength), ())
+def at(apply: Apply, text: NeutralText, strength: float = 1.0, name: str = "") -> Strength:
+    """The divergence at one strength: one pass over the neutral text. ``name`` is the candidate's, for the progress."""
+    return Strength(strength, _measure(apply, text, strength, _stage(name)), ())
 
 
-def meet(apply: Apply, text: NeutralText, budget: float) -> Strength:
+def meet(apply: Apply, text: NeutralText, budget: float, name: str = "") -> Strength:
     """The largest strength whose KL is within ``budget``, in nats per token; see :func:`find_strength`.
 
-    Raises Steer2EditError where no strength meets the budget.
+    ``name`` is the candidate's, for the progress. Raises Steer2EditError where no strength meets the budget.
     """
-    return find_strength(lambda strength: _measure(apply, text, strength), budget, start=estimate(apply, text, budget))
+    passes = itertools.count(1)
+
+    def measure(strength: float) -> Divergence:
+        number = next(passes)
+        about = f" of about {USUAL_PASSES}" if number <= USUAL_PASSES else ""
+        return _measure(apply, text, strength, f"{_stage(name)}, pass {number}{about}")
+
+    return find_strength(measure, budget, start=estimate(apply, text, budget))
 
 
 def estimate(apply: Apply, text: NeutralText, budget: float) -> float:
@@ -35,6 +43,12 @@ def estimate(apply: Apply, text: NeutralText, budget: float) -> float:
     return quadratic_start(lambda strength: _measure(apply, text, strength, glance=True), budget)
 
 
-def _measure(apply: Apply, text: NeutralText, strength: float, glance: bool = False) -> Divergence:
+def _measure(
+    apply: Apply, text: NeutralText, strength: float, stage: str = "KL on neutral text", glance: bool = False
+) -> Divergence:
     with apply(strength):
-        return text.measure(glance=glance)
+        return text.measure(glance=glance, stage=stage)
+
+
+def _stage(name: str) -> str:
+    return f"{name}: KL on neutral text" if name else "KL on neutral text"

@@ -15,10 +15,12 @@ from steer2edit.plan.measured import ClassStrength
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.kl import MAX_TOKENS, WINDOW, NeutralText
 from steer2edit.strength.meet import at, meet
 
 KL_BUDGET = 0.05
+LEAST_WINDOWS = 4
+"""Windows of neutral text below which a KL's interval, which is over windows, says nothing."""
 
 
 def settle_strength(
@@ -87,7 +89,16 @@ def _settle_classes(
 
 
 def neutral_text(
-    loaded: LoadedModel, text: str | Sequence[str] | None = None, progress: Progress = silent
+    loaded: LoadedModel,
+    text: str | Sequence[str] | None = None,
+    progress: Progress = silent,
+    *,
+    limit: int | None = None,
 ) -> NeutralText:
-    """The text on which the KL is measured; the packaged one if there is none."""
-    return NeutralText(loaded, contrast.neutral_text() if text is None else text, progress=progress)
+    """The text on which the KL is measured; the packaged one if there is none.
+
+    ``limit`` bounds it to that many windows of ``WINDOW`` tokens, but to no fewer than ``LEAST_WINDOWS``.
+    """
+    tokens = MAX_TOKENS if limit is None else min(MAX_TOKENS, WINDOW * max(limit, LEAST_WINDOWS))
+    texts = contrast.neutral_text() if text is None else text
+    return NeutralText(loaded, texts, max_tokens=tokens, progress=progress)
