@@ -17,6 +17,8 @@ import torch
 from loopback_hub import TOKEN, Hub, serve
 from releases import config_class
 
+pytest_plugins = ["own_deprecations"]
+
 WORDS = [
     "a",
     "an",
