@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from steer2edit import methods
+from steer2edit import methods, targets
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import MatrixRole, Site
 from steer2edit.artefact.emit import artefact_folders
@@ -20,7 +20,7 @@ from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
 from steer2edit.data.tokens import windows
-from steer2edit.lowering import Writing
+from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
@@ -85,7 +85,11 @@ def dry_run(request: CompileRequest) -> DryRun:
     rate = _multiplications(spec.hidden_size, dtype, device) if request.runtime.device_map is None else None
     active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
     passes = 1 if request.fixed_strength is not None else SEARCH_PASSES
-    written = [disk_use(plan, checkpoint, spec, target, folder, request.writing) for target, folder in folders.items()]
+    resolved = resolve(plan, checkpoint, spec)
+    written = [
+        disk_use(resolved, target, folder, request.writing, whole_model=targets.load(target).WHOLE_MODEL)
+        for target, folder in folders.items()
+    ]
     size = numel * torch.empty(0, dtype=dtype).element_size()
     # fp8 is taken apart beside the model that it becomes
     twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
@@ -112,9 +116,10 @@ def check_rooms(
     writing: Writing,
 ) -> None:
     """Raise TargetError where a target would not fit its disk, whatever the plan turns out to be."""
-    plan = widest_plan(checkpoint, spec, method, options)
+    resolved = resolve(widest_plan(checkpoint, spec, method, options), checkpoint, spec)
     for target, folder in folders.items():
-        check_room(disk_use(plan, checkpoint, spec, target, folder, writing, measure=False), folder)
+        whole = targets.load(target).WHOLE_MODEL
+        check_room(disk_use(resolved, target, folder, writing, whole_model=whole, measure=False), folder)
 
 
 def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:

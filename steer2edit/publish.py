@@ -16,24 +16,18 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from steer2edit import targets
 from steer2edit.artefact import model_card
 from steer2edit.artefact.receipt import read_receipt
-from steer2edit.checkpoint import INDEX, SINGLE, read_json
+from steer2edit.checkpoint import INDEX
 from steer2edit.errors import HubError, Steer2EditError, listing
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
 from steer2edit.files.layout import ADAPTER_CONFIG, CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT, TRADEOFF
+from steer2edit.lowering.target import HERE
 from steer2edit.plan import EditPlan
 from steer2edit.report import card_section
 
-# what loading a checkpoint needs beside its shards; whatever else lay in the base's folder may be anybody's notes
-_NEEDED = (
-    *("*config.json", "tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "*chat_templates/*.jinja", "params.json"),
-    *("spiece.model", "sentencepiece*.model", "normalizer.json", "preprocessor_config.json"),
-    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
-)
 _TEXTS = frozenset([".json", ".md", ".txt", ".py", ".jinja", ".html", ".csv", ".yaml", ".yml", ""])
 # a vocabulary may well hold a folder's name
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "tekken.json", "added_tokens.json")
@@ -95,19 +89,19 @@ def pack(folder: Path, repository: str, stated: Mapping[str, Any], include: Sequ
     written = receipt.get("files")
     if not isinstance(written, list):
         raise HubError(f"{folder / RECEIPT} does not list the artefact's files; emit it again")
-    shards = _shards(folder)
+    target = targets.load(receipt["target"])
+    needed = target.loading_files(folder, written)
     files: dict[str, Path | bytes] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
         name = path.relative_to(folder).as_posix()
-        if reason := _reason_to_stay(path, name, folder, receipt["target"], written, shards, include):
+        if reason := _reason_to_stay(path, name, folder, written, needed, include):
             left_out[name] = reason
         else:
             files[name] = path
-    wanted = {name for name in written if _needed(name, receipt["target"], shards)} | {PLAN}
-    if missing := sorted(wanted - files.keys()):
+    if missing := sorted(({PLAN} | needed) - files.keys()):
         raise HubError(f"{folder} is not whole: its receipt lists files that are not there\n{listing(missing)}")
     evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     notes = []
@@ -154,7 +148,7 @@ def _restated(receipt: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str
 
 
 def _reason_to_stay(
-    path: Path, name: str, folder: Path, target: str, written: list[str], shards: set[str], include: Sequence[str]
+    path: Path, name: str, folder: Path, written: list[str], needed: set[str], include: Sequence[str]
 ) -> str:
     if any(part.startswith(".") for part in PurePosixPath(name).parts):
         return "a hidden file"
@@ -168,22 +162,7 @@ def _reason_to_stay(
         return ""
     if name not in written:
         return "not on the receipt: emit did not write it"
-    return "" if name == PLAN or _needed(name, target, shards) else "not a file that loading needs"
-
-
-def _needed(name: str, target: str, shards: set[str]) -> bool:
-    if target != "checkpoint":
-        # other targets write every file themselves
-        return True
-    return name in shards or any(fnmatch(name, pattern) for pattern in _NEEDED)
-
-
-def _shards(folder: Path) -> set[str]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else ()
-        return {INDEX, *(name for name in names if isinstance(name, str))}
-    return {SINGLE}
+    return "" if name == PLAN or name in needed else "not a file that loading needs"
 
 
 def _card(
@@ -196,7 +175,7 @@ def _card(
         raise HubError(f"cannot read {path}: {error}") from None
     if text is not None and hashlib.sha256(text.encode()).hexdigest() != receipt.get("card_sha256"):
         said = f"{CARD} was changed since it was written, and goes as it is; only the repository's name was filled in"
-        return text.replace(model_card.HERE, repository).encode(), (said,)
+        return text.replace(HERE, repository).encode(), (said,)
     sections = [] if evaluation is None else card_section.tradeoff(evaluation, plot)
     made = model_card.model_card(receipt, repository=repository, sections=sections)
     return made.encode(), _missing_facts(receipt)

@@ -26,15 +26,17 @@ from steer2edit.compiler import compile
 from steer2edit.data.behavior import Behavior
 from steer2edit.dry_run import _active, widest_plan
 from steer2edit.errors import TargetError
-from steer2edit.lowering import Writing
+from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import check_room, disk_use
 from steer2edit.lowering.rewrite import copies
 from steer2edit.plan import EditPlan
+from steer2edit.targets import load
 
 
 def foretold(base: Path, out: Path, plan: EditPlan, to: str = "checkpoint", **how: Any) -> Any:
     checkpoint = open_checkpoint(base)
-    return disk_use(plan, checkpoint, read_spec(checkpoint), to, out, Writing(**how))
+    resolved = resolve(plan, checkpoint, read_spec(checkpoint))
+    return disk_use(resolved, to, out, Writing(**how), whole_model=load(to).WHOLE_MODEL)
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -18,7 +18,8 @@ from releases import config_class
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
 from steer2edit.artefact.emit import emit
-from steer2edit.artefact.verify import TOLERANCE, verify
+from steer2edit.artefact.numbers import TOLERANCE
+from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.errors import TargetError
 from steer2edit.methods import make_plan

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from steer2edit import methods
 from steer2edit.architecture import MatrixRole, Site, read_spec
 from steer2edit.artefact.emit import emit
-from steer2edit.artefact.verify import TOLERANCE, verify
+from steer2edit.artefact.numbers import TOLERANCE
+from steer2edit.artefact.verify import verify
 from steer2edit.capture.statistics import LABELS, routing_key
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError, TargetError

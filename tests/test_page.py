@@ -261,9 +261,9 @@ def test_answers_that_differ_come_first_and_long_ones_are_cut() -> None:
 @pytest.mark.parametrize(
     ("receipt", "expected"),
     [
-        ({"target": "lora"}, "PeftModel.from_pretrained"),
-        ({"target": "checkpoint"}, 'AutoModelForCausalLM.from_pretrained("path/to/the/folder")'),
-        ({"target": "gguf"}, "--to gguf"),
+        ({"target": "lora"}, 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")'),
+        ({"target": "checkpoint"}, 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'),
+        ({"target": "gguf"}, "llama-server -m base.gguf --lora adapter.gguf"),
         (None, "--to checkpoint"),
     ],
 )

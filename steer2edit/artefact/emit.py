@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,6 @@ from steer2edit.files.layout import CARD, PLAN, RECEIPT
 from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.targets import load
 
 
 def emit(
@@ -42,23 +40,18 @@ def emit(
     from steer2edit.artefact.model_card import inherited, model_card
     from steer2edit.lowering.disk_use import check_room, disk_use
 
-    target = load(to)
-    resolve(plan, checkpoint, spec)
-    if plan.structure and to != "checkpoint":
-        raise TargetError(
-            f"{to} cannot remove experts, or change how many each token passes through; use --to checkpoint"
-        )
+    target = targets.load(to)
+    resolved = resolve(plan, checkpoint, spec)
+    targets.check_structure(to, plan)
     if Path(out).expanduser().resolve() == checkpoint.path.resolve():
         raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
         # only now: what a killed run left there has been removed
-        check_room(disk_use(plan, checkpoint, spec, to, Path(out), writing, measure=False), Path(out))
-        # only a target that copies shards has a use for it
-        how = {"writing": writing} if "writing" in inspect.signature(target.lower).parameters else {}
-        lowering: Lowering = target.lower(plan, checkpoint, spec, folder, progress, **how)
-        if "grade" in plan.method:  # what a mask of experts equals
-            lowering = replace(lowering, exactness=f"{plan.method['grade']}; the stored values {lowering.exactness}")
+        use = disk_use(resolved, to, Path(out), writing, whole_model=target.WHOLE_MODEL, measure=False)
+        check_room(use, Path(out))
+        lowering = target.lower(resolved, folder, writing, progress)
+        lowering = replace(lowering, exactness=exactness_of(plan, lowering))
         plan.save(folder / PLAN)
         receipt = {
             "format": FORMAT,
@@ -82,6 +75,12 @@ def emit(
         (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
     return lowering
+
+
+def exactness_of(plan: EditPlan, lowering: Lowering) -> str:
+    """The exactness of an artefact in words; of a mask of experts first what the mask equals."""
+    grade = plan.method.get("grade")
+    return f"{grade}; the stored values {lowering.exactness}" if grade is not None else lowering.exactness
 
 
 def _versions() -> dict[str, str]:

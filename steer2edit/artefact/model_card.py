@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer2edit import targets
+from steer2edit.files.layout import CARD
 from steer2edit.files.untrusted import read_bytes
 from steer2edit.formatting import pairs
-from steer2edit.plan import Measured
+from steer2edit.lowering import HubEntry, Place, Snippet
+from steer2edit.plan import Base, Measured
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.plan import EditPlan
 
-HERE = "path/to/this/folder"
-"""Stands in a card for the repository's name until there is one."""
-_BASE = "path/to/the/base"
 _MASK = "experts"
 _LISTED = 64
 _CARD_BYTES = 4 << 20
-_COMPILED = (
-    "with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed architecture."
+_PLAN = "plan"
+_PLAN_ENTRY = HubEntry(
+    "A plan of steer2edit: the low-rank edits that compile a steering vector into the base's weights, from which a checkpoint "
+    "or an adapter is made.",
+    "adapter",
+    "steer2edit",
+    ("steer2edit-plan",),
 )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How the Hub files a target's artefact, and what it is in words."""
-
-    said: str
-    relation: str
-    library: str
-    tags: tuple[str, ...] = ()
-
-
-_KINDS: Mapping[str, _Kind] = {
-    "checkpoint": _Kind(f"A checkpoint {_COMPILED}", "finetune", "transformers"),
-    "lora": _Kind(f"A LoRA adapter {_COMPILED}", "adapter", "peft", ("lora",)),
-    "gguf": _Kind(f"A LoRA adapter for llama.cpp {_COMPILED}", "adapter", "gguf", ("lora", "gguf")),
-    "gguf-vector": _Kind(
-        "A control vector for llama.cpp, made by steer2edit: run-time steering with the mean push of a compiled edit.",
-        "adapter",
-        "gguf",
-        ("control-vector", "gguf"),
-    ),
-    "plan": _Kind(
-        "A plan of steer2edit: the low-rank edits that compile a steering vector into the base's weights, from which a "
-        "checkpoint or an adapter is made.",
-        "adapter",
-        "steer2edit",
-        ("steer2edit-plan",),
-    ),
-}
 
 
 def model_card(
@@ -91,8 +64,8 @@ def model_card(
     parts = [
         f"---\n{_metadata(receipt)}\n---",
         f"# {title}",
-        _said_of(receipt),
-        *_loading(receipt, repository or HERE),
+        _description(receipt),
+        *_loading(receipt, repository),
         "## What changed",
         table([["", ""], *rows]),
         *_experts(receipt["method"]),
@@ -103,7 +76,7 @@ def model_card(
 
 def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a card takes over from the base: its licence, languages, and task."""
-    known = base_metadata(checkpoint.path / "README.md")
+    known = base_metadata(checkpoint.path / CARD)
     if "pipeline_tag" not in known:
         images = isinstance(checkpoint.config.get("vision_config"), dict)
         known["pipeline_tag"] = "image-text-to-text" if images else "text-generation"
@@ -136,7 +109,7 @@ def plan_receipt(plan: EditPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
     from steer2edit import __version__
 
     return {
-        "target": "plan",
+        "target": _PLAN,
         "exactness": "the edits themselves, in float32",
         "base": vars(plan.base),
         "plan": {"sha256": plan.hash},
@@ -166,10 +139,10 @@ def inline(value: object) -> str:
     return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
-def _said_of(receipt: Mapping[str, Any]) -> str:
-    if receipt["method"].get("name") == _MASK and receipt["target"] == "checkpoint":
+def _description(receipt: Mapping[str, Any]) -> str:
+    if receipt["method"].get("name") == _MASK and _is_model(receipt["target"]):
         return "A checkpoint whose experts were switched by steer2edit, in its weights: no training, no hooks."
-    return _kind(receipt["target"]).said
+    return _entry(receipt["target"]).description
 
 
 def _experts(method: Mapping[str, Any]) -> list[str]:
@@ -183,27 +156,30 @@ def _experts(method: Mapping[str, Any]) -> list[str]:
     return ["## Experts", table([keys, *rows]), *rest]
 
 
-def _kind(target: str) -> _Kind:
-    # a target that somebody added has no words of its own here
-    return _KINDS.get(target) or _Kind(f"Written by steer2edit's target {inline(target)}.", "adapter", "steer2edit")
+def _entry(target: str) -> HubEntry:
+    return _PLAN_ENTRY if target == _PLAN else targets.load(target).HUB
+
+
+def _is_model(target: str) -> bool:
+    return target != _PLAN and targets.load(target).WHOLE_MODEL
 
 
 def _metadata(receipt: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     target, base = receipt["target"], receipt["base"]
-    kind = _kind(target)
+    entry = _entry(target)
     taken = dict(receipt.get("card") or {})
     link = taken.get("license_link")
-    if link is not None and "://" not in link and not (target == "checkpoint" and base["revision"] is None):
+    if link is not None and "://" not in link and not (_is_model(target) and base["revision"] is None):
         # a link inside the base's repository; nothing of it lies here
         taken["license_link"] = _file_of(base, link)
     published = base["revision"] is not None
     data = ModelCardData(
         base_model=base["name"] if published else None,
-        base_model_relation=kind.relation if published else None,
-        library_name=kind.library,
-        tags=["steer2edit", "moe" if receipt["method"].get("name") == _MASK else "activation-steering", *kind.tags],
+        base_model_relation=entry.relation if published else None,
+        library_name=entry.library,
+        tags=["steer2edit", "moe" if receipt["method"].get("name") == _MASK else "activation-steering", *entry.tags],
         **{key: value for key, value in taken.items() if value is not None},
     )
     return str(data.to_yaml())
@@ -217,40 +193,31 @@ def _file_of(base: Mapping[str, Any], name: str) -> str | None:
     return f"{constants.ENDPOINT}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
 
 
-def _loading(receipt: Mapping[str, Any], place: str) -> list[str]:
-    target, base = receipt["target"], receipt["base"]
-    published, where = base["revision"] is not None, json.dumps(place)
+def place_of(receipt: Mapping[str, Any], repository: str | None = None) -> Place:
+    """Where the artefact of a receipt and its base lie."""
     images = (receipt.get("card") or {}).get("pipeline_tag") == "image-text-to-text"
-    auto = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
-    name = base["name"] if published else _BASE
-    if target == "checkpoint":
-        lines = [f"from transformers import {auto}", f"model = {auto}.from_pretrained({where})"]
-    elif target == "lora" and published and not images:
-        lines = [
-            "from peft import AutoPeftModelForCausalLM",
-            f"model = AutoPeftModelForCausalLM.from_pretrained({where})",
-        ]
-    elif target == "lora":
-        lines = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            f"model = PeftModel.from_pretrained({auto}.from_pretrained({json.dumps(name)}), {where})",
-        ]
-    elif target == "plan":
-        return [f"```console\n$ pip install steer2edit\n$ steer2edit emit {place} {name} --to lora --out adapter\n```"]
-    elif target in ("gguf", "gguf-vector"):
-        option, file = ("--lora", "adapter.gguf") if target == "gguf" else ("--control-vector", "control-vector.gguf")
-        fetched = [] if place == HERE else [f"$ hf download {place} {file} --local-dir ."]
-        lines = [*fetched, f"$ llama-server -m base.gguf {option} {file}"]
-        said = f"`base.gguf` is any GGUF of {inline(base['name'])}."
-        return ["```console\n" + "\n".join(lines) + "\n```", said]
-    else:
-        return []
-    return ["```python\n" + "\n".join(lines) + "\n```"]
+    base = receipt["base"]
+    return Place(Base(base["name"], base["revision"], base["fingerprint"]), repository, images)
+
+
+def snippet_of(receipt: Mapping[str, Any], repository: str | None = None) -> Snippet:
+    """How the artefact or plan of a receipt is loaded."""
+    place = place_of(receipt, repository)
+    if receipt["target"] == _PLAN:
+        emit = f"steer2edit emit {place.name} {place.base_name} --to lora --out adapter"
+        return Snippet("console", ("pip install steer2edit", emit))
+    return targets.load(receipt["target"]).load_snippet(place)
+
+
+def _loading(receipt: Mapping[str, Any], repository: str | None) -> list[str]:
+    snippet = snippet_of(receipt, repository)
+    prompt = "$ " if snippet.language == "console" else ""
+    code = "\n".join(prompt + line for line in snippet.lines)
+    return [f"```{snippet.language}\n{code}\n```", *([inline(snippet.remark)] if snippet.remark else [])]
 
 
 def _receipt(target: str) -> str:
-    if target == "plan":
+    if target == _PLAN:
         return (
             "`plan.safetensors` holds every edit and the score of every component; `steer2edit show` prints them, "
             "`steer2edit emit` makes a checkpoint or an adapter of them."

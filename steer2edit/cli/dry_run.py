@@ -19,12 +19,13 @@ def dry_run_emit(
     from steer2edit.dry_run import render_disk_use
     from steer2edit.errors import TargetError
     from steer2edit.files.atomic import check_new
+    from steer2edit.lowering import resolve
     from steer2edit.lowering.disk_use import check_room, disk_use
     from steer2edit.targets import load
 
-    load(to)
+    target = load(to)
     check_new(out, force)
-    found = disk_use(plan, checkpoint, spec, to, out, writing)
+    found = disk_use(resolve(plan, checkpoint, spec), to, out, writing, whole_model=target.WHOLE_MODEL)
     problem = ""
     try:
         check_room(found, out)

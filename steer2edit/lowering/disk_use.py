@@ -1,4 +1,4 @@
-"""What a run will read, change and write, before it does: bytes, room on the disk, memory, and time from a short measurement."""
+"""What a run will read, change and write: bytes, room on the disk, memory, and time from a short measurement."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steer2edit.architecture import ModelSpec
 from steer2edit.architecture.sites import Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import FP8, block_bytes
 from steer2edit.errors import TargetError
 from steer2edit.files.locks import sync_file
 from steer2edit.lowering.other_files import copied_files
-from steer2edit.lowering.resolve import Writing, located, resolve
+from steer2edit.lowering.resolve import Resolved, Writing, located
 from steer2edit.lowering.rewrite import copies, places_of, rewrite
 from steer2edit.plan import EditPlan, LowRank
 
@@ -57,23 +56,22 @@ class DiskUse:
 
 
 def disk_use(
-    plan: EditPlan,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
+    resolved: Resolved,
     to: str,
     out: Path,
     writing: Writing,
     *,
+    whole_model: bool,
     measure: bool = True,
 ) -> DiskUse:
-    """What emitting ``plan`` takes.
+    """What emitting a plan takes, as a whole model or as its factors alone.
 
     With ``measure`` a sample of the very work is done into a temporary folder beside ``out``, on the files as the page cache
-    has them, and removed again. Raises PlanError for a plan that does not fit the model.
+    has them, and removed again.
     """
-    edits = resolve(plan, checkpoint, spec)
+    plan, checkpoint, edits = resolved.plan, resolved.checkpoint, resolved.edits
     parent = existing_parent(out)
-    if to != "checkpoint":
+    if not whole_model:
         rank = max((edit.B.shape[1] for edit, _ in edits.values() if isinstance(edit, LowRank)), default=0)
         size = sum(4 * rank * (site.out_features + site.in_features) for _, site in edits.values()) + _plan_bytes(plan)
         return DiskUse(to, len(edits), size, 0, 0, size, _free(parent), memory_now() + 2 * size)

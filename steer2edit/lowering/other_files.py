@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from steer2edit.checkpoint import Checkpoint
-from steer2edit.errors import TargetError, listing
-from steer2edit.files.layout import RECEIPT
+from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.errors import CheckpointError, TargetError, first_line, listing
+from steer2edit.files.layout import CARD, RECEIPT
+from steer2edit.lowering.compare import same_file
 
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+@dataclass(frozen=True)
+class OtherFiles:
+    """How an artefact's files beside its shards compare: the names that belong there, what is wrong, and remarks."""
+
+    files: frozenset[str]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -19,7 +32,40 @@ def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
         name = source.relative_to(checkpoint.path)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
-    return [str(path.relative_to(checkpoint.path)) for path in _other_files(checkpoint) if _other_weights(path)]
+    return left_out_files(checkpoint)
+
+
+def left_out_files(checkpoint: Checkpoint) -> list[str]:
+    """The names of other copies of the weights, which an artefact does not get."""
+    return [path.relative_to(checkpoint.path).as_posix() for path in _other_files(checkpoint) if _other_weights(path)]
+
+
+def compare_other_files(
+    checkpoint: Checkpoint, folder: Path, rewritten: Mapping[str, Mapping[str, Any]], needed: Callable[[str], bool]
+) -> OtherFiles:
+    """Compare the artefact's files beside the shards with the base's.
+
+    ``rewritten`` are JSON files that the plan changes, with their new content. A missing file is a problem if loading
+    ``needed`` it, else a remark: a published artefact lacks what loading does not need.
+    """
+    names: list[str] = []
+    problems: list[str] = []
+    notes: list[str] = []
+    for source in copied_files(checkpoint):
+        name = source.relative_to(checkpoint.path).as_posix()
+        names.append(name)
+        ours = folder / name
+        try:
+            if not ours.is_file():
+                (problems if needed(name) else notes).append(f"{name} is missing; the base has it")
+            elif name in rewritten:
+                if read_json(ours) != rewritten[name]:
+                    problems.append(f"{name} is not the base's with the plan's changes")
+            elif not same_file(source, ours):
+                problems.append(f"{name} differs from the base's")
+        except (OSError, CheckpointError) as error:
+            problems.append(f"{name} cannot be compared: {first_line(error)}")
+    return OtherFiles(frozenset(names), tuple(problems), tuple(notes))
 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
@@ -51,7 +97,7 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
         name = source.relative_to(checkpoint.path)
         if not source.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if str(name) in checkpoint.shards or str(name) in {RECEIPT, "README.md"} or name.parts[0] == "steer2edit":
+        if str(name) in checkpoint.shards or str(name) in {RECEIPT, CARD} or name.parts[0] == "steer2edit":
             continue
         found.append(source)
     return found

@@ -48,32 +48,43 @@ class Writing:
         return min(4, os.cpu_count() or 1) if self.jobs is None else self.jobs
 
 
-def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, tuple[Edit, Site]]:
-    """Each edit with the site it belongs to, by tensor name.
+@dataclass(frozen=True)
+class Resolved:
+    """A plan with the base that it fits. ``edits`` are the plan's, each with its site, by tensor name."""
+
+    plan: EditPlan
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    edits: Mapping[str, tuple[Edit, Site]]
+
+
+def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved:
+    """Find the site of each edit.
 
     Raises PlanError, with all problems, where the plan was made for another model or does not fit this one.
     """
     plan.check_base(checkpoint)
-    resolved, problems = {}, []
+    edits: dict[str, tuple[Edit, Site]] = {}
+    problems = []
     for edit in plan.edits:
         site = spec.owners.get(edit.tensor)
         if site is None:
-            problems.append(f"{edit.tensor} is no residual writer of {checkpoint.name}")
+            problems.append(f"{edit.tensor} is not a residual writer of {checkpoint.name}")
         elif isinstance(edit, Assign) != (site.role is MatrixRole.ROUTER):
-            problems.append(f"{edit.tensor}: {edit.op} is no operation on a {site.role.value}")
+            problems.append(f"{edit.tensor}: {edit.op} is not an operation on a {site.role.value}")
         elif not edit.fits(shape := _shape(site, edit.tensor)):
             shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
             problems.append(f"{edit.tensor} is {' x '.join(map(str, shape))}, its update has {shapes}")
         else:
-            resolved[edit.tensor] = (edit, site)
+            edits[edit.tensor] = (edit, site)
     if problems:
         raise PlanError(f"the plan does not fit {checkpoint.name}:\n{listing(problems)}")
-    if spec.tied_embeddings and spec.embedding.tensor in resolved:
+    if spec.tied_embeddings and spec.embedding.tensor in edits:
         raise PlanError(
             f"{checkpoint.name} ties its embedding to its unembedding: editing {spec.embedding.tensor} would change both. "
             "Leave the embedding out."
         )
-    return resolved
+    return Resolved(plan, checkpoint, spec, edits)
 
 
 def _shape(site: Site, name: str) -> tuple[int, ...]:

@@ -18,19 +18,75 @@ from steer2edit.errors import TargetError
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
 from steer2edit.lowering.requantise import EditedBlock, requantised
 from steer2edit.lowering.resolve import Change, located
-from steer2edit.lowering.rounding import RoundingMeter
+from steer2edit.lowering.rounding import Rounding, RoundingMeter
 from steer2edit.plan import Edit
 
 _FILE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class _Rewritten:
-    """One edited matrix: its bytes, what changed, and, of an fp8 matrix, what re-quantising it cost."""
+class Rewritten:
+    """One edited matrix: its bytes, what changed, and, of an fp8 matrix, the error of quantising it again."""
 
     nbytes: int
     changes: tuple[Change, ...]
     requantised: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EditRecord:
+    """What a receipt says of one edited tensor, gathered block by block.
+
+    ``rounding`` is measured for an fp8 matrix, and for every matrix where ``measure`` is set.
+    """
+
+    def __init__(self, edit: Edit, site: Site, places: Sequence[TensorInfo], *, measure: bool = False) -> None:
+        self._edit, self._out_in, self._places, self._measure = edit, site.orientation == "out_in", places, measure
+        self._before, self._after = hashlib.sha256(), hashlib.sha256()
+        self._meter = RoundingMeter(edit.tensor)
+        self._old_scales: list[torch.Tensor] = []
+        self._scales: list[torch.Tensor] = []
+        self._unchanged = 0
+
+    def add(self, block: EditedBlock) -> memoryview:
+        """Take in the next block; its bytes after the edit."""
+        self._before.update(as_bytes(block.before))
+        after = as_bytes(block.after)
+        self._after.update(after)
+        quantised = block.scales is not None and block.old_scales is not None
+        if quantised or self._measure:
+            self._meter.add(self._edit, self._out_in, block.first, block.old, block.new)
+        if block.scales is not None and block.old_scales is not None:
+            self._unchanged += int((block.before.view(torch.uint8) == block.after.view(torch.uint8)).sum())
+            self._old_scales.append(block.old_scales)
+            self._scales.append(block.scales)
+        return after
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """The new scales of an fp8 matrix, in their stored dtype; None for others."""
+        return torch.cat(self._scales) if self._scales else None
+
+    @property
+    def rounding(self) -> Rounding:
+        """How much of the update the stored dtype kept."""
+        return self._meter.result()
+
+    def result(self) -> Rewritten:
+        """The finished record."""
+        edit, nbytes = self._edit, self._places[0].nbytes
+        change = Change(edit.tensor, type(edit).__name__, edit.norm, self._before.hexdigest(), self._after.hexdigest())
+        if not self._scales:
+            return Rewritten(nbytes, (change,))
+        before, after = torch.cat(self._old_scales), torch.cat(self._scales)
+        hashes = [hashlib.sha256(as_bytes(values)).hexdigest() for values in (before, after)]
+        requantised = {
+            **asdict(self.rounding),
+            "blocks": after.numel(),
+            "rescaled": int((before != after).sum()),
+            "bytes_kept": self._unchanged / nbytes,
+        }
+        scales = Change(self._places[1].name, f"scales of {edit.tensor}", None, *hashes)
+        return Rewritten(nbytes, (change, scales), requantised)
 
 
 def places_of(checkpoint: Checkpoint, edit: Edit, site: Site) -> list[TensorInfo]:
@@ -60,41 +116,23 @@ def edited_blocks(checkpoint: Checkpoint, edit: Edit, site: Site) -> Iterator[Ed
         yield EditedBlock(first, block, after, block, after)
 
 
-def rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[TensorInfo], folder: Path) -> _Rewritten:
+def rewrite(checkpoint: Checkpoint, edit: Edit, site: Site, places: Sequence[TensorInfo], folder: Path) -> Rewritten:
+    """Write an edited tensor, and its scales if it has some, into the shards in ``folder``.
+
+    Raises TargetError where a value does not fit the stored dtype, or the disk is full.
+    """
     info = places[0]
     row_bytes = info.nbytes // info.shape[0]
-    before, after = hashlib.sha256(), hashlib.sha256()
-    meter = RoundingMeter(edit.tensor)
-    old_scales: list[torch.Tensor] = []
-    scales: list[torch.Tensor] = []
-    kept = 0
+    record = EditRecord(edit, site, places)
     with open(folder / info.shard, "r+b", buffering=0) as file:
         for block in edited_blocks(checkpoint, edit, site):
             if not _finite(block.new):
                 raise TargetError(f"{edit.tensor}: the edited values do not fit {info.dtype}; lower the strength")
-            before.update(as_bytes(block.before))
-            data = as_bytes(block.after)
-            after.update(data)
-            _write(file.fileno(), data, info.offset + block.first * row_bytes, edit.tensor)
-            if block.scales is not None and block.old_scales is not None:
-                meter.add(edit, site.orientation == "out_in", block.first, block.old, block.new)
-                kept += int((block.before.view(torch.uint8) == block.after.view(torch.uint8)).sum())
-                old_scales.append(block.old_scales)
-                scales.append(block.scales)
-    change = Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
-    if not scales:
-        return _Rewritten(info.nbytes, (change,))
-    was, now = torch.cat(old_scales), torch.cat(scales)
-    with open(folder / places[1].shard, "r+b", buffering=0) as file:
-        _write(file.fileno(), as_bytes(now), places[1].offset, places[1].name)
-    hashes = [hashlib.sha256(as_bytes(values)).hexdigest() for values in (was, now)]
-    found = {
-        **asdict(meter.result()),
-        "blocks": now.numel(),
-        "rescaled": int((was != now).sum()),
-        "bytes_kept": kept / info.nbytes,
-    }
-    return _Rewritten(info.nbytes, (change, Change(places[1].name, f"scales of {edit.tensor}", None, *hashes)), found)
+            _write(file.fileno(), record.add(block), info.offset + block.first * row_bytes, edit.tensor)
+    if (scales := record.scales) is not None:
+        with open(folder / places[1].shard, "r+b", buffering=0) as file:
+            _write(file.fileno(), as_bytes(scales), places[1].offset, places[1].name)
+    return record.result()
 
 
 def _write(descriptor: int, data: memoryview, offset: int, name: str) -> None:
@@ -114,10 +152,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], _Rewritten | int]]:
-    """The work of copying a byte range in pieces.
+def copies(source: Path, target: Path, start: int, end: int) -> Iterator[Callable[[], Rewritten | int]]:
+    """The work of copying a byte range in pieces, as functions.
 
-    Pieces begin and end at whole blocks of the file system, apart from the first and the last: only those can be shared.
+    Pieces begin and end at whole blocks of the file system, apart from the first and the last: only whole blocks can be shared.
     """
     while start < end:
         unit = _FILE_BLOCK if start % _FILE_BLOCK else COPY_BYTES

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit import __version__
+from steer2edit import __version__, targets
+from steer2edit.artefact.model_card import snippet_of
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.formatting import divergence, number, pairs, plain_value
+from steer2edit.lowering import Snippet
 from steer2edit.plan import EditPlan, LowRank, Measured, Scores
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
@@ -62,35 +63,18 @@ def loading(plan: EditPlan, receipt: Mapping[str, Any] | None) -> list[Html]:
     if receipt is None:
         said = "There is no artefact yet. The plan makes one without running the model:"
         return [tag("p", said), code(_emit(plan, "checkpoint"), _emit(plan, "lora"))]
-    target = receipt.get("target")
-    if target == "lora":
-        base = json.dumps(plan.base.name, ensure_ascii=False)
-        revision = f", revision={json.dumps(plan.base.revision)}" if plan.base.revision else ""
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({base}{revision})",
-            'model = PeftModel.from_pretrained(base, "path/to/the/folder")',
-        ]
-    elif target == "gguf":
-        lines = ["llama-server -m base.gguf --lora adapter.gguf"]
-    elif target == "gguf-vector":
-        lines = ["llama-server -m base.gguf --control-vector control-vector.gguf"]
-    elif target == "checkpoint":
-        lines = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/the/folder")',
-        ]
-    else:
-        lines = [_emit(plan, str(target))]
+    target = str(receipt.get("target"))
+    if target in targets.names():
+        snippet = snippet_of({**receipt, "base": vars(plan.base)})
+    else:  # a target of another version, or of somebody else's
+        snippet = Snippet("console", (_emit(plan, target),))
     facts = [
         ("Target", target),
         ("Exactness", receipt.get("exactness")),
         ("Remarks", "; ".join(receipt.get("notes") or ())),
     ]
-    return [code(*lines), fact_list([(key, given) for key, given in facts if given])]
+    remark = [tag("p", snippet.remark)] if snippet.remark else []
+    return [code(*snippet.lines), *remark, fact_list([(key, value) for key, value in facts if value])]
 
 
 def reproduction(

@@ -142,18 +142,9 @@ def render_verification(result: Verification) -> str:
     """What was checked and what it gave, one line each; then rounding, where something was rounded."""
     lines = [f"bytes    {result.tensors} tensors compared"]
     if result.numbers:
-        n = result.numbers
-        bound = (
-            f"at most {n['tolerance']:g} allowed"
-            if n["tolerance"]
-            else f"stored in {', '.join(n['stored'])}: rounding, see below"
-        )
-        lines.append(
-            f"numbers  logits differ from base + plan by {n['difference']:.3g} ({bound}); "
-            f"the edit moves them by {n['effect']:.3g}"
-        )
-        if found := n.get("experts"):
-            lines.append(f"experts  {_expert_check(found)}")
+        lines.append(f"numbers  {result.verdict}")
+        if experts := result.numbers.get("experts"):
+            lines.append(f"experts  {_expert_check(experts)}")
     if result.rounding:
         kept = [r.along_v for r in result.rounding]
         worst = max(result.rounding, key=lambda r: r.relative)
@@ -161,6 +152,7 @@ def render_verification(result: Verification) -> str:
             f"rounding {sum(kept) / len(kept):.2%} of the edit kept along v_hat (least {min(kept):.2%}); "
             f"largest relative error {worst.relative:.2%}, cosine {worst.cosine:.5f}, at {worst.tensor}"
         )
+    lines += [f"note     {note}" for note in result.notes[:20]]
     lines += [f"problem  {problem}" for problem in result.problems[:50]]
     lines.append("ok" if result.ok else f"FAILED: {len(result.problems)} problems")
     return "\n".join(lines)

@@ -10,9 +10,13 @@ import importlib
 import importlib.util
 import pkgutil
 from functools import cache
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from steer2edit.errors import TargetError
+
+if TYPE_CHECKING:
+    from steer2edit.lowering import Target
+    from steer2edit.plan import EditPlan
 
 
 def names() -> list[str]:
@@ -42,10 +46,22 @@ def _summary(name: str, _path: tuple[str, ...]) -> str:
     return ""
 
 
-def load(name: str) -> ModuleType:
-    """The target called ``name``. Raises TargetError naming the known ones."""
+def load(name: str) -> Target:
+    """The target called ``name``. Raises TargetError for an unknown one, and where its module does not state everything."""
+    from steer2edit.lowering.target import MEMBERS
+
     _check(name)
-    return importlib.import_module(_module(name))
+    module = importlib.import_module(_module(name))
+    if missing := [member for member in MEMBERS if not hasattr(module, member)]:
+        raise TargetError(f"the target {name!r} ({module.__file__}) lacks {', '.join(missing)}")
+    return cast("Target", module)
+
+
+def check_structure(name: str, plan: EditPlan) -> None:
+    """Raise TargetError where a plan removes experts and the target cannot carry that."""
+    if plan.structure and not load(name).STRUCTURE:
+        able = " or ".join(f"--to {one}" for one in names() if load(one).STRUCTURE)
+        raise TargetError(f"{name} cannot remove experts, or change how many each token passes through; use {able}")
 
 
 def _check(name: str) -> None:

@@ -9,47 +9,52 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
-from steer2edit.architecture import ModelSpec, Site
-from steer2edit.checkpoint import INDEX, Checkpoint, TensorInfo, read_json
+from steer2edit.checkpoint import INDEX, Checkpoint, TensorInfo, read_header, read_json
 from steer2edit.checkpoint.fp8 import FP8
-from steer2edit.errors import TargetError
+from steer2edit.errors import CheckpointError, TargetError
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
-from steer2edit.lowering import Change, Lowering, Writing
+from steer2edit.lowering import Change, Lowering, Resolved, Writing
 from steer2edit.lowering.pruning import Made, Piece, assembled, changed_config, check_structure, header_of
-from steer2edit.lowering.rewrite import as_bytes, edited_blocks
-from steer2edit.plan import Edit, EditPlan
+from steer2edit.lowering.rewrite import EditRecord, as_bytes, edited_blocks
 from steer2edit.progress import Progress
+from steer2edit.targets._compare_shards import header_bytes, raw_blocks
+
+CONFIG = "config.json"
 
 
-def write_config(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path) -> None:
+def write_config(resolved: Resolved, folder: Path) -> None:
     """Write config.json with the plan's numbers of experts. Raises PlanError where the model cannot be pruned so."""
-    check_structure(plan.structure, spec)
-    text = json.dumps(changed_config(checkpoint.config, plan.structure), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    check_structure(resolved.plan.structure, resolved.spec)
+    text = json.dumps(_config(resolved), indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def lower_pruned(
-    plan: EditPlan,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    edits: Mapping[str, tuple[Edit, Site]],
-    folder: Path,
-    progress: Progress,
-    writing: Writing,
-) -> Lowering:
+def rewritten_files(resolved: Resolved) -> dict[str, Mapping[str, Any]]:
+    """The JSON files that the structure changes, with their new content."""
+    check_structure(resolved.plan.structure, resolved.spec)
+    files: dict[str, Mapping[str, Any]] = {CONFIG: _config(resolved)}
+    if resolved.plan.structure.remove and (resolved.checkpoint.path / INDEX).exists():
+        files[INDEX] = _index(resolved.checkpoint, _assembled(resolved))
+    return files
+
+
+def lower_pruned(resolved: Resolved, folder: Path, progress: Progress, writing: Writing) -> Lowering:
     """Write the shards, the index and the config of the model without the plan's removed experts."""
-    if scaled := [name for name, (edit, site) in edits.items() if site.locate(checkpoint, name).dtype == FP8]:
+    checkpoint = resolved.checkpoint
+    if scaled := [name for name, (_, site) in resolved.edits.items() if site.locate(checkpoint, name).dtype == FP8]:
         raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts first, and edit the result")
-    write_config(plan, checkpoint, spec, folder)
-    shards = assembled(checkpoint, spec, plan.structure, edits)
-    _write_index(checkpoint, shards, folder)
+    write_config(resolved, folder)
+    shards = _assembled(resolved)
+    if (folder / INDEX).exists():
+        (folder / INDEX).write_text(json.dumps(_index(checkpoint, shards), indent=2) + "\n", encoding="utf-8")
     changes: list[Change] = []
-    total = sum(one.info.nbytes for made in shards.values() for one in made)
-    with progress("write checkpoint", total=total) as advance, ThreadPoolExecutor(writing.workers) as pool:
+    with progress("write checkpoint", total=_total(shards)) as advance, ThreadPoolExecutor(writing.workers) as pool:
         jobs = [job for shard, made in shards.items() for job in _shard_jobs(checkpoint, shard, made, folder)]
         for result in pool.map(lambda job: job(), jobs):
             if isinstance(result, Change):
@@ -57,18 +62,48 @@ def lower_pruned(
             else:
                 advance(result)
     checkpoint.check_unchanged()
-    routers = [spec.router(layer) for layer in plan.structure.remove]
-    for name in [name for router in routers for name in (router.tensor, router.bias) if name]:
-        changes.append(_pruned_change(checkpoint, shards, name))
-    removed = {str(layer): list(gone) for layer, gone in plan.structure.remove.items()}
-    kept = spec.routers[0].experts - len(next(iter(removed.values())))
-    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in edits.items()})
-    return Lowering(
-        exactness=f"exact, the rest up to one rounding to {', '.join(dtypes)}" if dtypes else "exact",
-        changes=tuple(changes),
-        notes=tuple(_engine_notes(kept)),
-        details={"shards": len(shards), "bytes": total, "removed": removed, "experts": kept},
-    )
+    return _lowering(resolved, shards, changes)
+
+
+def compare_pruned(resolved: Resolved, folder: Path, progress: Progress) -> tuple[int, Lowering, list[str]]:
+    """How many tensors a pruned checkpoint should have, what base and plan give, and what is wrong with its shards."""
+    checkpoint, shards = resolved.checkpoint, _assembled(resolved)
+    changes: list[Change] = []
+    problems: list[str] = []
+    with progress("compare tensors", total=_total(shards)) as advance:
+        for shard, made in shards.items():
+            problems += _compare_shard(checkpoint, shard, made, folder, changes)
+            advance(sum(one.info.nbytes for one in made))
+    return sum(map(len, shards.values())), _lowering(resolved, shards, changes), problems
+
+
+def _assembled(resolved: Resolved) -> dict[str, list[Made]]:
+    return assembled(resolved.checkpoint, resolved.spec, resolved.plan.structure, resolved.edits)
+
+
+def _total(shards: Mapping[str, Sequence[Made]]) -> int:
+    return sum(one.info.nbytes for made in shards.values() for one in made)
+
+
+def _config(resolved: Resolved) -> dict[str, Any]:
+    return changed_config(resolved.checkpoint.config, resolved.plan.structure)
+
+
+def _lowering(resolved: Resolved, shards: Mapping[str, Sequence[Made]], edited: Sequence[Change]) -> Lowering:
+    checkpoint, spec, remove = resolved.checkpoint, resolved.spec, resolved.plan.structure.remove
+    routers = [spec.router(layer) for layer in remove]
+    names = [name for router in routers for name in (router.tensor, router.bias) if name]
+    changes = [*edited, *(_pruned_change(checkpoint, shards, name) for name in names)]
+    experts = spec.routers[0].experts - len(next(iter(remove.values())))
+    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in resolved.edits.items()})
+    details = {
+        "shards": len(shards),
+        "bytes": _total(shards),
+        "removed": {str(layer): list(gone) for layer, gone in remove.items()},
+        "experts": experts,
+    }
+    exactness = f"exact, the rest up to one rounding to {', '.join(dtypes)}" if dtypes else "exact"
+    return Lowering(exactness, tuple(changes), tuple(_engine_notes(experts)), details)
 
 
 def _engine_notes(kept: int) -> Iterator[str]:
@@ -84,8 +119,7 @@ def _shard_jobs(
     checkpoint: Checkpoint, shard: str, made: Sequence[Made], folder: Path
 ) -> Iterator[Callable[[], Change | int]]:
     source, target = checkpoint.path / shard, folder / shard
-    with safe_open(source, framework="pt") as opened:
-        header = header_of(made, opened.metadata() or {})
+    header = header_of(made, _metadata(checkpoint, shard))
     with open(target, "xb") as file:
         file.write(header)
         file.truncate(len(header) + sum(one.info.nbytes for one in made))
@@ -123,19 +157,15 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, int]]:
 
 def _rewrite(checkpoint: Checkpoint, piece: Piece, target: Path, at: int) -> Change:
     assert piece.edit is not None
-    edit, site = piece.edit
-    before, after = hashlib.sha256(), hashlib.sha256()
+    record = EditRecord(*piece.edit, [piece.source])
     row_bytes = piece.source.nbytes // max(piece.source.shape[0], 1)
     try:
         with open(target, "r+b", buffering=0) as file:
-            for block in edited_blocks(checkpoint, edit, site):
-                before.update(as_bytes(block.before))
-                data = as_bytes(block.after)
-                after.update(data)
-                write_at(file.fileno(), data, at + block.first * row_bytes)
+            for block in edited_blocks(checkpoint, *piece.edit):
+                write_at(file.fileno(), record.add(block), at + block.first * row_bytes)
     except OSError as error:
-        raise TargetError(f"cannot write {edit.tensor}: {error.strerror or error}") from None
-    return Change(edit.tensor, type(edit).__name__, edit.norm, before.hexdigest(), after.hexdigest())
+        raise TargetError(f"cannot write {piece.edit[0].tensor}: {error.strerror or error}") from None
+    return record.result().changes[0]
 
 
 def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], name: str) -> Change:
@@ -147,46 +177,57 @@ def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]],
     return Change(name, "Removed", None, before, after.hexdigest())
 
 
-def _write_index(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], folder: Path) -> None:
-    if not (folder / INDEX).exists():
-        return
-    index = read_json(folder / INDEX)
+def _index(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]]) -> dict[str, Any]:
+    """The base's index with the tensors that stay, under their new names."""
+    index = read_json(checkpoint.path / INDEX)
     index["weight_map"] = {one.info.name: shard for shard, made in shards.items() for one in made}
-    size = sum(one.info.nbytes for made in shards.values() for one in made)
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": _total(shards)}
+    return index
 
 
-def compare_pruned(
-    checkpoint: Checkpoint, artefact: Checkpoint, shards: Mapping[str, Sequence[Made]], progress: Progress
-) -> tuple[int, list[str]]:
-    """How many tensors a pruned checkpoint should have, and what is wrong with those that it has."""
-    problems = []
-    expected = {one.info.name: one for made in shards.values() for one in made}
-    problems += [f"{name} is missing" for name in sorted(expected.keys() - artefact.tensors.keys())]
-    problems += [f"{name} should have gone" for name in sorted(artefact.tensors.keys() - expected.keys())]
-    with progress("compare tensors", total=sum(one.info.nbytes for one in expected.values())) as advance:
-        for name in expected.keys() & artefact.tensors.keys():
-            made, found = expected[name], artefact.tensors[name]
-            if (found.dtype, found.shape, found.shard) != (made.info.dtype, made.info.shape, made.info.shard):
-                problems.append(
-                    f"{name} is {found.dtype} {list(found.shape)}, expected {made.info.dtype} {list(made.info.shape)}"
-                )
-            elif not _same_bytes(checkpoint, artefact, made, found):
-                problems.append(f"{name} is not what base and plan give")
-            advance(made.info.nbytes)
-    return len(expected), problems
+def _compare_shard(
+    checkpoint: Checkpoint, shard: str, made: Sequence[Made], folder: Path, changes: list[Change]
+) -> list[str]:
+    """What is wrong with one shard; the changes of its edited tensors are added to ``changes``."""
+    header = header_of(made, _metadata(checkpoint, shard))
+    try:
+        infos = {info.name: info for info in read_header(folder / shard)}
+    except CheckpointError as error:
+        return [str(error)]
+    expected = {one.info.name: replace(one.info, offset=len(header) + one.info.offset) for one in made}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - infos.keys())]
+    problems += [f"{name} should have gone" for name in sorted(infos.keys() - expected.keys())]
+    for one in made:
+        info, place = expected[one.info.name], infos.get(one.info.name)
+        if place is None:
+            continue
+        if place != info:
+            problems.append(
+                f"{info.name} is {place.dtype} {list(place.shape)}, expected {info.dtype} {list(info.shape)}"
+            )
+        elif not _same_made(checkpoint, folder, one, place, changes):
+            problems.append(f"{info.name} is not what base and plan give")
+    if not problems and header_bytes(folder / shard) != header:
+        problems.append(f"{shard}: its header is not the one that base and plan give")
+    return problems
 
 
-def _same_bytes(checkpoint: Checkpoint, artefact: Checkpoint, made: Made, found: TensorInfo) -> bool:
-    wanted, got = hashlib.sha256(), hashlib.sha256()
+def _same_made(checkpoint: Checkpoint, folder: Path, made: Made, place: TensorInfo, changes: list[Change]) -> bool:
+    digest, expected = hashlib.sha256(), hashlib.sha256()
     for piece in made.pieces:
         if piece.edit is None:
-            for _, block in checkpoint.blocks(piece.source):
-                wanted.update(as_bytes(block))
-        else:
-            for edited in edited_blocks(checkpoint, *piece.edit):
-                wanted.update(as_bytes(edited.after))
-    for _, block in artefact.blocks(found):
-        got.update(as_bytes(block))
-    return wanted.digest() == got.digest()
+            for block in raw_blocks(checkpoint, piece.source):
+                expected.update(as_bytes(block))
+            continue
+        record = EditRecord(*piece.edit, [piece.source])
+        for edited in edited_blocks(checkpoint, *piece.edit):
+            expected.update(record.add(edited))
+        changes.append(record.result().changes[0])
+    for block in raw_blocks(replace(checkpoint, path=folder), place):
+        digest.update(as_bytes(block))
+    return expected.digest() == digest.digest()
+
+
+def _metadata(checkpoint: Checkpoint, shard: str) -> dict[str, str]:
+    with safe_open(checkpoint.path / shard, framework="pt") as opened:
+        return dict(opened.metadata() or {})

@@ -9,42 +9,53 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
-from steer2edit.architecture import ModelSpec, Site
-from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.architecture import Site
+from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
 from steer2edit.checkpoint.fp8 import FP8
-from steer2edit.lowering import Lowering, Writing, resolve
-from steer2edit.lowering.other_files import copy_other_files
-from steer2edit.lowering.rewrite import _Rewritten, copies, places_of, rewrite
-from steer2edit.plan import Edit, EditPlan
+from steer2edit.lowering import Comparison, HubEntry, Lowering, Place, Resolved, Snippet, WholeModel, Writing
+from steer2edit.lowering.other_files import compare_other_files, copy_other_files, left_out_files
+from steer2edit.lowering.rewrite import Rewritten, copies, places_of, rewrite
+from steer2edit.plan import Edit
 from steer2edit.progress import Progress
+from steer2edit.targets import _pruned
+from steer2edit.targets._compare_shards import compare_shards
 
 SUMMARY = "The whole model with edited weights, for transformers, vLLM and everything that reads the base."
+HUB = HubEntry(
+    "A checkpoint with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed "
+    "architecture.",
+    "finetune",
+    "transformers",
+)
+WHOLE_MODEL = True
+STRUCTURE = True
+
+# what loading needs beside the shards; other files of the base's folder may be anybody's notes
+_NEEDED = (
+    *("*config.json", "tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "*chat_templates/*.jinja", "params.json"),
+    *("spiece.model", "sentencepiece*.model", "normalizer.json", "preprocessor_config.json"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
+)
 
 
-def lower(
-    plan: EditPlan,
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    folder: Path,
-    progress: Progress,
-    writing: Writing = Writing(),  # noqa: B008
-) -> Lowering:
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
-    edits = resolve(plan, checkpoint, spec)
+    checkpoint, edits = resolved.checkpoint, resolved.edits
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
-    left_out = copy_other_files(checkpoint, folder)
-    if plan.structure:
-        from steer2edit.targets import _pruned
-
-        if plan.structure.remove:
-            return _pruned.lower_pruned(plan, checkpoint, spec, edits, folder, progress, writing)
-        _pruned.write_config(plan, checkpoint, spec, folder)
-    sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
+    copy_other_files(checkpoint, folder)
+    if resolved.plan.structure.remove:
+        return _pruned.lower_pruned(resolved, folder, progress, writing)
+    if resolved.plan.structure:
+        _pruned.write_config(resolved, folder)
+    sizes = _sizes(checkpoint)
     edited = {info.shard for infos in places.values() for info in infos}
     linked = [shard for shard in sizes if writing.link and shard not in edited and _link(checkpoint, shard, folder)]
-    done: list[_Rewritten] = []
+    rewritten: list[Rewritten] = []
     total = sum(size for shard, size in sizes.items() if shard not in linked)
     with progress("write checkpoint", total=total) as advance, ThreadPoolExecutor(writing.workers) as pool:
         # in the order of the files' bytes, so that however many jobs run, a disk reads and writes nearly in sequence
@@ -55,31 +66,84 @@ def lower(
             for job in _shard_jobs(checkpoint, edits, places, shard, folder)
         ]
         for result in pool.map(lambda job: job(), jobs):
-            if isinstance(result, _Rewritten):
-                done.append(result)
-            advance(result.nbytes if isinstance(result, _Rewritten) else result)
+            if isinstance(result, Rewritten):
+                rewritten.append(result)
+            advance(result.nbytes if isinstance(result, Rewritten) else result)
     checkpoint.check_unchanged()
-    dtypes = sorted({infos[0].dtype for infos in places.values()})
-    notes = [f"left out {name}: another copy of the unedited weights" for name in left_out]
+    lowering = _lowering(resolved, rewritten)
+    notes = list(lowering.notes)
     if linked:
         notes.append(
             f"{len(linked)} of {len(sizes)} shards are hard links to the base's files: whoever writes into one of them in place "
             "changes both; copying the folder ends that"
         )
-    if spec.frozen:
-        notes.append(f"left as in the base: {len(spec.frozen)} quantised expert tensors, such as {spec.frozen[0]}")
-    requantised = [result.requantised for result in done if result.requantised]
-    return Lowering(
-        exactness=_exactness(dtypes),
-        changes=tuple(change for result in done for change in result.changes),
-        notes=tuple(notes),
-        details={
-            "shards": len(sizes),
-            "linked": linked,
-            "bytes": sum(sizes.values()),
-            **({"requantised": requantised} if requantised else {}),
-        },
+    return Lowering(lowering.exactness, lowering.changes, tuple(notes), {**lowering.details, "linked": linked})
+
+
+def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
+    """Compare every shard and every other file of ``folder`` with what base and plan give."""
+    checkpoint, structure = resolved.checkpoint, resolved.plan.structure
+    shards = set(checkpoint.shards)
+    rewritten_files = _pruned.rewritten_files(resolved) if structure else {}
+    others = compare_other_files(checkpoint, folder, rewritten_files, lambda name: _needed(name, {*shards, INDEX}))
+    files = frozenset({*shards, *others.files})
+    if structure.remove:
+        tensors, pruned, wrong = _pruned.compare_pruned(resolved, folder, progress)
+        return Comparison(tensors, files, pruned, (*wrong, *others.problems), (), others.notes)
+    result = compare_shards(resolved, folder, progress)
+    problems = (*result.problems, *others.problems)
+    lowering = _lowering(resolved, result.rewritten)
+    return Comparison(result.tensors, files, lowering, problems, tuple(result.rounding), others.notes)
+
+
+def loadable(resolved: Resolved, folder: Path) -> WholeModel:
+    """The folder is a model."""
+    return WholeModel(folder)
+
+
+def load_snippet(place: Place) -> Snippet:
+    """By transformers, without the base."""
+    lines = (
+        f"from transformers import {place.auto_class}",
+        f"model = {place.auto_class}.from_pretrained({place.quoted})",
     )
+    return Snippet("python", lines)
+
+
+def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
+    """The shards, configs, tokenizer, templates, code and licence: what the base's makers meant for loading."""
+    shards = {SINGLE}
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        shards = {INDEX, *(name for name in files if isinstance(name, str))}
+    return {name for name in names if _needed(name, shards)}
+
+
+def _needed(name: str, shards: set[str]) -> bool:
+    return name in shards or any(fnmatch(name, pattern) for pattern in _NEEDED)
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    return {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
+
+
+def _lowering(resolved: Resolved, rewritten: Sequence[Rewritten]) -> Lowering:
+    """What is said of an edited checkpoint. It follows from base and plan alone."""
+    checkpoint, frozen = resolved.checkpoint, resolved.spec.frozen
+    notes = [f"left out {name}: another copy of the unedited weights" for name in left_out_files(checkpoint)]
+    if frozen:
+        notes.append(f"left as in the base: {len(frozen)} quantised expert tensors, such as {frozen[0]}")
+    sizes = _sizes(checkpoint)
+    requantised = [result.requantised for result in rewritten if result.requantised]
+    details = {
+        "shards": len(sizes),
+        "bytes": sum(sizes.values()),
+        **({"requantised": requantised} if requantised else {}),
+    }
+    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in resolved.edits.items()})
+    changes = tuple(change for result in rewritten for change in result.changes)
+    return Lowering(_exactness(dtypes), changes, tuple(notes), details)
 
 
 def _exactness(dtypes: Sequence[str]) -> str:
@@ -96,8 +160,8 @@ def _shard_jobs(
     places: Mapping[str, Sequence[TensorInfo]],
     shard: str,
     folder: Path,
-) -> Iterator[Callable[[], _Rewritten | int]]:
-    """What makes one shard, in the order of its bytes; the file is there, in its size, before the first job."""
+) -> Iterator[Callable[[], Rewritten | int]]:
+    """The work of one shard, in the order of its bytes. The file exists, in its full size, before the first job."""
     source, target = checkpoint.path / shard, folder / shard
     size = source.stat().st_size
     # exclusive: nothing is ever opened for writing here that was not made here, least of all a link

@@ -7,20 +7,40 @@ llama.cpp multiplies by alpha / rank, and a user's ``--lora-scaled`` of 1 is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from steer2edit.architecture import ModelSpec
-from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.gguf import Fields, library, read_gguf, write_gguf
 from steer2edit.errors import PlanError, TargetError, listing
-from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
+from steer2edit.lowering import (
+    AppliedPlan,
+    Change,
+    Comparison,
+    HubEntry,
+    Lowering,
+    Place,
+    Resolved,
+    Snippet,
+    Writing,
+    adapter_refusal,
+    compare_with_lowered,
+)
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "A LoRA adapter for llama.cpp, for any GGUF of the base."
+HUB = HubEntry(
+    "A LoRA adapter for llama.cpp with a steering vector compiled into its weights by steer2edit: no training, no hooks, no "
+    "changed architecture.",
+    "adapter",
+    "gguf",
+    ("lora", "gguf"),
+)
+WHOLE_MODEL = False
+STRUCTURE = False
 FILE = "adapter.gguf"
 
 # llama.cpp's architecture of each model type: what its converter gives the base, which an adapter has to repeat
@@ -50,12 +70,12 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 
 
-def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
-    resolved = resolve(plan, checkpoint, spec)
-    if not resolved:
+    spec = resolved.spec
+    if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    refused = [f"{name}: {why}" for name, one in resolved.items() if (why := adapter_refusal(*one))]
+    refused = [f"{name}: {why}" for name, one in resolved.edits.items() if (why := adapter_refusal(*one))]
     if refused:
         raise TargetError(
             f"a GGUF adapter carries low-rank edits of dense writers only, and none of these:\n{listing(refused)}\n"
@@ -63,7 +83,7 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
         )
     architecture = architecture_of(spec)
     names = tensor_names(spec, architecture)
-    edits = {site.key: edit for edit, site in resolved.values() if isinstance(edit, LowRank)}
+    edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
     rank = max(edit.B.shape[1] for edit in edits.values())
     tensors: dict[str, torch.Tensor] = {}
     for key, edit in edits.items():
@@ -74,6 +94,28 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
     notes = (f"For GGUF files of the base, whose general.architecture is {architecture}.",)
     return Lowering("exact", changes, notes, {"rank": rank, "architecture": architecture, "files": [FILE]})
+
+
+def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
+    """Compare the adapter with the one that the plan gives."""
+    return compare_with_lowered(lower, resolved, folder, progress)
+
+
+def loadable(resolved: Resolved, folder: Path) -> AppliedPlan:
+    """The adapter's file, read back as a plan. This shows what the file holds, not what an engine makes of it."""
+    return AppliedPlan(read_back(folder / FILE, resolved.plan.base, resolved.spec))
+
+
+def load_snippet(place: Place) -> Snippet:
+    """By llama.cpp."""
+    fetch = (f"hf download {place.repository} {FILE} --local-dir .",) if place.repository else ()
+    remark = f"base.gguf is any GGUF of {place.base.name}."
+    return Snippet("console", (*fetch, f"llama-server -m base.gguf --lora {FILE}"), remark)
+
+
+def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
+    """All files: the target wrote each of them for loading."""
+    return set(names)
 
 
 def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:

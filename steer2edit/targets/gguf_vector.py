@@ -9,25 +9,42 @@ block as before, and only block 1 itself reads the stream without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from steer2edit.architecture import ModelSpec
-from steer2edit.checkpoint import Checkpoint
-from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, write_gguf
+from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, read_control_vector, write_gguf
 from steer2edit.errors import TargetError
-from steer2edit.lowering import Change, Lowering, resolve
+from steer2edit.lowering import (
+    Change,
+    Comparison,
+    HubEntry,
+    Lowering,
+    Place,
+    Resolved,
+    Snippet,
+    StreamShift,
+    Writing,
+    compare_with_lowered,
+)
 from steer2edit.lowering.constant_part import constant_parts
-from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress
 
 SUMMARY = "A control vector for llama.cpp: the plan's mean effect, added at run time."
+HUB = HubEntry(
+    "A control vector for llama.cpp, made by steer2edit: run-time steering with the mean effect of a compiled edit.",
+    "adapter",
+    "gguf",
+    ("control-vector", "gguf"),
+)
+WHOLE_MODEL = False
+STRUCTURE = False
 FILE = "control-vector.gguf"
 
 
-def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write ``control-vector.gguf`` into ``folder``. Raises TargetError for plans whose mean effect is not known."""
-    resolve(plan, checkpoint, spec)
-    vectors = constant_parts(plan, checkpoint, spec)
+    spec = resolved.spec
+    vectors = constant_parts(resolved.plan, resolved.checkpoint, spec)
     if not vectors:
         raise TargetError("the plan is empty; there is nothing for a control vector to carry")
     if spec.layers < 2:
@@ -46,3 +63,26 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
     if moved:
         notes += ("Block 0's part is added after block 1: llama.cpp has no direction for block 0.",)
     return Lowering("approximate", changes, notes, {"files": [FILE], "layers": sorted(vectors)})
+
+
+def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
+    """Compare the control vector with the one that the plan gives."""
+    return compare_with_lowered(lower, resolved, folder, progress)
+
+
+def loadable(resolved: Resolved, folder: Path) -> StreamShift:
+    """The file's directions, by block."""
+    _, vectors = read_control_vector(folder / FILE)
+    return StreamShift(vectors)
+
+
+def load_snippet(place: Place) -> Snippet:
+    """By llama.cpp."""
+    fetch = (f"hf download {place.repository} {FILE} --local-dir .",) if place.repository else ()
+    remark = f"base.gguf is any GGUF of {place.base.name}."
+    return Snippet("console", (*fetch, f"llama-server -m base.gguf --control-vector {FILE}"), remark)
+
+
+def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
+    """All files: the target wrote each of them for loading."""
+    return set(names)

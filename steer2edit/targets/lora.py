@@ -7,6 +7,7 @@ of target modules, and a pair of tensors for every layer of a targeted type (zer
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,31 +17,52 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from steer2edit.lowering import Change, Lowering, adapter_refusal, resolve
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.lowering import (
+    Change,
+    Comparison,
+    HubEntry,
+    Lowering,
+    PeftAdapter,
+    Place,
+    Resolved,
+    Snippet,
+    Writing,
+    adapter_refusal,
+    compare_with_lowered,
+)
+from steer2edit.plan import LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "A PEFT LoRA adapter beside the base, for PEFT and vLLM."
+HUB = HubEntry(
+    "A LoRA adapter with a steering vector compiled into its weights by steer2edit: no training, no hooks, no changed "
+    "architecture.",
+    "adapter",
+    "peft",
+    ("lora",),
+)
+WHOLE_MODEL = False
+STRUCTURE = False
 
 # PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
 NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
-def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path, progress: Progress) -> Lowering:
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
-    resolved = resolve(plan, checkpoint, spec)
+    plan, spec = resolved.plan, resolved.spec
     refused = [
         f"{name}: {why}"
-        for name, (edit, site) in resolved.items()
+        for name, (edit, site) in resolved.edits.items()
         if (why := adapter_refusal(edit, site) or _peft_refusal(spec, site))
     ]
     if refused:
         raise TargetError(
             f"a LoRA adapter that engines load carries none of these edits:\n{listing(refused)}\nUse --to checkpoint."
         )
-    if not resolved:
+    if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    edits = {site.key: edit for edit, site in resolved.values() if isinstance(edit, LowRank)}
+    edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
     rank = max(edit.B.shape[1] for edit in edits.values())
     leaves = {_leaf(site) for site in spec.sites if site.key in edits}
     targeted = [site for site in spec.sites if _leaf(site) in leaves]
@@ -61,12 +83,41 @@ def lower(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folder: Path,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": targeted[0].orientation == "in_out",
-        "target_modules": _target_modules(targeted, checkpoint),
+        "target_modules": _target_modules(targeted, resolved.checkpoint),
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
     notes = ("Stored in float32: cast to bf16, an adapter loses about three digits.",)
     return Lowering("exact", changes, notes, {"rank": rank, "target_modules": sorted(leaves)})
+
+
+def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
+    """Compare the adapter with the one that the plan gives."""
+    return compare_with_lowered(lower, resolved, folder, progress)
+
+
+def loadable(resolved: Resolved, folder: Path) -> PeftAdapter:
+    """The folder is a PEFT adapter."""
+    return PeftAdapter(folder)
+
+
+def load_snippet(place: Place) -> Snippet:
+    """By PEFT, which fetches the base itself where the base is on the Hub."""
+    if place.published and not place.images:
+        auto = f"model = AutoPeftModelForCausalLM.from_pretrained({place.quoted})"
+        return Snippet("python", ("from peft import AutoPeftModelForCausalLM", auto))
+    lines = (
+        "from peft import PeftModel",
+        f"from transformers import {place.auto_class}",
+        f"base = {place.auto_class}.from_pretrained({place.quoted_base})",
+        f"model = PeftModel.from_pretrained(base, {place.quoted})",
+    )
+    return Snippet("python", lines)
+
+
+def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
+    """All files: the target wrote each of them for loading."""
+    return set(names)
 
 
 def _peft_refusal(spec: ModelSpec, site: Site) -> str:
