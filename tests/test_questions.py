@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.data.contrast import behaviors, load_behavior
+from steer2edit.data.prompts import Message, prompt_digest
 from steer2edit.data.questions import (
     Question,
     builtin_questions,
@@ -17,7 +18,6 @@ from steer2edit.data.questions import (
     refuse_seen,
     take,
 )
-from steer2edit.data.records import Message, prompt_digest
 from steer2edit.errors import DataError
 
 

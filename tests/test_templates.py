@@ -16,8 +16,8 @@ from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example
+from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
-from steer2edit.data.records import Message
 from steer2edit.data.templates import render_prompt, render_prompts, without_thought
 from steer2edit.data.tokens import encode
 from steer2edit.errors import CheckpointError, DataError

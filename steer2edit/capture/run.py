@@ -25,7 +25,7 @@ from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routi
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.records import prompt_digest
+from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.tokens import Encoded, windows
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.by_layer import Layers

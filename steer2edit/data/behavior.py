@@ -44,9 +44,10 @@ class Behavior:
         system: str | None = None,
         span: Span = "matched",
         chat_template_kwargs: TemplateArguments | None = None,
+        limit: int | None = None,
     ) -> Behavior:
-        """Contrast data from a file or a Hub dataset. Raises DataError listing every problem."""
-        return cls(Path(source).stem, contrast.read_contrast(source), system, span, chat_template_kwargs)
+        """Contrast data from a file or a Hub dataset, ``limit`` rows of it at most. Raises DataError listing every problem."""
+        return cls(Path(source).stem, contrast.read_contrast(source, limit), system, span, chat_template_kwargs)
 
     def encode(self, tokenizer: Any) -> list[Encoded]:
         """Tokens and response span of each example, in order; see :func:`data.tokens.encode`."""

@@ -1,6 +1,6 @@
-"""Contrast data: what a row must hold, and what is built in.
+"""Contrast data: prompts with labelled responses, read from a file or the Hub, or built in.
 
-A row is ``{"prompt", "positive", "negative"}`` or ``{"prompt", "response", "label"}``; the rest is ignored.
+The formats of rows are in ``data.formats``.
 """
 
 from __future__ import annotations
@@ -9,31 +9,22 @@ import difflib
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from steer2edit.data.records import (
-    Message,
-    Prompt,
-    Shape,
-    parse_json_lines,
-    prompt_fault,
-    prompt_of,
-    read_source,
-    text_fault,
-)
+from steer2edit.data import formats
+from steer2edit.data.answers import LABELS, Label
+from steer2edit.data.prompts import Message, Prompt, prompt_digest
+from steer2edit.data.readers import read_json
+from steer2edit.data.records import Build, parse_rows, read_source
 from steer2edit.errors import DataError, listing, shown
+from steer2edit.notices import notice
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # its place since Python 3.11
-
-Label = Literal["positive", "negative"]
-LABELS: tuple[Label, Label] = ("positive", "negative")
-PAIR = ("prompt", "positive", "negative")
-LABELLED = ("prompt", "response", "label")
-SHAPES = 'expected "prompt", "positive", "negative" or "prompt", "response", "label"'
 
 
 @dataclass(frozen=True)
@@ -47,12 +38,39 @@ class Example:
     row: int
 
 
-def read_contrast(source: str | Path) -> list[Example]:
+def read_contrast(source: str | Path, limit: int | None = None) -> list[Example]:
     """Examples from a file, or from a Hub dataset ``user/name`` or ``user/name:file``, in the source's order.
 
+    ``limit`` bounds the rows that are used. Which ones are used depends on what is in the rows and not on their order.
     Raises DataError, which lists every problem with its line or row.
     """
-    return _both(read_source(source, SHAPE, _examples), str(source))
+    names: Counter[str] = Counter()
+    examples = read_source(source, formats.columns(), "contrast data", formats.EXPECTED, _builder(names))
+    name = Path(source).name
+    if set(names) - {formats.FORMATS[0].name, formats.FORMATS[1].name}:
+        told = ", ".join(f"{count} rows of {form}" for form, count in names.items())
+        notice(f"{name} holds {told}")
+    return _both(_chosen(examples, limit, name), str(source))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much contrast data says: its rows, distinct prompts, distinct rows, and rows whose two responses are the same."""
+
+    rows: int
+    prompts: int
+    distinct_rows: int
+    identical: int
+
+
+def count(examples: Iterable[Example]) -> Counts:
+    """Count rows and what repeats in them; prompts that differ in case or white space alone are one."""
+    rows: dict[tuple[str, int], list[Example]] = {}
+    for example in examples:
+        rows.setdefault((prompt_digest(example.prompt), example.row), []).append(example)
+    contents = {(digest, *((e.label, e.response) for e in row)) for (digest, _), row in rows.items()}
+    identical = sum(len(row) > 1 and len({e.response for e in row}) == 1 for row in rows.values())
+    return Counts(len(rows), len({digest for digest, _ in rows}), len(contents), identical)
 
 
 def behaviors() -> tuple[str, ...]:
@@ -69,7 +87,10 @@ def load_behavior(name: str) -> list[Example]:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise DataError(f"there is no built-in behaviour {shown(name)}; there are {', '.join(known)}.{hint}")
     file = f"{name}.jsonl"
-    examples = _both(parse_json_lines((_package_data() / file).read_bytes(), file, SHAPE, _examples), file)
+    data = (_package_data() / file).read_bytes()
+    known_columns = formats.columns()
+    rows = parse_rows(data, file, read_json, known_columns, "contrast data", formats.EXPECTED, _builder(Counter()))
+    examples = _both(rows, file)
     return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
 
 
@@ -104,31 +125,30 @@ def _both(examples: list[Example], name: str) -> list[Example]:
     return examples
 
 
-def _examples(row: dict[str, object], where: str, index: int, problems: list[str]) -> list[Example]:
-    """The one or two examples of a row; none, and a note for each fault, if it has any."""
-    pair = all(key in row for key in PAIR)
-    faults = [prompt_fault(row["prompt"])]
-    faults += [text_fault(key, row[key], filled=True) for key in (PAIR[1:] if pair else ("response",))]
-    if not pair and row["label"] not in LABELS:
-        faults.append(f'label is {shown(row["label"])}; expected "positive" or "negative"')
-    found = [f"{where}: {fault}" for fault in faults if fault]
-    problems += found
-    if found:
-        return []
-    prompt = prompt_of(row["prompt"])
-    given = LABELS if pair else [label for label in LABELS if label == row["label"]]
-    return [Example(prompt, str(row[label if pair else "response"]), label, where, index) for label in given]
+def _builder(names: Counter[str]) -> Build[Example]:
+    """What makes the one or two examples of a row, and counts the formats of rows."""
+
+    def build(row: object, where: str, index: int) -> list[Example]:
+        form, answers = formats.answered(row)
+        names[form.name] += 1
+        return [Example(prompt, response, label, where, index) for prompt, response, label in answers]
+
+    return build
 
 
-def _missing(keys: Iterable[str]) -> str:
-    held = list(keys)
-    if any(all(key in held for key in shape) for shape in (PAIR, LABELLED)):
-        return ""
-    nearest = max((PAIR, LABELLED), key=lambda shape: sum(key in held for key in shape[1:]))
-    if not any(key in held for key in nearest[1:]):
-        return f"{SHAPES}, found {shown(held)}"
-    absent = ", ".join(json.dumps(key) for key in nearest if key not in held)
-    return f"{absent} is missing; {SHAPES}"
+def _chosen(examples: Sequence[Example], limit: int | None, name: str) -> list[Example]:
+    """At most ``limit`` rows, chosen by digests of their prompts, then of their responses, in the order that they have."""
+    rows: dict[int, list[Example]] = {}
+    for example in examples:
+        rows.setdefault(example.row, []).append(example)
+    if limit is None or len(rows) <= limit:
+        return list(examples)
 
+    def drawn(row: int) -> tuple[str, str]:
+        # a hash of the hash: the digest itself is what prompts are known by elsewhere
+        prompt = hashlib.sha256(prompt_digest(rows[row][0].prompt).encode("ascii")).hexdigest()
+        return prompt, data_hash(rows[row])
 
-SHAPE = Shape(PAIR + LABELLED, _missing, "contrast data", SHAPES)
+    kept = set(sorted(rows, key=drawn)[:limit])
+    notice(f"{name}: {limit} of {len(rows)} rows are used (the limit); the same ones whatever their order")
+    return [example for example in examples if example.row in kept]

@@ -14,21 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from steer2edit.data.records import (
-    Message,
-    Prompt,
-    Shape,
-    parse_json_lines,
-    prompt_digest,
-    prompt_fault,
-    prompt_of,
-    read_source,
-    text_fault,
-)
+from steer2edit.data import formats
+from steer2edit.data.prompts import Fault, Message, Prompt, prompt_digest, read_prompt, text_fault
+from steer2edit.data.readers import key_of, read_json
+from steer2edit.data.records import parse_rows, read_source
 from steer2edit.errors import DataError, listing, shown
 
 Split = Literal["select", "report"]
-_COLUMNS = ("prompt", "positive", "negative", "choices", "labels", "answer")
+_COLUMNS = frozenset({"prompt", "positive", "negative", "choices", "labels", "answer"})
+_PURPOSE = "held-out questions"
+_EXPECTED = 'expected at least "prompt"'
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,15 @@ class Question:
 
 def read_questions(source: str | Path) -> list[Question]:
     """Questions from a file or a Hub dataset. Raises DataError listing every problem."""
-    return _chat(read_source(source, _SHAPE, _question))
+    return _chat(read_source(source, _COLUMNS | formats.columns(), _PURPOSE, _EXPECTED, _question))
 
 
 def builtin_questions(name: str) -> list[Question] | None:
     """What comes with the package for a built-in behaviour, or for ``knowledge``; None where there is nothing."""
     file = importlib.resources.files("steer2edit") / "behaviors" / "heldout" / f"{name}.jsonl"
-    return _chat(parse_json_lines(file.read_bytes(), f"{name}.jsonl", _SHAPE, _question)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return _chat(parse_rows(file.read_bytes(), f"{name}.jsonl", read_json, _COLUMNS, _PURPOSE, _EXPECTED, _question))
 
 
 def take(questions: Iterable[Question], split: Split, seed: int = 0) -> list[Question]:
@@ -92,30 +89,50 @@ def _chat(questions: list[Question]) -> list[Question]:
     return [replace(q, prompt=(Message("user", q.prompt),)) if isinstance(q.prompt, str) else q for q in questions]
 
 
-def _question(row: dict[str, object], where: str, _index: int, problems: list[str]) -> list[Question]:
-    faults = [prompt_fault(row["prompt"])]
-    pair = [key for key in ("positive", "negative") if row.get(key) is not None]
+def _question(row: object, where: str, _index: int) -> list[Question]:
+    if not isinstance(row, dict):
+        raise Fault(f"expected an object, found {shown(row)}")
+    keyed = {key_of(key): value for key, value in row.items()}
+    if keyed.get("prompt") is None or {"chosen", "completion"} & keyed.keys():
+        return _preferred(row, where)
+    faults: list[str] = []
+    prompt: Prompt = ""
+    try:
+        prompt = read_prompt("prompt", keyed["prompt"])
+    except Fault as fault:
+        faults += map(str, fault.args)
+    pair = [key for key in ("positive", "negative") if keyed.get(key) is not None]
     if len(pair) == 1:
         faults.append(f"{pair[0]} stands alone; expected both positive and negative, or neither")
-    faults += [text_fault(key, row[key], filled=True) for key in pair]
-    choices, answer, labels = row.get("choices"), row.get("answer"), row.get("labels")
+    faults += [text_fault(key, keyed[key], filled=True) for key in pair]
+    choices, answer, labels = keyed.get("choices"), keyed.get("answer"), keyed.get("labels")
     answers: tuple[str, ...] = ()
     if choices is not None:
-        fault, marks = _labels(choices, answer, labels)
-        faults.append(fault)
+        wrong, marks = _labels(choices, answer, labels)
+        faults.append(wrong)
     else:
         marks = ()
-        given = [] if answer is None else answer if isinstance(answer, list) else [answer]
-        answers = tuple(str(one) for one in given if isinstance(one, (str, int, float)))
-        if len(answers) != len(given) or any(not one.strip() for one in answers):
+        texts = [] if answer is None else answer if isinstance(answer, list) else [answer]
+        answers = tuple(str(one) for one in texts if isinstance(one, (str, int, float)))
+        if len(answers) != len(texts) or any(not one.strip() for one in answers):
             faults.append(f"answer is {shown(answer)}; expected a text or a list of texts")
-    found = [f"{where}: {fault}" for fault in faults if fault]
-    problems += found
-    if found:
-        return []
-    texts = tuple(choices) if isinstance(choices, list) else ()
-    positive, negative = (str(row[key]) if pair else "" for key in ("positive", "negative"))
-    return [Question(prompt_of(row["prompt"]), where, positive, negative, texts, marks, answers)]
+    if any(faults):
+        raise Fault(*filter(None, faults))
+    choices = tuple(choices) if isinstance(choices, list) else ()
+    positive, negative = (str(keyed[key]) if pair else "" for key in ("positive", "negative"))
+    return [Question(prompt, where, positive, negative, choices, marks, answers)]
+
+
+def _preferred(row: dict[str, object], where: str) -> list[Question]:
+    """A question from a row of a preference format, whose responses are those to prefer and not to."""
+    form, keyed = formats.recognise(row)
+    answers = form.read(keyed) if form.read else []
+    sides = {label: response for _, response, label in answers}
+    if len(sides) < 2 or not answers[0][0]:
+        raise Fault(
+            f'"prompt" is missing, found {shown(list(row))}; {_EXPECTED}, or pairs in one of the formats in docs/data.md'
+        )
+    return [Question(answers[0][0], where, sides["positive"], sides["negative"])]
 
 
 def _labels(choices: object, answer: object, labels: object) -> tuple[str, tuple[bool, ...]]:
@@ -133,11 +150,3 @@ def _labels(choices: object, answer: object, labels: object) -> tuple[str, tuple
     else:
         return f"answer is {shown(answer)}; expected the index of one of the {len(choices)} choices, or labels", ()
     return ("", marks) if 0 < sum(marks) < len(marks) else ("labels must mark some choices as true and not all", ())
-
-
-def _missing(keys: Iterable[str]) -> str:
-    held = list(keys)
-    return "" if "prompt" in held else f'"prompt" is missing, found {shown(held)}'
-
-
-_SHAPE = Shape(_COLUMNS, _missing, "held-out questions", 'expected at least "prompt"')

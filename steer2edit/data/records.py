@@ -1,284 +1,158 @@
-"""Rows of data files: reading JSONL, JSON, CSV and Parquet, here or on the Hub, and what is wrong with each row.
+"""Rows of data files, here or on the Hub: finding the file, reading it, and saying what is wrong with its rows.
 
-All the problems of a source are reported together.
+A fault is said once, with the first row that has it and the number of the others.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import hashlib
-import io
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-from steer2edit.errors import DataError, HubError, first_line, listing, shown
+from steer2edit.data.prompts import Fault
+from steer2edit.data.readers import (
+    MAX_BYTES,
+    Problems,
+    Reader,
+    as_utf8,
+    read_csv,
+    read_json,
+    read_parquet,
+    read_text_lines,
+)
+from steer2edit.errors import DataError, HubError, listing, shown
 from steer2edit.files.hub import dataset_file, read_reference
-from steer2edit.files.untrusted import parse_json, read_bytes
+from steer2edit.files.untrusted import read_bytes
 
 T = TypeVar("T")
 
-_MAX_BYTES = 1 << 30
-_MAX_ROWS = 5_000_000
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_text_lines,
+}
+_HUB = tuple(suffix for suffix in READERS if suffix != ".txt")
+_GZIP = ".gz"
+_REMEDIES = {
+    ".zip": "unpack it",
+    ".xz": "unpack it",
+    ".bz2": "unpack it",
+    ".zst": "unpack it",
+    ".7z": "unpack it",
+    ".xlsx": "save the sheet as CSV",
+    ".xls": "save the sheet as CSV",
+    ".ods": "save the sheet as CSV",
+    ".yaml": "save the rows as JSON",
+    ".yml": "save the rows as JSON",
+    ".json5": "save it as JSON, without comments and trailing commas",
+    ".arrow": "save it as Parquet",
+    ".pkl": "save the rows as JSON; pickles are not loaded",
+    ".pt": "save the rows as JSON; pickles are not loaded",
+}
+
+# Of a row, its place in messages and its number makes values. Raises Fault for what is wrong with the row.
+Build = Callable[[object, str, int], list[T]]
 
 
-class Message(NamedTuple):
-    """One turn of a chat; a tuple, so that prompts can be compared and hashed."""
-
-    role: str
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What rows hold: the ``columns`` read, what is ``missing`` given the columns there are ("" if nothing), and how both
-    are said: ``purpose`` ("contrast data") and ``expected``.
-    """
-
-    columns: tuple[str, ...]
-    missing: Callable[[Iterable[str]], str]
-    purpose: str
-    expected: str
-
-
-# Of a row, its place in messages and its number makes values; notes what is wrong with it.
-Build = Callable[[dict[str, object], str, int, list[str]], list[T]]
-
-
-def read_source(source: str | Path, shape: Shape, build: Build[T]) -> list[T]:
+def read_source(source: str | Path, columns: Collection[str], purpose: str, expected: str, build: Build[T]) -> list[T]:
     """What ``build`` makes of each row of a file, or of a Hub dataset ``user/name[@revision][:file]``, in order.
 
-    Raises DataError, which lists every problem with its line or row.
+    ``columns`` are the names, in lower case, of the columns that are read; ``purpose`` ("contrast data") and ``expected`` are
+    for messages. Raises DataError, which lists every fault.
     """
+    path, name = _located(source)
+    suffix = PurePosixPath(name.lower().removesuffix(_GZIP)).suffix
+    reader = READERS.get(suffix)
+    if reader is None:
+        known = f"{', '.join(READERS)}, or one of these with {_GZIP}"
+        remedy = f"{_REMEDIES[suffix]}; " if suffix in _REMEDIES else ""
+        raise DataError(f"{name} is in no known format; {remedy}expected a name that ends in {known}")
+    try:
+        data = read_bytes(path, MAX_BYTES)
+        if name.lower().endswith(_GZIP):
+            data = _unpacked(data)
+    except (OSError, zlib.error) as error:
+        raise DataError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
+    return parse_rows(data, name, reader, columns, purpose, expected, build)
+
+
+def parse_rows(
+    data: bytes, name: str, reader: Reader, columns: Collection[str], purpose: str, expected: str, build: Build[T]
+) -> list[T]:
+    """What ``build`` makes of each row in a file's bytes. Raises DataError like :func:`read_source`."""
+    problems: Problems = []
+    values: list[T] = []
+    rows = 0
+    _refuse_other_content(data, name)
+    if reader is not read_parquet:
+        data = as_utf8(data, name)
+    for where, row in reader(data, name, problems, columns):
+        try:
+            values += build(row, where, rows)
+        except Fault as fault:
+            problems += [(where, str(told)) for told in fault.args]
+        rows += 1
+    if not data.strip():
+        problems = [(name, "is empty")]
+    elif not rows and not problems:
+        problems = [(name, f"holds no rows; {expected}")]
+    if problems:
+        raise DataError(f"{name} cannot be used as {purpose}:\n{listing(grouped(problems, name))}")
+    return values
+
+
+def grouped(problems: Iterable[tuple[str, str]], name: str = "") -> list[str]:
+    """Each fault once: with the first place that has it, and the number of the others."""
+    places: dict[str, list[str]] = {}
+    for where, fault in problems:
+        places.setdefault(fault, []).append(where)
+    lines = []
+    for fault, found in places.items():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        apart = " " if found[0] == name and fault.startswith(("is ", "holds ")) else ": "
+        lines.append(f"{found[0]}{more}{apart}{fault}" if found[0] else fault)
+    return lines
+
+
+def _located(source: str | Path) -> tuple[Path, str]:
+    """Where a source's file is, and its name for messages."""
     try:
         path = Path(source).expanduser()
         folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot read {shown(str(source))}: {error}") from None
     if folder:
-        raise DataError(f"{path} is a folder; name a file in it ({', '.join(_READERS)})")
+        raise DataError(f"{path} is a folder; name a file in it ({', '.join(READERS)})")
     if exists:
-        return _read(path, path.name, shape, build)
+        return path, path.name
     repository, _, file = str(source).partition(":")
     reference = read_reference(repository)
     if reference is not None and "/" in reference.repository:
         try:
-            path, file = dataset_file(reference, file, tuple(_READERS))
+            path, file = dataset_file(reference, file, _HUB)
         except HubError as error:
             raise DataError(str(error)) from None
-        return _read(path, f"{reference}:{file}", shape, build)
+        return path, f"{reference}:{file}"
     raise DataError(
-        f"{source} does not exist, and is no Hub dataset (user/name, user/name:file or user/name@revision:file) either"
+        f"{source} does not exist, and is not a Hub dataset (user/name, user/name:file or user/name@revision:file) either"
     )
 
 
-def parse_json_lines(data: bytes, name: str, shape: Shape, build: Build[T]) -> list[T]:
-    """What ``build`` makes of each line. Raises DataError like :func:`read_source`."""
-    return _parse(data, name, _json_lines, shape, build)
+def _unpacked(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj(wbits=31)
+    unpacked = unpacker.decompress(data, MAX_BYTES)
+    if unpacker.unconsumed_tail:
+        raise OSError(f"it unpacks to more than {MAX_BYTES} bytes")
+    return unpacked
 
 
-def prompt_of(value: object) -> Prompt:
-    """A prompt whose :func:`prompt_fault` is empty, as text or chat messages."""
-    if isinstance(value, str):
-        return value
-    assert isinstance(value, list)
-    return tuple(Message(message["role"], message["content"]) for message in value)
-
-
-def prompt_digest(prompt: Prompt) -> str:
-    """16 hex digits of SHA-256 over a prompt, its case and white space aside; one user message counts as its text."""
-    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
-        prompt = prompt[0].content
-    text = prompt if isinstance(prompt, str) else json.dumps([list(message) for message in prompt])
-    return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def prompt_fault(prompt: object) -> str:
-    """What is wrong with a row's prompt; "" if nothing is."""
-    if isinstance(prompt, str):
-        return text_fault("prompt", prompt)
-    if not isinstance(prompt, list):
-        return f"prompt: expected a string or a list of chat messages, found {shown(prompt)}"
-    if not prompt:
-        return "prompt: the list of chat messages is empty"
-    for i, message in enumerate(prompt, start=1):
-        if not isinstance(message, dict):
-            return f'prompt, message {i}: expected {{"role", "content"}}, found {shown(message)}'
-        for key in Message._fields:
-            if key not in message:
-                return f'prompt, message {i}: "{key}" is missing'
-            if fault := text_fault(key, message[key], filled=key == "role"):
-                return f"prompt, message {i}: {fault}"
-    return ""
-
-
-def text_fault(key: str, value: object, filled: bool = False) -> str:
-    """What is wrong with a text of a row; ``filled`` texts hold more than white space."""
-    if not isinstance(value, str):
-        return f"{key}: expected a string, found {shown(value)}"
-    if filled and not value.strip():
-        return f"{key} is empty" if not value else f"{key} holds nothing but white space"
-    half = re.search("[\ud800-\udfff]", value)
-    return f"{key} holds half of a surrogate pair, which is no character" if half else ""
-
-
-# A reader yields each row with its place, and notes what it cannot read.
-_Reader = Callable[[bytes, str, list[str], Shape], Iterator[tuple[str, object]]]
-
-
-def _read(path: Path, name: str, shape: Shape, build: Build[T]) -> list[T]:
-    reader = _READERS.get(PurePosixPath(name).suffix.lower())
-    if reader is None:
-        raise DataError(f"{name} is in no known format; expected a name that ends in {', '.join(_READERS)}")
-    try:
-        return _parse(read_bytes(path, _MAX_BYTES), name, reader, shape, build)
-    except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-def _parse(data: bytes, name: str, reader: _Reader, shape: Shape, build: Build[T]) -> list[T]:
-    problems: list[str] = []
-    found: list[T] = []
-    rows = 0
-    data = data.removeprefix(codecs.BOM_UTF8)
-    for where, row in reader(data, name, problems, shape):
-        if not isinstance(row, dict):
-            problems.append(f"{where}: expected an object, found {shown(row)}")
-        elif missing := shape.missing(row):
-            problems.append(f"{where}: {missing}")
-        else:
-            found += build(row, where, rows, problems)
-        rows += 1
-    if not data.strip():
-        problems = [f"{name} is empty"]
-    elif not rows and not problems:
-        problems = [f"{name} holds no rows; {shape.expected}"]
-    if problems:
-        raise DataError(f"{name} cannot be used as {shape.purpose}:\n{listing(problems)}")
-    return found
-
-
-def _json_lines(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{name} line {number}"
-        if line.strip():
-            try:
-                yield where, parse_json(line)
-            except ValueError as error:
-                problems.append(f"{where}: {_reason(error)}")
-
-
-def _json_list(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
-    if not _decoded(data, name, problems).strip():
-        return
-    try:
-        rows = parse_json(data)
-    except ValueError as error:
-        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
-        problems.append(f"{name}{line}: {_reason(error)}{hint}")
-        return
-    if isinstance(rows, list):
-        yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, start=1))
-    else:
-        problems.append(f"{name}: expected a list of rows, found {shown(rows)}")
-
-
-def _csv(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
-    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a long response; the limit is the whole process's
-    try:
-        reader = csv.reader(io.StringIO(_decoded(data, name, problems), newline=""), strict=True)
-        line, header = 1, None
-        try:
-            for cells in reader:
-                where, line = f"{name} line {line}", reader.line_num + 1
-                if not any(cells):
-                    continue
-                if header is None:
-                    header = [cell.strip() for cell in cells]
-                    twice = ", ".join(sorted({key for key in shape.columns if header.count(key) > 1}))
-                    if fault := f"column {twice} occurs twice" if twice else shape.missing(header):
-                        problems.append(f"{where} (the header): {fault}")
-                        return
-                elif len(cells) != len(header):
-                    problems.append(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
-                else:
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            problems.append(f"{name} line {line}: {error}")
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(data: bytes, name: str, problems: list[str], shape: Shape) -> Iterator[tuple[str, object]]:
-    if not data:
-        return
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        problems.append(f"{name}: Parquet needs pyarrow; install it with: pip install 'steer2edit[parquet]'")
-        return
-    try:
-        schema = parquet.read_schema(io.BytesIO(data))
-        columns = [column for column in schema.names if column in shape.columns]
-        if missing := shape.missing(schema.names):
-            problems.append(f"{name}: {missing}")
-            return
-        # what is stored once stays once in memory: a file of a few bytes may stand for any number of them
-        plain = [c for c in columns if arrow.types.is_string(schema.field(c).type)]
-        file = parquet.ParquetFile(io.BytesIO(data), read_dictionary=plain)
-        held = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
-        if held > _MAX_BYTES:
-            problems.append(f"{name}: it unpacks to {held} bytes, and at most {_MAX_BYTES} are read")
-            return
-        # nested texts are unpacked, each at most as long as all that is stored
-        batch = 256 if plain == columns else max(1, min(256, (256 << 20) // max(held, 1)))
-        yield from _parquet_rows(file, name, columns, batch)
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        problems.append(f"{name}: {_reason(error)}")
-
-
-def _parquet_rows(file: Any, name: str, columns: list[str], batch_size: int) -> Iterator[tuple[str, object]]:
-    number = size = 0
-    for batch in file.iter_batches(batch_size=batch_size, columns=columns):
-        for index in range(batch.num_rows):
-            row = {column: batch.column(place)[index].as_py() for place, column in enumerate(batch.schema.names)}
-            number += 1
-            size += sum(len(value) if isinstance(value, str) else len(repr(value)) for value in row.values())
-            if size > _MAX_BYTES or number > _MAX_ROWS:
-                raise ValueError(f"it unpacks to more than {_MAX_ROWS} rows or {_MAX_BYTES} characters")
-            yield f"{name} row {number}", row
-
-
-_READERS: dict[str, _Reader] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json_list,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _decoded(data: bytes, name: str, problems: list[str]) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        problems.append(f"{name} line {line}: {_reason(error)}")
-        return ""
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
-    if isinstance(error, json.JSONDecodeError):
-        return f"invalid JSON: {error.msg} at column {error.colno}"
-    return first_line(error)
+def _refuse_other_content(data: bytes, name: str) -> None:
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"{name} is a Git LFS pointer and not the data itself; fetch it with: git lfs pull")
+    if data.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{name} is an HTML page and not the data itself; download the raw file")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from steer2edit.data.records import Message, Prompt
+from steer2edit.data.prompts import Message, Prompt
 from steer2edit.errors import DataError, first_line, listing, shown
 from steer2edit.files.sandbox import limited
 from steer2edit.files.untrusted import JSON_BYTES, parse_json, read_bytes

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from steer2edit.data.contrast import Example, Label
-from steer2edit.data.records import Prompt
+from steer2edit.data.answers import Label
+from steer2edit.data.contrast import Example
+from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import TemplateArguments, after_an_answer, render_prompts, templated
 from steer2edit.errors import DataError, listing, shown
 

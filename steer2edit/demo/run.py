@@ -19,8 +19,9 @@ from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.verify import verify
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.contrast import LABELS, Example
+from steer2edit.data.contrast import Example
 from steer2edit.demo import invented_world
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.generation import generate

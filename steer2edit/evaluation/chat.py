@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from steer2edit.data.records import Message
+from steer2edit.data.prompts import Message
 from steer2edit.data.templates import TemplateArguments, render_prompt, templated
 from steer2edit.errors import printable
 from steer2edit.evaluation.evaluate import Candidate

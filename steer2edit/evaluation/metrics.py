@@ -17,9 +17,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from steer2edit.bootstrap import Estimate, estimate
-from steer2edit.data.contrast import LABELS, Example, Label
+from steer2edit.data.answers import LABELS, Label
+from steer2edit.data.contrast import Example
+from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
-from steer2edit.data.records import Message, Prompt
 from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
 from steer2edit.data.tokens import encode
 from steer2edit.errors import DataError

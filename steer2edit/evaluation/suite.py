@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, Split, take
-from steer2edit.data.records import prompt_digest
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import (

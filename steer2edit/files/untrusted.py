@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 JSON_BYTES = 64 << 20
 # a comma or bracket of JSON becomes up to 200 bytes of Python objects
 _JSON_PIECES = 8_000_000
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -52,6 +54,23 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair, which is no character") from None
     return value
+
+
+def parse_json_values(raw: bytes) -> list[Any]:
+    """JSON values that stand one after another, with white space between them. Raises ValueError like :func:`parse_json`."""
+    if sum(map(raw.count, (b",", b"[", b"{"))) > _JSON_PIECES:
+        raise ValueError(f"it holds more than {_JSON_PIECES} values")
+    text, at, values = raw.decode("utf-8"), 0, []
+    decoder = json.JSONDecoder()
+    try:
+        while rest := _JSON_SPACE.match(text, at):
+            if (at := rest.end()) == len(text):
+                break
+            value, at = decoder.raw_decode(text, at)
+            values.append(value)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    return values
 
 
 def special_files(folder: Path) -> list[str]:

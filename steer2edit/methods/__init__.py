@@ -69,7 +69,7 @@ def own_strength(options: Any) -> float | None:
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
     from steer2edit.capture.statistics import stored_counts
-    from steer2edit.data.records import prompt_digest
+    from steer2edit.data.prompts import prompt_digest
 
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
     if described["system"] is not None:
