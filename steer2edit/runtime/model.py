@@ -21,6 +21,7 @@ from steer2edit.data.templates import processor_template, templated
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
+from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
 
 # its config may hold regular expressions, which may run for ever
 _ADAPTER_SECONDS = 600
@@ -139,14 +140,17 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         placing |= _tensor_parallel()
     settings = {"dtype": dtype, "trust_remote_code": runtime.trust_remote_code, "local_files_only": True, **placing}
     settings["use_safetensors"] = True  # never a pickle
+    # shapes that differ are named by check_complete: transformers' own error refers to its log
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{path} holds {ADAPTER_CONFIG} beside a model: transformers would load that adapter's base in its place; take it out"
         )
     try:
-        model = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
-    except Exception as error:  # whatever a damaged file makes of it: its checks raise errors of many kinds
-        raise CheckpointError(f"transformers cannot load {path}: {first_line(error)}") from None
+        model, loading = _first_that_knows(config, lambda kind: kind.from_pretrained(path, **settings))
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"transformers cannot load {path}: {reason(error, config)}") from None
+    check_complete(path, model, loading)
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -218,11 +222,14 @@ def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         del config.quantization_config
         kind = getattr(transformers, (config.architectures or [""])[0])
-        model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
         if (path / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {first_line(error)}") from None
+    check_complete(path, model, loading)
     return model
 
 
@@ -254,7 +261,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
         try:
             with limited(_ADAPTER_SECONDS):
                 return PeftModel.from_pretrained(model, str(folder)).eval()
-        except Exception as error:  # whatever a damaged file makes of it: it is not checked as a whole
+        except LOADING_ERRORS as error:
             raise CheckpointError(f"PEFT cannot load {folder}: {first_line(error)}") from None
 
 

@@ -1,0 +1,104 @@
+"""A model is loaded whole, or refused with the names: nothing is random, and nothing is dropped that may matter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file, save_file
+
+from steer2edit.errors import CheckpointError
+from steer2edit.notices import collected
+from steer2edit.runtime.model import load_weights
+
+Tensors = dict[str, torch.Tensor]
+Q, UP, NORM, FINAL = (
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.2.mlp.up_proj.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.norm.weight",
+)
+
+
+@pytest.fixture
+def changed(tiny_llama: Path, tmp_path: Path) -> Callable[[Callable[[Tensors], object]], Path]:
+    """``changed(edit)``: the tiny llama with other tensors in its file."""
+
+    def write(edit: Callable[[Tensors], object]) -> Path:
+        folder = shutil.copytree(tiny_llama, tmp_path / "model")
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("names", [[Q], [UP], [NORM], [FINAL], ["lm_head.weight"], [Q, UP, NORM, FINAL]])
+def test_every_missing_weight_is_named(names: list[str], changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: [tensors.pop(name) for name in names])
+    with pytest.raises(CheckpointError, match="lacks weights") as error:
+        load_weights(folder)
+    assert all(f"- {name}" in str(error.value) for name in names)
+
+
+def test_a_weight_under_another_name_is_missing_and_has_no_place(changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: tensors.update(output=tensors.pop("lm_head.weight")))
+    with pytest.raises(CheckpointError, match=r"(?s)lm_head\.weight.*no place for.*- output"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", f"{Q.removesuffix('.weight')}.lora_A.weight"])
+def test_a_weight_without_a_place_is_refused(name: str, changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: tensors.update({name: torch.ones(64)}))
+    with pytest.raises(CheckpointError, match=f"(?s)would be ignored.*{name}"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale", "position_ids"]
+)
+def test_tables_and_scales_of_older_releases_are_passed_over(name: str, changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: tensors.update({name: torch.ones(8)}))
+    with collected() as notices:
+        load_weights(folder)
+    assert not notices
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "model.layers.3.mlp.up_proj.weight", "v_head.summary.weight"])
+def test_parts_that_are_left_out_are_told_once(name: str, changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: tensors.update({name: torch.ones(8), f"{name}_2": torch.ones(8)}))
+    with collected() as notices:
+        load_weights(folder)
+        load_weights(folder)
+    assert notices == [f"transformers' LlamaForCausalLM does not run 2 tensors of {folder}, such as {name}"]
+
+
+def test_other_shapes_than_the_config_says_are_named(changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: tensors.update({UP: torch.ones(40, 32)}))
+    with pytest.raises(CheckpointError) as error:
+        load_weights(folder)
+    assert f"{UP}: [40, 32] in the file, [48, 32] by the config" in str(error.value)
+
+
+def test_an_unknown_rope_type_is_named(changed: Callable[..., Path]) -> None:
+    folder = changed(lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"type": "su", "factor": 2.0}}))
+    with pytest.raises(CheckpointError, match="rope type 'su'"):
+        load_weights(folder)
+
+
+def test_a_command_ends_with_2_before_anything_is_written(changed: Callable[..., Path], tmp_path: Path) -> None:
+    folder = changed(lambda tensors: tensors.pop(Q))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "what ?", "positive": "yes", "negative": "no"}\n')
+    result = run("capture", folder, "--data", rows, "-o", tmp_path / "stats.safetensors")
+    assert result.exit_code == 2 and Q in result.stderr
+    assert not list(tmp_path.glob("stats*"))
