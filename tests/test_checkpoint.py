@@ -1,24 +1,19 @@
-"""Reading a checkpoint's files: what is read is what was written, and whatever is damaged is a CheckpointError."""
+"""Reading a checkpoint: what is read is what was written, and what cannot be opened is a CheckpointError."""
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from checkpoint_files import TENSORS, Tensors, entry, refusal, write, write_raw
+from safetensors.torch import load_file
 
-from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_header, read_json
+from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_json
 from steer2edit.errors import CheckpointError
 
-Tensors = dict[str, torch.Tensor]
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -30,47 +25,6 @@ SHAPES = [(), (1,), (7,), (1, 5), (5, 1), (6, 4), (3, 4, 5), (0,), (0, 4), (4, 0
 def random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     values = torch.randint(0, 2 if dtype is torch.bool else 50, shape)
     return values.to(dtype)
-
-
-def write(folder: Path, tensors: Tensors, shards: int = 0, config: Any = None) -> Path:
-    """A checkpoint in one file, or dealt over ``shards`` files with an index."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} if config is None else config))
-    if not shards:
-        save_file(tensors, folder / SINGLE)
-        return folder
-    weight_map = {}
-    for index in range(shards):
-        name = f"model-{index + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[index::shards])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    set_index(folder, weight_map)
-    return folder
-
-
-def set_index(folder: Path, weight_map: Any) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def write_raw(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / SINGLE).write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
-    return folder
-
-
-def entry(start: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32", **more: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end], **more}
-
-
-def refusal(folder: Path | str, revision: str | None = None) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder, revision)
-    return str(caught.value)
-
-
-TENSORS: Tensors = {f"layer.{i}.weight": torch.randn(3, 4) for i in range(5)} | {"norm": torch.randn(4)}
 
 
 @pytest.mark.parametrize("shards", [0, 1, 2, 6])
@@ -152,186 +106,10 @@ def test_the_fingerprint_depends_on_every_tensor(tmp_path: Path, change: Callabl
     assert fingerprint(tmp_path / "a", TENSORS) != fingerprint(tmp_path / "b", changed)
 
 
-GOOD = json.dumps({"a": entry(0, 8), "b": entry(8, 16), "__metadata__": {"format": "pt"}})
-LYING: dict[str, tuple[Any, int]] = {
-    "length beyond the file": ({"a": entry(0, 80, [20])}, 8),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
-    "same place twice": ({"a": entry(0, 8), "b": entry(0, 8)}, 8),
-    "gap": ({"a": entry(0, 8), "b": entry(12, 20)}, 20),
-    "gap at the start": ({"a": entry(4, 12)}, 12),
-    "bytes left over": ({"a": entry(0, 8)}, 9),
-    "wrong byte count": ({"a": entry(0, 8, [3])}, 8),
-    "odd bits": ({"a": entry(0, 1, [1], "F4")}, 1),
-    "end before start": ({"a": entry(8, 0)}, 8),
-    "unknown dtype": ({"a": entry(dtype="F12")}, 8),
-    "dtype of another case": ({"a": entry(dtype="f32")}, 8),
-    "dtype null": ({"a": entry(dtype=None)}, 8),
-    "dtype list": ({"a": entry(dtype=["F32"])}, 8),
-    "negative size": ({"a": entry(shape=[-2])}, 8),
-    "two negative sizes": ({"a": entry(shape=[-2, -1])}, 8),
-    "negative offset": ({"a": entry(-8, 0)}, 8),
-    "float size": ({"a": entry(shape=[2.0])}, 8),
-    "float offset": ({"a": entry(0, 8.0)}, 8),
-    "bool size": ({"a": entry(shape=[2, True])}, 8),
-    "string size": ({"a": entry(shape=["2"])}, 8),
-    "shape string": ({"a": entry(shape="2")}, 8),
-    "shape object": ({"a": entry(0, 4, {})}, 4),
-    "shape null": ({"a": entry(shape=None)}, 8),
-    "huge size": ({"a": entry(shape=[1 << 62, 1 << 62])}, 8),
-    "huge offset": ({"a": entry(1 << 80, (1 << 80) + 8)}, 8),
-    "one offset": ({"a": {**entry(), "data_offsets": [8]}}, 8),
-    "three offsets": ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, 8),
-    "offsets null": ({"a": {**entry(), "data_offsets": None}}, 8),
-    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8),
-    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8),
-    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8),
-    "entry null": ({"a": None}, 0),
-    "entry list": ({"a": [1, 2]}, 0),
-    "entry string": ({"a": "x"}, 0),
-    **{f"header {value!r}": (value, 0) for value in ([], [[1]], "x", 3, None, True)},
-}
-
-
-@pytest.mark.parametrize("case", LYING)
-def test_a_header_that_lies_is_refused(tmp_path: Path, case: str) -> None:
-    header, size = LYING[case]
-    assert SINGLE in refusal(write_raw(tmp_path / "m", json.dumps(header).encode(), bytes(size)))
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(b"not json", id="text"),
-        pytest.param(b"\xff\xfe\xfd", id="bytes"),
-        pytest.param(b'{"a": {"dtype": "F32"', id="cut"),
-        pytest.param(b'{"a": NaN}', id="nan"),
-        pytest.param(b"[" * 200_000, id="deep lists"),
-        pytest.param(b'{"a":' * 200_000, id="deep objects"),
-        pytest.param(
-            b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 0]}}', id="digits"
-        ),
-        pytest.param(f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}'.encode(), id="twice"),
-        pytest.param(f'{{"a": {json.dumps(entry())[:-1]}, "dtype": "F32"}}}}'.encode(), id="key twice"),
-    ],
-)
-def test_a_header_that_is_none_is_refused(tmp_path: Path, header: bytes) -> None:
-    assert SINGLE in refusal(write_raw(tmp_path / "m", header, bytes(8)))
-
-
-@pytest.mark.parametrize("length", [len(GOOD) + 17, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
-def test_a_header_longer_than_its_file_is_refused(tmp_path: Path, length: int) -> None:
-    assert "truncated" in refusal(write_raw(tmp_path / "m", GOOD.encode(), bytes(16), length))
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 20])
-def test_a_file_cut_short_is_refused(tmp_path: Path, size: int) -> None:
-    path = write_raw(tmp_path / "m", GOOD.encode(), bytes(16)) / SINGLE
-    path.write_bytes(path.read_bytes()[:size])
-    assert SINGLE in refusal(tmp_path / "m")
-
-
-@settings(max_examples=400, deadline=None, database=None)
-@given(data=st.data())
-def test_no_mutation_of_a_header_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
-    raw = bytearray(struct.pack("<Q", len(GOOD)) + GOOD.encode() + bytes(16))
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        cut = data.draw(st.integers(0, 4))
-        raw[at : at + cut] = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from(FRAGMENTS)))
-        raw = raw or bytearray(1)
-    path.write_bytes(raw)
-    with suppress(CheckpointError):
-        infos = read_header(path)
-        assert sum(info.nbytes for info in infos) <= len(raw)
-
-
-FRAGMENTS = [
-    b"{}",
-    b"[]",
-    b"null",
-    b"-1",
-    b"1e9",
-    b"0",
-    b'"',
-    b",",
-    b"]",
-    b"}",
-    b"99999999999999999999",
-    b'"a"',
-    b"true",
-]
-
-
-def test_every_damaged_shard_is_told_at_once(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", TENSORS, 3)
-    first, second, third = sorted(folder.glob("*.safetensors"))
-    first.write_bytes(first.read_bytes()[:-1])
-    second.unlink()
-    message = refusal(folder)
-    assert first.name in message and second.name in message and third.name not in message
-
-
-def test_an_index_that_misplaces_a_tensor_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", TENSORS, 2)
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    other = next(shard for shard in index.values() if shard != index["norm"])
-    set_index(folder, {**index, "norm": other, "ghost": other})
-    message = refusal(folder)
-    assert "'norm'" in message and "'ghost'" in message and other in message
-
-
-def test_tensors_outside_the_index_are_left_alone(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", TENSORS, 2)
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    del index["norm"]
-    set_index(folder, index)
-    assert set(open_checkpoint(folder).tensors) == TENSORS.keys() - {"norm"}
-
-
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../x.safetensors",
-        "/etc/passwd",
-        "a/b.safetensors",
-        "./model.safetensors",
-        "",
-        ".",
-        "..",
-        None,
-        3,
-        ["a"],
-        {"a": 1},
-    ],
-)
-def test_an_index_names_plain_files_only(tmp_path: Path, shard: Any) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"")
-    folder = write(tmp_path / "m", TENSORS)
-    set_index(folder, {"norm": shard})
-    assert "outside the folder" in refusal(folder)
-
-
-@pytest.mark.parametrize("shard", ["gone.safetensors", "a\0b", "x" * 5000, "folder"])
-def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path, shard: str) -> None:
-    folder = write(tmp_path / "m", TENSORS)
-    (folder / "folder").mkdir()
-    set_index(folder, {"norm": shard})
-    assert "cannot read" in refusal(folder)
-
-
-@pytest.mark.parametrize("weight_map", [None, {}, [], "x", 3, [["norm", SINGLE]]])
-def test_an_index_without_a_map_is_refused(tmp_path: Path, weight_map: Any) -> None:
-    folder = write(tmp_path / "m", TENSORS)
-    set_index(folder, weight_map)
-    assert "has no weight_map" in refusal(folder)
-
-
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "\x00"])
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    folder = write(tmp_path / "m", TENSORS)
+    folder = write(tmp_path / "m", TENSORS, 2)
     (folder / name).write_text(text)
     assert name in refusal(folder)
 
@@ -341,31 +119,6 @@ def test_json_of_any_bytes_is_read_or_refused(tmp_path: Path, raw: bytes) -> Non
     (tmp_path / "x.json").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
-
-
-def test_a_config_is_needed(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", TENSORS)
-    (folder / "config.json").unlink()
-    assert "config.json" in refusal(folder)
-    (folder / "config.json").mkdir()
-    assert "config.json" in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ("pytorch_model.bin", "found pytorch_model.bin"),
-        ("model.gguf", "found model.gguf"),
-        ("consolidated.00.pth", "found consolidated.00.pth"),
-        ("consolidated.safetensors", "found consolidated.safetensors"),
-        ("adapter_config.json", "PEFT adapter"),
-        ("readme.txt", "neither model.safetensors nor"),
-    ],
-)
-def test_folders_without_safetensors_say_what_they_hold(tmp_path: Path, found: str, said: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / found).write_text("")
-    assert said in refusal(tmp_path)
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from steer2edit.checkpoint.reader import BLOCK_BYTES, Checkpoint, TensorInfo, split_part_name
+from steer2edit.checkpoint.header import TensorInfo, split_part_name
+from steer2edit.checkpoint.reader import BLOCK_BYTES, Checkpoint
 from steer2edit.errors import CheckpointError
 
 FP8 = "F8_E4M3"

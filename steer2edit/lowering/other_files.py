@@ -37,7 +37,8 @@ def copy_other_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def left_out_files(checkpoint: Checkpoint) -> list[str]:
     """The names of other copies of the weights, which an artefact does not get."""
-    return [path.relative_to(checkpoint.path).as_posix() for path in _other_files(checkpoint) if _other_weights(path)]
+    left_out = [path for path in _other_files(checkpoint) if _other_weights(checkpoint, path)]
+    return [path.relative_to(checkpoint.path).as_posix() for path in left_out]
 
 
 def compare_other_files(
@@ -74,7 +75,7 @@ def copied_files(checkpoint: Checkpoint) -> list[Path]:
     Raises TargetError for links to anywhere but where the weights lie: a stranger's link may lead to the reader's own files,
     which the artefact would make public.
     """
-    found = [path for path in _other_files(checkpoint) if not _other_weights(path)]
+    found = [path for path in _other_files(checkpoint) if not _other_weights(checkpoint, path)]
     home = checkpoint.path.resolve()
     # a folder of links, such as the Hub's cache, has all of its files in one place
     places = {(checkpoint.path / shard).resolve().parent for shard in checkpoint.shards} | {home}
@@ -103,5 +104,7 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
     return found
 
 
-def _other_weights(path: Path) -> bool:
-    return path.suffix in _OTHER_WEIGHTS or path.match("consolidated*.safetensors")
+def _other_weights(checkpoint: Checkpoint, path: Path) -> bool:
+    if path.suffix in _OTHER_WEIGHTS or path.match("consolidated*.safetensors"):
+        return True
+    return path.parent == checkpoint.path and path.name in checkpoint.other_weights

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from steer2edit.checkpoint import DTYPES, Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import BlockScales, block_bytes, scales_of
-from steer2edit.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from steer2edit.plan.operations import Edit, LowRank, Scale
 
 _LARGEST = 448.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from steer2edit.checkpoint import INDEX, Checkpoint, TensorInfo, read_header, read_json
+from steer2edit.checkpoint import Checkpoint, TensorInfo, read_header, read_json
 from steer2edit.checkpoint.fp8 import FP8
 from steer2edit.errors import CheckpointError, TargetError
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
@@ -39,8 +39,9 @@ def rewritten_files(resolved: Resolved) -> dict[str, Mapping[str, Any]]:
     """The JSON files that the structure changes, with their new content."""
     check_structure(resolved.plan.structure, resolved.spec)
     files: dict[str, Mapping[str, Any]] = {CONFIG: _config(resolved)}
-    if resolved.plan.structure.remove and (resolved.checkpoint.path / INDEX).exists():
-        files[INDEX] = _index(resolved.checkpoint, _assembled(resolved))
+    index = resolved.checkpoint.index
+    if resolved.plan.structure.remove and index is not None:
+        files[index] = _index(resolved.checkpoint, index, _assembled(resolved))
     return files
 
 
@@ -51,8 +52,9 @@ def lower_pruned(resolved: Resolved, folder: Path, progress: Progress, writing: 
         raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts first, and edit the result")
     write_config(resolved, folder)
     shards = _assembled(resolved)
-    if (folder / INDEX).exists():
-        (folder / INDEX).write_text(json.dumps(_index(checkpoint, shards), indent=2) + "\n", encoding="utf-8")
+    if (index := checkpoint.index) is not None:
+        text = json.dumps(_index(checkpoint, index, shards), indent=2)
+        (folder / index).write_text(text + "\n", encoding="utf-8")
     changes: list[Change] = []
     with progress("write checkpoint", total=_total(shards)) as advance, ThreadPoolExecutor(writing.workers) as pool:
         jobs = [job for shard, made in shards.items() for job in _shard_jobs(checkpoint, shard, made, folder)]
@@ -177,9 +179,9 @@ def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]],
     return Change(name, "Removed", None, before, after.hexdigest())
 
 
-def _index(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]]) -> dict[str, Any]:
-    """The base's index with the tensors that stay, under their new names."""
-    index = read_json(checkpoint.path / INDEX)
+def _index(checkpoint: Checkpoint, name: str, shards: Mapping[str, Sequence[Made]]) -> dict[str, Any]:
+    """The base's index, the file called ``name``, with the tensors that stay, under their new names."""
+    index = read_json(checkpoint.path / name)
     index["weight_map"] = {one.info.name: shard for shard, made in shards.items() for one in made}
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": _total(shards)}
     return index

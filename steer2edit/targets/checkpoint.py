@@ -13,8 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from steer2edit.architecture import Site
-from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
+from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, choose_weights, read_json
 from steer2edit.checkpoint.fp8 import FP8
+from steer2edit.errors import CheckpointError
 from steer2edit.lowering import Comparison, HubEntry, Lowering, Place, Resolved, Snippet, WholeModel, Writing
 from steer2edit.lowering.other_files import compare_other_files, copy_other_files, left_out_files
 from steer2edit.lowering.rewrite import Rewritten, copies, places_of, rewrite
@@ -85,7 +86,9 @@ def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
     checkpoint, structure = resolved.checkpoint, resolved.plan.structure
     shards = set(checkpoint.shards)
     rewritten_files = _pruned.rewritten_files(resolved) if structure else {}
-    others = compare_other_files(checkpoint, folder, rewritten_files, lambda name: _needed(name, {*shards, INDEX}))
+    others = compare_other_files(
+        checkpoint, folder, rewritten_files, lambda name: _needed(name, {*shards, checkpoint.index or SINGLE})
+    )
     files = frozenset({*shards, *others.files})
     if structure.remove:
         tensors, pruned, wrong = _pruned.compare_pruned(resolved, folder, progress)
@@ -112,11 +115,11 @@ def load_snippet(place: Place) -> Snippet:
 
 def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
     """The shards, configs, tokenizer, templates, code and licence: what the base's makers meant for loading."""
-    shards = {SINGLE}
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else ()
-        shards = {INDEX, *(name for name in files if isinstance(name, str))}
+    try:
+        weights = choose_weights(folder, read_json(folder / "config.json"))
+        shards = {name for name in (weights.index, *weights.shards) if name}
+    except CheckpointError:  # a folder that is not whole: what its receipt lists of these is asked for
+        shards = {SINGLE, INDEX}
     return {name for name in names if _needed(name, shards)}
 
 
