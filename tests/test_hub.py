@@ -171,7 +171,8 @@ def test_notes_that_lay_in_the_base_are_copied_and_not_published(
     checkpoint = open_checkpoint(base)
     emit(make_plan(scoring), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")
     sent = push(tmp_path / "out", "user/edited")
-    assert set(sent["left_out"]) == {"questions.jsonl", "train_log.txt", "draft.safetensors"}
+    assert not (tmp_path / "out" / "draft.safetensors").exists()  # weights that the model does not load
+    assert set(sent["left_out"]) == {"questions.jsonl", "train_log.txt"}
     assert {"LICENSE", "config.json", "tokenizer.json", "model.safetensors"} <= set(hub.files("user/edited"))
 
 
