@@ -70,7 +70,7 @@ class Option:
 
 
 def option(
-    default: Any = MISSING,
+    default: Any,
     help: str = "",
     *flags: str,
     value: bool = True,
@@ -83,13 +83,13 @@ def option(
 ) -> Any:
     """A dataclass field that is an option. Without ``flags`` the flag is the field's name; see :class:`Option`.
 
-    An option without a default is required.
+    An option whose default is ``...`` is required.
     """
     declared = {
         **{"help": help, "flags": flags, "value": value, "minimum": minimum, "maximum": maximum, "metavar": metavar},
         **{"shown_default": shown_default, "rare": rare, "search": search},
     }
-    return field(default=default, kw_only=True, metadata={_KEY: declared})
+    return field(default=MISSING if default is ... else default, kw_only=True, metadata={_KEY: declared})
 
 
 def options_of(kind: Any) -> tuple[Option, ...]:

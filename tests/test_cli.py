@@ -128,7 +128,7 @@ def test_show_lists_and_draws(tiny_llama: Path, data: Path, neutral: Path, tmp_p
     run("compile", tiny_llama, "--data", data, "--neutral", neutral, "--out", tmp_path / "out")
     shown = run("show", tmp_path / "out", "--plot", tmp_path / "map.png")
     assert shown.exit_code == 0, shown.output
-    assert "strongest heads" in shown.stdout
+    assert "Strongest heads" in shown.stdout
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     described = json.loads(run("show", tmp_path / "out", "--json", "--top", "2").stdout)
     assert len(described["components"]["head"]) == 2
@@ -219,7 +219,7 @@ def test_bad_models(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path,
         (["--data", "DATA", "--method", "magic"], "no method 'magic'"),
         (["--data", "DATA", "--method", "steering", "--rho-attn", "1"], "has no option --rho-attn"),
         (["--data", "DATA", "--layers", "2-9"], "has 0-2"),
-        (["--data", "DATA", "--layers", "many"], "no range of layers"),
+        (["--data", "DATA", "--layers", "many"], "not a range of layers"),
         (["--data", "DATA", "--kl-budget", "-1"], "positive number"),
         (["--data", "DATA", "--strength", "nan"], "--strength"),
         (["--data", "DATA", "--neutral", "absent.txt"], "absent.txt"),

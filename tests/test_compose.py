@@ -125,7 +125,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
     options = (*asked, "--neutral", neutral, "--kl-budget", "0.02", "--out", tmp_path / "out", "--to", "lora")
     made = run("compile", scoring.checkpoint.path, *plans, *options)
     assert made.exit_code == 0, made.output
-    assert "on the questions of one" in made.output and "together" in made.output
+    assert "on the held-out questions of one" in made.output and "together" in made.output
     described = json.loads((tmp_path / "out" / INTERFERENCE).read_text())
     for name in ("one", "two"):
         rows = described["evaluations"][name]["rows"]

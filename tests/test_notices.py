@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from steer2edit import notices
 from steer2edit.cli import app
-from steer2edit.cli.options import print_result
+from steer2edit.cli.output import print_result
 from steer2edit.notices import collected, notice
 
 

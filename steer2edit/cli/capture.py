@@ -1,67 +1,82 @@
-"""The command that captures: in one process, in several, and going on where it was interrupted."""
+"""``capture``: in one process, in several, and going on where it was interrupted."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from steer2edit.cli.options import (
-    PATH,
-    data_options,
-    json_option,
-    model_options,
-    open_model,
-    print_result,
-    progress_bar,
-    read_background,
-    read_behavior,
-    read_runtime,
-)
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import CaptureFlags, JsonFlags, ModelFlags, progress_bar
+from steer2edit.cli.output import print_result
+from steer2edit.options import option
 from steer2edit.runtime.launch import process_of
 
 
-@click.command()
+@dataclass(frozen=True)
+class BackgroundFlags(FlagGroup):
+    """A capture without data."""
+
+    heading: ClassVar[str] = "Data"
+
+    background_only: bool = option(False, "Capture the background text alone, to plan with imported vectors.")
+
+
+@dataclass(frozen=True)
+class LargeFlags(FlagGroup):
+    """Models larger than memory, and several processes."""
+
+    heading: ClassVar[str] = "Large models"
+
+    by_layer: bool = option(
+        False, "Hold one layer in memory at a time, for models larger than memory (needs accelerate)."
+    )
+    scratch: Path | None = option(None, "Folder for the hidden states of --by-layer.", shown_default="beside --out")
+    tensor_parallel: bool = option(
+        False, "Under torchrun, divide the model's matrices among the processes, not the data."
+    )
+
+
+@dataclass(frozen=True)
+class StatisticsFlags(FlagGroup):
+    """Where the statistics go."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path = option(..., "Statistics file to write, *.stats.safetensors.", "-o", "--out")
+    keep_every: float = option(
+        60.0,
+        "Seconds between two times that the sums so far are saved, to go on after an interruption.",
+        minimum=0,
+        rare=True,
+    )
+
+
+@command(
+    data=CaptureFlags,
+    background=BackgroundFlags,
+    model_flags=ModelFlags,
+    large=LargeFlags,
+    output=StatisticsFlags,
+    printed=JsonFlags,
+)
 @click.argument("model")
-@data_options
-@click.option("-o", "--out", type=PATH, required=True, help="The statistics file, *.stats.safetensors.")
-@click.option(
-    "--keep-every",
-    type=click.FloatRange(min=0),
-    default=60.0,
-    show_default=True,
-    help="Seconds between two times that the sums are kept.",
-)
-@click.option(
-    "--background-only", is_flag=True, help="No contrast data: what planning with imported vectors needs of a model."
-)
-@click.option(
-    "--by-layer", is_flag=True, help="Hold one layer at a time, for models larger than memory (needs accelerate)."
-)
-@click.option("--scratch", type=PATH, help="Where --by-layer puts hidden states; beside OUT if left out.")
-@click.option(
-    "--tensor-parallel",
-    is_flag=True,
-    help="Under torchrun: divide the model's matrices among the processes, not the data.",
-)
-@model_options
-@json_option
 def capture(
     model: str,
-    out: Path,
-    keep_every: float,
-    by_layer: bool,
-    scratch: Path | None,
-    background_only: bool,
-    tensor_parallel: bool,
-    as_json: bool,
-    **given: Any,
+    data: CaptureFlags,
+    background: BackgroundFlags,
+    model_flags: ModelFlags,
+    large: LargeFlags,
+    output: StatisticsFlags,
+    printed: JsonFlags,
 ) -> None:
-    """Run MODEL over contrast data once and keep the statistics.
+    """Run MODEL over contrast data once and save the statistics.
 
-    Under torchrun or accelerate launch the processes share the data. Sums are kept in OUT.partial while it runs; started
+    Under torchrun or accelerate launch the processes share the data. Sums are saved in OUT.partial while it runs; started
     again after an interruption, it goes on from there.
     """
     from contextlib import ExitStack
@@ -76,45 +91,46 @@ def capture(
     from steer2edit.runtime.distributed import ALONE, joined, own_device
     from steer2edit.runtime.model import load_model
 
-    if scratch is not None and not by_layer:
+    out, by_layer, tensor_parallel = output.out, large.by_layer, large.tensor_parallel
+    if large.scratch is not None and not by_layer:
         raise click.UsageError("--scratch goes with --by-layer")
-    if tensor_parallel and (by_layer or given["device_map"]):
+    if tensor_parallel and (by_layer or model_flags.device_map):
         raise click.UsageError("--tensor-parallel, --by-layer and --device-map each place the model; give one of them")
     if tensor_parallel and process_of(os.environ) is None:
         raise click.UsageError("--tensor-parallel is for several processes: torchrun … -m steer2edit capture …")
+    if background.background_only and data.any:
+        raise click.UsageError("--background-only stands in place of --data and --behavior")
     with joined(None if tensor_parallel else "gloo") as world, ExitStack() as stack:
 
         def ready() -> Any:
-            checkpoint, spec = open_model(model, given)
+            checkpoint, spec = model_flags.open(model)
             # the data first: it is quickly known to be bad
-            if background_only and (given["data"] or given["behavior"]):
-                raise click.UsageError("--background-only stands in place of --data and --behavior")
-            behavior = Behavior("background", ()) if background_only else read_behavior(given)
-            background = read_background(given)
-            runtime = read_runtime(given)
+            behavior = Behavior("background", ()) if background.background_only else data.read_behavior()
+            text = data.read_background()
+            runtime = model_flags.runtime()
             runtime = replace(runtime, device=own_device(runtime.device))
             if tensor_parallel:
                 if spec.routers:
                     raise ArchitectureError("a mixture's experts are not seen one by one under --tensor-parallel")
                 runtime = replace(runtime, tensor_parallel=True)
             if by_layer:
-                place = scratch if scratch is not None else out.absolute().parent
+                place = large.scratch if large.scratch is not None else out.absolute().parent
                 layers = stack.enter_context(opened_by_layer(checkpoint, spec, runtime, place))
-                return checkpoint, behavior, background, layers.loaded, layers
-            return checkpoint, behavior, background, load_model(checkpoint, spec, runtime), None
+                return checkpoint, behavior, text, layers.loaded, layers
+            return checkpoint, behavior, text, load_model(checkpoint, spec, runtime), None
 
-        checkpoint, behavior, background, loaded, layers = world.together(ready)
-        # of divided matrices every process has all the data, and they go in step: one alone cannot resume
+        checkpoint, behavior, text, loaded, layers = world.together(ready)
+        # with divided matrices every process has all the data, and they go in step: one alone cannot resume
         keep = None if tensor_parallel else partial_path(out, world.rank, world.size)
         statistics = capture_statistics(
             loaded,
             checkpoint,
             behavior,
-            background=background,
-            batch_tokens=given["batch_tokens"],
+            background=text,
+            batch_tokens=data.batch_tokens,
             world=ALONE if tensor_parallel else world,
             keep=keep,
-            keep_every=keep_every,
+            keep_every=output.keep_every,
             layers=layers,
             progress=progress_bar() if world.rank == 0 else silent,
         )
@@ -129,8 +145,15 @@ def capture(
         "tokens": dict(statistics.tokens),
         "processes": world.size,
     }
-    print_result(
-        result,
-        as_json,
-        lambda r: f"{r['statistics']}: {r['examples']} examples, {r['tokens']} response tokens",
+    print_result(result, printed.as_json, lambda result: _render(result, model))
+
+
+def _render(result: dict[str, Any], model: str) -> str:
+    import shlex
+
+    counts = [f"{result['examples'][kind]} {kind} ({result['tokens'][kind]} tokens)" for kind in result["examples"]]
+    name, plan = result["statistics"], result["statistics"].removesuffix(".stats.safetensors") + ".plan.safetensors"
+    command = (
+        f"steer2edit plan {shlex.quote(model)} --stats {shlex.quote(name)} --kl-budget 0.05 -o {shlex.quote(plan)}"
     )
+    return "\n".join([f"Examples: {', '.join(counts)}.", "", f"Written: {name}", "", "Next:", f"  {command}"])

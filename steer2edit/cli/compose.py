@@ -1,46 +1,47 @@
-"""Composing and re-dosing plans: `compile --plan … --plan …` and `scale`."""
+"""Composing plans: ``compile --plan … --plan …``."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from steer2edit.cli.options import (
-    PATH,
-    find_plan,
-    json_option,
-    model_options,
-    open_model,
-    options,
-    print_result,
-    progress_bar,
-    read_budgets,
-    read_neutral,
-    read_runtime,
-    read_writing,
-)
+from steer2edit.cli.command import Command
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import progress_bar, read_plan
+from steer2edit.cli.output import artefact_lines, columns, next_lines, print_result
+from steer2edit.options import option
 
-compose_options = options(
-    click.option(
-        "--plan",
-        "plans",
-        multiple=True,
-        help="Compile this plan, with the others given, instead of new data; repeated.",
-    ),
-    click.option(
-        "--weight",
-        "weights",
-        type=float,
-        multiple=True,
-        help="Of each --plan, in their order: --weight 1 --weight 0.5, or --weight 1 0.5.  [default: 1 for each]",
-    ),
-)
-_NOT_WITH_PLANS = ("data", "behavior", "system", "stats", "vectors_file", "kl_budget_attn", "kl_budget_mlp")
+if TYPE_CHECKING:
+    from steer2edit.cli.method import MethodFlags
+    from steer2edit.cli.options import (
+        CaptureFlags,
+        ModelFlags,
+        StatsFlags,
+        StrengthFlags,
+        VectorsFlags,
+        WritingFlags,
+    )
+    from steer2edit.compose import Composed
 
 
-class WeightsCommand(click.Command):
+@dataclass(frozen=True)
+class PlansFlags(FlagGroup):
+    """Finished plans in place of data."""
+
+    heading: ClassVar[str] = "Composition of finished plans, in place of data"
+
+    plans: tuple[str, ...] = option(
+        (), "Plan, or folder of an artefact, to compile with the others. Repeatable.", "--plan", metavar="PLAN"
+    )
+    weights: tuple[float, ...] = option(
+        (), "Weight of each --plan, in their order: --weight 1 0.5.", "--weight", shown_default="1 for each"
+    )
+
+
+class WeightsCommand(Command):
     """A command whose ``--weight`` may be followed by several numbers."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -55,39 +56,68 @@ class WeightsCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
-def compose_given(
-    model: str, out: Path, to: tuple[str, ...], force: bool, as_json: bool, given: dict[str, Any]
+def compile_plans(
+    model: str,
+    plans: PlansFlags,
+    data: CaptureFlags,
+    stats: StatsFlags,
+    vectors: VectorsFlags,
+    method: MethodFlags,
+    strength: StrengthFlags,
+    model_flags: ModelFlags,
+    questions: tuple[str, ...],
+    no_report: bool,
+    out: Path,
+    to: tuple[str, ...],
+    writing: WritingFlags,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """What ``compile`` does with --plan."""
+    """Compose finished plans into one artefact, and print what became of each."""
     from steer2edit.compose import compose
     from steer2edit.data.questions import read_questions
 
-    plans, weights = given["plans"], given["weights"]
-    if strange := [name for name in _NOT_WITH_PLANS if given[name] is not None]:
-        flags = ", ".join(f"--{name.removesuffix('_file').replace('_', '-')}" for name in strange)
-        raise click.UsageError(f"--plan compiles finished plans, and takes no {flags}")
-    if weights and len(weights) != len(plans):
-        raise click.UsageError(f"{len(plans)} plans and {len(weights)} weights: give one --weight for each --plan")
-    asked = given["questions"]
-    if asked and len(asked) != len(plans):
+    if writing.dry_run:
+        raise click.UsageError("--dry-run does not go with --plan; emit --dry-run does it for one finished plan")
+    given = {
+        "--data": data.data,
+        "--behavior": data.behavior,
+        "--system": data.system,
+        "--chat-template-kwargs": data.chat_template_kwargs,
+        "--limit": data.limit,
+        "--background": data.background_file,
+        "--stats": stats.stats,
+        "--vectors": vectors.vectors_file,
+        "--kl-budget-attn": strength.kl_budget_attn,
+        "--kl-budget-mlp": strength.kl_budget_mlp,
+        "the options of --method": method.values,
+    }
+    if strange := [flag for flag, value in given.items() if value not in (None, (), {})]:
+        raise click.UsageError(f"--plan compiles finished plans, and takes no {', '.join(strange)}")
+    weights = plans.weights or (1.0,) * len(plans.plans)
+    if len(weights) != len(plans.plans):
         raise click.UsageError(
-            f"{len(plans)} plans and {len(asked)} files of questions: give one --eval for each --plan"
+            f"{len(plans.plans)} plans and {len(weights)} weights: give one --weight for each --plan"
+        )
+    if questions and len(questions) != len(plans.plans):
+        raise click.UsageError(
+            f"{len(plans.plans)} plans and {len(questions)} files of questions: give one --eval for each --plan"
         )
     composed = compose(
         model,
-        [read_plan(where) for where in plans],
-        weights or [1.0] * len(plans),
+        [read_plan(where) for where in plans.plans],
+        weights,
         out,
         to=to,
-        revision=given["revision"],
-        strength=given["strength"],
-        kl_budget=given["kl_budget"],
-        neutral=read_neutral(given),
-        runtime=read_runtime(given),
-        questions=[read_questions(source) for source in asked] if asked else None,
-        measure=not given["no_report"],
+        revision=model_flags.revision,
+        strength=strength.strength,
+        kl_budget=strength.kl_budget,
+        neutral=strength.read_neutral(),
+        runtime=model_flags.runtime(),
+        questions=[read_questions(source) for source in questions] if questions else None,
+        measure=not no_report,
         force=force,
-        writing=read_writing(given),
+        writing=writing.writing(),
         progress=progress_bar(),
     )
     result = {
@@ -97,81 +127,40 @@ def compose_given(
         "measured": composed.plan.measured.to_json(),
         "interference": composed.described(),
     }
-    print_result(result, as_json, lambda result: _render(composed, result))
+    print_result(result, as_json, lambda result: _render(composed, result, model, model_flags.revision))
 
 
-@click.command()
-@click.argument("plan_file", metavar="PLAN")
-@click.option("--by", type=float, help="Multiply the plan's present dose.")
-@click.option("--model", help="The base, on which a KL budget is measured.")
-@click.option(
-    "--kl-budget", type=float, help="The largest dose within this mean KL per token on neutral text, in nats."
-)
-@click.option("--kl-budget-attn", type=float, help="The same for attention's edits alone.")
-@click.option("--kl-budget-mlp", type=float, help="The same for the MLPs' edits alone.")
-@click.option("--neutral", type=PATH, help="Your own neutral text, instead of the packaged one.")
-@click.option("-o", "--out", type=PATH, required=True, help="The new plan file, *.plan.safetensors.")
-@model_options
-@json_option
-def scale(plan_file: str, by: float | None, model: str | None, out: Path, as_json: bool, **given: Any) -> None:
-    """Give a plan another dose: a factor of the present one, or what a KL budget allows."""
-    from steer2edit.compose import rescale
-    from steer2edit.report.tables import describe_plan, render_plan
-    from steer2edit.runtime.model import load_model
-    from steer2edit.strength.settle import neutral_text
-
-    plan = read_plan(plan_file)
-    if by is not None:
-        scaled = rescale(plan, factor=by)
-    else:
-        budgets = read_budgets({**given, "strength": None})
-        if budgets["kl_budget"] is None and budgets["class_budgets"] is None:
-            raise click.UsageError("give --by, or a KL budget")
-        if model is None:
-            raise click.UsageError("a KL budget is measured: name the base with --model")
-        checkpoint, spec = open_model(model, given)
-        plan.check_base(checkpoint)
-        loaded = load_model(checkpoint, spec, read_runtime(given))
-        text = neutral_text(loaded, read_neutral(given), progress_bar())
-        del budgets["strength"]
-        scaled = rescale(plan, **budgets, loaded=loaded, neutral=text)
-    scaled.save(out)
-    print_result(
-        {"plan": str(out), **describe_plan(scaled)}, as_json, lambda r: f"{render_plan(scaled, top=5)}\n\n{r['plan']}"
-    )
-
-
-def read_plan(where: str) -> Any:
-    """A plan, here or on the Hub, alone or in an artefact's folder."""
-    from steer2edit.plan import EditPlan
-
-    return EditPlan.load(find_plan(where))
-
-
-def _render(composed: Any, result: dict[str, Any]) -> str:
+def _render(composed: Composed, result: dict[str, Any], model: str, revision: str | None) -> str:
     from tabulate import tabulate
 
-    from steer2edit.report.tables import render_evaluation, render_plan
+    from steer2edit.report.plan_text import cost_line, plan_line, strength_line
+    from steer2edit.report.tables import render_evaluation
 
+    plan = composed.plan
+    summary = {"Composed": plan_line(plan), "Strength": strength_line(plan.measured), "Cost": cost_line(plan.measured)}
+    lines = [*columns(summary), ""]
     called = result["interference"]["plans"]
-    heads = ["", "update, cosine", "direction, cosine", "same components"]
-    lines = [render_plan(composed.plan, top=5), ""]
+    heads = ["matrix", "cosine of the updates", "cosine of the directions", "energy on the same components"]
     for overlap in composed.overlaps:
         if overlap.site is None:
             pair = f"{called[overlap.first]} and {called[overlap.second]}"
-            rows = [["all sites", *_numbers(overlap)]]
-            mine = [o for o in composed.overlaps if o.site and (o.first, o.second) == (overlap.first, overlap.second)]
+            rows = [["all", *_numbers(overlap)]]
+            mine = [
+                o
+                for o in composed.overlaps
+                if o.site is not None and (o.first, o.second) == (overlap.first, overlap.second)
+            ]
             most = sorted(mine, key=lambda o: -abs(o.update))[:5]
-            rows += [[o.site, *_numbers(o)] for o in most]
+            rows += [[str(o.site), *_numbers(o)] for o in most]
             lines += [
-                f"{pair} meet at {len(mine)} sites; the most at",
+                f"{pair} edit {len(mine)} of the same matrices (0: they do not meet, 1: they do the same); the closest:",
                 tabulate(rows, heads, disable_numparse=True),
                 "",
             ]
     for name, found in composed.evaluations.items():
-        lines += [f"on the questions of {name}", render_evaluation(found), ""]
-    lines += [f"{target}: {folder} ({result['exactness'][target]})" for target, folder in result["artefacts"].items()]
-    return "\n".join(lines)
+        lines += [f"Effect on the held-out questions of {name}:", "", render_evaluation(found), ""]
+    lines += ["Written:", *artefact_lines(composed.artefacts, result["exactness"])]
+    return "\n".join([*lines, "", "Next:", *next_lines(composed.artefacts, model, revision)])
 
 
 def _numbers(overlap: Any) -> list[str]:

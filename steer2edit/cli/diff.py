@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from steer2edit.cli.options import PATH, force_option, json_option, print_result, progress_bar
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import PATH, FlagGroup
+from steer2edit.cli.options import ForceFlags, JsonFlags, RevisionFlags, progress_bar
+from steer2edit.cli.output import print_result
+from steer2edit.options import option
 
 
-@click.command()
+@dataclass(frozen=True)
+class DiffFlags(FlagGroup):
+    """What is listed and written."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path | None = option(None, "Write the recovered plan to this file, *.plan.safetensors.", "-o", "--out")
+    max_rank: int = option(32, "Largest rank that counts as low.", minimum=1)
+    top: int = option(30, "Number of tensors to list.", minimum=0)
+
+
+@dataclass(frozen=True)
+class RevertFlags(FlagGroup):
+    """What is restored, and where to."""
+
+    heading: ClassVar[str] = "Output"
+
+    base: str = option(..., "Folder or Hub id that EDITED was made from.")
+    out: Path | None = option(
+        None, "Folder of the result.", "-o", "--out", shown_default="EDITED itself, replaced when complete"
+    )
+    unproven: bool = option(False, "Restore every tensor that differs, without a receipt that proves it.")
+
+
+@command(output=DiffFlags, printed=JsonFlags)
 @click.argument("base")
 @click.argument("edited")
-@click.option("-o", "--out", type=PATH, help="Write the recovered plan here, *.plan.safetensors.")
-@click.option("--max-rank", type=click.IntRange(1), default=32, show_default=True, help="Ranks above it are not low.")
-@click.option("--top", type=click.IntRange(0), default=30, show_default=True, help="Tensors to list.")
-@json_option
-def diff(base: str, edited: str, out: Path | None, max_rank: int, top: int, as_json: bool) -> None:
-    """Every tensor in which EDITED differs from BASE, and the rank of the difference.
+def diff(base: str, edited: str, output: DiffFlags, printed: JsonFlags) -> None:
+    """List every tensor in which EDITED differs from BASE, and the rank of the difference.
 
     Works on checkpoints made by any tool, however they are divided among shards. Reads each file, loads no model.
     """
@@ -36,36 +60,36 @@ def diff(base: str, edited: str, out: Path | None, max_rank: int, top: int, as_j
         spec = read_spec(ours)
     except ArchitectureError as error:
         unknown = first_line(error)
-    found = compare(ours, theirs, fused_parts(spec), max_rank=max_rank, progress=progress_bar())
+    found = compare(ours, theirs, fused_parts(spec), max_rank=output.max_rank, progress=progress_bar())
     result: dict[str, Any] = {
         **{key: value for key, value in vars(found).items() if key != "tensors"},
         "tensors": [_described(item) for item in found.tensors],
         "plan": None,
     }
-    if out is not None:
+    if output.out is not None:
         if spec is None:
             raise PlanError(f"no plan can be recovered for a layout that is not understood: {unknown}")
         plan, left_out = recover_plan(found, ours, spec)
-        plan.save(out)
-        result["plan"] = {"file": str(out), "edits": len(plan.edits), "left_out": left_out}
-    print_result(result, as_json, lambda r: _render(r, top))
+        plan.save(output.out)
+        result["plan"] = {"file": str(output.out), "edits": len(plan.edits), "left_out": left_out}
+    print_result(result, printed.as_json, lambda r: _render(r, output.top))
 
 
-@click.command()
+@command(output=RevertFlags, revision=RevisionFlags, force=ForceFlags, printed=JsonFlags)
 @click.argument("edited", type=PATH)
-@click.option("--base", required=True, help="The folder or Hub id that EDITED was made from.")
-@click.option("--revision", help="Branch, tag or commit of a Hub base.")
-@click.option("-o", "--out", type=PATH, help="Folder of the result.  [default: EDITED itself, replaced when complete]")
-@click.option("--unproven", is_flag=True, help="Restore whatever differs, without a receipt that vouches for it.")
-@json_option
-@force_option
-def revert(
-    edited: Path, base: str, revision: str | None, out: Path | None, unproven: bool, as_json: bool, force: bool
-) -> None:
-    """Give EDITED its base's bytes again, after its receipt has proved that they are."""
+def revert(edited: Path, output: RevertFlags, revision: RevisionFlags, force: ForceFlags, printed: JsonFlags) -> None:
+    """Restore the base's weights in EDITED, after checking every changed tensor against the receipt."""
     from steer2edit.artefact.revert import revert as revert_folder
 
-    done = revert_folder(edited, base, out, revision=revision, unproven=unproven, force=force, progress=progress_bar())
+    reverted = revert_folder(
+        edited,
+        output.base,
+        output.out,
+        revision=revision.revision,
+        unproven=output.unproven,
+        force=force.force,
+        progress=progress_bar(),
+    )
 
     def render(r: dict[str, Any]) -> str:
         proof = "each proved by the receipt" if r["proven"] else "without a receipt's proof"
@@ -73,7 +97,7 @@ def revert(
         lines += [f"  {name} still differs: another shape or dtype, or not in both" for name in r["remaining"]]
         return "\n".join(lines)
 
-    print_result({**asdict(done), "folder": str(done.folder)}, as_json, render)
+    print_result({**asdict(reverted), "folder": str(reverted.folder)}, printed.as_json, render)
 
 
 def _described(item: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer2edit.cli.options import print_result
+from steer2edit.cli.output import print_result
 
 if TYPE_CHECKING:
     from steer2edit.artefact.request import CompileRequest

@@ -1,33 +1,64 @@
-"""The command that reads what others made: steering vectors, or finished edits as plans."""
+"""``import``: reads what others made, steering vectors or finished edits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from steer2edit.cli.options import PATH, json_option, open_model, print_result, read_layers
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import Flag, FlagGroup, flag
+from steer2edit.cli.options import JsonFlags, RevisionFlags
+from steer2edit.cli.output import print_result
+from steer2edit.cli.plan import print_plan
+from steer2edit.importers.source import Reading
+from steer2edit.options import option, options_of
 
 
-@click.command("import")
+@dataclass(frozen=True)
+class ReadingFlags(FlagGroup):
+    """How a file's entries become layers: the fields of ``Reading``."""
+
+    heading: ClassVar[str] = "Source"
+
+    reading: Reading
+
+    @classmethod
+    def params(cls) -> list[Flag]:
+        """The flags of ``Reading``."""
+        return [flag(one, cls.heading) for one in options_of(Reading)]
+
+    @classmethod
+    def take(cls, values: dict[str, Any]) -> ReadingFlags:
+        """The reading, whose values are taken out of ``values``."""
+        return cls(Reading(**{one.name: values.pop(one.name) for one in options_of(Reading)}))
+
+
+@dataclass(frozen=True)
+class ImportFlags(RevisionFlags):
+    """The base that edits belong to."""
+
+    model: str | None = option(None, "Base that finished edits belong to; vectors are checked against it.")
+
+
+@dataclass(frozen=True)
+class ImportOut(FlagGroup):
+    """Where the result goes."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path = option(
+        ..., "File to write: *.vectors.safetensors for vectors, *.plan.safetensors for edits.", "-o", "--out"
+    )
+
+
+@command("import", reading=ReadingFlags, model_flags=ImportFlags, output=ImportOut, printed=JsonFlags)
 @click.argument("source")
-@click.option(
-    "-o", "--out", type=PATH, required=True, help="*.vectors.safetensors for vectors, *.plan.safetensors for edits."
-)
-@click.option("--model", help="The base that finished edits belong to; vectors need none, and are checked against it.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--layers", help="Where a file's single vector goes, such as 12 or 4-20.")
-@click.option(
-    "--offset",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Added to every layer number; -1 for files numbered as transformers' hidden_states.",
-)
-@click.option("--feature", "features", type=int, multiple=True, help="An SAE's feature; may be repeated, and adds up.")
-@json_option
-def import_(source: str, out: Path, model: str | None, as_json: bool, **given: Any) -> None:
+def import_(
+    source: str, reading: ReadingFlags, model_flags: ImportFlags, output: ImportOut, printed: JsonFlags
+) -> None:
     """Read steering vectors or finished edits that were made elsewhere.
 
     Vectors: control-vector GGUF (repeng, llama.cpp), the steering-vectors library's SteeringVector, Steer2Edit's direction
@@ -37,35 +68,34 @@ def import_(source: str, out: Path, model: str | None, as_json: bool, **given: A
     from steer2edit.capture.vectors import Vectors
     from steer2edit.files.hub import fetch
     from steer2edit.importers import read
-    from steer2edit.importers.source import Reading
-    from steer2edit.report.tables import describe_plan, render_plan
 
-    layers = read_layers(given["layers"]) if given["layers"] else None
-    found = read(fetch(source), Reading(layers, given["offset"], given["features"]))
-    if isinstance(found, Vectors):
-        if model is not None:
-            found.check(open_model(model, given)[1])
-        found.save(out)
-        result = {
-            "vectors": str(out),
-            "source": dict(found.source),
-            "norms": {place: float(vector.norm()) for place, vector in found.directions.items()},
-        }
-        print_result(result, as_json, _render)
+    content = read(fetch(source), reading.reading)
+    if not isinstance(content, Vectors):
+        if model_flags.model is None:
+            raise click.UsageError(f"{source} holds finished edits: name their base with --model")
+        plan = content.plan(*model_flags.open(model_flags.model))
+        plan.save(output.out)
+        print_plan(plan, output.out, printed.as_json)
         return
-    if model is None:
-        raise click.UsageError(f"{source} holds finished edits: name their base with --model")
-    plan = found.plan(*open_model(model, given))
-    plan.save(out)
-    print_result(
-        {"plan": str(out), **describe_plan(plan)}, as_json, lambda r: f"{render_plan(plan, top=5)}\n\n{r['plan']}"
-    )
+    if model_flags.model is not None:
+        content.check(model_flags.open(model_flags.model)[1])
+    content.save(output.out)
+    result = {
+        "vectors": str(output.out),
+        "source": dict(content.source),
+        "norms": {place: float(vector.norm()) for place, vector in content.directions.items()},
+    }
+    print_result(result, printed.as_json, _render)
 
 
 def _render(result: dict[str, Any]) -> str:
     source = result["source"]
-    lines = [f"{source['format']}{', made for ' + source['model'] if source.get('model') else ''}"]
-    lines += [f"  {place:<14} ‖v‖ = {norm:.4g}" for place, norm in result["norms"].items()]
+    lines = [f"{source['format']}{', made for ' + source['model'] if source.get('model') else ''}", ""]
+    lines += [
+        "Norm of the vector at each place:",
+        *(f"  {place:<14} {norm:.4g}" for place, norm in result["norms"].items()),
+    ]
     if source.get("left_out"):
         lines.append(f"  left out, because no block writes it: {', '.join(source['left_out'])}")
-    return "\n".join([*lines, result["vectors"]])
+    command = f"  steer2edit compile MODEL --vectors {result['vectors']} --out FOLDER"
+    return "\n".join([*lines, "", f"Written: {result['vectors']}", "", "Next:", command])

@@ -1,156 +1,357 @@
-"""Command line options shared by several commands: their declarations, and what the library makes of their values."""
+"""Groups of flags that several commands share, and what the library makes of their values.
+
+Heavy imports happen inside the functions, so that ``--help`` stays fast.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
 
-from steer2edit.errors import printable
+from steer2edit import targets
+from steer2edit.cli.flags import FlagGroup
 from steer2edit.files.untrusted import parse_json, read_bytes
-from steer2edit.notices import notices
+from steer2edit.options import option
 
-F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+if TYPE_CHECKING:
+    from steer2edit.architecture import MatrixRole, ModelSpec
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vectors import Vectors
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.data.behavior import Behavior
+    from steer2edit.lowering import Writing
+    from steer2edit.runtime.model import LoadedModel, Runtime
+
 _TEXT_BYTES = 256 << 20
 
 
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several click options as one decorator, in reading order."""
+@dataclass(frozen=True)
+class RevisionFlags(FlagGroup):
+    """Which version of a model on the Hub."""
 
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
+    heading: ClassVar[str] = "Model"
 
-    return apply
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.", rare=True)
+
+    def open(self, model: str) -> tuple[Checkpoint, ModelSpec]:
+        """A checkpoint and its specification."""
+        from steer2edit.architecture import read_spec
+        from steer2edit.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(model, self.revision)
+        return checkpoint, read_spec(checkpoint)
 
 
-model_options = options(
-    click.option("--revision", help="Branch, tag or commit of a Hub model."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="Of the running model; auto is float32 on a CPU and the stored dtype elsewhere.",
-    ),
-    click.option(
-        "--device-map",
-        help="Passed to transformers, for models larger than one device (needs accelerate): auto, or a JSON object of "
-        "modules and devices.",
-    ),
-    click.option("--trust-remote-code", is_flag=True, help="Run the model's own Python code."),
-)
-data_options = options(
-    click.option("--data", help="Contrast data: JSONL, JSON, CSV, Parquet, or a Hub dataset id."),
-    click.option("--behavior", help="A built-in behaviour instead: concise, truthful, formal or cautious."),
-    click.option("--system", help="A system message put before every prompt."),
-    click.option(
-        "--span",
-        type=click.Choice(["matched", "response"]),
-        default="matched",
-        show_default=True,
-        help="A pair's responses cut to the shorter's length, or whole.",
-    ),
-    click.option(
-        "--background",
-        "background_file",
-        type=PATH,
-        help="Your own text of all that the behaviour is not, instead of the packaged one.",
-    ),
-    click.option(
-        "--batch-tokens",
-        type=click.IntRange(16),
-        default=4096,
-        show_default=True,
-        help="Tokens of one batch.",
-    ),
-)
-method_options = options(
-    click.option(
-        "--method", default="steering", show_default=True, help="steering, component (Steer2Edit) or ablation."
-    ),
-    click.option(
-        "--sites", type=click.Choice(["attn", "mlp", "both"]), help="steering: the writers that carry the vector."
-    ),
-    click.option("--carriers", type=float, help="steering: share of each site's heads or neurons that carry it."),
-    click.option(
-        "--moments",
-        type=click.Choice(["heads", "diagonal"]),
-        help="steering: weigh a head's columns together, or each by itself.",
-    ),
-    click.option(
-        "--background-weight",
-        "background",
-        type=float,
-        help="steering: the background text's weight in the moments, 0 to 1.  [default: 0.5]",
-    ),
-    click.option(
-        "--all-components",
-        "stable",
-        flag_value=False,
-        type=bool,
-        default=None,
-        help="Edit components too whose score's sign is not stable.",
-    ),
-    click.option("--rho-attn", type=float, help="component: the paper's rho for heads; 0 leaves attention alone."),
-    click.option("--rho-mlp", type=float, help="component: the paper's rho for neurons; 0 leaves MLPs alone."),
-    click.option("--alpha", type=float, help="component: the paper's alpha. ablation: the part removed (1 is all)."),
-    click.option("--tau-attn", type=float, help="component: threshold on a head's |cos|, in place of rho and alpha."),
-    click.option("--tau-mlp", type=float, help="component: threshold on a neuron's |cos|."),
-    click.option("--slope", type=float, help="component: growth of lambda over the threshold, with --tau-…."),
-    click.option("--top-heads", type=float, help="component: edit this many heads (below 1: this share of them)."),
-    click.option("--top-neurons", type=float, help="component: edit this many neurons (below 1: this share)."),
-    click.option("--scale", type=click.Choice(["relative", "absolute"]), help="component: what lambda is measured in."),
-    click.option("--layers", help="First and last layer to edit, such as 4-20."),
-    click.option("--direction-layer", type=int, help="ablation: take the direction after this layer's block."),
-    click.option("--embedding", is_flag=True, default=None, help="ablation: the token embedding too (untied models)."),
-)
-_METHOD_OPTIONS = (
-    *(
-        "sites",
-        "carriers",
-        "moments",
-        "background",
-        "stable",
-        "rho_attn",
-        "rho_mlp",
-        "alpha",
-        "tau_attn",
-        "tau_mlp",
-        "slope",
-    ),
-    *("top_heads", "top_neurons", "scale", "layers", "direction_layer", "embedding"),
-)
-strength_options = options(
-    click.option("--strength", type=float, help="Multiplies the edit; without it the KL budget decides."),
-    click.option("--kl-budget", type=float, help="Mean KL per token on neutral text, in nats.  [default: 0.05]"),
-    click.option("--kl-budget-attn", type=float, help="The same for attention's edits alone."),
-    click.option("--kl-budget-mlp", type=float, help="The same for the MLPs' edits alone."),
-    click.option("--neutral", type=PATH, help="Your own neutral text, instead of the packaged one."),
-)
-writing_options = options(
-    click.option(
-        "--jobs",
-        type=click.IntRange(1),
-        help="Pieces written at a time.  [default: as many as there are processors, at most 4]",
-    ),
-    click.option("--link", is_flag=True, help="Hard-link the shards that no edit touches instead of copying them."),
-    click.option("--dry-run", is_flag=True, help="Say what would be read, changed and written, and stop there."),
-)
-vectors_option = click.option(
-    "--vectors",
-    "vectors_file",
-    type=PATH,
-    help="Steering vectors made elsewhere, as steer2edit import reads them, in place of the captured difference.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-force_option = click.option("--force", is_flag=True, help="Replace an artefact that is there already.")
+@dataclass(frozen=True)
+class ModelFlags(RevisionFlags):
+    """How the model runs."""
+
+    device: str = option("auto", "Device that the model runs on: auto, cpu, cuda, cuda:N or mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Number format of the running model; auto is float32 on a CPU, and the stored format elsewhere."
+    )
+    device_map: str | None = option(
+        None,
+        "Spread a model that is larger than one device (needs accelerate): auto, or a JSON object of modules and devices.",
+        rare=True,
+    )
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", rare=True)
+
+    def runtime(self, auto: str = "auto") -> Runtime:
+        """The library's setting; ``auto`` is the dtype that stands for auto."""
+        from steer2edit.runtime.model import Runtime
+
+        quieten_transformers()
+        dtype = auto if self.dtype == "auto" else self.dtype
+        return Runtime(self.device, dtype, self._device_map(), self.trust_remote_code)
+
+    def load(self, checkpoint: Checkpoint, spec: ModelSpec) -> LoadedModel:
+        """The running model."""
+        from steer2edit.runtime.model import load_model
+
+        return load_model(checkpoint, spec, self.runtime())
+
+    def _device_map(self) -> Any:
+        text = self.device_map
+        if text is None or not text.startswith("{"):
+            return text
+        try:
+            return parse_json(text.encode("utf-8", "surrogateescape"), unique=True)
+        except ValueError as error:
+            raise click.BadParameter(f"it is not a JSON object: {error}", param_hint="--device-map") from None
+
+
+@dataclass(frozen=True)
+class TemplateFlags(FlagGroup):
+    """What stands around the prompts."""
+
+    heading: ClassVar[str] = "Data"
+
+    system: str | None = option(None, "System message to put before every prompt.")
+    chat_template_kwargs: tuple[str, ...] = option(
+        (),
+        "Argument for the chat template, such as enable_thinking=false; the value is JSON or text. Repeatable.",
+        metavar="NAME=VALUE",
+        rare=True,
+    )
+
+    @property
+    def template_arguments(self) -> dict[str, Any] | None:
+        """The chat template's arguments; None where none are given."""
+        found: dict[str, Any] = {}
+        for text in self.chat_template_kwargs:
+            name, sign, value = text.partition("=")
+            if not sign or not name.strip().isidentifier():
+                raise click.BadParameter(
+                    f"{text!r} is not of the form NAME=VALUE, such as enable_thinking=false",
+                    param_hint="--chat-template-kwargs",
+                )
+            if name.strip() in found:
+                raise click.BadParameter(f"{name.strip()} is given twice", param_hint="--chat-template-kwargs")
+            found[name.strip()] = _json_or_text(value)
+        return found or None
+
+
+@dataclass(frozen=True)
+class DataFlags(TemplateFlags):
+    """Contrast data: where it comes from, and how it is read."""
+
+    first: ClassVar[tuple[str, ...]] = ("data", "behavior", "limit")
+
+    data: tuple[str, ...] = option(
+        (),
+        "Contrast data: a JSONL, JSON, CSV or Parquet file, or a dataset's id on the Hub. Repeatable.",
+        metavar="DATA",
+    )
+    behavior: tuple[str, ...] = option(
+        (), "Built-in behaviour instead: concise, truthful, formal or cautious. Repeatable.", metavar="NAME"
+    )
+    span: Literal["matched", "response"] = option(
+        "matched", "Read a pair's responses up to the shorter's length, or whole.", rare=True
+    )
+    max_tokens: int = option(
+        2048, "Longest example in tokens: a longer prompt is refused, a longer response is cut.", minimum=16, rare=True
+    )
+    background_file: Path | None = option(
+        None, "Text unlike the behaviour, in place of the packaged one.", "--background", rare=True
+    )
+    batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
+
+    @property
+    def most_rows(self) -> int | None:
+        """How many rows are used at most; None for all."""
+        return None
+
+    @property
+    def any(self) -> bool:
+        """Whether contrast data is named."""
+        return bool(self.data or self.behavior)
+
+    def read_behavior(self, vectors: Vectors | None = None) -> Behavior:
+        """The behaviour; beside vectors from elsewhere it needs no examples."""
+        from steer2edit.data.behavior import Behavior
+
+        arguments = self.template_arguments
+        if vectors is not None and not self.any:
+            name = str(vectors.source.get("name", "imported vectors"))
+            return Behavior(name, (), self.system, self.span, arguments, self.max_tokens)
+        if not self.any:
+            raise click.UsageError("give --data, --behavior or (where there is one) --stats: exactly one of them")
+        if self.data and self.behavior:
+            raise click.UsageError("--data and --behavior are both given; give exactly one of them")
+        read, sources = (Behavior.from_data, self.data) if self.data else (Behavior.builtin, self.behavior)
+        if len(set(sources)) < len(sources):
+            raise click.UsageError(
+                f"{'--data' if self.data else '--behavior'} names the same source twice; give it once"
+            )
+        parts = [read(source, self.system, self.span, arguments, max_tokens=self.max_tokens) for source in sources]
+        behavior = Behavior.joined(parts)
+        return behavior if self.most_rows is None else behavior.limited(self.most_rows)
+
+    def read_background(self) -> str | None:
+        """The text of --background."""
+        return read_text(self.background_file, "--background")
+
+    def capture(
+        self, checkpoint: Checkpoint, spec: ModelSpec, model: ModelFlags, loaded: LoadedModel | None = None
+    ) -> Statistics:
+        """The data's statistics; the model is loaded once the data is known to be good."""
+        from steer2edit.capture.run import capture_statistics
+
+        behavior, background = self.read_behavior(), self.read_background()
+        return capture_statistics(
+            model.load(checkpoint, spec) if loaded is None else loaded,
+            checkpoint,
+            behavior,
+            background=background,
+            batch_tokens=self.batch_tokens,
+            progress=progress_bar(),
+        )
+
+
+@dataclass(frozen=True)
+class CaptureFlags(DataFlags):
+    """Contrast data of which a part may be used."""
+
+    limit: int | None = option(
+        None, "Use at most N rows of the data; the choice depends on what is in them, not on their order.", minimum=1
+    )
+
+    @property
+    def most_rows(self) -> int | None:
+        """The value of --limit."""
+        return self.limit
+
+
+@dataclass(frozen=True)
+class StatsFlags(FlagGroup):
+    """Statistics in place of data."""
+
+    heading: ClassVar[str] = "Data"
+
+    stats: Path | None = option(None, "Statistics of an earlier capture, in place of data.")
+
+    def check(self, data: DataFlags) -> None:
+        """Raise UsageError where data is named too."""
+        if self.stats is not None and data.any:
+            raise click.UsageError("--stats stands in place of --data and --behavior; give one of the three")
+
+
+@dataclass(frozen=True)
+class VectorsFlags(FlagGroup):
+    """Steering vectors in place of the captured difference."""
+
+    heading: ClassVar[str] = "Data"
+
+    vectors_file: Path | None = option(
+        None,
+        "Steering vectors made elsewhere, in place of the captured difference (see steer2edit import).",
+        "--vectors",
+    )
+
+    def read(self) -> Vectors | None:
+        """The vectors, if any."""
+        from steer2edit.importers import read_vectors
+
+        return None if self.vectors_file is None else read_vectors(self.vectors_file)
+
+
+@dataclass(frozen=True)
+class NeutralFlags(FlagGroup):
+    """The text that the KL is measured on."""
+
+    heading: ClassVar[str] = "Strength"
+
+    neutral: Path | None = option(None, "Text to measure the KL on, in place of the packaged one.")
+
+    def read_neutral(self) -> str | None:
+        """The text of --neutral."""
+        return read_text(self.neutral, "--neutral")
+
+
+@dataclass(frozen=True)
+class BudgetFlags(NeutralFlags):
+    """KL budgets."""
+
+    first: ClassVar[tuple[str, ...]] = ("strength", "kl_budget")
+
+    kl_budget: float | None = option(
+        None,
+        "Largest mean KL from the base on neutral text, in nats per token; the strength is the largest within it.",
+        shown_default="0.05",
+    )
+    kl_budget_attn: float | None = option(None, "KL budget of attention's edits alone.", rare=True)
+    kl_budget_mlp: float | None = option(None, "KL budget of the MLPs' edits alone.", rare=True)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a budget is given, which is measured by running the model."""
+        return any(one is not None for one in (self.kl_budget, self.kl_budget_attn, self.kl_budget_mlp))
+
+    @property
+    def class_budgets(self) -> dict[MatrixRole, float] | None:
+        """The budgets of attention and MLPs apart."""
+        from steer2edit.architecture import MatrixRole
+
+        budgets = {MatrixRole.ATTN_OUT: self.kl_budget_attn, MatrixRole.MLP_OUT: self.kl_budget_mlp}
+        return {role: budget for role, budget in budgets.items() if budget is not None} or None
+
+
+@dataclass(frozen=True)
+class StrengthFlags(BudgetFlags):
+    """A strength, or budgets."""
+
+    strength: float | None = option(None, "Multiply the method's edit by this; without it the KL budget decides.")
+
+
+@dataclass(frozen=True)
+class TargetFlags(FlagGroup):
+    """Formats of the artefact."""
+
+    heading: ClassVar[str] = "Output"
+
+    to: tuple[str, ...] = option(
+        ("checkpoint",), "Format of the artefact, one of the targets below. Repeatable.", metavar="TARGET"
+    )
+
+    @classmethod
+    def listed(cls) -> dict[str, list[tuple[str, str]]]:
+        """The targets, each with its summary."""
+        return {"Targets": [(name, targets.summary(name)) for name in targets.names()]}
+
+
+@dataclass(frozen=True)
+class WritingFlags(FlagGroup):
+    """How files are written."""
+
+    heading: ClassVar[str] = "Output"
+
+    dry_run: bool = option(False, "Say what would be read, changed and written, and stop there.")
+    link: bool = option(False, "Hard-link the shards that no edit touches, in place of copying them.", rare=True)
+    jobs: int | None = option(
+        None,
+        "Number of pieces to write at a time.",
+        minimum=1,
+        shown_default="the number of processors, at most 4",
+        rare=True,
+    )
+
+    def writing(self) -> Writing:
+        """The library's setting."""
+        from steer2edit.lowering import Writing
+
+        return Writing(self.jobs, self.link)
+
+
+@dataclass(frozen=True)
+class ForceFlags(FlagGroup):
+    """Whether an artefact may be replaced."""
+
+    heading: ClassVar[str] = "Output"
+
+    force: bool = option(False, "Replace an artefact that exists already.")
+
+
+@dataclass(frozen=True)
+class JsonFlags(FlagGroup):
+    """How the result is printed."""
+
+    heading: ClassVar[str] = "Output"
+
+    as_json: bool = option(False, "Print the result as JSON.", "--json")
+
+
+def read_text(path: Path | None, flag: str) -> str | None:
+    """A text file's content; None without a path."""
+    if path is None:
+        return None
+    try:
+        return read_bytes(path, _TEXT_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"cannot read {path}: {error}", param_hint=flag) from None
 
 
 def numbers(text: str, flag: str) -> list[float]:
@@ -158,16 +359,7 @@ def numbers(text: str, flag: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers, such as 0.5,1,2", param_hint=flag) from None
-
-
-def open_model(model: str, given: dict[str, Any]) -> Any:
-    """A checkpoint and its specification."""
-    from steer2edit.architecture import read_spec
-    from steer2edit.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model, given["revision"])
-    return checkpoint, read_spec(checkpoint)
+        raise click.BadParameter(f"{text!r} is not a list of numbers, such as 0.5,1,2", param_hint=flag) from None
 
 
 def find_plan(where: str) -> Path:
@@ -175,10 +367,17 @@ def find_plan(where: str) -> Path:
     from steer2edit.files.hub import fetch
     from steer2edit.files.layout import PLAN, PLAN_FILE
 
-    found = fetch(where, only=[PLAN, PLAN_FILE])
-    if not found.is_dir():
-        return found
-    return next((found / name for name in (PLAN, PLAN_FILE) if (found / name).is_file()), found / PLAN)
+    place = fetch(where, only=[PLAN, PLAN_FILE])
+    if not place.is_dir():
+        return place
+    return next((place / name for name in (PLAN, PLAN_FILE) if (place / name).is_file()), place / PLAN)
+
+
+def read_plan(where: str) -> Any:
+    """A plan, here or on the Hub, alone or in an artefact's folder."""
+    from steer2edit.plan import EditPlan
+
+    return EditPlan.load(find_plan(where))
 
 
 def progress_bar() -> Any:
@@ -188,143 +387,16 @@ def progress_bar() -> Any:
     return bar
 
 
-def print_result(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
-    """A result on stdout, as JSON or as text. JSON objects also hold the run's notices, where there are any."""
-    said = notices()
-    if as_json and said and isinstance(result, dict):
-        result = {**result, "notices": said}
-    click.echo(json.dumps(result, indent=1, default=list) if as_json else printable(render(result)))
-
-
-def only_statistics(given: dict[str, Any]) -> bool:
-    if given["data"] or given["behavior"]:
-        raise click.UsageError("--stats stands in place of --data and --behavior; give one of the three")
-    return True
-
-
-def read_behavior(given: dict[str, Any], vectors: Any = None) -> Any:
-    """The behaviour that was given; beside vectors from elsewhere, none need be, and the background text is read alone."""
-    from steer2edit.data.behavior import Behavior
-
-    if vectors is not None and not given["data"] and not given["behavior"]:
-        return Behavior(str(vectors.source.get("name", "imported vectors")), (), given["system"], given["span"])
-    if bool(given["data"]) == bool(given["behavior"]):
-        raise click.UsageError("give exactly one of --data, --behavior and (where there is one) --stats")
-    if given["data"]:
-        return Behavior.from_data(given["data"], given["system"], given["span"])
-    return Behavior.builtin(given["behavior"], given["system"], given["span"])
-
-
-def read_vectors(given: dict[str, Any]) -> Any:
-    """The vectors of --vectors, or None."""
-    from steer2edit.importers import read_vectors as read
-
-    return read(given["vectors_file"]) if given["vectors_file"] else None
-
-
-def capture_given(given: dict[str, Any], checkpoint: Any, spec: Any, loaded: Any = None) -> Any:
-    """The statistics of the data that was given; the model is loaded once the data is known to be good."""
-    from steer2edit.capture.run import capture_statistics
-    from steer2edit.runtime.model import load_model
-
-    behavior, background = read_behavior(given), read_background(given)
-    loaded = load_model(checkpoint, spec, read_runtime(given)) if loaded is None else loaded
-    return capture_statistics(
-        loaded,
-        checkpoint,
-        behavior,
-        background=background,
-        batch_tokens=given["batch_tokens"],
-        progress=progress_bar(),
-    )
-
-
-def read_held_out(given: dict[str, Any]) -> Any:
-    """The questions of --eval, or those that come with --behavior; None where there are neither."""
-    from steer2edit.data.questions import builtin_questions, read_questions
-
-    if given["questions"]:
-        return read_questions(given["questions"])
-    return builtin_questions(given["behavior"]) if given["behavior"] else None
-
-
-def read_method_options(given: dict[str, Any]) -> Any:
-    from dataclasses import fields
-
-    from steer2edit import methods
-
-    options_class = methods.load(given["method"]).Options
-    known = {field.name for field in fields(options_class)}
-    chosen = {name: given[name] for name in _METHOD_OPTIONS if given[name] is not None}
-    if strange := sorted(chosen.keys() - known):
-        names = {"stable": "all-components", "background": "background-weight"}
-        flags = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in strange)
-        raise click.UsageError(f"the method {given['method']} has no option {flags}")
-    if "layers" in chosen:
-        chosen["layers"] = read_layers(chosen["layers"])
-    return options_class(**chosen)
-
-
-def read_layers(text: str) -> tuple[int, int]:
-    first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
-        raise click.BadParameter(
-            f"{text!r} is no range of layers; expected one such as 4-20 or 7", param_hint="--layers"
-        )
-    return int(first), int(last if dash else first)
-
-
-def read_budgets(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of ``settle_strength`` that say how strong an edit may be."""
-    from steer2edit.architecture import MatrixRole
-
-    budgets = {MatrixRole.ATTN_OUT: given["kl_budget_attn"], MatrixRole.MLP_OUT: given["kl_budget_mlp"]}
-    classes = {role: budget for role, budget in budgets.items() if budget is not None}
-    return {"strength": given["strength"], "kl_budget": given["kl_budget"], "class_budgets": classes or None}
-
-
-def read_neutral(given: dict[str, Any]) -> str | None:
-    return _text(given["neutral"], "--neutral")
-
-
-def read_background(given: dict[str, Any]) -> str | None:
-    return _text(given["background_file"], "--background")
-
-
-def _text(path: Path | None, flag: str) -> str | None:
-    if path is None:
-        return None
-    try:
-        return read_bytes(path, _TEXT_BYTES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(f"cannot read {path}: {error}", param_hint=flag) from None
-
-
-def read_runtime(given: dict[str, Any]) -> Any:
-    from steer2edit.runtime.model import Runtime
-
-    quieten_transformers()
-    return Runtime(given["device"], given["dtype"], _device_map(given["device_map"]), given["trust_remote_code"])
-
-
-def _device_map(text: str | None) -> Any:
-    if text is None or not text.startswith("{"):
-        return text
-    try:
-        return parse_json(text.encode("utf-8", "surrogateescape"), unique=True)
-    except ValueError as error:
-        raise click.BadParameter(f"it is no JSON object: {error}", param_hint="--device-map") from None
-
-
-def read_writing(given: dict[str, Any]) -> Any:
-    from steer2edit.lowering import Writing
-
-    return Writing(given["jobs"], given["link"])
-
-
 def quieten_transformers() -> None:
-    # it draws bars of its own while it loads; ours is enough
+    """Switch off transformers' own bars and warnings while it loads."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return parse_json(value.strip().encode("utf-8", "surrogateescape"))
+    except ValueError:
+        return value

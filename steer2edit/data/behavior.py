@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from steer2edit.data import contrast
 from steer2edit.data.templates import TemplateArguments
-from steer2edit.data.tokens import Encoded, Span, encode
+from steer2edit.data.tokens import MAX_TOKENS, Encoded, Span, encode
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Behavior:
     """What to compile: labelled examples, their name for cards and receipts, a system message, if any, and the span.
 
     ``span`` says which tokens of a pair's responses count; see ``data.tokens.encode``. ``chat_template_kwargs`` are arguments
-    for the chat template, such as ``{"enable_thinking": False}``.
+    for the chat template, such as ``{"enable_thinking": False}``. Of an example's tokens at most ``max_tokens`` are read.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Behavior:
     system: str | None = None
     span: Span = "matched"
     chat_template_kwargs: TemplateArguments | None = None
+    max_tokens: int = MAX_TOKENS
 
     @classmethod
     def builtin(
@@ -33,9 +34,10 @@ class Behavior:
         system: str | None = None,
         span: Span = "matched",
         chat_template_kwargs: TemplateArguments | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> Behavior:
         """A behaviour that comes with the package. Raises DataError naming the known ones."""
-        return cls(name, contrast.load_behavior(name), system, span, chat_template_kwargs)
+        return cls(name, contrast.load_behavior(name), system, span, chat_template_kwargs, max_tokens)
 
     @classmethod
     def from_data(
@@ -45,9 +47,27 @@ class Behavior:
         span: Span = "matched",
         chat_template_kwargs: TemplateArguments | None = None,
         limit: int | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> Behavior:
         """Contrast data from a file or a Hub dataset, ``limit`` rows of it at most. Raises DataError listing every problem."""
-        return cls(Path(source).stem, contrast.read_contrast(source, limit), system, span, chat_template_kwargs)
+        examples = contrast.read_contrast(source, limit)
+        return cls(Path(source).stem, examples, system, span, chat_template_kwargs, max_tokens)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Behavior]) -> Behavior:
+        """Several behaviours as one, with the settings of the first; its name is theirs with plus signs.
+
+        Rows get new numbers, because two sources count theirs alike.
+        """
+        examples: list[contrast.Example] = []
+        for part in parts:
+            start = max((example.row for example in examples), default=-1) + 1
+            examples += [replace(example, row=start + example.row) for example in part.examples]
+        return replace(parts[0], name=" + ".join(part.name for part in parts), examples=examples)
+
+    def limited(self, rows: int) -> Behavior:
+        """At most ``rows`` rows of the behaviour; see :func:`data.contrast.chosen_rows`."""
+        return replace(self, examples=contrast.chosen_rows(self.examples, rows, self.name))
 
     def encode(self, tokenizer: Any) -> list[Encoded]:
         """Tokens and response span of each example, in order; see :func:`data.tokens.encode`."""
@@ -56,5 +76,6 @@ class Behavior:
             tokenizer,
             system=self.system,
             span=self.span,
+            max_tokens=self.max_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )

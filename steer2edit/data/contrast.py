@@ -50,7 +50,7 @@ def read_contrast(source: str | Path, limit: int | None = None) -> list[Example]
     if set(names) - {formats.FORMATS[0].name, formats.FORMATS[1].name}:
         told = ", ".join(f"{count} rows of {form}" for form, count in names.items())
         notice(f"{name} holds {told}")
-    return _both(_chosen(examples, limit, name), str(source))
+    return _both(chosen_rows(examples, limit, name), str(source))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _builder(names: Counter[str]) -> Build[Example]:
     return build
 
 
-def _chosen(examples: Sequence[Example], limit: int | None, name: str) -> list[Example]:
+def chosen_rows(examples: Sequence[Example], limit: int | None, name: str) -> list[Example]:
     """At most ``limit`` rows, chosen by digests of their prompts, then of their responses, in the order that they have."""
     rows: dict[int, list[Example]] = {}
     for example in examples:

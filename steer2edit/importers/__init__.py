@@ -7,11 +7,14 @@ established about a format is refused rather than guessed. Pickles are read with
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError
 from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.importers.source import SUPPORTED, Edits, Reading, described
+
+if TYPE_CHECKING:
+    from steer2edit.capture.vectors import Vectors
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:  # noqa: B008
@@ -46,6 +49,8 @@ def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:  # 
 
 def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:  # noqa: B008
     """Steering vectors from any supported source. Raises DataError for a source of finished edits."""
+    from steer2edit.capture.vectors import Vectors
+
     found = read(path, reading)
     if isinstance(found, Vectors):
         return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from steer2edit.architecture import ModelSpec
-from steer2edit.checkpoint import Checkpoint
-from steer2edit.plan import EditPlan
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.plan import EditPlan
 
 SUPPORTED = (
     "control-vector GGUF (repeng, llama.cpp), SteeringVector files of the steering-vectors library, per-layer .pt, .npz, .npy "
@@ -19,15 +22,18 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file's entries become layers.
+    """How a file's entries become layers; the fields are flags of ``steer2edit import``.
 
-    ``layers`` are the first and last layer of a file's single vector; ``offset`` is added to every layer number of a file (-1
-    where entry i is transformers' ``hidden_states[i]``, the stream before block i); ``features`` are an SAE's decoder rows.
+    Entry i of ``hidden_states`` in transformers is the stream before block i, hence the offset of -1.
     """
 
-    layers: tuple[int, int] | None = None
-    offset: int = 0
-    features: tuple[int, ...] = ()
+    layers: tuple[int, int] | None = option(
+        None, "First and last layer that a file's single vector goes to, such as 4-20, or one layer, such as 12."
+    )
+    offset: int = option(
+        0, "Number to add to every layer of the file; -1 for files numbered as transformers' hidden_states."
+    )
+    features: tuple[int, ...] = option((), "SAE feature to read; several add up. Repeatable.", "--feature")
 
 
 class Edits(Protocol):

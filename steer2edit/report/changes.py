@@ -15,7 +15,7 @@ from steer2edit.plan import EditPlan, LowRank, Measured, Scores
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
 from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
-from steer2edit.report.tables import describe_plan
+from steer2edit.report.plan_text import describe_plan
 
 _PLAN = "PLAN"
 

@@ -10,7 +10,7 @@ from typing import Any
 from steer2edit.errors import Steer2EditError
 from steer2edit.experts.ranking import ExpertTable, Ranked
 from steer2edit.plan import Measured
-from steer2edit.report.tables import expert_lines
+from steer2edit.report.plan_text import expert_lines
 
 _HEADERS = {
     "layer": "layer",

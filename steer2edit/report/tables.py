@@ -1,4 +1,4 @@
-"""Plans and verifications as tables."""
+"""Evaluations, studies and verifications as tables."""
 
 from __future__ import annotations
 
@@ -7,84 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from steer2edit.plan import EditPlan
-
 if TYPE_CHECKING:
     from steer2edit.artefact.verify import Verification
     from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.search.study import Study
-
-_KINDS = {
-    "attn_out": "head",
-    "mixer_out": "mixer channel",
-    "mlp_out": "neuron",
-    "shared_expert_out": "shared expert's neuron",
-    "expert_out": "expert's neuron",
-}
-
-
-def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
-    """A plan in plain values: totals, layers, and the ``top`` components of each kind by |lam|."""
-    return {
-        "base": vars(plan.base),
-        "method": dict(plan.method),
-        "data": {key: value for key, value in plan.data.items() if key != "prompts"},
-        "measured": plan.measured.to_json(),
-        "sha256": plan.hash,
-        "edits": len(plan.edits),
-        "norm": plan.norm,
-        "stable": _stable(plan),
-        "layers": _layers(plan),
-        "components": {kind: _top(plan, role, top) for role, kind in _KINDS.items()},
-    }
-
-
-def render_plan(plan: EditPlan, top: int = 10) -> str:
-    """The same as text."""
-    described = describe_plan(plan, top)
-    told = {key: value for key, value in described["method"].items() if value is not None and key != "experts"}
-    merged = told.pop("plans", [])
-    method = ", ".join(f"{key} {_short(value)}" for key, value in told.items())
-    if merged:
-        method += ": " + ", ".join(f"{part.get('name', part['plan'][:12])} × {part['weight']:g}" for part in merged)
-    parts = [
-        f"base     {plan.base.name} ({plan.base.fingerprint[:12]})",
-        f"method   {method}",
-        f"edits    {described['edits']} tensors, ‖ΔW‖ {described['norm']:.4g}",
-    ]
-    if plan.data:
-        told_of = (plan.data.get("name"), plan.data.get("examples"))
-        parts.insert(1, f"data     {', '.join(str(one) for one in told_of if one is not None)}")
-    if (cost := plan.measured.divergence) is not None:
-        parts.append(
-            f"measured strength {plan.measured.strength:.4g}, KL {cost.kl:.4g} [{cost.low:.2g}, {cost.high:.2g}] nats/token "
-            f"over {cost.tokens} tokens, perplexity {cost.base_perplexity:.4g} → {cost.perplexity:.4g}"
-        )
-    parts += [f"experts  {line}" for line in expert_lines(plan.method)]
-    if stable := described["stable"]:
-        said = (
-            f"{s['stable']} of {s['scored']} {kind}s, {s['unstable_edited']} others edited"
-            for kind, s in stable.items()
-        )
-        parts.append(f"stable   sign of the score beyond doubt in {'; '.join(said)}")
-    if described["layers"]:
-        parts += ["", tabulate(described["layers"], headers="keys", floatfmt=".3g")]
-    for kind, rows in described["components"].items():
-        if rows:
-            parts += ["", f"strongest {kind}s", tabulate(rows, headers="keys", floatfmt="+.3f")]
-    return "\n".join(parts)
-
-
-def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:
-    """What a plan does with single experts, one line each; nothing for plans that mask none."""
-    marks = method.get("experts", ())
-    lines = []
-    for one in marks[:limit]:
-        told = f"{one['layer']}:{one['expert']} {one['wish']} by {one['how']}, {one['grade']}"
-        if "selected" in one:
-            told += f": {one['selected']:.3%} of {one['tokens']} held-out tokens still choose it"
-        lines.append(told)
-    return [*lines, *([f"… and {len(marks) - limit} more"] if len(marks) > limit else [])]
 
 
 def render_evaluation(found: Evaluation) -> str:
@@ -167,52 +93,6 @@ def _expert_check(found: Mapping[str, Any]) -> str:
     if "reference_difference" in found:
         told.append(f"logits within {found['reference_difference']:.2g} of the base that cannot see the masked ones")
     return "; ".join(told)
-
-
-def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
-    """Of each kind of component: how many were scored, how many scores have a stable sign, how many others are edited."""
-    found: dict[str, dict[str, int]] = {}
-    for role, kind in _KINDS.items():
-        tables = [t for key, t in plan.scores.items() if key.startswith(f"{role}.") and t.interval is not None]
-        if tables:
-            found[kind] = {
-                "scored": sum(len(table.g) for table in tables),
-                "stable": sum(int(table.stable.sum()) for table in tables),
-                "unstable_edited": sum(int(((table.lam != 0) & ~table.stable).sum()) for table in tables),
-            }
-    return found
-
-
-def _layers(plan: EditPlan) -> list[dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    for key, table in plan.scores.items():
-        role, layer, _ = _place(key)
-        kind = _KINDS[role]
-        row = rows.setdefault(layer, {"layer": layer})
-        count, size, largest = f"{kind}s", f"{kind}s ‖λ‖", f"largest |g| of {kind}s"
-        row[count] = row.get(count, 0) + int((table.lam != 0).sum())
-        row[size] = (row.get(size, 0.0) ** 2 + float(table.lam.norm()) ** 2) ** 0.5
-        row[largest] = max(row.get(largest, 0.0), float(table.g.abs().max()))
-    return [rows[layer] for layer in sorted(rows)]
-
-
-def _place(key: str) -> tuple[str, int, int | None]:
-    """MatrixRole, layer and expert of a site's key."""
-    role, layer, *expert = key.split(".")
-    return role, int(layer), int(expert[0]) if expert else None
-
-
-def _top(plan: EditPlan, role: str, top: int) -> list[dict[str, Any]]:
-    found: list[Mapping[str, Any]] = []
-    for key, table in plan.scores.items():
-        if key.startswith(f"{role}."):
-            _, layer, expert = _place(key)
-            where = {"layer": layer} if expert is None else {"layer": layer, "expert": expert}
-            for index in table.lam.abs().topk(min(top, len(table.lam))).indices.tolist():
-                values = {"g": float(table.g[index]), "lam": float(table.lam[index])}
-                found.append({**where, _KINDS[role]: index, **values})
-    chosen = sorted((row for row in found if row["lam"]), key=lambda row: -abs(row["lam"]))
-    return [dict(row) for row in chosen[:top]]
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,173 @@
+"""``compile``: from contrast data, or from finished plans, to artefacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import click
+
+from steer2edit.cli.command import command
+from steer2edit.cli.compose import PlansFlags, WeightsCommand, compile_plans
+from steer2edit.cli.dry_run import dry_run_compile
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.method import MethodFlags
+from steer2edit.cli.options import (
+    CaptureFlags,
+    ForceFlags,
+    JsonFlags,
+    ModelFlags,
+    StatsFlags,
+    StrengthFlags,
+    TargetFlags,
+    VectorsFlags,
+    WritingFlags,
+    progress_bar,
+)
+from steer2edit.cli.output import artefact_lines, columns, next_lines, print_result
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.compiler import Compiled
+
+
+@dataclass(frozen=True)
+class OutFlags(FlagGroup):
+    """Where the artefact goes."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path = option(..., "Folder of the artefact; with several targets, of a folder for each.", "-o", "--out")
+
+
+@dataclass(frozen=True)
+class ReportFlags(FlagGroup):
+    """What is measured on held-out questions."""
+
+    heading: ClassVar[str] = "Report"
+
+    questions: tuple[str, ...] = option(
+        (), "Held-out questions; a built-in behaviour has its own. With --plan, one file for each plan.", "--eval"
+    )
+    no_report: bool = option(False, "Measure nothing but the KL, and make no report page.")
+
+
+@command(
+    cls=WeightsCommand,
+    data=CaptureFlags,
+    stats=StatsFlags,
+    vectors=VectorsFlags,
+    method=MethodFlags,
+    strength=StrengthFlags,
+    model_flags=ModelFlags,
+    report=ReportFlags,
+    plans=PlansFlags,
+    output=OutFlags,
+    targets=TargetFlags,
+    writing=WritingFlags,
+    force=ForceFlags,
+    printed=JsonFlags,
+)
+@click.argument("model")
+def compile(
+    model: str,
+    data: CaptureFlags,
+    stats: StatsFlags,
+    vectors: VectorsFlags,
+    method: MethodFlags,
+    strength: StrengthFlags,
+    model_flags: ModelFlags,
+    report: ReportFlags,
+    plans: PlansFlags,
+    output: OutFlags,
+    targets: TargetFlags,
+    writing: WritingFlags,
+    force: ForceFlags,
+    printed: JsonFlags,
+) -> None:
+    """Compile a behaviour into MODEL's weights: capture, plan, settle the strength, write, measure and report.
+
+    With --plan, finished plans are composed into one artefact: their updates add up, each times its --weight.
+    """
+    from steer2edit.artefact.request import CompileRequest
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.compiler import compile as compile_model
+
+    if plans.plans:
+        compile_plans(
+            model, plans, data, stats, vectors, method, strength, model_flags, report.questions, report.no_report,
+            output.out, targets.to, writing, force.force, printed.as_json,
+        )  # fmt: skip
+        return
+    if plans.weights:
+        raise click.UsageError("--weight belongs to --plan")
+    if len(report.questions) > 1:
+        raise click.UsageError("several --eval belong to several --plan; give one")
+    stats.check(data)
+    steering = vectors.read()
+    statistics = Statistics.load(stats.stats) if stats.stats is not None else None
+    request = CompileRequest(
+        model,
+        output.out,
+        behavior=data.read_behavior(steering) if statistics is None else None,
+        statistics=statistics,
+        vectors=steering,
+        to=targets.to,
+        revision=model_flags.revision,
+        method=method.method,
+        options=method.options(),
+        strength=strength.strength,
+        kl_budget=strength.kl_budget,
+        class_budgets=strength.class_budgets,
+        neutral=strength.read_neutral(),
+        background=data.read_background(),
+        runtime=model_flags.runtime(),
+        batch_tokens=data.batch_tokens,
+        questions=None if report.no_report or writing.dry_run else held_out(report.questions, data.behavior),
+        force=force.force,
+        writing=writing.writing(),
+    )
+    if writing.dry_run:
+        dry_run_compile(request, printed.as_json)
+        return
+    compiled = compile_model(request, progress_bar())
+    result = {
+        "artefacts": {target: str(folder) for target, folder in compiled.artefacts.items()},
+        "exactness": {target: lowering.exactness for target, lowering in compiled.lowerings.items()},
+        "changed": len(compiled.plan.edits),
+        "method": dict(compiled.plan.method),
+        "measured": compiled.plan.measured.to_json(),
+        "evaluation": compiled.evaluation and compiled.evaluation.described(),
+    }
+    print_result(result, printed.as_json, lambda _: _render(compiled, model, model_flags.revision))
+
+
+def held_out(sources: tuple[str, ...], behaviors: tuple[str, ...]) -> Any:
+    """The questions of --eval, or those that come with --behavior; None where there are neither."""
+    from steer2edit.data.questions import builtin_questions, read_questions
+
+    if sources:
+        return [question for source in sources for question in read_questions(source)]
+    return [question for name in behaviors for question in builtin_questions(name) or []] or None
+
+
+def _render(compiled: Compiled, model: str, revision: str | None) -> str:
+    from steer2edit.files.layout import REPORT
+    from steer2edit.report.plan_text import cost_line, plan_line, strength_line
+    from steer2edit.report.tables import render_evaluation
+
+    plan = compiled.plan
+    summary = {
+        "Compiled": plan_line(plan),
+        "Strength": strength_line(plan.measured),
+        "Cost": cost_line(plan.measured),
+    }
+    lines = columns(summary)
+    if compiled.evaluation is not None:
+        lines += ["", "Effect on held-out questions:", "", render_evaluation(compiled.evaluation)]
+    exactness = {target: lowering.exactness for target, lowering in compiled.lowerings.items()}
+    lines += ["", "Written:", *artefact_lines(compiled.artefacts, exactness)]
+    pages = [folder / REPORT for folder in compiled.artefacts.values() if (folder / REPORT).is_file()]
+    lines += [f"  report page  {page}" for page in pages[:1]]
+    return "\n".join([*lines, "", "Next:", *next_lines(compiled.artefacts, model, revision)])

@@ -1,0 +1,164 @@
+"""``eval``: any number of candidates on the same questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import click
+
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import DataFlags, JsonFlags, ModelFlags, StatsFlags, find_plan, numbers, progress_bar
+from steer2edit.cli.output import print_result
+from steer2edit.cli.suite import SuiteFlags, scoring_of
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.evaluation.suite import Suite
+    from steer2edit.plan import EditPlan
+
+
+@dataclass(frozen=True)
+class BaselineFlags(FlagGroup):
+    """What candidates are compared with."""
+
+    heading: ClassVar[str] = "Baselines"
+
+    baselines: bool = option(
+        False, "Evaluate the baselines too: control edits of the same size, and activation steering."
+    )
+    strengths: str = option("", "Strengths of activation steering to evaluate, such as 0.25,0.5,1,2.", metavar="LIST")
+    match: Literal["kl", "norm"] = option("kl", "Bring the baselines to the first plan's KL, or to its Frobenius norm.")
+    draws: int = option(3, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
+
+
+@dataclass(frozen=True)
+class EngineFlags(FlagGroup):
+    """How answers are written, and further benchmarks."""
+
+    heading: ClassVar[str] = "Evaluation"
+
+    split: Literal["report", "select"] = option(
+        "report", "Half of the questions to use; tune selects on the other half."
+    )
+    tasks: str | None = option(
+        None, "Tasks of lm-eval, by name, separated by commas; --limit bounds them too.", "--lm-eval", metavar="LIST"
+    )
+    lm_eval_path: str | None = option(None, "Folder with lm-eval task files of your own.", metavar="PATH", rare=True)
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "Program that writes the answers; vllm runs checkpoints and adapters.", rare=True
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationOut(FlagGroup):
+    """Where the evaluation goes."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path | None = option(None, "JSON file to save every value and answer in.", "-o", "--out")
+
+
+@command(
+    "eval",
+    data=DataFlags,
+    stats=StatsFlags,
+    asked=SuiteFlags,
+    compared=BaselineFlags,
+    engine=EngineFlags,
+    model_flags=ModelFlags,
+    output=EvaluationOut,
+    printed=JsonFlags,
+)
+@click.argument("model")
+@click.argument("candidates", nargs=-1, metavar="[PLAN|ADAPTER|CHECKPOINT]...")
+def evaluate(
+    model: str,
+    candidates: tuple[str, ...],
+    data: DataFlags,
+    stats: StatsFlags,
+    asked: SuiteFlags,
+    compared: BaselineFlags,
+    engine: EngineFlags,
+    model_flags: ModelFlags,
+    output: EvaluationOut,
+    printed: JsonFlags,
+) -> None:
+    """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text.
+
+    --data or --stats are needed for the baselines only; --behavior also brings the questions.
+    """
+    from steer2edit.evaluation.assess import assess, with_baselines
+    from steer2edit.evaluation.baselines import steering
+    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.work import baselines_work, work_of
+    from steer2edit.report.tables import render_evaluation
+
+    strengths = numbers(compared.strengths, "--strengths")
+    checkpoint, spec = model_flags.open(model)
+    questions = asked.read_questions(data)
+    if compared.baselines and not candidates:
+        raise click.UsageError("--baselines are compared with a plan; name one")
+    if (compared.baselines or strengths) and stats.stats is None and not data.any:
+        raise click.UsageError("baselines need the contrast data: give --data, --behavior or --stats")
+    loaded = model_flags.load(checkpoint, spec)
+    chosen = [open_candidate(loaded, checkpoint, where, model_flags.runtime()) for where in candidates]
+    suite = asked.suite(loaded, questions, data)
+    if engine.engine == "vllm":
+        suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
+    if compared.baselines or strengths:
+        scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
+        if compared.baselines:
+            more, passes = baselines_work(compared.match, compared.draws, strengths)
+            work = work_of(suite, engine.split, len(chosen) + more, passes)
+            click.echo(f"evaluation: {work}", err=True)
+            chosen += with_baselines(
+                loaded,
+                scoring,
+                _plan_of(candidates[0]),
+                suite,
+                strengths=strengths,
+                match=compared.match,
+                draws=compared.draws,
+                progress=progress_bar(),
+            )
+        else:
+            chosen += steering(loaded, scoring, strengths)
+    name = " + ".join(data.behavior) or None
+    context = {"model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "behavior": name}
+    evaluation = assess(loaded, suite, chosen, split=engine.split, context=context, progress=progress_bar())
+    if engine.tasks:
+        from steer2edit.evaluation.lm_eval import lm_eval
+
+        tasks = engine.tasks.split(",")
+        scores = lm_eval(loaded, chosen, tasks, limit=asked.limit, include_path=engine.lm_eval_path)
+        evaluation = replace(evaluation, context={**evaluation.context, "lm_eval": scores})
+    if output.out is not None:
+        evaluation.save(output.out)
+    written = [] if output.out is None else ["", f"Written: {output.out}"]
+    print_result(
+        evaluation.described(), printed.as_json, lambda _: "\n".join([render_evaluation(evaluation), *written])
+    )
+
+
+def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates: tuple[str, ...]) -> Suite:
+    from steer2edit.evaluation.vllm_engine import VllmEngine
+
+    if compared.baselines or compared.strengths or any(Path(where).is_file() for where in candidates):
+        raise click.UsageError(
+            "vLLM runs checkpoints and adapters: emit plans first (steer2edit emit PLAN MODEL --to lora), and leave "
+            "baselines to --engine transformers"
+        )
+    return replace(suite, run=VllmEngine(dtype))
+
+
+def _plan_of(where: str) -> EditPlan:
+    from steer2edit.errors import PlanError
+    from steer2edit.plan import EditPlan
+
+    path = find_plan(where)
+    if not path.is_file():
+        raise PlanError(f"{where} holds no plan; --baselines are compared with a plan or an artefact of steer2edit")
+    return EditPlan.load(path)

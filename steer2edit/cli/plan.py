@@ -1,0 +1,193 @@
+"""The commands on plans: ``plan``, ``show`` and ``scale``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import click
+
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.method import MethodFlags
+from steer2edit.cli.options import (
+    BudgetFlags,
+    JsonFlags,
+    ModelFlags,
+    StrengthFlags,
+    VectorsFlags,
+    progress_bar,
+    read_plan,
+)
+from steer2edit.cli.output import print_result
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.plan import EditPlan
+
+
+@dataclass(frozen=True)
+class PlanSource(FlagGroup):
+    """What is planned from."""
+
+    heading: ClassVar[str] = "Data"
+
+    stats: Path = option(..., "Statistics file that capture wrote.")
+
+
+@dataclass(frozen=True)
+class PlanOut(FlagGroup):
+    """Where the plan goes."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path = option(..., "Plan file to write, *.plan.safetensors.", "-o", "--out")
+
+
+@dataclass(frozen=True)
+class ShowFlags(FlagGroup):
+    """How much is shown."""
+
+    heading: ClassVar[str] = "Output"
+
+    top: int = option(10, "Number of heads and of neurons to list.", minimum=0)
+    plot: Path | None = option(None, "Draw the heat-map into this PNG, SVG or PDF file.")
+
+
+@dataclass(frozen=True)
+class FactorFlags(FlagGroup):
+    """A factor of the strength."""
+
+    heading: ClassVar[str] = "Strength"
+
+    by: float | None = option(None, "Multiply the plan's strength by this; needs no model.")
+
+
+@dataclass(frozen=True)
+class BaseFlags(ModelFlags):
+    """The base that a KL budget is measured on."""
+
+    model: str | None = option(None, "Base model, folder or Hub id, to measure a KL budget on.")
+
+
+@command(
+    source=PlanSource,
+    vectors=VectorsFlags,
+    method=MethodFlags,
+    strength=StrengthFlags,
+    model_flags=ModelFlags,
+    output=PlanOut,
+    printed=JsonFlags,
+)
+@click.argument("model")
+def plan(
+    model: str,
+    source: PlanSource,
+    vectors: VectorsFlags,
+    method: MethodFlags,
+    strength: StrengthFlags,
+    model_flags: ModelFlags,
+    output: PlanOut,
+    printed: JsonFlags,
+) -> None:
+    """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vectors import substituted
+    from steer2edit.methods import make_plan
+    from steer2edit.scoring.scores import Scoring
+    from steer2edit.strength.settle import neutral_text, settle_strength
+
+    options = method.options()
+    checkpoint, spec = model_flags.open(model)
+    statistics, steering = Statistics.load(source.stats), vectors.read()
+    if steering is not None:
+        statistics = substituted(steering, statistics, checkpoint, spec)
+    scoring = Scoring(checkpoint, spec, statistics)
+    edits = make_plan(scoring, method=method.method, options=options, progress=progress_bar())
+    if strength.measured:
+        loaded = model_flags.load(checkpoint, spec)
+        edits = settle_strength(
+            loaded,
+            edits,
+            strength=strength.strength,
+            kl_budget=strength.kl_budget,
+            class_budgets=strength.class_budgets,
+            neutral=neutral_text(loaded, strength.read_neutral(), progress_bar()),
+        )
+    elif strength.strength is not None:
+        edits = edits.at_strength(strength.strength)
+    edits.save(output.out)
+    print_plan(edits, output.out, printed.as_json)
+
+
+@command(shown=ShowFlags, printed=JsonFlags)
+@click.argument("plan_file", metavar="PLAN")
+def show(plan_file: str, shown: ShowFlags, printed: JsonFlags) -> None:
+    """List what a plan changes, layer by layer and component by component.
+
+    PLAN is a plan's file or an artefact's folder, here or on the Hub.
+    """
+    from steer2edit.report.figures import heatmap
+    from steer2edit.report.plan_text import describe_plan, render_plan
+
+    edits = read_plan(plan_file)
+    if shown.plot is not None:
+        heatmap(edits, shown.plot)
+    print_result(describe_plan(edits, shown.top), printed.as_json, lambda _: render_plan(edits, shown.top))
+
+
+@command(factor=FactorFlags, budgets=BudgetFlags, model_flags=BaseFlags, output=PlanOut, printed=JsonFlags)
+@click.argument("plan_file", metavar="PLAN")
+def scale(
+    plan_file: str,
+    factor: FactorFlags,
+    budgets: BudgetFlags,
+    model_flags: BaseFlags,
+    output: PlanOut,
+    printed: JsonFlags,
+) -> None:
+    """Give a plan another strength: a factor of its present one, or the largest that a KL budget allows."""
+    from steer2edit.compose import rescale
+    from steer2edit.strength.settle import neutral_text
+
+    edits = read_plan(plan_file)
+    if factor.by is not None:
+        if budgets.measured:
+            raise click.UsageError("--by and a KL budget each set the strength; give one of them")
+        scaled = rescale(edits, factor=factor.by)
+    else:
+        if not budgets.measured:
+            raise click.UsageError("give --by, or a KL budget")
+        if model_flags.model is None:
+            raise click.UsageError("a KL budget is measured: name the base with --model")
+        checkpoint, spec = model_flags.open(model_flags.model)
+        edits.check_base(checkpoint)
+        loaded = model_flags.load(checkpoint, spec)
+        text = neutral_text(loaded, budgets.read_neutral(), progress_bar())
+        scaled = rescale(
+            edits, kl_budget=budgets.kl_budget, class_budgets=budgets.class_budgets, loaded=loaded, neutral=text
+        )
+    scaled.save(output.out)
+    print_plan(scaled, output.out, printed.as_json)
+
+
+def print_plan(edits: EditPlan, out: Path, as_json: bool) -> None:
+    """Print what a plan that was written is, and what to do with it next."""
+    from steer2edit.report.plan_text import describe_plan, render_summary
+
+    print_result(
+        {"plan": str(out), **describe_plan(edits)},
+        as_json,
+        lambda _: "\n".join([render_summary(edits), "", f"Written: {out}", "", "Next:", *_next(edits, out)]),
+    )
+
+
+def _next(edits: EditPlan, out: Path) -> list[str]:
+    import shlex
+
+    name = shlex.quote(str(out))
+    return [
+        f"  steer2edit show {name}",
+        f"  steer2edit emit {name} MODEL --to lora -o FOLDER    (MODEL: {edits.base.name})",
+    ]

@@ -1,0 +1,35 @@
+"""``report``: the page of an edit or a study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import click
+
+from steer2edit.cli.command import command
+from steer2edit.cli.flags import PATH, FlagGroup
+from steer2edit.options import option
+
+
+@dataclass(frozen=True)
+class PageFlags(FlagGroup):
+    """The page, and what goes into it."""
+
+    heading: ClassVar[str] = "Output"
+
+    out: Path = option(..., "Page to write, *.html.", "-o", "--out")
+    evaluation: Path | None = option(None, "Evaluation of this plan that eval -o wrote.")
+    pngs: bool = option(False, "Write each figure as a PNG file too, beside the page.", "--png")
+
+
+@command(page=PageFlags)
+@click.argument("source", metavar="STUDY|PLAN|DIR", type=PATH)
+def report(source: Path, page: PageFlags) -> None:
+    """Write one page that shows what an edit does: trade-off, changes, answers, and how to load and reproduce it."""
+    from steer2edit.report.load import read_report
+    from steer2edit.report.page import write_report
+
+    write_report(read_report(source, page.evaluation), page.out, pngs=page.pngs)
+    click.echo(str(page.out))

@@ -1,0 +1,104 @@
+"""What ``eval`` and ``tune`` measure on: held-out questions, general questions, neutral text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import click
+
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import DataFlags, ModelFlags, progress_bar, read_text
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from steer2edit.architecture import ModelSpec
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.data.questions import Question
+    from steer2edit.evaluation.suite import Suite
+    from steer2edit.runtime.model import LoadedModel
+    from steer2edit.scoring.scores import Scoring
+
+
+@dataclass(frozen=True)
+class SuiteFlags(FlagGroup):
+    """Questions and text, and how answers are scored."""
+
+    heading: ClassVar[str] = "Questions"
+
+    questions: str | None = option(
+        None, "Held-out questions; a built-in behaviour has its own.", "--eval", metavar="FILE"
+    )
+    useful: str | None = option(
+        None,
+        "Questions that must not suffer, in place of the packaged ones; 'none' for none.",
+        "--utility",
+        metavar="FILE",
+    )
+    limit: int | None = option(
+        None,
+        "Use at most N questions of each kind, and N windows of 128 tokens of neutral text (but at least 4).",
+        minimum=1,
+    )
+    max_new_tokens: int = option(160, "Length of an answer in tokens, at most.", minimum=1)
+    patterns: tuple[str, ...] = option(
+        (), "Count the answers that match this regular expression. Repeatable.", "--pattern", metavar="REGEX"
+    )
+    function: str | None = option(
+        None, "Score answers by your own Python function of (prompt, answer).", metavar="FILE.PY:NAME"
+    )
+    neutral: Path | None = option(None, "Text to measure the KL on, in place of the packaged one.")
+    split_seed: int = option(0, "Seed that deals the questions out to the two splits.", rare=True)
+
+    def read_questions(self, data: DataFlags) -> Sequence[Question]:
+        """The held-out questions. Raises UsageError where there are none."""
+        from steer2edit.cli.compile import held_out
+
+        questions: Sequence[Question] | None = held_out((self.questions,) if self.questions else (), data.behavior)
+        if questions is None:
+            raise click.UsageError(
+                "give --eval FILE with held-out questions (or --behavior NAME, which brings its own)"
+            )
+        return questions
+
+    def suite(self, loaded: LoadedModel, questions: Sequence[Question], data: DataFlags) -> Suite:
+        """What candidates are measured on."""
+        from steer2edit.data.questions import builtin_questions, read_questions
+        from steer2edit.evaluation.metrics import check_patterns, load_function
+        from steer2edit.evaluation.suite import Suite
+        from steer2edit.strength.settle import neutral_text
+
+        check_patterns(self.patterns)
+        useful = self.useful
+        return Suite(
+            questions,
+            [] if useful == "none" else read_questions(useful) if useful else builtin_questions("knowledge") or [],
+            neutral_text(loaded, read_text(self.neutral, "--neutral"), progress_bar(), limit=self.limit),
+            patterns=self.patterns,
+            function=load_function(self.function) if self.function else None,
+            max_new_tokens=self.max_new_tokens,
+            system=data.system,
+            chat_template_kwargs=data.template_arguments,
+            limit=self.limit,
+            seed=self.split_seed,
+        )
+
+
+def scoring_of(
+    stats: Path | None,
+    data: DataFlags,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    model: ModelFlags,
+    loaded: LoadedModel,
+) -> Scoring:
+    """Scores from saved statistics, or from a capture of the data."""
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.scoring.scores import Scoring
+
+    statistics = Statistics.load(stats) if stats else data.capture(checkpoint, spec, model, loaded)
+    statistics.check_model(checkpoint)
+    return Scoring(checkpoint, spec, statistics)

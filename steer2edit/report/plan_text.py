@@ -1,0 +1,223 @@
+"""Plans as text: what is edited, how strongly, what it costs, and the strongest components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from tabulate import tabulate
+
+from steer2edit import methods
+from steer2edit.formatting import divergence, number, pairs
+from steer2edit.options import options_of
+from steer2edit.plan import EditPlan, Measured
+
+_KINDS = {
+    "attn_out": "head",
+    "mixer_out": "mixer channel",
+    "mlp_out": "neuron",
+    "shared_expert_out": "shared expert's neuron",
+    "expert_out": "expert's neuron",
+}
+_HEADS = {"g": "score", "lam": "edit"}
+_LEGEND = (
+    "score: cosine, from -1 to 1, of the steering vector with what the component writes on the contrast data.\n"
+    "edit: Frobenius norm of the component's edit; it is negative where the edit works against the component."
+)
+_NOT_OPTIONS = ("name", "plans", "experts", "layers", "grade", "experts_left_alone", "ranks", "left_out")
+
+
+def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
+    """A plan in plain values: totals, layers, and the ``top`` components of each kind by |lam|."""
+    return {
+        "base": vars(plan.base),
+        "method": dict(plan.method),
+        "data": {key: value for key, value in plan.data.items() if key != "prompts"},
+        "measured": plan.measured.to_json(),
+        "sha256": plan.hash,
+        "edits": len(plan.edits),
+        "norm": plan.norm,
+        "stable": _stable(plan),
+        "layers": _layers(plan),
+        "components": {kind: _top(plan, role, top) for role, kind in _KINDS.items()},
+    }
+
+
+def render_plan(plan: EditPlan, top: int = 10) -> str:
+    """The summary, then the layers and the ``top`` components of each kind as tables."""
+    parts = [render_summary(plan)]
+    layers = [
+        {key.replace("‖λ‖", "edit").replace("|g|", "|score|"): value for key, value in row.items()}
+        for row in _layers(plan)
+    ]
+    if layers:
+        parts += ["", "Edited components by layer", tabulate(layers, headers="keys", floatfmt=".3g")]
+    for role, kind in _KINDS.items():
+        if rows := _top(plan, role, top):
+            named = [{_HEADS.get(key, key): value for key, value in row.items()} for row in rows]
+            parts += ["", f"Strongest {kind}s", tabulate(named, headers="keys", floatfmt="+.3f")]
+    return "\n".join([*parts, *(["", _LEGEND] if plan.scores else [])])
+
+
+def render_summary(plan: EditPlan) -> str:
+    """What a plan is, in a few lines: base, data, method, edits, strength, cost."""
+    rows = {
+        "Base": f"{plan.base.name}{f', revision {plan.base.revision}' if plan.base.revision else ''} "
+        f"(fingerprint {plan.base.fingerprint[:12]})",
+        "Data": data_line(plan),
+        "Method": method_line(plan.method),
+        "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}; Frobenius norm of all updates {plan.norm:.4g}",
+        "Strength": strength_line(plan.measured),
+        "Cost": cost_line(plan.measured),
+        "Stability": _stability_line(plan),
+    }
+    lines = [f"{label:<9}  {text}" for label, text in rows.items() if text]
+    return "\n".join([*lines, *(f"Expert     {line}" for line in expert_lines(plan.method))])
+
+
+def plan_line(plan: EditPlan) -> str:
+    """One sentence: which behaviour, in which model, by which method, in how many tensors."""
+    name = plan.data.get("name")
+    method = plan.method.get("name", "unknown")
+    how = "" if method == "merge" else f" by the method {method}"
+    return f"{name or 'edits'} into {plan.base.name}{how}: {len(plan.edits)} tensors edited{_layer_range(plan)}"
+
+
+def data_line(plan: EditPlan) -> str:
+    """The behaviour's name and how many examples it has."""
+    examples = dict(plan.data.get("examples") or {})
+    counts = [f"{examples[kind]} {kind}" for kind in ("positive", "negative") if examples.get(kind)]
+    told = f"{' and '.join(counts)} examples" if counts else ""
+    return ": ".join(str(one) for one in (plan.data.get("name"), told) if one)
+
+
+def method_line(method: Mapping[str, Any]) -> str:
+    """The method with the options that are not its defaults, as they are typed on the command line."""
+    name = str(method.get("name", "unknown"))
+    if parts := method.get("plans"):
+        weighed = " + ".join(f"{part['weight']:g} × {part.get('name') or part['plan'][:12]}" for part in parts)
+        return f"composition: {weighed}"
+    if name not in methods.names():
+        rest = {key: value for key, value in method.items() if key not in _NOT_OPTIONS}
+        return name + (f": {method['grade']}" if "grade" in method else f" ({pairs(rest)})" if rest else "")
+    kind = methods.load(name).Options
+    defaults = {one.name: one.default for one in fields(kind)}
+    told = []
+    for one in options_of(kind):
+        value = method.get(one.name)
+        if one.name == "layers" or value is None or value == defaults[one.name]:
+            continue
+        if one.kind is bool:
+            told += [one.flags[-1]] if value == one.value else []
+        else:
+            told.append(f"{one.flags[-1]} {number(value) if isinstance(value, float) else value}")
+    line = f"{name} with {' '.join(told)}" if told else f"{name} with its default options"
+    if alone := method.get("experts_left_alone"):
+        line += f"; {alone} experts left alone, because too few tokens were routed to them"
+    return line
+
+
+def strength_line(measured: Measured) -> str:
+    """The strength and how it was found."""
+    if measured.classes:
+        names = {"attn": "attention", "mlp": "MLPs"}
+        told = [
+            f"{names.get(name, name)} {number(one.strength)} (KL budget {number(one.kl_budget)})"
+            for name, one in measured.classes.items()
+        ]
+        return f"{', '.join(told)}; all together × {number(measured.strength or 1.0)}"
+    if measured.strength is None:
+        return "1, the method's own; no KL was measured" if measured.divergence is None else ""
+    if measured.kl_budget is None:
+        return f"{number(measured.strength)} times the method's edit"
+    return (
+        f"{number(measured.strength)} times the method's edit, the largest within the KL budget of "
+        f"{number(measured.kl_budget)} nats per token"
+    )
+
+
+def cost_line(measured: Measured) -> str:
+    """The KL from the base and the perplexities, with the text that they were measured on."""
+    cost = measured.divergence
+    if cost is None:
+        return ""
+    return (
+        f"KL {divergence(cost.estimate)} from the base, on {cost.tokens:,} tokens of neutral text; "
+        f"perplexity there {number(cost.base_perplexity)} before, {number(cost.perplexity)} after"
+    )
+
+
+def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:
+    """What a plan does with single experts, one line each; nothing for plans that mask none."""
+    marks = method.get("experts", ())
+    lines = []
+    for one in marks[:limit]:
+        told = f"{one['layer']}:{one['expert']} {one['wish']} by {one['how']}, {one['grade']}"
+        if "selected" in one:
+            told += f": {one['selected']:.3%} of {one['tokens']} held-out tokens still choose it"
+        lines.append(told)
+    return [*lines, *([f"… and {len(marks) - limit} more"] if len(marks) > limit else [])]
+
+
+def _layer_range(plan: EditPlan) -> str:
+    found = plan.method.get("layers")
+    if not isinstance(found, (list, tuple)) or len(found) != 2:
+        return ""
+    return f" in layer {found[0]}" if found[0] == found[1] else f" in layers {found[0]} to {found[1]}"
+
+
+def _stability_line(plan: EditPlan) -> str:
+    told = []
+    for kind, counts in _stable(plan).items():
+        line = f"{counts['stable']} of {counts['scored']} {kind}s have a score whose sign is certain"
+        told.append(
+            line + (f", {counts['unstable_edited']} others are edited too" if counts["unstable_edited"] else "")
+        )
+    return "; ".join(told)
+
+
+def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
+    """Of each kind of component: how many were scored, how many scores have a stable sign, how many others are edited."""
+    found: dict[str, dict[str, int]] = {}
+    for role, kind in _KINDS.items():
+        tables = [t for key, t in plan.scores.items() if key.startswith(f"{role}.") and t.interval is not None]
+        if tables:
+            found[kind] = {
+                "scored": sum(len(table.g) for table in tables),
+                "stable": sum(int(table.stable.sum()) for table in tables),
+                "unstable_edited": sum(int(((table.lam != 0) & ~table.stable).sum()) for table in tables),
+            }
+    return found
+
+
+def _layers(plan: EditPlan) -> list[dict[str, Any]]:
+    rows: dict[int, dict[str, Any]] = {}
+    for key, table in plan.scores.items():
+        role, layer, _ = _place(key)
+        kind = _KINDS[role]
+        row = rows.setdefault(layer, {"layer": layer})
+        count, size, largest = f"{kind}s", f"{kind}s ‖λ‖", f"largest |g| of {kind}s"
+        row[count] = row.get(count, 0) + int((table.lam != 0).sum())
+        row[size] = (row.get(size, 0.0) ** 2 + float(table.lam.norm()) ** 2) ** 0.5
+        row[largest] = max(row.get(largest, 0.0), float(table.g.abs().max()))
+    return [rows[layer] for layer in sorted(rows)]
+
+
+def _place(key: str) -> tuple[str, int, int | None]:
+    """MatrixRole, layer and expert of a site's key."""
+    role, layer, *expert = key.split(".")
+    return role, int(layer), int(expert[0]) if expert else None
+
+
+def _top(plan: EditPlan, role: str, top: int) -> list[dict[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    for key, table in plan.scores.items():
+        if key.startswith(f"{role}."):
+            _, layer, expert = _place(key)
+            where = {"layer": layer} if expert is None else {"layer": layer, "expert": expert}
+            for index in table.lam.abs().topk(min(top, len(table.lam))).indices.tolist():
+                values = {"g": float(table.g[index]), "lam": float(table.lam[index])}
+                found.append({**where, _KINDS[role]: index, **values})
+    chosen = sorted((row for row in found if row["lam"]), key=lambda row: -abs(row["lam"]))
+    return [dict(row) for row in chosen[:top]]
