@@ -87,7 +87,7 @@ class Watch(logging.Handler):
 
 
 @contextmanager
-def watching(logger: str = "transformers") -> Iterator[list[str]]:
+def watching(*loggers: str) -> Iterator[list[str]]:
     """Within the block deprecations that our own code causes are added to the list that it yields."""
     watch = Watch()
     show = warnings.showwarning
@@ -98,11 +98,15 @@ def watching(logger: str = "transformers") -> Iterator[list[str]]:
         show(message, category, *place, **more)
 
     warnings.showwarning = noting
-    logging.getLogger(logger).addHandler(watch)
+    # commands send warnings to the second of them
+    listened = [logging.getLogger(name) for name in loggers or ("transformers", "py.warnings")]
+    for logger in listened:
+        logger.addHandler(watch)
     try:
         yield watch.ours
     finally:
-        logging.getLogger(logger).removeHandler(watch)
+        for logger in listened:
+            logger.removeHandler(watch)
         warnings.showwarning = show
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from steer2edit.cli.flags import Flag, FlagGroup
+from steer2edit.cli.foreign_warnings import holding_warnings
 from steer2edit.errors import Steer2EditError, printable
 from steer2edit.notices import collected
 from steer2edit.runtime.launch import process_of
@@ -102,7 +103,8 @@ class MainGroup(CommandGroup):
         process = process_of(os.environ)
         first = process is None or process.rank == 0
         try:
-            with collected(lambda text: click.echo(printable(f"note: {text}"), err=True) if first else None):
+            say = lambda text: click.echo(printable(f"note: {text}"), err=True) if first else None  # noqa: E731
+            with collected(say), holding_warnings():
                 return super().invoke(ctx)
         except (Steer2EditError, click.ClickException) as error:
             if process is not None and process.rank > 0:

@@ -5,6 +5,7 @@ Heavy imports happen inside the functions, so that ``--help`` stays fast.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -388,11 +389,13 @@ def progress_bar() -> Any:
 
 
 def quieten_transformers() -> None:
-    """Switch off transformers' own bars and warnings while it loads."""
+    """Switch off transformers' own bars and warnings while it loads; :mod:`foreign_warnings` still hears what is deprecated."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
 
 
 def _json_or_text(value: str) -> Any:

@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 
+from steer2edit.cli.foreign_warnings import tell_warnings
 from steer2edit.errors import printable
 from steer2edit.notices import notices
 
 
 def print_result(result: Any, as_json: bool, render: Callable[[Any], str]) -> None:
     """A result on stdout, as JSON or as text. JSON objects also hold the run's notices, where there are any."""
+    tell_warnings()
     texts = notices()
     if as_json and texts and isinstance(result, dict):
         result = {**result, "notices": texts}
