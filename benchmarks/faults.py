@@ -164,7 +164,7 @@ def changing(bench: Bench, change: Callable[[Path], object], what: str) -> None:
     told = shard.stat()
     run = bench.emit()
     # its files appear once it has begun to read
-    while not list(bench.place.glob(".out.partial-*/*.safetensors")) and run.poll() is None:
+    while not list(bench.place.glob(".out.partial-*/*/*.safetensors")) and run.poll() is None:
         time.sleep(0.01)
     change(shard)
     _, errors = run.communicate()

@@ -44,7 +44,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
     gets the evaluation and a report page. No other run can write the folders meanwhile. Raises a Steer2EditError for whatever
     is wrong with the input.
     """
-    folders = artefact_folders(request.out, request.to, request.force)
+    folders = artefact_folders(request.out, request.to, request.force, [request.model])
     with claimed(folders.values()):
         checkpoint = open_checkpoint(request.model, request.revision)
         spec = read_spec(checkpoint)

@@ -96,7 +96,7 @@ def compose(
     package under the behaviour's name. Without ``measure``, a budget and a strength, no model is run. Raises a
     Steer2EditError for whatever is wrong with the input.
     """
-    folders = artefact_folders(out, to, force)
+    folders = artefact_folders(out, to, force, [model])
     checkpoint = open_checkpoint(model, revision)
     spec = read_spec(checkpoint)
     plan = merge(plans, weights)
@@ -118,7 +118,7 @@ def compose(
     }
     composed = Composed(plan, folders, lowerings, overlaps, evaluations)
     for folder in folders.values():
-        write_text(folder / INTERFERENCE, _json(composed.described()))
+        write_text(folder / INTERFERENCE, _json(composed.described()), "interference")
     return composed
 
 

@@ -70,7 +70,7 @@ def dry_run(request: CompileRequest) -> DryRun:
 
     Raises what :func:`steer2edit.compiler.compile` would raise there.
     """
-    folders = artefact_folders(request.out, request.to, request.force)
+    folders = artefact_folders(request.out, request.to, request.force, [request.model])
     checkpoint = open_checkpoint(request.model, request.revision)
     spec = read_spec(checkpoint)
     if request.vectors is not None:

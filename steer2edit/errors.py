@@ -65,6 +65,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def brief(path: object) -> str:
+    """A path or name for a message: whole up to 300 characters, otherwise its beginning and its end."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:200]}…{text[-60:]}"
+
+
 def printable(text: str) -> str:
     """A text for the terminal, with control characters written as escapes."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)

@@ -26,6 +26,7 @@ from steer2edit.compiler import compile
 from steer2edit.data.behavior import Behavior
 from steer2edit.dry_run import _active, widest_plan
 from steer2edit.errors import TargetError
+from steer2edit.files.workplace import process_mark
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import check_room, disk_use
 from steer2edit.lowering.rewrite import copies
@@ -95,8 +96,9 @@ def test_leftovers_of_a_killed_run_are_removed_before_room_is_looked_for(
     tiny_llama_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = tmp_path / ".out.partial-dead"
-    left.mkdir()
-    (left / "x").write_bytes(b"0" * 1000)
+    (left / "content").mkdir(parents=True)
+    (left / "content" / "x").write_bytes(b"0" * 1000)
+    (left / "steer2edit-process.json").write_bytes(process_mark())
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(1 << 40, 0, 0 if left.exists() else 1 << 30))
     checkpoint = open_checkpoint(tiny_llama_bf16)
     emit(random_plan(tiny_llama_bf16), checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out")

@@ -187,9 +187,9 @@ def test_an_existing_folder_is_safe(bf16: Case, tmp_path: Path) -> None:
     bf16.emit("lora", tmp_path / "out", force=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(TargetError, match="no artefact"):
+    with pytest.raises(TargetError, match="is not an artefact"):
         bf16.emit("lora", tmp_path / "mine", force=True)
-    with pytest.raises(TargetError, match="the base itself"):
+    with pytest.raises(TargetError, match="is the input"):
         bf16.emit("checkpoint", bf16.checkpoint.path, force=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -12,9 +12,9 @@ from steer2edit import __version__, targets
 from steer2edit.architecture import ModelSpec
 from steer2edit.artefact.receipt import FORMAT
 from steer2edit.checkpoint import Checkpoint
-from steer2edit.errors import TargetError
-from steer2edit.files.atomic import check_new, new_folder
+from steer2edit.files.atomic import new_folder
 from steer2edit.files.layout import CARD, PLAN, RECEIPT
+from steer2edit.files.outputs import check_apart, check_new
 from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -43,8 +43,7 @@ def emit(
     target = targets.load(to)
     resolved = resolve(plan, checkpoint, spec)
     targets.check_structure(to, plan)
-    if Path(out).expanduser().resolve() == checkpoint.path.resolve():
-        raise TargetError(f"{out} is the base itself, and no artefact may take its place; give another folder")
+    check_apart(out, inputs_of(checkpoint))
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
         # only now: what a killed run left there has been removed
@@ -89,13 +88,21 @@ def _versions() -> dict[str, str]:
     return {"steer2edit": __version__, "torch": torch.__version__}
 
 
-def artefact_folders(out: str | Path, to: Sequence[str], force: bool) -> dict[str, Path]:
-    """Where each target goes. Raises TargetError, before any work is done, where that is taken."""
+def inputs_of(checkpoint: Checkpoint) -> list[Path]:
+    """What a checkpoint is read from: its folder, and its shards, which may be links to files elsewhere."""
+    return [checkpoint.path, *(checkpoint.path / shard for shard in checkpoint.shards)]
+
+
+def artefact_folders(
+    out: str | Path, to: Sequence[str], force: bool, inputs: Sequence[str | Path] = ()
+) -> dict[str, Path]:
+    """Where each target goes. Raises TargetError, before any work is done, where that is taken, or contains an input."""
     chosen = list(dict.fromkeys(to))
     for target in chosen:
         targets.load(target)
     out = Path(out).expanduser()
     folders = {target: out if len(chosen) == 1 else out / target for target in chosen}
     for folder in folders.values():
+        check_apart(folder, inputs)
         check_new(folder, force)
     return folders

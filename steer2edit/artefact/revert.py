@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.artefact.emit import inputs_of
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, split_part_name
 from steer2edit.checkpoint.fp8 import SUFFIX
@@ -15,6 +16,7 @@ from steer2edit.diff.difference import equal, fused_parts
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
+from steer2edit.files.outputs import check_apart
 from steer2edit.lowering.other_files import copy_other_files
 from steer2edit.progress import Progress, silent
 
@@ -57,8 +59,7 @@ def revert(
         unlike = ()
     restored = [name for name in different if name not in unlike]
     place = folder if out is None else Path(out).expanduser()
-    if place.resolve() == ours.path.resolve():
-        raise TargetError(f"{place} is the base itself; give another folder")
+    check_apart(place, [*inputs_of(ours), *([] if out is None else inputs_of(theirs))])
     with new_folder(place, force or out is None) as made:
         _write(ours, theirs, set(restored), made, progress)
         copy_other_files(theirs, made)

@@ -18,7 +18,7 @@ def dry_run_emit(
     """Print how much one target writes."""
     from steer2edit.dry_run import render_disk_use
     from steer2edit.errors import TargetError
-    from steer2edit.files.atomic import check_new
+    from steer2edit.files.outputs import check_new
     from steer2edit.lowering import resolve
     from steer2edit.lowering.disk_use import check_room, disk_use
     from steer2edit.targets import load

@@ -184,7 +184,7 @@ def mask(
     """Switch experts off (or on, or scale them) in MODEL's weights, as exactly as its family allows."""
     from steer2edit.artefact.emit import emit
     from steer2edit.experts.masking import Certification, mask_experts
-    from steer2edit.files.atomic import check_new
+    from steer2edit.files.outputs import check_new
     from steer2edit.report.experts import render_masks
 
     check_new(output.out, force.force)

@@ -111,7 +111,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write everything, single questions and answers too, as JSON."""
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", "evaluation")
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from steer2edit.errors import PlanError, Steer2EditError, TargetError
-from steer2edit.files.layout import RECEIPT
-from steer2edit.files.locks import exclusive, sync_file, sync_folder, sync_tree
+from steer2edit.errors import PlanError, Steer2EditError, TargetError, brief
+from steer2edit.files.locks import exclusive
+from steer2edit.files.outputs import KINDS, check_new, check_replaceable
 from steer2edit.files.untrusted import open_regular
+from steer2edit.files.workplace import CONTENT, make_workplace, remove_workplace, sync_file, sync_folder, sync_tree
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, whole or not at all. Raises Steer2EditError where that fails, as on a full disk."""
+    """Write one safetensors file, whole or not at all.
+
+    ``metadata`` names the kind of file (a key of :data:`steer2edit.files.outputs.KINDS`). Raises TargetError where the path
+    is taken by another kind of file, and Steer2EditError where writing fails, as on a full disk.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    kind = next((key for key in metadata if key in KINDS), None)
     try:
-        with _replacing(path) as temporary:
+        with _replacing(path, kind) as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
     except SafetensorError as error:
         raise Steer2EditError(f"cannot write {path}: {error}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write one text file, whole or not at all. Raises Steer2EditError where that fails."""
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, kind: str) -> None:
+    """Write one text file of ``kind``, whole or not at all.
+
+    Raises TargetError where the path is taken by another kind of file, and Steer2EditError where writing fails.
+    """
+    write_bytes(path, text.encode("utf-8"), kind)
+
+
+def write_bytes(path: Path, data: bytes, kind: str) -> None:
+    """Write one file of ``kind``, whole or not at all. Raises what :func:`write_text` raises."""
+    with _replacing(path, kind) as temporary:
+        temporary.write_bytes(data)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -49,17 +60,6 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise PlanError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def check_new(path: Path, force: bool = False) -> None:
-    """Raise TargetError unless a folder may be made at ``path``: it is absent, or empty, or may be replaced."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise TargetError(f"{path} exists and is no folder")
-    if path.exists() and any(path.iterdir()):
-        if not force:
-            raise TargetError(f"{path} exists; give another folder, or --force to replace it")
-        if not (path / RECEIPT).is_file():
-            raise TargetError(f"{path} holds files and is no artefact of steer2edit (no {RECEIPT}); it is not replaced")
-
-
 @contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
@@ -72,16 +72,18 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path):
             check_new(path, force)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+            workplace = make_workplace(path)
             try:
-                temporary.chmod(0o755)
+                temporary = workplace / CONTENT
+                temporary.mkdir()
                 yield temporary
                 sync_tree(temporary)
                 _put_in_place(temporary, path)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with suppress(OSError):
+                    remove_workplace(workplace)
     except OSError as error:
-        raise TargetError(f"cannot write {path}: {_reason(error)}") from None
+        raise TargetError(f"cannot write {brief(path)}: {_reason(error)}") from None
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -89,38 +91,45 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    path.replace(old)
+    aside = make_workplace(path, "old")
+    path.replace(aside / CONTENT)
     try:
         temporary.replace(path)
     except OSError:
-        old.replace(path)
+        (aside / CONTENT).replace(path)
+        remove_workplace(aside)
         raise
     sync_folder(path.parent)
-    shutil.rmtree(old)
+    remove_workplace(aside)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes ``path``'s place when the block ends well; the last of several writers wins."""
+def _replacing(path: Path, kind: str | None) -> Iterator[Path]:
+    """A temporary path whose file takes the place of ``path`` when the block ends well; the last of several writers wins."""
+    path = path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path, wait=True):
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-            os.close(handle)
-            temporary = Path(name)
+            if kind is not None:
+                check_replaceable(path, kind)
+            workplace = make_workplace(path)
             try:
+                temporary = workplace / CONTENT
+                temporary.touch()
+                mode = temporary.stat().st_mode
                 yield temporary
-                temporary.chmod(0o644)
+                # safetensors gives its files a mode of its own; the umask is the user's wish
+                temporary.chmod(mode)
                 sync_file(temporary)
                 temporary.replace(path)
                 sync_folder(path.parent)
             finally:
-                temporary.unlink(missing_ok=True)
+                with suppress(OSError):
+                    remove_workplace(workplace)
     except OSError as error:
-        raise Steer2EditError(f"cannot write {path}: {_reason(error)}") from None
+        raise Steer2EditError(f"cannot write {brief(path)}: {_reason(error)}") from None
 
 
 def _reason(error: OSError) -> str:
-    name = f" ({Path(error.filename).name})" if isinstance(error.filename, str) else ""
+    name = f" ({brief(Path(error.filename).name)})" if isinstance(error.filename, str) else ""
     return f"{error.strerror or error}{name}"

@@ -19,7 +19,10 @@ def copy_range(source: Path, start: int, target: Path, at: int, count: int) -> i
         with open(source, "rb", buffering=0) as reading, open(target, "r+b", buffering=0) as writing:
             done = 0
             while done < count:
-                done += _copy_some(reading.fileno(), start + done, writing.fileno(), at + done, count - done)
+                copied = _copy_some(reading.fileno(), start + done, writing.fileno(), at + done, count - done)
+                if not copied:
+                    raise TargetError(f"{source.name} became shorter: it was changed while it was read")
+                done += copied
     except OSError as error:
         raise TargetError(f"cannot copy {source.name}: {error.strerror or error}") from None
     return count
@@ -33,6 +36,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _copy_some(source: int, start: int, target: int, at: int, count: int) -> int:
+    """Copy at most ``count`` bytes; how many, 0 at the end of the source. Raises OSError."""
     if hasattr(os, "copy_file_range"):
         try:
             copied = os.copy_file_range(source, target, count, start, at)
@@ -40,11 +44,7 @@ def _copy_some(source: int, start: int, target: int, at: int, count: int) -> int
             if error.errno not in _NO_SUCH_CALL:
                 raise
         else:
-            if copied:
-                return copied
-            raise TargetError("a shard became shorter while it was copied")
+            return copied
     data = os.pread(source, min(count, _BUFFER), start)
-    if not data:
-        raise TargetError("a shard became shorter while it was copied")
     write_at(target, memoryview(data), at)
     return len(data)

@@ -1,41 +1,44 @@
-"""Surviving whatever happens between two system calls: locks, forced writes, and what a killed run left behind.
+"""Lock files: one run at a time writes a path.
 
-A path is written beside its place, forced to the disk, and renamed. While that goes on a lock file beside it is held by the
-operating system, which lets go of it when the process dies: whoever gets the lock knows that anything unfinished there
-belongs to nobody.
+The lock of NAME is the file ``.NAME.lock`` beside it. The operating system holds the lock for the process, and releases it
+when the process dies. So a run that gets the lock knows that no other run is at work there, and removes what a killed run
+left (:mod:`steer2edit.files.workplace`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import os
-import re
-import shutil
-import socket
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from steer2edit.errors import TargetError
+from steer2edit.errors import TargetError, brief
+from steer2edit.files.workplace import is_process_mark, process_mark, settle_leftovers
 
 try:
     import fcntl
-except ImportError:  # no such locks on this system: two runs into one path are not told apart
+except ImportError:  # no such locks on this system: two runs that write one path are not noticed, leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-# what this run has claimed, so that its own writing does not wait for itself
+_LOCK_BYTES = 1000
+# the paths this run has locked, so that its own writing does not wait for itself
 _claims: ContextVar[frozenset[Path]] = ContextVar("claims", default=frozenset())
-log = logging.getLogger("steer2edit")
 
 
 @contextmanager
 def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
-    """Within the block no other run writes ``path``; what dead runs left of it is put right first.
+    """Lock ``path`` within the block, and remove first what killed runs left beside it.
 
-    Raises TargetError where another run has it, unless ``wait`` is set.
+    Raises TargetError where another run has the lock, unless ``wait`` is set, and where the lock file's name is taken by
+    something that is not a lock file of ours.
     """
+    if fcntl is None:
+        yield
+        return
     if _key(path) in _claims.get():
         settle_leftovers(path)
         yield
@@ -46,27 +49,26 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
         settle_leftovers(path)
         yield
     finally:
-        if descriptor is not None:
-            # removed while it is still held: a waiter sees that the name is gone, or another's, and starts again
-            with suppress(FileNotFoundError):
-                lock.unlink()
-            os.close(descriptor)
+        # removed while it is still locked: a waiting run sees that the name is gone, or another's, and starts again
+        with suppress(FileNotFoundError):
+            lock.unlink()
+        os.close(descriptor)
 
 
 @contextmanager
 def claimed(paths: Iterable[Path]) -> Iterator[None]:
-    """Within the block only what runs in it can write ``paths``: for work that takes long before it writes.
+    """Lock ``paths`` for all that runs within the block: for work that takes long before it writes.
 
     Raises TargetError where another run has one of them.
     """
     with ExitStack() as stack:
         wanted = [path.expanduser() for path in paths]
         for path in wanted:
-            stack.enter_context(_made(path.parent))
             try:
+                stack.enter_context(_folder(path.parent))
                 stack.enter_context(exclusive(path))
             except OSError as error:
-                raise TargetError(f"cannot write {path}: {error.strerror or error}") from None
+                raise TargetError(f"cannot write {brief(path)}: {error.strerror or error}") from None
         token = _claims.set(_claims.get() | {_key(path) for path in wanted})
         try:
             yield
@@ -75,14 +77,14 @@ def claimed(paths: Iterable[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder exists within the block; what had to be made of it goes again if it is still empty."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+def _folder(folder: Path) -> Iterator[None]:
+    """The folder exists within the block; the folders that had to be made for it are removed if they are still empty."""
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for one in made:
+        for one in new:
             with suppress(OSError):
                 one.rmdir()
 
@@ -91,63 +93,17 @@ def _key(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def settle_leftovers(path: Path) -> list[str]:
-    """Remove what killed runs left beside ``path``, and put back a folder that one of them was about to replace.
-
-    To be called under the lock. What was done is logged, and returned.
-    """
-    done = []
-    for old in _beside(path, "old"):
-        # killed between two renames: what was there before is whole, what came after may not be
-        if any(old.iterdir()) and not path.exists():
-            old.replace(path)
-            done.append(f"put {path} back, which a killed run had set aside")
-        else:
-            _remove(old)
-            done.append(f"removed {old.name}, an artefact that had been replaced")
-    for partial in _beside(path, "partial"):
-        size = _size(partial)
-        _remove(partial)
-        done.append(f"removed {partial.name} ({size / 1e6:.1f} MB), left unfinished by a killed run")
-    for line in done:
-        log.warning("%s", line)
-    return done
-
-
-def sync_file(path: Path) -> None:
-    """Force a file to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's names to the disk, where the system can. Raises OSError where writing fails."""
-    if os.name == "posix":
-        sync_file(path)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force every file and folder in ``folder`` to the disk, and itself. Raises OSError."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_file(Path(root) / name)
-        sync_folder(Path(root))
-
-
-def _acquire(lock: Path, path: Path, wait: bool) -> int | None:
-    if fcntl is None:
-        return None
+def _acquire(lock: Path, path: Path, wait: bool) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _same_file(descriptor, lock):
+                # looked at under the lock, before anything is written: the name may be somebody else's file
+                _check_lock_file(descriptor, lock)
                 with suppress(OSError):  # on a full disk the lock holds all the same, only without a name
                     os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+                    os.pwrite(descriptor, process_mark(), 0)
                 return descriptor
         except BlockingIOError:
             owner = _owner(descriptor)
@@ -159,33 +115,47 @@ def _acquire(lock: Path, path: Path, wait: bool) -> int | None:
         os.close(descriptor)
 
 
+def _open(lock: Path) -> int:
+    """A descriptor of the lock file, opened without following a link and without changing a byte."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(lock, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO):
+            raise _taken(lock, "a symbolic link" if lock.is_symlink() else "not a regular file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _taken(lock, "not a regular file")
+    return descriptor
+
+
+def _check_lock_file(descriptor: int, lock: Path) -> None:
+    """Raise TargetError unless the file is empty or holds a process's mark, and has no other name."""
+    status = os.fstat(descriptor)
+    if status.st_nlink > 1:
+        raise _taken(lock, "a file with a second name (a hard link)")
+    if status.st_size and not (
+        status.st_size <= _LOCK_BYTES and is_process_mark(os.pread(descriptor, _LOCK_BYTES, 0).rstrip(b"\0"))
+    ):
+        raise _taken(lock, "a file with other content")
+
+
+def _taken(lock: Path, what: str) -> TargetError:
+    return TargetError(
+        f"{lock} should be a lock file of steer2edit, but is {what}; move it away, or give another output"
+    )
+
+
 def _same_file(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
 
 
 def _owner(descriptor: int) -> str:
     try:
-        told = json.loads(os.pread(descriptor, 1000, 0))
-        return f" (process {told['pid']} on {told['host']})"
-    except (ValueError, KeyError, TypeError):  # it has only just got the lock
+        mark = json.loads(os.pread(descriptor, _LOCK_BYTES, 0))
+        return f" (process {mark['pid']} on {mark['host']})"
+    except (ValueError, KeyError, TypeError, RecursionError):  # it has only just got the lock
         return ""
-
-
-def _beside(path: Path, kind: str) -> list[Path]:
-    # the random part has no dot, so that what belongs to a path called "x.partial-1" is not taken for that of "x"
-    pattern = re.compile(re.escape(f".{path.name}.{kind}-") + r"[^.]*")
-    return sorted(found for found in path.parent.iterdir() if pattern.fullmatch(found.name))
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [Path(root) / name for root, _, names in os.walk(path) for name in names]
-    return sum(file.lstat().st_size for file in files)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from steer2edit.architecture.sites import Site
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import FP8, block_bytes
 from steer2edit.errors import TargetError
-from steer2edit.files.locks import sync_file
+from steer2edit.files.workplace import CONTENT, make_workplace, remove_workplace, sync_file
 from steer2edit.lowering.other_files import copied_files
 from steer2edit.lowering.resolve import Resolved, Writing, located
 from steer2edit.lowering.rewrite import copies, places_of, rewrite
@@ -167,8 +168,10 @@ def _measured(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Bytes per second of copying and of editing, forced to the disk, and how many were measured."""
     rates, sampled = {}, {}
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=existing_parent(out)))
+    workplace = make_workplace(existing_parent(out) / out.name)
+    scratch = workplace / CONTENT
     try:
+        scratch.mkdir()
         for shard in checkpoint.shards:
             with open(scratch / shard, "xb") as file:
                 file.truncate((checkpoint.path / shard).stat().st_size)
@@ -187,7 +190,8 @@ def _measured(
             work = [lambda name=name: rewrite(checkpoint, *edits[name], places[name], scratch) for name in chosen]  # type: ignore[misc]
             rates["edit"], sampled["edit"] = _timed(work, writing, scratch, count), count
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            remove_workplace(workplace)
     return rates, sampled
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from steer2edit.errors import Steer2EditError
 from steer2edit.experts.ranking import ExpertTable, Ranked
+from steer2edit.files.atomic import write_bytes
 from steer2edit.plan import Measured
 from steer2edit.report.plan_text import expert_lines
 
@@ -114,8 +115,7 @@ def expert_map(table: ExpertTable, path: Path, marked: Sequence[tuple[int, int]]
         axis.set_title(f"{said}, {table.scope} tokens", fontsize=9)
     try:
         written = saved(figure, path.suffix.removeprefix(".").lower() or "png", dpi=150, facecolor="white")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(written)
+        write_bytes(path, written, "picture")
     except (OSError, ValueError) as error:
         raise Steer2EditError(f"cannot write {path}: {error}") from None
 

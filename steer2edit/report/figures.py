@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from steer2edit.errors import Steer2EditError
+from steer2edit.files.atomic import write_bytes
 from steer2edit.plan import EditPlan, Scores
 from steer2edit.report.drawing import BLUE, GREY, ORANGE, WIDTH, Drawing, canvas, one_line, saved
 
@@ -37,8 +38,7 @@ def heatmap(plan: EditPlan, path: Path) -> None:
     suffix = path.suffix.removeprefix(".").lower() or "png"
     try:
         written = saved(figure, suffix, dpi=150, facecolor="white")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(written)
+        write_bytes(path, written, "picture")
     except (OSError, ValueError) as error:
         raise Steer2EditError(f"cannot write {path}: {error}") from None
 

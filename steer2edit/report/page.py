@@ -13,9 +13,8 @@ from typing import Any
 
 from steer2edit import __version__
 from steer2edit.artefact.receipt import read_receipt
-from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.files.atomic import write_text
+from steer2edit.files.atomic import write_bytes, write_text
 from steer2edit.files.layout import REPORT
 from steer2edit.plan import EditPlan
 from steer2edit.report.changes import changed, loading, reproduction
@@ -58,14 +57,11 @@ def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:
     Raises Steer2EditError without matplotlib, or where a file cannot be written.
     """
     drawings = _drawings(report)
-    write_text(path, _page(report, drawings))
+    write_text(path, _page(report, drawings), "report")
     written = [path]
     for drawing in drawings if pngs else ():
         file = path.with_name(f"{path.stem}-{drawing.name}.png")
-        try:
-            file.write_bytes(drawing.png())
-        except OSError as error:
-            raise Steer2EditError(f"cannot write {file}: {error.strerror or error}") from None
+        write_bytes(file, drawing.png(), "picture")
         written.append(file)
     return written
 

@@ -107,7 +107,7 @@ class StudyResult:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        write_text(path, json.dumps(self.described(), indent=1) + "\n")
+        write_text(path, json.dumps(self.described(), indent=1) + "\n", "study")
 
 
 def read_grid(given: Sequence[str]) -> dict[str, list[Any]]:
