@@ -104,7 +104,8 @@ def test_the_folder_set_aside_by_a_killed_run_comes_back(tmp_path: Path, caplog:
     (tmp_path / "x" / "model").write_text("whole")
     aside = make_workplace(tmp_path / "x", "old")
     (tmp_path / "x").rename(aside / CONTENT)
-    with pytest.raises(TargetError, match="exists"), new_folder(tmp_path / "x"):
+    refused = pytest.raises(TargetError, match="exists")
+    with caplog.at_level(logging.WARNING, "steer2edit"), refused, new_folder(tmp_path / "x"):
         pass
     assert contents(tmp_path) == {"x/model": b"whole"} and "put" in caplog.messages[0]
     with exclusive(tmp_path / "x"):
