@@ -6,6 +6,7 @@ Lazy imports and those for type checkers count. ``steer2edit/__init__.py`` is ex
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -97,3 +98,17 @@ def test_transformers_is_imported_only_from_the_runtime_up() -> None:
 
 def test_the_root_holds_a_dozen_files_at_most() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+def test_the_documents_show_the_order_of_the_rooms() -> None:
+    order = [" ".join(f"`{name}`" for name in layer) for layer in LAYERS]
+    docs = PACKAGE.parent
+    table = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \|", (docs / "docs" / "how-it-works.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [row.replace(",", "") for row in table] == order
+    paragraph = re.search(
+        r"^`cli` →.*?\n\n", (docs / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert paragraph is not None
+    assert [" ".join(part.replace(",", "").split()) for part in paragraph[0].split("→")] == order

@@ -11,7 +11,7 @@ and act on disjoint columns, so its whole edit is one outer product: B = v_hat, 
 
 ``unit`` is 1 in the paper (scale "absolute"), so that ‖ΔW_j‖ = |lam_j| whatever the model. With scale "relative" it is one
 factor for each site, such that the site's whole edit pushes by ‖v‖ along v_hat on the typical input: a strength of 1 is then
-a mean push of v, as for activation steering, and the proportions within a site are the paper's. docs/strength.md compares
+a mean push of v, as for activation steering, and the proportions within a site are the paper's. docs/notebook.md compares
 this unit with others.
 """
 

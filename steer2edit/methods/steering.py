@@ -8,7 +8,7 @@ push of one on the behaviour's own inputs with as little energy as it can have:
 where j runs over the components (heads' blocks of columns; single neurons) and S_j is the second moment of the component's
 input, half of it on the contrast data and half on background text, plus eps times its mean diagonal. Moments between
 components are left out: a stays a sum of single components' work. The full solution would fire on every token alike
-(a·x ≈ 1), which is activation steering; with blocks it fires less on text unlike the contrast data. docs/strength.md has
+(a·x ≈ 1), which is activation steering; with blocks it fires less on text unlike the contrast data. docs/notebook.md has
 the measurements.
 
 Each head's block and each neuron is a component as in Steer2Edit, with ΔW_j = v a_jᵀ; components that carry the push
