@@ -129,7 +129,11 @@ def test_a_file_size_limit_leaves_nothing(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_removes_what_it_began(case: Case, tmp_path: Path, number: signal.Signals) -> None:
     case.plan.save(tmp_path / "x.plan.safetensors")
-    code = "import os, time; os.fsync = lambda _: time.sleep(60); from steer2edit.cli.app import main; main()"
+    # where the tests run in the background, children are started with SIGINT ignored
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.fsync = lambda _: time.sleep(60); from steer2edit.cli.app import main; main()"
+    )
     command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
     process = subprocess.Popen([sys.executable, "-c", *map(str, command)], stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(case.work.glob(".out.partial-*/*/*.safetensors")):
