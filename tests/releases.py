@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-SINCE = {"dbrx": "5.15", "nemotron_h": "5.15", "recurrent_gemma": "5.13"}
+SINCE = {"dbrx": "5.15", "gpt_neo": "5.5", "nemotron_h": "5.15", "recurrent_gemma": "5.13", "xlstm": "5.2"}
 """Types whose first implementations in transformers 5 do not run, or do not run the sizes that the tests use."""
 
 
