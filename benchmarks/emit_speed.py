@@ -26,28 +26,33 @@ from timing import arguments, drop_from_cache, ratio, report
 
 from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.artefact.emit import emit
-from steer2edit.checkpoint import open_checkpoint
-
-_ROLES = {"both": {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT}, "attn": {MatrixRole.ATTN_OUT}}
-# each runs in a process of its own
-_STAGE = """
-import torch
-torch.set_num_threads({threads})
-from steer2edit.architecture import read_spec
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
-from steer2edit.capture.statistics import Statistics
-from steer2edit.artefact.emit import emit
-checkpoint = open_checkpoint({model!r})
-spec = read_spec(checkpoint)
-{work}
-"""
-_WORK = {
-    "imports only": "pass",
-    "emit": "emit(EditPlan.load({plan!r}), checkpoint, spec, 'checkpoint', {out!r})",
-    "plan (component)": "make_plan(checkpoint, spec, Statistics.load({stats!r}), method='component')",
-    "plan (steering)": "make_plan(checkpoint, spec, Statistics.load({stats!r}))",
+from steer2edit.scoring.scores import Scoring
+
+_ROLES = {"both": {MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT}, "attn": {MatrixRole.ATTN_OUT}}
+
+
+def emit_again(model: str, plan: str, _stats: str, out: str) -> None:
+    """Emit the plan, as a command would: everything is opened anew."""
+    checkpoint = open_checkpoint(model)
+    emit(EditPlan.load(plan), checkpoint, read_spec(checkpoint), "checkpoint", out)
+
+
+def plan_again(method: str, model: str, stats: str) -> None:
+    """Plan by a method, as a command would."""
+    checkpoint = open_checkpoint(model)
+    make_plan(Scoring(checkpoint, read_spec(checkpoint), Statistics.load(stats)), method=method)
+
+
+# each runs in a process of its own, with the checkpoint, the plan, the statistics and the folder to write
+STAGES: dict[str, Callable[[str, str, str, str], None]] = {
+    "imports only": lambda *_: None,
+    "emit": emit_again,
+    "plan (component)": lambda model, _plan, stats, _out: plan_again("component", model, stats),
+    "plan (steering)": lambda model, _plan, stats, _out: plan_again("steering", model, stats),
 }
 
 
@@ -60,13 +65,16 @@ def timed(work: Callable[[], object]) -> tuple[float, float, float]:
     return returned, time.perf_counter() - start, processor
 
 
-def peak_memory(code: str) -> float:
-    """Peak resident memory, in MB, of a fresh Python that runs ``code`` (Linux).
+def peak_memory(stage: str, threads: int, *paths: Path) -> float:
+    """Peak resident memory, in MB, of a fresh Python that runs a stage (Linux).
 
     From the process's own status: getrusage counts what the parent had when it forked.
     """
-    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    code = f"import torch; torch.set_num_threads({threads}); import emit_speed\n"
+    code += f"emit_speed.STAGES[{stage!r}](*{[str(path) for path in paths]!r})\n"
+    code += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=where)
     return int(done.stdout.split()[-1]) * 1024 / 1e6
 
 
@@ -115,9 +123,8 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
 
     memory = {}
-    for stage, code in _WORK.items():
-        filled = code.format(plan=str(plan_file), stats=str(stats_file), out=str(out))
-        memory[stage] = peak_memory(_STAGE.format(threads=given.threads, model=str(model), work=filled))
+    for stage in STAGES:
+        memory[stage] = peak_memory(stage, given.threads, model, plan_file, stats_file, out)
         shutil.rmtree(out, ignore_errors=True)
     starting = {
         "steer2edit --help": command_seconds(["steer2edit", "--help"], given.runs),

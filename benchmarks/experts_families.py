@@ -1,7 +1,5 @@
 """What masks of experts equal, family by family, on tiny random models: largest logit differences to the references.
 
-    python benchmarks/experts_families.py [FAMILY ...]
-
 Two of eight experts are masked in every layer. ``off`` is the strongest way without cutting; its number is the difference to the
 model whose routers cannot see them, or, for a fitted row, the largest share of tokens that still choose one. ``profile`` is how
 far the experts' captured shares, put through their matrices, are from the layer's mean output, relative to its largest entry.
@@ -10,6 +8,7 @@ far the experts' captured shares, put through their matrices, are from the layer
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import warnings
@@ -36,11 +35,16 @@ from steer2edit.runtime.model import load_weights
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help="model types (default: every mixture of the tests)"
+    )
+    given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print("| family | profile | off by | off | prune | zero | row | neurons |\n|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for name in sys.argv[1:] or MIXTURE_TYPES:
+        for name in given.families or MIXTURE_TYPES:
             folder = Path(scratch) / name
             case = Case(MODELS[name](folder / "base"))
             print(f"| {name} | {' | '.join(row(case, folder))} |", flush=True)
@@ -71,7 +75,7 @@ def profile(case: Case) -> float:
     examples = [
         contrast.Example(one["prompt"], one[label], label, "", index)
         for index, one in enumerate(ROWS)
-        for label in contrast.LABELS
+        for label in LABELS
     ]
     # the reference kernels of some recurrent mixers take gigabytes for a large batch
     statistics = capture_statistics(case.loaded(), case.checkpoint, Behavior("rows", examples), batch_tokens=512)

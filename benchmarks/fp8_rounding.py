@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-from steer2edit.checkpoint import fp8, open_checkpoint
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.lowering.requantise import requantised
 from steer2edit.plan.operations import LowRank
 
 SIZE = (128, 128)
@@ -64,7 +65,7 @@ def main() -> None:
             ) - weight
             start = time.process_time()
             new, same, rescaled = [], 0, 0
-            for block in fp8.requantised(checkpoint, checkpoint.tensors["w"], edit, True):
+            for block in requantised(checkpoint, checkpoint.tensors["w"], edit, True):
                 new.append(block.new)
                 # a block's memory is used again for the next
                 same += int((block.before.view(torch.uint8) == block.after.view(torch.uint8)).sum())

@@ -27,10 +27,11 @@ from steer2edit.demo.run import demo_behavior, model_folder, neutral_documents
 from steer2edit.errors import Steer2EditError
 from steer2edit.methods import component
 from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan.measured import Divergence
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring, analyse
-from steer2edit.strength.kl import Divergence, NeutralText
+from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import find_strength
 
 UNITS = ("1 (absolute)", "‖W_j‖", "‖W_jᵀ v_hat‖", "‖v‖ / rms(k·x)", "‖v‖ / mean push of the site")
@@ -48,7 +49,8 @@ def units(checkpoint: Checkpoint, loaded: LoadedModel, statistics: Statistics, p
         blocks = site.components
 
         def by_component(values: torch.Tensor, blocks: int = blocks) -> torch.Tensor:
-            return values.view(blocks, -1).norm(dim=1)
+            norms: torch.Tensor = torch.linalg.vector_norm(values.view(blocks, -1), dim=1)
+            return norms
 
         k_hat = found.projection.view(blocks, -1)
         k_hat = k_hat / k_hat.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -96,7 +98,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1200, help="of neutral text")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    rows, strengths = [], {unit: [] for unit in UNITS}
+    rows: list[list[object]] = []
+    strengths: dict[str, list[float]] = {unit: [] for unit in UNITS}
     for model, behavior, neutral in cases(options.models, options.behavior or ["concise", "truthful"], options.dtype):
         checkpoint = open_checkpoint(model)
         loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))

@@ -64,7 +64,8 @@ def _make(
     if (folder / INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     shards = list(_sharded(tensors, shard_gigabytes * 1e9))
     pool = (torch.randn(2 * _CHUNK) * _SCALE).bfloat16()
     for number, inside in enumerate(shards, 1):
@@ -85,7 +86,8 @@ def random_plan(checkpoint: Checkpoint, spec: ModelSpec, roles: Collection[Matri
 
     def direction(size: int) -> torch.Tensor:
         values = torch.randn(size, generator=generator)
-        return values / torch.linalg.vector_norm(values)
+        unit: torch.Tensor = values / torch.linalg.vector_norm(values)
+        return unit
 
     edits = [
         LowRank(site.matrix, direction(site.out_features)[:, None], norm * direction(site.in_features)[None])
@@ -116,10 +118,10 @@ def random_statistics(checkpoint: Checkpoint, spec: ModelSpec) -> Statistics:
             for source in SOURCES:
                 rows = torch.randn(site.heads, 32, site.in_features // site.heads, generator=generator)
                 blocks[site.key, source] = rows.transpose(1, 2) @ rows / 32
-    source = {"name": "random", "fingerprint": checkpoint.fingerprint, "model": checkpoint.name}
+    described = {"name": "random", "fingerprint": checkpoint.fingerprint, "model": checkpoint.name}
     counts = dict.fromkeys(POPULATIONS, 1)
     weights = {kind: torch.ones(count, 2) for kind, count in RESAMPLES.items()}
-    return Statistics(moments, counts, dict(counts), source, blocks, resampled, weights)
+    return Statistics(moments, counts, dict(counts), described, blocks, resampled, weights)
 
 
 def _layer(number: int) -> list[tuple[str, tuple[int, ...]]]:

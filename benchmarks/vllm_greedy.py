@@ -6,19 +6,23 @@ command line: for each folder, the generated ids and the log-probability of each
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-from vllm import LLM, SamplingParams
-
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the file to write")
+    options = parser.parse_args()
+    # vLLM reads them while it is imported
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+
     given = json.load(sys.stdin)
     sampling = SamplingParams(temperature=0, max_tokens=given["tokens"], ignore_eos=True, logprobs=1)
     prompts = [{"prompt_token_ids": ids} for ids in given["prompts"]]
@@ -38,7 +42,7 @@ def main() -> None:
             "logprobs": [[by[i].logprob for by, i in zip(one.logprobs, one.token_ids, strict=True)] for one in found],
         }
         del engine
-    Path(sys.argv[1]).write_text(json.dumps(answers))
+    options.out.write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
-import xllamacpp
 from records import TOP, Record
 
 _F16, _F32 = 1, 0
-_FIELDS = (
+_FIELDS: tuple[tuple[str, Any], ...] = (
     *((f"count{i}", ctypes.c_uint32) for i in range(7)),
     *((f"threads{i}", ctypes.c_int32) for i in range(2)),
     *((f"kind{i}", ctypes.c_int32) for i in range(4)),
@@ -80,6 +80,8 @@ def follow(model: Path, vectors: dict[int, numpy.ndarray], records: Sequence[Rec
 
 
 def _library() -> ctypes.CDLL:
+    import xllamacpp
+
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     for name, result, arguments in (

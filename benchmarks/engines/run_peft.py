@@ -5,7 +5,6 @@ python benchmarks/engines/run_peft.py WORK [CASE …]
 
 from __future__ import annotations
 
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import peft
 import torch
 import transformers
 from prepare import answers
-from records import Record, cases, cell, compare, keep, reference
+from records import Record, arguments, cases, cell, compare, keep, reference
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
@@ -104,4 +103,5 @@ def _composed(loaded: LoadedModel, case: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    given = arguments(__doc__).parse_args()
+    main(given.work, given.cases)

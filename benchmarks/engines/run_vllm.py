@@ -15,13 +15,14 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import torch
-import vllm
 from records import TOP, Record, cases, cell, compare, keep, reference
-from vllm.lora.request import LoRARequest
 
 
 def main(work: Path, key: str, slots: int) -> None:
+    import torch
+    import vllm
+    from vllm.lora.request import LoRARequest
+
     case = next(case for case in cases(work) if case["key"] == key)
     expected = reference(work, key)
     versions = {"vllm": vllm.__version__, "torch": torch.__version__}
@@ -64,6 +65,8 @@ def main(work: Path, key: str, slots: int) -> None:
 
 
 def _engine(folder: str, **adapters: Any) -> Any:
+    import vllm
+
     return vllm.LLM(
         folder,
         dtype="float32",
@@ -78,6 +81,8 @@ def _engine(folder: str, **adapters: Any) -> Any:
 
 
 def _ask(engine: Any, case: dict[str, Any], requests: list[Any]) -> list[Record]:
+    import vllm
+
     settings = vllm.SamplingParams(
         temperature=0.0, max_tokens=case["tokens"], logprobs=TOP, ignore_eos=True, detokenize=False
     )

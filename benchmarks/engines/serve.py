@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-import vllm
-from vllm.lora.request import LoRARequest
-
 PROMPTS = ("How do I boil an egg?", "Why is the sky blue?", "Can you help me plan a birthday party?")
 
 
@@ -20,6 +17,9 @@ def main() -> None:
     parser.add_argument("--prompt", action="append")
     parser.add_argument("--tokens", type=int, default=60)
     given = parser.parse_args()
+    import vllm
+    from vllm.lora.request import LoRARequest
+
     adapters = [one.split("=", 1) for one in given.adapters]
     requests = [None, *(LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters, 1))]
     engine = vllm.LLM(

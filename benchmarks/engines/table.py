@@ -1,6 +1,6 @@
 """The matrix as a Markdown table, from what the engines left in a work folder.
 
-    python benchmarks/engines/table.py WORK
+    python benchmarks/engines/table.py WORK [CASE …]
 
 A cell is the largest difference of a log-probability from transformers', over the five most likely tokens of every greedy step;
 where not all greedy tokens are the same, it says how many are.
@@ -9,12 +9,11 @@ where not all greedy tokens are the same, it says how many are.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import cases
+from records import arguments, cases
 
 # column: engine, what it is, and the cells of which it shows the worst
 COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -38,7 +37,7 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp"}
 
 
-def main(work: Path) -> None:
+def main(work: Path, chosen: Sequence[str]) -> None:
     notes: list[str] = []
     versions: dict[str, str] = {}
     for title, engines in (
@@ -49,6 +48,8 @@ def main(work: Path) -> None:
         columns = [column for column in COLUMNS if column[0] in engines]
         rows = []
         for case in sorted(cases(work), key=lambda case: (case["name"].startswith("tiny"), case["name"])):
+            if chosen and case["key"] not in chosen:
+                continue
             if not (work / "results" / engines[-1] / f"{case['key']}.json").is_file():
                 continue
             row = [case["name"]]
@@ -78,4 +79,5 @@ def _cell(found: Sequence[dict[str, Any]], notes: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = arguments(__doc__).parse_args()
+    main(given.work, given.cases)
