@@ -13,6 +13,8 @@ from typing import Any
 
 from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.claims import check_claims
+from steer2edit.artefact.folder import check_folder
 from steer2edit.artefact.numbers import compare_numbers, in_words
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
@@ -61,19 +63,17 @@ def verify(
     folder = Path(folder)
     receipt = read_receipt(folder)
     plan = EditPlan.load(folder / PLAN)
-    problems = []
-    if plan.hash != receipt["plan"]["sha256"]:
-        problems.append(
-            f"{PLAN} is not the plan of the receipt: SHA-256 {plan.hash[:12]}, expected {receipt['plan']['sha256'][:12]}"
-        )
     checkpoint = _open_base(plan, base)
     resolved = resolve(plan, checkpoint, read_spec(checkpoint))
     name = str(receipt["target"])
     targets.check_structure(name, plan)
     target = targets.load(name)
     compared = target.verify(resolved, folder, progress)
-    problems += compared.problems
-    result = Verification(name, compared.tensors, tuple(problems), compared.rounding, notes=compared.notes)
+    strangers, remarks = check_folder(folder, compared.files)
+    false_claims, unproven = check_claims(receipt, resolved, compared, folder)
+    problems = (*compared.problems, *strangers, *false_claims)
+    notes = (*compared.notes, *remarks, *unproven)
+    result = Verification(name, compared.tensors, problems, compared.rounding, notes=notes)
     if numbers and result.ok:
         measured, wrong = compare_numbers(resolved, target.loadable(resolved, folder), runtime, progress)
         result = replace(result, numbers=measured, problems=wrong)
