@@ -80,7 +80,7 @@ def render_verification(result: Verification) -> str:
         )
     lines += [f"note     {note}" for note in result.notes[:20]]
     lines += [f"problem  {problem}" for problem in result.problems[:50]]
-    lines.append("ok" if result.ok else f"FAILED: {len(result.problems)} problems")
+    lines.append("ok" if result.ok else f"FAILED: {len(result.problems)} problem{'s' * (len(result.problems) > 1)}")
     return "\n".join(lines)
 
 
