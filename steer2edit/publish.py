@@ -25,6 +25,7 @@ from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
 from steer2edit.files.layout import ADAPTER_CONFIG, CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT, TRADEOFF
 from steer2edit.lowering.target import HERE
+from steer2edit.notices import notice
 from steer2edit.plan import EditPlan
 from steer2edit.report import card_section
 
@@ -204,6 +205,7 @@ def _plot(evaluation: Evaluation) -> bytes | None:
     import importlib.util
 
     if not importlib.util.find_spec("matplotlib"):
+        notice("the card has no picture of the trade-off: it needs matplotlib (pip install 'steer2edit[plots]')")
         return None
     from steer2edit.report.tradeoff import tradeoff
 

@@ -16,6 +16,7 @@ from test_families import CAUSAL, WRAPPERS
 from steer2edit.data.tokens import Encoded
 from steer2edit.evaluation import likelihood
 from steer2edit.evaluation.likelihood import response_log_probabilities
+from steer2edit.notices import collected
 from steer2edit.runtime.cache import cache_parameter, returned_cache
 from steer2edit.runtime.model import LoadedModel, load_weights
 
@@ -159,3 +160,28 @@ def test_an_error_that_is_not_about_the_cache_is_raised(loaded: LoadedModel, mon
     with pytest.raises(FutureWarning, match="renamed"):
         response_log_probabilities(loaded, questions())
     assert loaded.model not in likelihood._continuing
+
+
+def test_that_prompts_are_not_shared_is_told_once_with_the_reason() -> None:
+    loaded = model_of("mamba")
+    with collected() as notices:
+        response_log_probabilities(loaded, questions())
+        response_log_probabilities(loaded, questions())
+    (text,) = notices
+    assert text.startswith("MambaForCausalLM reads each response with its whole prompt") and "keys and values" in text
+
+
+def test_a_cache_that_cannot_be_continued_is_told_with_its_error(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: Any) -> None:
+        raise RuntimeError("sizes differ\nmore")
+
+    likelihood._continuing.pop(loaded.model, None)
+    monkeypatch.setattr(likelihood, "_shared", broken)
+    with collected() as notices:
+        response_log_probabilities(loaded, questions())
+    assert likelihood._continuing.pop(loaded.model) is False
+    assert [text.partition("sharing prompts: ")[2] for text in notices] == [
+        "its cache cannot be continued (RuntimeError: sizes differ)"
+    ]

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from steer2edit.data.tokens import Encoded, common_prefix
+from steer2edit.errors import first_line
+from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.cache import cache_parameter, returned_cache
 from steer2edit.runtime.model import LoadedModel, batches, pad_right
@@ -46,7 +48,7 @@ def response_log_probabilities(
     The unembedding runs on the positions that predict a response's tokens and on no others. Examples of one ``row`` share
     the tokens that they begin with, unless ``share`` is False; the values are the same but for rounding.
     """
-    found: dict[int, torch.Tensor] = {}
+    by_index: dict[int, torch.Tensor] = {}
     with progress("likelihood", total=len(examples)) as advance, torch.inference_mode():
         plan = _sharing(examples, batch_tokens) if share else None
         if plan is not None and _continues(loaded, examples, plan):
@@ -55,9 +57,9 @@ def response_log_probabilities(
             chosen = batches([len(example.ids) for example in examples], batch_tokens)
             passes = ((rows, _whole(loaded, [examples[i] for i in rows])) for rows in chosen)
         for rows, values in passes:
-            found.update(zip(rows, values, strict=True))
+            by_index.update(zip(rows, values, strict=True))
             advance(len(rows))
-    return [found[index] for index in range(len(examples))]
+    return [by_index[index] for index in range(len(examples))]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _sharing(examples: Sequence[Encoded], batch_tokens: int) -> _Sharing | None:
     for group in sorted(groups, key=lambda group: -group.prefix):
         joined = [*made[-1], group] if made else []
         apart = (_cost(made[-1], examples, head) + _cost([group], examples, head)) if made else 0
-        if joined and _cost(joined, examples, head) <= apart and _held(joined, examples) <= batch_tokens:
+        if joined and _cost(joined, examples, head) <= apart and _cached(joined, examples) <= batch_tokens:
             made[-1] = joined
         else:
             made.append([group])
@@ -115,7 +117,7 @@ def _cost(batch: Sequence[_Group], examples: Sequence[Encoded], head: int) -> in
     return len(batch) * (at - head) + rest + 2 * _PASS
 
 
-def _held(batch: Sequence[_Group], examples: Sequence[Encoded]) -> int:
+def _cached(batch: Sequence[_Group], examples: Sequence[Encoded]) -> int:
     """Tokens in the cache at once."""
     longest = max(len(examples[i].ids) for group in batch for i in group.members)
     return longest * sum(len(group.members) for group in batch)
@@ -191,26 +193,38 @@ def _scored(loaded: LoadedModel, states: torch.Tensor, batch: Sequence[Encoded],
 
 
 def _continues(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> bool:
-    """Whether the model's cache can be taken up by several responses, tried out once for each model."""
+    """Whether the model's cache can be continued by several responses, tried once for each model; a notice says why not."""
     known = _continuing.get(loaded.model)
     if known is None:
-        known = _continuing[loaded.model] = _tried(loaded, examples, plan)
+        reason = _try(loaded, examples, plan)
+        known = _continuing[loaded.model] = reason is None
+        if reason is not None:
+            kind = type(loaded.model).__name__
+            notice(
+                f"{kind} reads each response with its whole prompt, which takes longer than sharing prompts: {reason}"
+            )
     return known
 
 
-def _tried(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> bool:
+def _try(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> str | None:
+    """Share the prompts of one batch; why that does not work, or None where it gives what reading them whole gives."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    least = min(plan.batches, key=lambda batch: _held(batch, examples))
+    if cache_parameter(loaded.body().forward) is None:
+        return "its forward takes no cache"
+    least = min(plan.batches, key=lambda batch: _cached(batch, examples))
     try:
         _, cache = _run(loaded, [examples[0].ids[:1]], None, 0)
-        layers = getattr(cache, "layers", None) if cache_parameter(loaded.body().forward) else None
+        layers = getattr(cache, "layers", None)
         if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-            return False
-        found = list(_shared(loaded, examples, _Sharing(plan.head, (least,))))
-    except _NOT_CONTINUED:
-        return False
+            return "its cache is not of attention's keys and values alone"
+        passes = list(_shared(loaded, examples, _Sharing(plan.head, (least,))))
+    except _NOT_CONTINUED as error:
+        return f"its cache cannot be continued ({type(error).__name__}: {first_line(error)})"
     # a module may keep a state of its own besides, which no type tells
-    shared = torch.cat([values for _, part in found for values in part])
-    plain = torch.cat(_whole(loaded, [examples[i] for rows, _ in found for i in rows]))
-    return float((shared - plain).abs().mean()) <= (1e-3 if loaded.model.dtype is torch.float32 else 0.1)
+    shared = torch.cat([values for _, part in passes for values in part])
+    plain = torch.cat(_whole(loaded, [examples[i] for rows, _ in passes for i in rows]))
+    difference = float((shared - plain).abs().mean())
+    if difference <= (1e-3 if loaded.model.dtype is torch.float32 else 0.1):
+        return None
+    return f"log-probabilities would differ by {difference:.2g} nats a token"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from steer2edit.errors import TargetError, brief
 from steer2edit.files.workplace import is_process_mark, process_mark, settle_leftovers
+from steer2edit.notices import notice
 
 try:
     import fcntl
@@ -37,6 +38,7 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
     something that is not a lock file of ours.
     """
     if fcntl is None:
+        notice("this system has no file locks: another run that writes to the same place is not noticed")
         yield
         return
     if _key(path) in _claims.get():

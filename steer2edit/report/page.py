@@ -16,6 +16,7 @@ from steer2edit.artefact.receipt import read_receipt
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.atomic import write_bytes, write_text
 from steer2edit.files.layout import REPORT
+from steer2edit.notices import notice
 from steer2edit.plan import EditPlan
 from steer2edit.report.changes import changed, loading, reproduction
 from steer2edit.report.drawing import Drawing
@@ -46,9 +47,11 @@ class Report:
 
 def write_pages(plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path]) -> None:
     """Write the page of what a compile measured into each artefact's folder; without matplotlib, which draws it, none."""
-    if importlib.util.find_spec("matplotlib"):
-        for folder in folders:
-            write_report(Report(plan, evaluation, receipt=read_receipt(folder)), folder / REPORT)
+    if not importlib.util.find_spec("matplotlib"):
+        notice(f"no {REPORT} is written: its figures need matplotlib (pip install 'steer2edit[plots]')")
+        return
+    for folder in folders:
+        write_report(Report(plan, evaluation, receipt=read_receipt(folder)), folder / REPORT)
 
 
 def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:

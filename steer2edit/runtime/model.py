@@ -21,6 +21,7 @@ from steer2edit.data.templates import processor_template, templated
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
+from steer2edit.notices import notice
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
 
 # its config may hold regular expressions, which may run for ever
@@ -212,6 +213,9 @@ def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
             "--trust-remote-code nor with --device-map"
         )
     dtype = torch.bfloat16 if dtype == "auto" else dtype
+    notice(
+        f"{path} is in fp8, which this device does not run: it is loaded as {str(dtype).removeprefix('torch.')} numbers"
+    )
     checkpoint = open_checkpoint(path)
     weights = {
         name: value.to(dtype) if (value := read_values(checkpoint, name)).is_floating_point() else value

@@ -16,6 +16,7 @@ import torch
 from steer2edit.bootstrap import estimate
 from steer2edit.data.tokens import windows
 from steer2edit.errors import DataError
+from steer2edit.notices import notice
 from steer2edit.plan import Divergence
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, batches, pad_right
@@ -135,6 +136,11 @@ class NeutralText:
         for hidden in self._hidden("base on neutral text", self._loaded, self._batches, progress):
             if not states:
                 unembedding = affine(self._loaded, hidden)
+                if unembedding is None:
+                    notice(
+                        "the model's logits are not an affine map of its final states that lies in memory: the KL takes two "
+                        "unembeddings for each token, and longer"
+                    )
             states.append(hidden.cpu())
             for now in torch.split(hidden, _CHUNK) if unembedding is not None else ():
                 gold = self._targets[at : at + len(now)].to(now.device)

@@ -19,6 +19,7 @@ from steer2edit.errors import CheckpointError
 from steer2edit.lowering import Comparison, HubEntry, Lowering, Place, Resolved, Snippet, WholeModel, Writing
 from steer2edit.lowering.other_files import compare_other_files, copy_other_files, left_out_files
 from steer2edit.lowering.rewrite import Rewritten, copies, places_of, rewrite
+from steer2edit.notices import notice
 from steer2edit.plan import Edit
 from steer2edit.progress import Progress
 from steer2edit.targets import _pruned
@@ -184,6 +185,7 @@ def _link(checkpoint: Checkpoint, shard: str, folder: Path) -> bool:
     """Whether the shard could be linked; a link to a link would point out of the folder, so the file itself is."""
     try:
         os.link(os.path.realpath(checkpoint.path / shard), folder / shard)
-    except OSError:  # another file system, or one without hard links: it is copied
+    except OSError as error:  # another file system, or one without hard links
+        notice(f"unedited shards are copied: they cannot be linked into {folder.parent} ({error.strerror})")
         return False
     return True
