@@ -18,9 +18,19 @@ from steer2edit.cli.app import main
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_page_of_families_is_what_its_script_makes() -> None:
-    made = runpy.run_path(str(DOCS / "make_families.py"))["page"]()
-    assert (DOCS / "families.md").read_text(encoding="utf-8") == made, "run python docs/make_families.py"
+GENERATE = runpy.run_path(str(DOCS / "generate.py"))
+
+
+def test_generated_blocks_are_what_the_code_gives() -> None:
+    stale = [path.name for path, text in GENERATE["pages"]().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run python docs/generate.py: {', '.join(stale)}"
+
+
+def test_every_block_stands_in_one_page_and_every_mark_is_a_block() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in DOCS.glob("*.md")]
+    names = [name for text in texts for name in GENERATE["block_names"](text)]
+    assert sorted(names) == sorted(GENERATE["BLOCKS"])
+    assert sum(text.count("<!-- made by") + text.count("<!-- end of") for text in texts) == 2 * len(names)
 
 
 # PEFT reads a property that transformers 5 renamed; huggingface_hub streams files in a way that its HTTP library deprecated

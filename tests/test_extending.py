@@ -88,11 +88,6 @@ def test_two_methods_must_agree_on_an_options_type(whole: str, tmp_path: Path) -
     assert "declare --alpha with different types" in refused.stderr
 
 
-def test_the_page_of_methods_is_what_its_script_makes() -> None:
-    made = runpy.run_path(str(DOCS / "make_methods.py"))["page"]()
-    assert (DOCS / "methods.md").read_text(encoding="utf-8") == made, "run python docs/make_methods.py"
-
-
 @pytest.mark.parametrize("command", ["compile", "eval", "tune", "plan", "import"])
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     code = (
