@@ -227,7 +227,7 @@ def test_a_small_parquet_file_that_stands_for_a_large_one(tmp_path: Path, monkey
     texts = arrow.DictionaryArray.from_arrays(indices, arrow.array(["x" * 1000]))
     parquet.write_table(arrow.table({"prompt": texts, "positive": texts, "negative": texts}), tmp_path / "rows.parquet")
     assert (tmp_path / "rows.parquet").stat().st_size < 20_000
-    monkeypatch.setattr("steer2edit.data.records._MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("steer2edit.data.readers.MAX_BYTES", 1_000_000)
     with pytest.raises(DataError, match="unpacks to more than"):
         read_contrast(tmp_path / "rows.parquet")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from steer2edit.data.foreign import run_foreign
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.errors import DataError, first_line, listing, shown
 from steer2edit.files.sandbox import limited
@@ -126,6 +127,41 @@ def render_prompts(
     or the model thinks first; if the model is ``writing`` and the arguments have ``enable_thinking`` (or ``thinking``), the
     thought is left to it. Raises DataError, with each reason once, for prompts that the template rejects or changes.
     """
+    characters = sum(len(p) if isinstance(p, str) else sum(len(m.content) for m in p) for p in places)
+    texts = run_foreign(
+        tokenizer,
+        _ordered,
+        list(places.items()),
+        system,
+        check_arguments(chat_template_kwargs),
+        writing,
+        characters=characters + len(places) * len(system or ""),
+        what="the chat template",
+    )
+    return dict(zip(places, texts, strict=True))
+
+
+def render_prompt(
+    prompt: Prompt,
+    tokenizer: Any,
+    system: str | None = None,
+    chat_template_kwargs: TemplateArguments | None = None,
+    *,
+    writing: bool = False,
+) -> str:
+    """The text before the response of one prompt; see :func:`render_prompts`."""
+    return render_prompts({prompt: ""}, tokenizer, system, chat_template_kwargs, writing=writing)[prompt]
+
+
+def rendered_prompts(
+    places: Mapping[Prompt, str],
+    tokenizer: Any,
+    system: str | None,
+    chat_template_kwargs: TemplateArguments | None,
+    *,
+    writing: bool = False,
+) -> dict[Prompt, str]:
+    """What :func:`render_prompts` gives, computed in this process."""
     arguments = check_arguments(chat_template_kwargs)
     if arguments and not templated(tokenizer):
         raise DataError(
@@ -164,20 +200,8 @@ def render_prompts(
     return texts
 
 
-def render_prompt(
-    prompt: Prompt,
-    tokenizer: Any,
-    system: str | None = None,
-    chat_template_kwargs: TemplateArguments | None = None,
-    *,
-    writing: bool = False,
-) -> str:
-    """The text before the response of one prompt; see :func:`render_prompts`."""
-    return render_prompts({prompt: ""}, tokenizer, system, chat_template_kwargs, writing=writing)[prompt]
-
-
 def after_an_answer(tokenizer: Any, chat_template_kwargs: TemplateArguments | None = None) -> str:
-    """What the chat template writes behind the last answer of a chat; "" where it has no place for one."""
+    """What the chat template writes behind the last answer of a chat, in this process; "" where it has no place for one."""
     if not templated(tokenizer):
         return ""
     return _tried({("user",)}, tokenizer, check_arguments(chat_template_kwargs))[("user",)].tail
@@ -187,6 +211,17 @@ def without_thought(answer: str) -> str:
     """A model's answer without the finished thought before it."""
     ends = [found.end() for found in _END_OF_THOUGHT.finditer(answer)]
     return answer[ends[-1] :].strip() if ends else answer
+
+
+def _ordered(
+    tokenizer: Any,
+    places: Sequence[tuple[Prompt, str]],
+    system: str | None,
+    arguments: TemplateArguments | None,
+    writing: bool,
+) -> list[str]:
+    texts = rendered_prompts(dict(places), tokenizer, system, arguments, writing=writing)
+    return [texts[prompt] for prompt, _ in places]
 
 
 def _check_choice(tokenizer: Any, arguments: dict[str, Any]) -> None:

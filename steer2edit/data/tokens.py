@@ -8,12 +8,16 @@ from typing import Any, Literal, get_args
 
 from steer2edit.data.answers import Label
 from steer2edit.data.contrast import Example
+from steer2edit.data.foreign import run_foreign
 from steer2edit.data.prompts import Prompt
-from steer2edit.data.templates import TemplateArguments, after_an_answer, render_prompts, templated
+from steer2edit.data.templates import TemplateArguments, after_an_answer, check_arguments, rendered_prompts, templated
 from steer2edit.errors import DataError, listing, shown
 
 MAX_TOKENS = 2048
 """Of an example's tokens, those past this number are cut."""
+_TOKENS_A_TEXT = 64
+_TOKENS_A_CHARACTER = 16
+"""A character takes four bytes at most, and a byte one token, but for what a normaliser does to a few."""
 Span = Literal["matched", "response"]
 
 
@@ -47,15 +51,71 @@ def encode(
     """
     if span not in get_args(Span):
         raise DataError(f"there is no span {shown(span)}; there are {', '.join(get_args(Span))}")
+    if not examples:
+        return []
+    spans = run_foreign(
+        tokenizer,
+        _spans,
+        list(examples),
+        system,
+        max_tokens,
+        check_arguments(chat_template_kwargs),
+        characters=sum(len(e.response) + _length(e.prompt) + len(system or "") for e in examples),
+        what="the chat template or the tokenizer",
+    )
+    encoded = [Encoded(tuple(ids), start, e.label, e.row) for e, (ids, start) in zip(examples, spans, strict=True)]
+    return _matched(examples, encoded) if span == "matched" else encoded
+
+
+def windows(tokenizer: Any, texts: Sequence[str], max_tokens: int, size: int = 256) -> list[list[int]]:
+    """Token ids of running texts, each read by itself in windows of ``size`` tokens, ``max_tokens`` in all."""
+    found: list[list[int]] = []
+    left = max_tokens
+    for ids in token_ids(tokenizer, texts):
+        kept = ids[: max(left, 0)]
+        left -= len(kept)
+        # every window begins as a text does: some models are lost without their BOS
+        start = kept[:1] if kept[:1] == [tokenizer.bos_token_id] else []
+        body = kept[len(start) :]
+        found += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
+    return found
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """The token ids of each text. Raises DataError where the tokenizer takes too much, or makes far more tokens than text."""
+
+    if not texts:
+        return []
+    characters = sum(map(len, texts))
+    rows: list[list[int]] = run_foreign(
+        tokenizer, _checked, list(texts), add_special_tokens, characters=characters, what="the tokenizer"
+    )
+    return rows
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens ``a`` and ``b`` begin with alike."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def _spans(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    system: str | None,
+    max_tokens: int,
+    arguments: TemplateArguments | None,
+) -> list[tuple[list[int], int]]:
+    """Of each example its tokens and where the response begins; see :func:`encode`."""
     special = not templated(tokenizer)  # a template writes its own; the first would be doubled
     places: dict[Prompt, str] = {}
     for example in examples:
         places.setdefault(example.prompt, example.where)
-    texts = render_prompts(places, tokenizer, system, chat_template_kwargs)
+    texts = rendered_prompts(places, tokenizer, system, arguments)
     prompts = dict(zip(texts, _tokenize(list(texts.values()), tokenizer, special), strict=True))
     wholes = [_joined(texts[e.prompt], e.response, spaced=special) for e in examples]
-    end = _end_of_turn(tokenizer, chat_template_kwargs)
-    encoded: list[Encoded] = []
+    end = _end_of_turn(tokenizer, arguments)
+    spans: list[tuple[list[int], int]] = []
     problems: list[str] = []
     for example, ids in zip(examples, _tokenize(wholes, tokenizer, special), strict=True):
         start = max(1, common_prefix(prompts[example.prompt], ids))
@@ -69,30 +129,14 @@ def encode(
         else:
             if end is not None and ids[-1] != end:  # a response may bring its own
                 ids.append(end)
-            encoded.append(Encoded(tuple(ids[:max_tokens]), start, example.label, example.row))
+            spans.append((ids[:max_tokens], start))
     if problems:
         raise DataError(f"examples that cannot be encoded:\n{listing(problems)}")
-    return _matched(examples, encoded) if span == "matched" else encoded
+    return spans
 
 
-def windows(tokenizer: Any, texts: Sequence[str], max_tokens: int, size: int = 256) -> list[list[int]]:
-    """Token ids of running texts, each read by itself in windows of ``size`` tokens, ``max_tokens`` in all."""
-    found: list[list[int]] = []
-    left = max_tokens
-    for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
-        kept = ids[: max(left, 0)]
-        left -= len(kept)
-        # every window begins as a text does: some models are lost without their BOS
-        start = kept[:1] if kept[:1] == [tokenizer.bos_token_id] else []
-        body = kept[len(start) :]
-        found += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
-    return found
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens ``a`` and ``b`` begin with alike."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+def _length(prompt: Prompt) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
 
 
 def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encoded]:
@@ -131,7 +175,18 @@ def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]
     if not texts:
         return []
     # The probe in front shows whether the tokenizer closes every text with an end-of-sequence token.
-    batch = tokenizer(["a", *texts], add_special_tokens=special, return_attention_mask=False, verbose=False)
-    probe, *found = batch["input_ids"]
+    probe, *found = _checked(tokenizer, ["a", *texts], special)
     closed = special and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
     return [list(ids[:-1] if closed else ids) for ids in found]
+
+
+def _checked(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """What the tokenizer makes of texts, if it is no more than a tokenizer makes of text."""
+    batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    rows = [list(ids) for ids in batch["input_ids"]]
+    tokens, characters = sum(map(len, rows)), sum(map(len, texts))
+    if tokens > _TOKENS_A_TEXT * len(texts) + _TOKENS_A_CHARACTER * characters:
+        raise DataError(
+            f"the tokenizer makes {tokens} tokens of {characters} characters; its files are damaged, or not what they seem"
+        )
+    return rows

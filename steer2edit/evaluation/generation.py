@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from steer2edit.data.tokens import token_ids
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
@@ -25,7 +26,7 @@ def generate(
     False. Whatever hooks are on the model are in force.
     """
     tokenizer = loaded.tokenizer
-    rows = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
+    rows = token_ids(tokenizer, prompts, add_special_tokens)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = loaded.end_tokens

@@ -238,7 +238,7 @@ def limited(seconds: float, memory: int | None = None) -> Iterator[None]:
     """
     usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not usable or signal.getitimer(signal.ITIMER_REAL)[0]:
-        with _memory(memory):
+        with memory_limited(memory):
             yield
         return
 
@@ -248,7 +248,7 @@ def limited(seconds: float, memory: int | None = None) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        with _memory(memory):
+        with memory_limited(memory):
             yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -256,7 +256,8 @@ def limited(seconds: float, memory: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _memory(allowed: int | None) -> Iterator[None]:
+def memory_limited(allowed: int | None) -> Iterator[None]:
+    """Let the block take ``allowed`` bytes beside what this process has; without effect where the system cannot."""
     status = Path("/proc/self/statm")
     if allowed is None or resource is None or not status.is_file():
         yield

@@ -18,6 +18,7 @@ from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
 from steer2edit.data.templates import processor_template, templated
+from steer2edit.data.tokens import token_ids
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
@@ -279,7 +280,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        tokenizer(["a"])  # some of what is wrong shows only when it is used
+        token_ids(tokenizer, ["a"])  # some of what is wrong shows only when it is used
     except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
         raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {first_line(error)}") from None
     if not templated(tokenizer):
