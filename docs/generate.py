@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from steer2edit import methods, targets
-from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED, Family, Mixture
+from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
+from steer2edit.architecture.family import Family, Mixture
 from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.data import formats
 from steer2edit.options import AnyLayer, Between, Option, options_of

@@ -297,9 +297,25 @@ def test_bad_numbers_in_the_config_are_named(spec_of: Make, key: str, value: Any
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads"])
-@pytest.mark.parametrize("missing", [None, ABSENT])
-def test_missing_numbers_are_named(spec_of: Make, key: str, missing: object) -> None:
-    assert f"config.json has no {key}" in refusal(spec_of, **{key: missing})
+def test_missing_numbers_are_named(spec_of: Make, key: str, tmp_path: Path) -> None:
+    assert f"config.json has no {key}" in refusal(spec_of, **{key: None})
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_of_an_unknown_type_missing_numbers_are_named(spec_of: Make, key: str) -> None:
+    assert f"config.json has no {key}" in refusal(spec_of, **{key: ABSENT, "model_type": "my_llama"})
+
+
+@pytest.mark.parametrize(("key", "default"), [("hidden_size", 4096), ("num_attention_heads", 32)])
+def test_a_default_that_does_not_fit_is_named(spec_of: Make, key: str, default: int) -> None:
+    assert f"leaves out what its class sets by default: {key} {default}" in refusal(spec_of, **{key: ABSENT})
+
+
+def test_keys_and_values_that_do_not_fit_the_heads_are_named(spec_of: Make) -> None:
+    tensors = {**llama(), "model.layers.1.self_attn.k_proj.weight": zeros(4, HIDDEN)}
+    message = refusal(spec_of, tensors)
+    assert "model.layers.1.self_attn.k_proj.weight has the shape [4, 8]; expected 8 rows" in message
+    assert "num_key_value_heads" in message and "layers.0" not in message
 
 
 @pytest.mark.parametrize("value", ["8", 0, -4, True, 4.0, [4], {"a": 4}])

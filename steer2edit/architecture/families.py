@@ -1,4 +1,4 @@
-"""Model families as data: where each one's residual writers are, and what is done to their output.
+"""The dense model families: where each one's residual writers are, and what is done to their output.
 
 A dense family is added by adding an entry here, a mixture of experts by one in ``mixtures.py``, and nowhere else. Names
 are those of the checkpoint's tensors inside one block, without ``.weight``.
@@ -7,82 +7,15 @@ are those of the checkpoint's tensors inside one block, without ``.weight``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
-Orientation = Literal["out_in", "in_out"]
-Layout = Literal["separate", "out_in", "in_out", "stacked"]
+from steer2edit.architecture.family import Family, Multiplier, Part
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Where a family's experts and routers are inside one block, on disk unless said otherwise.
-
-    ``output`` is the experts' output matrix, with ``{e}`` where each expert has a tensor of its own (layout ``separate``).
-    Fused tensors hold all experts: [E, out, in] (``out_in``), [E, in, out] (``in_out``) or [E * in, out] (``stacked``);
-    ``output_bias`` is then [E, out], and ``fused_inputs`` the experts' other tensors.
-
-    ``router`` maps a token to a logit for each expert; ``bias`` is a vector [E] that takes part in the selection alone
-    (``bias_of`` scores), or is added to the logits. A config may switch the bias off by ``bias_flag``. ``input_norm`` names a
-    LayerNorm with a bias whose output is the router's input: on it a row can give the same logit to every token.
-
-    ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has another name.
-    ``shared`` names the experts that every token passes through, and ``norm`` a norm after the experts' sum that dense
-    blocks lack.
-    """
-
-    output: str = "mlp.experts.{e}.down_proj.weight"
-    layout: Layout = "separate"
-    output_bias: str | None = None
-    fused_inputs: tuple[str, ...] = ()
-    router: str = "mlp.gate.weight"
-    bias: str | None = None
-    bias_of: Literal["scores", "logits"] = "scores"
-    bias_flag: str | None = None
-    input_norm: str | None = None
-    shared: str | None = None
-    norm: str | None = None
-    block: str = "mlp"
-    router_module: str = "gate"
+def _on_every_writer(multiplier: Multiplier) -> Mapping[Part, Multiplier]:
+    return {"attention": multiplier, "mixer": multiplier, "mlp": multiplier}
 
 
-@dataclass(frozen=True)
-class Family:
-    """A layout shared by the model types of one kind.
-
-    ``attn_norm`` and ``mlp_norm`` name a norm that stands between a writer's output and the residual stream
-    (sandwich-norm and post-norm families); ``norm_offset`` is what the norm adds to its stored gain (1 for the Gemma
-    norms), and ``norm_aliases`` gives another name that a norm may have in the file. ``in_out`` is the orientation of
-    GPT-2's Conv1D, whose matrices are stored input × output. ``mixers`` are writers that some blocks have in place of
-    attention, or beside it; ``bare_mixers`` says that blocks with one have no norm after their writers, though others
-    do, and ``partial`` that a block may lack either part. ``blocks`` and ``embedding`` are module paths in
-    transformers; ``modules`` gives a module's name where the file's differs, ``prefix`` the file's ``blocks``, and
-    ``disk_embedding`` the last part of its embedding's name.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    attn_out: str = "self_attn.o_proj"
-    mlp_out: str = "mlp.down_proj"
-    blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    orientation: Orientation = "out_in"
-    attn_norm: str | None = None
-    mlp_norm: str | None = None
-    norm_offset: float = 0.0
-    norm_aliases: Mapping[str, str] = field(default_factory=dict)
-    mixers: tuple[str, ...] = ()
-    bare_mixers: bool = False
-    partial: bool = False
-    mixture: Mixture | None = None
-    modules: Mapping[str, str] = field(default_factory=dict)
-    prefix: str | None = None
-    disk_embedding: str | None = None
-
-    def module(self, leaf: str) -> str:
-        """The path inside a block of the module that a tensor ``leaf`` belongs to."""
-        return self.modules.get(leaf, leaf)
-
+GRANITE_MULTIPLIERS = _on_every_writer(Multiplier("residual_multiplier"))
 
 LLAMA = Family(
     "llama",
@@ -96,8 +29,6 @@ LLAMA = Family(
             "qwen3",
             "phi3",
             "gemma",
-            "olmo",
-            "granite",
             "smollm3",
         ),
         *(
@@ -111,13 +42,16 @@ LLAMA = Family(
             "apertus",
             "seed_oss",
         ),
-        *("helium", "glm", "cwm", "minicpm3", "vaultgemma", "jais2", "granite_swa", "internlm3", "iquestcoder"),
+        *("helium", "glm", "cwm", "vaultgemma", "jais2", "internlm3", "iquestcoder"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
     ),
 )
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
+    Family("olmo", ("olmo",), final_norm=None),
+    Family("granite", ("granite", "granite_swa"), multipliers=GRANITE_MULTIPLIERS),
+    Family("minicpm3", ("minicpm3",), multipliers=_on_every_writer(Multiplier("scale_depth", by_depth=True))),
     Family(
         "gemma2",
         ("gemma2", "gemma3_text"),
@@ -131,12 +65,35 @@ FAMILIES: tuple[Family, ...] = (
         attn_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
     ),
-    Family("hyperclovax", ("hyperclovax",), attn_norm="post_norm1", mlp_norm="post_norm2"),
+    Family(
+        "hyperclovax",
+        ("hyperclovax",),
+        attn_norm="post_norm1",
+        mlp_norm="post_norm2",
+        multipliers=GRANITE_MULTIPLIERS,
+    ),
     Family("glm4", ("glm4", "glm4v_text"), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
     Family("starcoder2", ("starcoder2",), mlp_out="mlp.c_proj"),
-    Family("nanochat", ("nanochat",), mlp_out="mlp.fc2"),
-    Family("phi", ("phi",), attn_out="self_attn.dense", mlp_out="mlp.fc2"),
-    Family("persimmon", ("persimmon",), attn_out="self_attn.dense", mlp_out="mlp.dense_4h_to_h"),
+    Family(
+        "nanochat",
+        ("nanochat",),
+        mlp_out="mlp.fc2",
+        final_norm=None,
+    ),
+    Family(
+        "phi",
+        ("phi",),
+        attn_out="self_attn.dense",
+        mlp_out="mlp.fc2",
+        final_norm="final_layernorm",
+    ),
+    Family(
+        "persimmon",
+        ("persimmon",),
+        attn_out="self_attn.dense",
+        mlp_out="mlp.dense_4h_to_h",
+        final_norm="final_layernorm",
+    ),
     Family(
         "gpt_neox",
         ("gpt_neox",),
@@ -144,6 +101,8 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="mlp.dense_4h_to_h",
         blocks="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
+        final_norm="final_layer_norm",
+        head="embed_out",
     ),
     Family(
         "gpt2",
@@ -153,6 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="transformer.h",
         embedding="transformer.wte",
         orientation="in_out",
+        final_norm="ln_f",
     ),
     Family(
         "gpt_bigcode",
@@ -161,6 +121,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="mlp.c_proj",
         blocks="transformer.h",
         embedding="transformer.wte",
+        final_norm="ln_f",
     ),
     Family(
         "gpt_neo",
@@ -169,6 +130,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="mlp.c_proj",
         blocks="transformer.h",
         embedding="transformer.wte",
+        final_norm="ln_f",
     ),
     Family(
         "gptj",
@@ -177,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="mlp.fc_out",
         blocks="transformer.h",
         embedding="transformer.wte",
+        final_norm="ln_f",
     ),
     Family(
         "bloom",
@@ -185,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="mlp.dense_4h_to_h",
         blocks="transformer.h",
         embedding="transformer.word_embeddings",
+        final_norm="ln_f",
     ),
     Family(
         "mpt",
@@ -193,8 +157,15 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="ffn.down_proj",
         blocks="transformer.blocks",
         embedding="transformer.wte",
+        final_norm="norm_f",
     ),
-    Family("xglm", ("xglm",), attn_out="self_attn.out_proj", mlp_out="fc2"),
+    Family(
+        "xglm",
+        ("xglm",),
+        attn_out="self_attn.out_proj",
+        mlp_out="fc2",
+        final_norm="layer_norm",
+    ),
     Family(
         "biogpt",
         ("biogpt",),
@@ -202,6 +173,8 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="fc2",
         blocks="biogpt.layers",
         embedding="biogpt.embed_tokens",
+        final_norm="layer_norm",
+        head="output_projection",
     ),
     Family(
         "opt",
@@ -210,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_out="fc2",
         blocks="model.decoder.layers",
         embedding="model.decoder.embed_tokens",
+        final_norm="final_layer_norm",
     ),
     Family(
         "modernbert_decoder",
@@ -217,6 +191,9 @@ FAMILIES: tuple[Family, ...] = (
         attn_out="attn.Wo",
         mlp_out="mlp.Wo",
         embedding="model.embeddings.tok_embeddings",
+        final_norm="final_norm",
+        head="decoder",
+        may_lack=("attn_norm",),
     ),
     Family("qwen3_5", ("qwen3_5_text",), mixers=("linear_attn.out_proj",)),
     Family(
@@ -234,6 +211,7 @@ FAMILIES: tuple[Family, ...] = (
         attn_out="self_attn.out_proj",
         mlp_out="feed_forward.w2",
         mixers=("conv.out_proj",),
+        final_norm="embedding_norm",
     ),
     Family(
         "lfm3",
@@ -242,16 +220,35 @@ FAMILIES: tuple[Family, ...] = (
         mixers=("conv.out_proj",),
         attn_norm="post_operator_norm",
         mlp_norm="post_ffn_norm",
+        final_norm="embedding_norm",
     ),
-    Family("bamba", ("bamba",), mlp_out="feed_forward.down_proj", mixers=("mamba.out_proj",)),
+    Family(
+        "bamba",
+        ("bamba",),
+        mlp_out="feed_forward.down_proj",
+        mixers=("mamba.out_proj",),
+        final_norm="final_layernorm",
+    ),
     # attention and Mamba side by side in every block
-    Family("falcon_h1", ("falcon_h1",), mlp_out="feed_forward.down_proj", mixers=("mamba.out_proj",)),
+    Family(
+        "falcon_h1",
+        ("falcon_h1",),
+        mlp_out="feed_forward.down_proj",
+        mixers=("mamba.out_proj",),
+        multipliers={
+            "attention": Multiplier("attention_out_multiplier"),
+            "mixer": Multiplier("ssm_out_multiplier"),
+            "mlp": Multiplier("mlp_multipliers", item=1),
+        },
+        final_norm="final_layernorm",
+    ),
     Family(
         "recurrent_gemma",
         ("recurrent_gemma",),
         attn_out="temporal_block.o_proj",
         mlp_out="mlp_block.down_proj",
         mixers=("temporal_block.linear_out",),
+        final_norm="final_norm",
     ),
     Family(
         "mamba",
@@ -260,6 +257,7 @@ FAMILIES: tuple[Family, ...] = (
         partial=True,
         blocks="backbone.layers",
         embedding="backbone.embeddings",
+        final_norm="norm_f",
     ),
     Family(
         "xlstm",
@@ -269,6 +267,7 @@ FAMILIES: tuple[Family, ...] = (
         partial=True,
         blocks="backbone.blocks",
         embedding="backbone.embeddings",
+        final_norm="out_norm",
     ),
 )
 

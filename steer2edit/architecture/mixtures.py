@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from steer2edit.architecture.families import Family, Mixture
+from steer2edit.architecture.families import GRANITE_MULTIPLIERS
+from steer2edit.architecture.family import Family, Mixture
 
 _PER_EXPERT = Mixture()
 _CORRECTED = Mixture(bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts.down_proj")
@@ -134,6 +135,7 @@ MIXTURES: tuple[Family, ...] = (
             bias_flag="use_expert_bias",
             block="feed_forward",
         ),
+        final_norm="embedding_norm",
     ),
     Family(
         "jamba",
@@ -146,6 +148,7 @@ MIXTURES: tuple[Family, ...] = (
             block="feed_forward",
             router_module="router",
         ),
+        final_norm="final_layernorm",
     ),
     Family(
         "nemotron_h",
@@ -163,14 +166,16 @@ MIXTURES: tuple[Family, ...] = (
             shared="mixer.shared_experts.down_proj",
             block="mixer",
         ),
+        final_norm="norm_f",
     ),
-    Family("granitemoe", ("granitemoe",), mixture=_FUSED_GRANITE),
+    Family("granitemoe", ("granitemoe",), mixture=_FUSED_GRANITE, multipliers=GRANITE_MULTIPLIERS),
     Family(
         "granitemoeshared",
         ("granitemoeshared", "granitemoehybrid"),
         mlp_out="shared_mlp.output_linear",
         mixers=("mamba.out_proj",),
         mixture=replace(_FUSED_GRANITE, shared="shared_mlp.output_linear"),
+        multipliers=GRANITE_MULTIPLIERS,
     ),
     Family(
         "gpt_oss",
@@ -236,5 +241,6 @@ MIXTURES: tuple[Family, ...] = (
             block="ffn",
             router_module="router",
         ),
+        final_norm="norm_f",
     ),
 )

@@ -6,37 +6,33 @@ not all found, or a tensor that looks like a writer and belongs to no site, stop
 
 from __future__ import annotations
 
-import difflib
-import re
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from steer2edit.architecture.families import FAMILIES, LLAMA, REFUSED, WRAPPERS, WRITER_LEAVES, Family, Orientation
-from steer2edit.architecture.mixtures import MIXTURES
-from steer2edit.architecture.routers import Router, integer, read_router
+from steer2edit.architecture.config import (
+    HIDDEN,
+    TextConfig,
+    class_defaults,
+    head_count,
+    head_size,
+    integer,
+    layer_count,
+    number,
+    text_config,
+)
+from steer2edit.architecture.coverage import is_tied, left_over, missing_around, missing_in_blocks
+from steer2edit.architecture.families import WRAPPERS
+from steer2edit.architecture.family import Family, Orientation, Part
+from steer2edit.architecture.find_family import family_of, find_family
+from steer2edit.architecture.refusals import refuse_unfit
+from steer2edit.architecture.routers import Router, read_router
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Norm, Site, part_of
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
-from steer2edit.checkpoint.fp8 import FP8, SUFFIX, block_size, scale_info
+from steer2edit.checkpoint.fp8 import FP8, scale_info
 from steer2edit.errors import ArchitectureError, CheckpointError, listing
 
-__all__ = ["MatrixRole", "ModelSpec", "Norm", "Site", "read_spec"]
-
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-# where wrappers put the language model: (prefix on disk, prefix of the module in transformers)
-_LANGUAGE_PREFIXES = (
-    ("language_model.model.", "model.language_model."),
-    ("model.language_model.", "model.language_model."),
-    ("model.text_model.", "model.text_model."),
-)
-_QUANTISED = re.compile(
-    r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
-    r"|scales|_data|codes|trellis)|\.quant_state\..+)$"
-)
-_MXFP4_EXPERTS = re.compile(r"\bexperts\.\w+_(blocks|scales)$")
-# the vectors of a plain pre-norm block
-_PLAIN_GAINS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
-_EXPERT = re.compile(r"\bexperts\b|\bblock_sparse_moe\b|\bshared_expert")
-_KNOWN = (*FAMILIES, *MIXTURES)
+_NAMED = 100  # tensors named in one error
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -46,33 +42,41 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     unfit, and layouts that no family describes.
     """
     config = checkpoint.config
-    text = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
-    model_type = str(text.get("model_type") or config.get("model_type") or "")
-    for name in (model_type, str(config.get("model_type"))):
-        if name in REFUSED:
-            raise ArchitectureError(f"{checkpoint.name} ({name}) cannot be compiled: {REFUSED[name]}")
-    _refuse_quantised(checkpoint)
-    hidden = integer(text, "hidden_size", "n_embd", "d_model")
-    layers = _layers(text)
-    heads = _heads(text, model_type)
+    text = text_config(config)
+    model_type, values = text.model_type, text.values
+    refuse_unfit(checkpoint, (model_type, str(config.get("model_type"))))
+    by_type = family_of(model_type)
+    hidden, layers = integer(values, *HIDDEN), layer_count(values)
+    heads = head_count(values, optional=by_type is not None and by_type.partial)
     if layers > len(checkpoint.tensors):
         raise ArchitectureError(
             f"config.json gives {checkpoint.name} {layers} layers, its files hold {len(checkpoint.tensors)} tensors"
         )
-    if model_type == "opt" and not text.get("do_layer_norm_before", True):
+    if model_type == "opt" and not values.get("do_layer_norm_before", True):
         raise ArchitectureError(
             f"{checkpoint.name} normalises the whole residual stream (do_layer_norm_before is false)"
         )
 
-    wrapped = text is not config or model_type in WRAPPERS
-    family, prefix, module = _find_family(checkpoint, model_type, layers, wrapped)
-    reader = _Reader(checkpoint, text, family, prefix, module, hidden, heads)
+    family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in WRAPPERS)
+    reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads)
     for layer in range(layers):
         reader.layer(layer)
-    problems = [*reader.problems, *_unclaimed(checkpoint, prefix, layers, reader.claimed)]
+    embedding, problems = _embedding(checkpoint, family, prefix, module, hidden)
+    problems = [
+        *problems,
+        *reader.problems,
+        *_key_shapes(checkpoint, text, prefix, layers),
+        *missing_in_blocks(checkpoint, prefix, reader.sites, family, values, layers),
+        *missing_around(checkpoint, prefix, family, config, model_type),
+        *left_over(checkpoint, prefix, layers, reader.claimed),
+    ]
     if problems:
+        if text.filled:
+            sizes = ", ".join(f"{name} {value}" for name, value in text.filled.items())
+            problems.append(f"config.json leaves out what its class sets by default: {sizes}")
         raise ArchitectureError(
-            f"{checkpoint.name} ({model_type or 'no model_type'}) does not match the {family.name} layout:\n{listing(problems)}"
+            f"{checkpoint.name} ({model_type or 'no model_type'}) does not match the {family.name} layout:\n"
+            f"{listing(problems, _NAMED)}"
         )
     return ModelSpec(
         model_type=model_type,
@@ -80,8 +84,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         hidden_size=hidden,
         layers=layers,
         sites=tuple(reader.sites),
-        embedding=_embedding(checkpoint, family, prefix, module, hidden),
-        tied_embeddings=_tied(checkpoint, config, text),
+        embedding=embedding,
+        tied_embeddings=is_tied(checkpoint, family, config),
         block_modules=module,
         routers=tuple(reader.routers),
         frozen=tuple(reader.frozen),
@@ -94,14 +98,14 @@ class _Reader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text: Mapping[str, Any],
+        values: Mapping[str, Any],
         family: Family,
         prefix: str,
         module: str,
         hidden: int,
         heads: int,
     ) -> None:
-        self.checkpoint, self.text, self.family = checkpoint, text, family
+        self.checkpoint, self.values, self.family = checkpoint, values, family
         self.prefix, self.module, self.hidden, self.heads = prefix, module, hidden, heads
         self.sites: list[Site] = []
         self.routers: list[Router] = []
@@ -157,6 +161,7 @@ class _Reader:
             heads=heads,
             bias=bias if bias in self.checkpoint.tensors else None,
             norm=self._norm(layer, leaf, norm),
+            multiplier=self._multiplier(role),
         )
         self._keep(site, info)
 
@@ -165,7 +170,7 @@ class _Reader:
         mixture = self.family.mixture
         assert mixture is not None
         base = f"{self.prefix}{layer}."
-        router, problems = read_router(self.checkpoint, self.text, mixture, base, f"{self.module}{layer}.", layer)
+        router, problems = read_router(self.checkpoint, self.values, mixture, base, f"{self.module}{layer}.", layer)
         self.problems += problems
         if router is None:
             return bool(problems)
@@ -202,6 +207,7 @@ class _Reader:
                 norm=self._norm(layer, "the experts", norm),
                 expert=expert,
                 part=part,
+                multiplier=self._multiplier(MatrixRole.EXPERT_OUT),
             )
             self._keep(site, info)
         if mixture.shared is not None:
@@ -224,68 +230,17 @@ class _Reader:
         self.sites.append(site)
         self.problems += _check_matrix(site, self.checkpoint, self._head_size())
 
+    def _multiplier(self, role: MatrixRole) -> float:
+        """What the family multiplies a writer's output by."""
+        parts: dict[MatrixRole, Part] = {MatrixRole.ATTN_OUT: "attention", MatrixRole.MIXER_OUT: "mixer"}
+        multiplier = self.family.multipliers.get(parts.get(role, "mlp"))
+        if multiplier is None or self.values.get(multiplier.key) is None:
+            return 1.0
+        factor = number(self.values, multiplier.key, multiplier.item)
+        return factor / math.sqrt(layer_count(self.values)) if multiplier.by_depth else factor
+
     def _head_size(self) -> int:
-        if not self.heads:
-            return 0
-        given = [key for key in ("v_head_dim", "head_dim") if self.text.get(key) is not None]
-        return integer(self.text, *given) if given else self.hidden // self.heads
-
-
-def _find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: bool) -> tuple[Family, str, str]:
-    """The family, the prefix of its blocks on disk (``model.layers.``), and that of their modules."""
-    by_type = next((family for family in _KNOWN if model_type in family.model_types), None)
-    # unknown types may follow the common names; only llama's are free of traps of orientation and norms
-    family = by_type or LLAMA
-    writers = [f"{leaf}.weight" for leaf in (family.attn_out, *family.mixers)]
-    for prefix, module in _prefixes(family, wrapped):  # noqa: B007
-        hits = [i for i in range(layers) if any(f"{prefix}{i}.{leaf}" in checkpoint.tensors for leaf in writers)]
-        if hits:
-            break
-    else:
-        prefix, module = _prefixes(family, wrapped)[0]
-        hits = []
-    experts = [] if family.mixture else sorted(name for name in checkpoint.tensors if _EXPERT.search(name))
-    if experts:
-        raise ArchitectureError(
-            f"{checkpoint.name} ({model_type}) is a mixture of experts ({len(experts)} expert tensors, such as {experts[0]}) "
-            "that is not described; add an entry to steer2edit/architecture/mixtures.py that names its experts and routers"
-        )
-    if by_type is None:
-        strange = _gains(checkpoint, prefix) - _PLAIN_GAINS
-        if len(hits) < layers or strange:
-            raise ArchitectureError(_not_understood(checkpoint, model_type, strange))
-    return family, prefix, module
-
-
-def _gains(checkpoint: Checkpoint, prefix: str) -> set[str]:
-    """Every vector of the blocks that is no bias: the gains of norms, and whatever else scales a stream."""
-    block = re.compile(re.escape(prefix) + r"\d+\.(.+)")
-    found = ((block.fullmatch(name), info) for name, info in checkpoint.tensors.items())
-    names = {match.group(1) for match, info in found if match and len(info.shape) < 2}
-    return {name.removesuffix(".weight") for name in names if not name.endswith(".bias")}
-
-
-def _prefixes(family: Family, wrapped: bool) -> list[tuple[str, str]]:
-    tail = family.blocks.split(".", 1)[1]
-    # a wrapper's file may have the bare model's names, its modules are always nested
-    module = f"model.language_model.{tail}." if wrapped else f"{family.blocks}."
-    prefixes = [(f"{family.prefix or family.blocks}.", module)]
-    prefixes += [(f"{on_disk}{tail}.", f"{nested}{tail}.") for on_disk, nested in _LANGUAGE_PREFIXES]
-    # files saved from the bare model without its head, such as gpt2's
-    return [*prefixes, (f"{tail}.", module)]
-
-
-def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) -> str:
-    known = [name for family in _KNOWN for name in family.model_types]
-    near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)
-    block = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.)(\d+)\.(.+)$")
-    inside = sorted({m.group(3) for name in checkpoint.tensors if (m := block.match(name)) and m.group(2) == "0"})
-    why = f"; its vectors {', '.join(sorted(strange))} are not described" if strange else ""
-    return (
-        f"{checkpoint.name}: the model type {model_type!r} is not known{why}. The nearest known family is "
-        f"{near[0]!r}. Tensors of layer 0:\n{listing(inside, 30)}\n"
-        "Add an entry to steer2edit/architecture/families.py that names its writers."
-    )
+        return head_size(self.values, self.hidden, self.heads)
 
 
 def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
@@ -305,74 +260,37 @@ def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[st
     return problems
 
 
-def _unclaimed(checkpoint: Checkpoint, prefix: str, layers: int, claimed: set[str]) -> list[str]:
-    # fused experts are parameters of their own, without ``.weight``
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+?)(?:\.weight)?")
-    problems = []
-    for name, info in checkpoint.tensors.items():
-        match = pattern.fullmatch(name)
-        if match and int(match.group(1)) < layers and name not in claimed and len(info.shape) >= 2:
-            leaf = match.group(2).rsplit(".", 1)[-1]
-            if leaf in WRITER_LEAVES:
-                problems.append(f"layer {match.group(1)}: {name} looks like a writer and belongs to no site")
-    return problems
+def _key_shapes(checkpoint: Checkpoint, text: TextConfig, prefix: str, layers: int) -> list[str]:
+    """Key and value matrices that do not fit the number of heads that a config without num_key_value_heads means."""
+    values, types = text.values, class_defaults(text.model_type)
+    if "num_key_value_heads" in text.given or not types or values.get("v_head_dim") is not None:
+        return []
+    heads = head_count(values, optional=True)
+    own = values.get("num_key_value_heads") is not None
+    groups = integer(values, "num_key_value_heads") if own else heads
+    rows = groups * head_size(values, integer(values, *HIDDEN), heads)
+    names = [f"{prefix}{layer}.self_attn.{leaf}_proj.weight" for layer in range(layers) for leaf in "kv"]
+    shapes = {name: checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors}
+    return [
+        f"{name} has the shape {list(shape)}; expected {rows} rows: config.json gives no num_key_value_heads, which "
+        f"means {groups} heads for keys and values"
+        for name, shape in shapes.items()
+        if rows and shape[:1] != (rows,)
+    ]
 
 
-def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> Site:
+def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> tuple[Site, list[str]]:
+    """The token embedding, and what is wrong with it."""
     leaf = family.embedding.removeprefix(family.blocks.rsplit(".", 1)[0] + ".")
     blocks = family.blocks.rsplit(".", 1)[-1] + "."
     name = f"{prefix.removesuffix(blocks)}{family.disk_embedding or leaf}.weight"
-    info = checkpoint.tensors.get(name)
+    info, problems = checkpoint.tensors.get(name), []
     if info is None or len(info.shape) != 2 or info.shape[1] != hidden:
         shape = "is missing" if info is None else f"has the shape {list(info.shape)}"
-        raise ArchitectureError(f"{name} {shape}; expected the token embedding, [vocabulary, {hidden}]")
+        problems.append(f"{name} {shape}; expected the token embedding, [vocabulary, {hidden}]")
+    rows = info.shape[0] if info is not None and info.shape else 0
     # a row per token: read as a matrix, it maps a one-hot token to the stream and is stored input × output
-    return Site(MatrixRole.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, info.shape[0])
-
-
-def _tied(checkpoint: Checkpoint, config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    heads = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight", "output.weight")
-    flags = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
-    # a wrapper and its text config may disagree
-    return any(flags) if flags else not any(name in checkpoint.tensors for name in heads)
-
-
-def _heads(text: Mapping[str, Any], model_type: str) -> int:
-    """How many attention heads there are; 0 in a model that has none."""
-    if any(family.partial and model_type in family.model_types for family in _KNOWN):
-        names = ("num_attention_heads", "n_head")
-        return integer(text, *names) if any(text.get(name) is not None for name in names) else 0
-    return integer(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
-
-
-def _layers(text: Mapping[str, Any]) -> int:
-    kinds = text.get("layers_block_type")
-    if isinstance(kinds, list) and kinds and text.get("num_hidden_layers") is None:
-        return len(kinds)
-    return integer(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse every quantised format but fp8 with block scales, which is edited, and mxfp4 experts, which stay as they are."""
-    settings = checkpoint.config.get("quantization_config")
-    marked = sorted(name for name in checkpoint.tensors if _QUANTISED.search(name))
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if block_size(checkpoint.config):
-        marked = [name for name in marked if not name.endswith(SUFFIX)]
-    elif method == "mxfp4" and marked:
-        marked = [name for name in marked if not _MXFP4_EXPERTS.search(name)]
-    elif not settings and not marked:
-        return
-    else:
-        marked = marked or ["by its config"]
-    if not marked:
-        return
-    sign = marked[0] if marked == ["by its config"] else f"such as {marked[0]}"
-    raise ArchitectureError(
-        f"{checkpoint.name} is quantised ({method or 'unknown format'}, {sign}). Compile the unquantised model "
-        "(bf16, f16 or f32, or fp8 with weight_block_size) instead, and quantise the result; a LoRA compiled from it also serves "
-        "beside the quantised base."
-    )
+    return Site(MatrixRole.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, rows), problems
 
 
 def _in_features(info: TensorInfo, orientation: Orientation) -> int:

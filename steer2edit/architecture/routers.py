@@ -6,14 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steer2edit.architecture.families import Mixture
+from steer2edit.architecture.config import EXPERT_COUNTS, TOP_K, integer
+from steer2edit.architecture.family import Mixture
 from steer2edit.checkpoint import EDITABLE, Checkpoint
-from steer2edit.errors import ArchitectureError
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""The names that configs give the number of experts."""
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-"""The names that configs give the number of experts that a token passes through."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +103,6 @@ def routing_config(text: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, i
         for keys in (EXPERT_COUNTS, TOP_K)
     )
     return counts, per_token
-
-
-def integer(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of ``keys`` that config.json gives. Raises ArchitectureError for anything but a positive whole number."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 24:
-            return value
-        if value is not None:
-            raise ArchitectureError(f"config.json: {key} is {value!r}, expected a positive whole number")
-    raise ArchitectureError(f"config.json has no {' or '.join(keys)}")
 
 
 def _single(config: Mapping[str, Any], key: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
-from steer2edit.architecture.families import Orientation
+from steer2edit.architecture.family import Orientation
 from steer2edit.architecture.routers import Router
 from steer2edit.checkpoint import Checkpoint, TensorInfo, part_name
 from steer2edit.errors import ArchitectureError
@@ -47,7 +47,8 @@ class Site:
 
     ``in_features`` and ``out_features`` are those of ``y = W x`` whatever the file's ``orientation``. ``heads`` is the
     number of attention heads, each a block of ``in_features / heads`` input columns, and None elsewhere, where the
-    components are single input columns. ``expert`` is the expert's number. Where a tensor holds several experts, ``part``
+    components are single input columns. ``multiplier`` is what the model multiplies the output by (after the norm, if there is
+    one) before it joins the stream. ``expert`` is the expert's number. Where a tensor holds several experts, ``part``
     is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the experts.
     """
 
@@ -63,6 +64,7 @@ class Site:
     norm: Norm | None = None
     expert: int | None = None
     part: tuple[int, int] | None = None
+    multiplier: float = 1.0
 
     @property
     def key(self) -> str:

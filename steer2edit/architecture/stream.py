@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from steer2edit.architecture import MatrixRole, Site
@@ -18,13 +16,3 @@ def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
     if site.norm is None:
         return torch.ones(site.out_features)
     return checkpoint.read(site.norm.tensor).float() + site.norm.offset
-
-
-def stream_factor(checkpoint: Checkpoint) -> float:
-    """What the family multiplies every writer's output by before it joins the stream."""
-    config = checkpoint.config
-    if "residual_multiplier" in config:  # Granite
-        return float(config["residual_multiplier"])
-    if config.get("model_type") == "minicpm3" and "scale_depth" in config:
-        return float(config["scale_depth"]) / math.sqrt(float(config["num_hidden_layers"]))
-    return 1.0

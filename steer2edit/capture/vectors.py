@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
-from steer2edit.architecture.stream import gain, stream_factor
+from steer2edit.architecture.stream import gain
 from steer2edit.capture.statistics import LABELS, Label, Moments, Population, Side, Statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError, listing
@@ -139,7 +139,7 @@ def _at_site(
     residual = vectors.directions.get(f"residual.{site.layer}")
     if residual is None:
         return torch.zeros(site.out_features, dtype=torch.float64)
-    v = residual.double() / stream_factor(checkpoint)
+    v = residual.double() / site.multiplier
     if site.norm is None:
         return v
     # the stream gets gain * y / rms(y)

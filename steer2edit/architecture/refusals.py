@@ -1,0 +1,84 @@
+"""What is refused before a model's writers are looked for: formats and names that no loader takes for a plain model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from steer2edit.architecture.families import REFUSED
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.checkpoint.fp8 import SUFFIX, block_size
+from steer2edit.errors import ArchitectureError
+
+_QUANTISED = re.compile(
+    r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
+    r"|scales|_data|codes|trellis)|\.quant_state\..+)$"
+)
+_MXFP4_EXPERTS = re.compile(r"\bexperts\.\w+_(blocks|scales)$")
+# what training code puts before or into the names of a model's tensors, and what did so
+_PREFIXES = {
+    re.compile(r"(^|\.)_orig_mod\."): ("_orig_mod.", "torch.compile"),
+    re.compile(r"^module\."): ("module.", "torch's DataParallel"),
+    re.compile(r"(^|\.)_fsdp_wrapped_module\."): ("_fsdp_wrapped_module.", "torch's FSDP"),
+    re.compile(r"(^|\.)_checkpoint_wrapped_module\."): ("_checkpoint_wrapped_module.", "activation checkpointing"),
+    re.compile(r"^_forward_module\."): ("_forward_module.", "Lightning"),
+    re.compile(r"^base_model\.model\."): ("base_model.model.", "PEFT"),
+}
+_LORA = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)\b"
+)
+
+
+def refuse_unfit(checkpoint: Checkpoint, model_types: tuple[str, ...]) -> None:
+    """Raise ArchitectureError for families known to be unfit, quantised weights, unmerged LoRAs and wrapped names."""
+    for name in model_types:
+        if name in REFUSED:
+            raise ArchitectureError(f"{checkpoint.name} ({name}) cannot be compiled: {REFUSED[name]}")
+    _refuse_quantised(checkpoint)
+    _refuse_lora(checkpoint)
+    _refuse_prefixes(checkpoint)
+
+
+def _refuse_lora(checkpoint: Checkpoint) -> None:
+    if names := _matching(checkpoint, _LORA.search):
+        raise ArchitectureError(
+            f"{checkpoint.name} holds an adapter that was not merged ({len(names)} tensors, such as {names[0]}): its layers are "
+            "split into a base and an update; merge it with PEFT's merge_and_unload() and save the model again"
+        )
+
+
+def _refuse_prefixes(checkpoint: Checkpoint) -> None:
+    for pattern, (prefix, origin) in _PREFIXES.items():
+        if names := _matching(checkpoint, pattern.search):
+            raise ArchitectureError(
+                f"{checkpoint.name}: the names of {len(names)} of its {len(checkpoint.tensors)} tensors carry {prefix!r}, which "
+                f"{origin} puts there and no loader expects, such as {names[0]}; save the model that is inside the wrapper, or "
+                f"take {prefix!r} out of the names"
+            )
+
+
+def _matching(checkpoint: Checkpoint, matches: Callable[[str], object]) -> list[str]:
+    return sorted(name for name in checkpoint.tensors if matches(name))
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse every quantised format but fp8 with block scales, which is edited, and mxfp4 experts, which stay as they are."""
+    settings = checkpoint.config.get("quantization_config")
+    marked = sorted(name for name in checkpoint.tensors if _QUANTISED.search(name))
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if block_size(checkpoint.config):
+        marked = [name for name in marked if not name.endswith(SUFFIX)]
+    elif method == "mxfp4" and marked:
+        marked = [name for name in marked if not _MXFP4_EXPERTS.search(name)]
+    elif not settings and not marked:
+        return
+    else:
+        marked = marked or ["by its config"]
+    if not marked:
+        return
+    sign = marked[0] if marked == ["by its config"] else f"such as {marked[0]}"
+    raise ArchitectureError(
+        f"{checkpoint.name} is quantised ({method or 'unknown format'}, {sign}). Compile the unquantised model "
+        "(bf16, f16 or f32, or fp8 with weight_block_size) instead, and quantise the result; a LoRA compiled from it also serves "
+        "beside the quantised base."
+    )

@@ -1,0 +1,134 @@
+"""What a block adds to the residual stream is the sum of what its writers output, through their norms and multipliers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import family_config, save_tiny
+from mixture_models import MIXTURE_TYPES, mixture_config, save_mixture
+from test_families import CAUSAL, CONTEXTS
+
+from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
+from steer2edit.architecture.config import class_defaults
+from steer2edit.architecture.find_family import KNOWN, family_of
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.errors import ArchitectureError
+from steer2edit.runtime.model import load_weights
+
+# settings whose names say that they multiply something
+_FACTOR = re.compile(r"multiplier|scale_depth|residual_scale|branch_scale|out_scale|layer_scale")
+
+
+def factors(config: Any) -> dict[str, Any]:
+    """Every setting of a config that multiplies something, each with another value than 1, and than the others."""
+    values = (0.5 + 0.07 * i for i in range(100))
+    changes: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if _FACTOR.search(name) and "dim" not in name:
+            changes[name] = [next(values) for _ in value] if isinstance(value, list) else next(values)
+    return changes
+
+
+def build(folder: Path, model_type: str) -> Path:
+    make, save = (mixture_config, save_mixture) if model_type in MIXTURE_TYPES else (family_config, save_tiny)
+    return save(folder, make(model_type, **factors(make(model_type))))
+
+
+def outputs(model: Any, names: set[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, first input and output of the modules called so, in one pass over two rows of tokens."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = args[0] if args else kwargs["hidden_states"]
+            # copied: falcon adds to it in place
+            seen[name] = (first.clone(), (output[0] if isinstance(output, tuple) else output).clone())
+
+        return note
+
+    with ExitStack() as stack, torch.inference_mode():
+        for name in names:
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        model(input_ids=CONTEXTS, use_cache=False)
+    yield from ((name, before, after) for name, (before, after) in seen.items())
+
+
+def last_module(spec: ModelSpec, site: Site) -> str:
+    """The module whose output joins the stream: the norm after a writer, the module that sums the experts, or the writer."""
+    family, block = family_of(spec.model_type), f"{spec.block_modules}{site.layer}."
+    assert family is not None
+    mixture = family.mixture
+    if mixture is not None and site.role in (MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT):
+        experts = f"{block}{mixture.block}"
+        # a norm that only mixtures have is inside that module
+        if mixture.norm is not None or site.norm is None:
+            return experts if site.module.startswith(f"{experts}.") else site.module
+    leaf = family.attn_norm if site.role.kind is MatrixRole.ATTN_OUT else family.mlp_norm
+    return site.module if site.norm is None else f"{block}{leaf}"
+
+
+def unexplained(folder: Path, spec: ModelSpec) -> float:
+    """The largest part of what a block adds that its writers' outputs do not explain, relative to what it adds."""
+    model = load_weights(folder)
+    parts = {(site.layer, last_module(spec, site)): site.multiplier for site in spec.sites}
+    blocks = [f"{spec.block_modules}{layer}" for layer in range(spec.layers)]
+    results = {name: (before, after) for name, before, after in outputs(model, {*blocks, *(name for _, name in parts)})}
+    worst = 0.0
+    for layer, block in enumerate(blocks):
+        before, after = results[block]
+        terms = [results[name][1].reshape(before.shape) * f for (at, name), f in parts.items() if at == layer]
+        rest = after - before - torch.stack(terms).sum(0)
+        worst = max(worst, float(rest.abs().max() / (after - before).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("model_type", [*CAUSAL, *MIXTURE_TYPES])
+def test_a_block_adds_what_its_writers_output_times_their_multipliers(model_type: str, tmp_path: Path) -> None:
+    folder = build(tmp_path / "m", model_type)
+    spec = read_spec(open_checkpoint(folder))
+    assert unexplained(folder, spec) < 1e-4
+    family = family_of(model_type)
+    assert family is not None
+    if family.multipliers:
+        plain = replace(spec, sites=tuple(replace(site, multiplier=1.0) for site in spec.sites))
+        assert unexplained(folder, plain) > 1e-2
+
+
+def test_a_multiplier_is_read_where_the_language_model_is_described(tmp_path: Path) -> None:
+    """In a multimodal model, whose own config has none."""
+    folder = build(tmp_path / "m", "granite")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava_next", "text_config": config}))
+    assert {site.multiplier for site in read_spec(open_checkpoint(folder)).sites} == {config["residual_multiplier"]}
+
+
+def test_a_multiplier_that_the_config_leaves_out_is_its_class_default(tmp_path: Path) -> None:
+    folder = build(tmp_path / "m", "minicpm3")
+    config = json.loads((folder / "config.json").read_text())
+    del config["scale_depth"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert {site.multiplier for site in read_spec(open_checkpoint(folder)).sites} == {1.4 / 2**0.5}
+
+
+@pytest.mark.parametrize("value", ["0.5", [0.5], {}, True, float("inf")])
+def test_a_multiplier_that_is_not_a_number_is_refused(tmp_path: Path, value: Any) -> None:
+    folder = build(tmp_path / "m", "granite")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "residual_multiplier": value}))
+    with pytest.raises(ArchitectureError, match="residual_multiplier"):
+        read_spec(open_checkpoint(folder))
+
+
+def test_every_multiplier_has_its_class_default() -> None:
+    for family in KNOWN:
+        for name in family.model_types:
+            assert {one.key for one in family.multipliers.values()} <= class_defaults(name).keys()
