@@ -49,6 +49,14 @@ class DryRun:
     search: float | None
     targets: tuple[DiskUse, ...]
 
+    def described(self) -> dict[str, Any]:
+        """The numbers in plain values."""
+        return {
+            **{key: value for key, value in vars(self).items() if key != "targets"},
+            "targets": [{**vars(one), "fits": one.fits} for one in self.targets],
+            "problems": list(self.problems),
+        }
+
     @property
     def problems(self) -> tuple[str, ...]:
         """What stands in the way."""
@@ -134,51 +142,6 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
     zero = torch.zeros(1, 1)  # one number for all: a mixture may have ten thousand matrices
     edits = (LowRank(s.matrix, zero.expand(s.out_features, 1), zero.expand(1, s.in_features)) for s in sites)
     return EditPlan(Base.of(checkpoint), tuple(edits))
-
-
-def describe(found: DryRun) -> dict[str, Any]:
-    """For ``--json``."""
-    return {
-        **{key: value for key, value in vars(found).items() if key != "targets"},
-        "targets": [{**vars(one), "fits": one.fits} for one in found.targets],
-        "problems": list(found.problems),
-    }
-
-
-def render(found: Mapping[str, Any]) -> str:
-    """The numbers of :func:`describe`, for people."""
-    lines = [
-        f"model     {_gb(found['model'])} when it runs, {_gb(found['memory'])} of memory in all"
-        + (f" ({_gb(found['memory_free'])} free)" if found["memory_free"] is not None else ""),
-        f"capture   {found['examples']} examples, {found['tokens']} tokens{_about(found['capture'])}",
-        f"plan      at most {found['matrices']} matrices, {_gb(found['read'])} read once",
-        f"strength  one to {SEARCH_PASSES} passes over {NEUTRAL_TOKENS} tokens{_about(found['search'])}",
-        *(render_disk_use(one) for one in found["targets"]),
-    ]
-    lines += [f"PROBLEM   {problem}" for problem in found["problems"]]
-    return "\n".join([*lines, "nothing was run or written (--dry-run)"])
-
-
-def render_disk_use(one: Mapping[str, Any]) -> str:
-    """One target's numbers."""
-    shared = f", {_gb(one['shared'])} shared with the base" if one["shared"] else ""
-    rates = ", ".join(
-        f"{name} {rate / 1e6:.0f} MB/s measured on {one['sampled'][name] / 1e6:.0f} MB"
-        for name, rate in one["rates"].items()
-    )
-    return (
-        f"{one['target']:<9} {one['tensors']} matrices edited ({_gb(one['edited'])}), {_gb(one['copied'])} copied{shared}; "
-        f"{_gb(one['written'])} to write, {_gb(one['free'])} free; {_gb(one['memory'])} of memory{_about(one['seconds'])}"
-        + (f"\n          ({rates}, forced to the disk)" if rates else "")
-    )
-
-
-def _about(seconds: float | None) -> str:
-    return "" if seconds is None else f"; about {seconds:.0f} s" if seconds >= 10 else f"; about {seconds:.1f} s"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _numel(checkpoint: Checkpoint, name: str) -> int:

@@ -157,13 +157,13 @@ def test_dry_runs_on_the_command_line(tiny_llama: Path, tmp_path: Path, monkeypa
     arguments = ["compile", tiny_llama, "--data", data, "--out", tmp_path / "out", "--to", "checkpoint", "--to", "lora"]
     shown = run(*arguments, "--dry-run")
     assert shown.exit_code == 0, shown.output
-    assert "nothing was run or written" in shown.stdout and "16 examples" in shown.stdout
+    assert "Nothing was run or written" in shown.stdout and "16 examples" in shown.stdout
     told = json.loads(run(*arguments, "--dry-run", "--json").stdout)
     assert [one["target"] for one in told["targets"]] == ["checkpoint", "lora"] and not told["problems"]
     emitting = ["emit", plan, tiny_llama, "--to", "checkpoint", "-o", tmp_path / "out", "--dry-run"]
-    assert "2 matrices edited" in run(*emitting).stdout
+    assert "at most 2 matrices" in run(*emitting).stdout
     assert digest(tmp_path) == before
     full(monkeypatch, 10)
     for command in (emitting, [*arguments, "--dry-run"]):
         shown = run(*command)
-        assert shown.exit_code == 1 and "PROBLEM" in shown.stdout
+        assert shown.exit_code == 1 and "Problem: " in shown.stdout

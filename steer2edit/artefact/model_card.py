@@ -193,16 +193,26 @@ def _file_of(base: Mapping[str, Any], name: str) -> str | None:
     return f"{constants.ENDPOINT}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
 
 
-def place_of(receipt: Mapping[str, Any], repository: str | None = None) -> Place:
+def place_of(
+    receipt: Mapping[str, Any],
+    repository: str | None = None,
+    folder: str | None = None,
+    base_folder: str | None = None,
+) -> Place:
     """Where the artefact of a receipt and its base lie."""
     images = (receipt.get("card") or {}).get("pipeline_tag") == "image-text-to-text"
     base = receipt["base"]
-    return Place(Base(base["name"], base["revision"], base["fingerprint"]), repository, images)
+    return Place(Base(base["name"], base["revision"], base["fingerprint"]), repository, images, folder, base_folder)
 
 
-def snippet_of(receipt: Mapping[str, Any], repository: str | None = None) -> Snippet:
-    """How the artefact or plan of a receipt is loaded."""
-    place = place_of(receipt, repository)
+def snippet_of(
+    receipt: Mapping[str, Any],
+    repository: str | None = None,
+    folder: str | None = None,
+    base_folder: str | None = None,
+) -> Snippet:
+    """How the artefact or plan of a receipt is loaded; see :class:`lowering.target.Place`."""
+    place = place_of(receipt, repository, folder, base_folder)
     if receipt["target"] == _PLAN:
         emit = f"steer2edit emit {place.name} {place.base_name} --to lora --out adapter"
         return Snippet("console", ("pip install steer2edit", emit))

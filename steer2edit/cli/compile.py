@@ -25,11 +25,14 @@ from steer2edit.cli.options import (
     WritingFlags,
     progress_bar,
 )
-from steer2edit.cli.output import artefact_lines, columns, next_lines, print_result
+from steer2edit.cli.output import artefact_lines, closing_lines, columns, print_result
 from steer2edit.options import option
 
 if TYPE_CHECKING:
     from steer2edit.compiler import Compiled
+
+
+_NO_EFFECT = "not measured: that takes held-out questions (--eval FILE), and no --no-report"
 
 
 @dataclass(frozen=True)
@@ -155,19 +158,20 @@ def held_out(sources: tuple[str, ...], behaviors: tuple[str, ...]) -> Any:
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     from steer2edit.files.layout import REPORT
     from steer2edit.report.plan_text import cost_line, plan_line, strength_line
-    from steer2edit.report.tables import render_evaluation
+    from steer2edit.report.tables import effect_line, render_evaluation
 
     plan = compiled.plan
     summary = {
         "Compiled": plan_line(plan),
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
+        "Effect": effect_line(compiled.evaluation) if compiled.evaluation is not None else _NO_EFFECT,
     }
     lines = columns(summary)
     if compiled.evaluation is not None:
-        lines += ["", "Effect on held-out questions:", "", render_evaluation(compiled.evaluation)]
+        lines += ["", "On held-out questions, which the edit has not seen:", "", render_evaluation(compiled.evaluation)]
     exactness = {target: lowering.exactness for target, lowering in compiled.lowerings.items()}
     lines += ["", "Written:", *artefact_lines(compiled.artefacts, exactness)]
     pages = [folder / REPORT for folder in compiled.artefacts.values() if (folder / REPORT).is_file()]
     lines += [f"  report page  {page}" for page in pages[:1]]
-    return "\n".join([*lines, "", "Next:", *next_lines(compiled.artefacts, model, revision)])
+    return "\n".join([*lines, "", *closing_lines(compiled.artefacts, model, revision)])

@@ -11,7 +11,7 @@ import click
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.options import progress_bar, read_plan
-from steer2edit.cli.output import artefact_lines, columns, next_lines, print_result
+from steer2edit.cli.output import artefact_lines, closing_lines, columns, print_result
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _render(composed: Composed, result: dict[str, Any], model: str, revision: st
     for name, found in composed.evaluations.items():
         lines += [f"Effect on the held-out questions of {name}:", "", render_evaluation(found), ""]
     lines += ["Written:", *artefact_lines(composed.artefacts, result["exactness"])]
-    return "\n".join([*lines, "", "Next:", *next_lines(composed.artefacts, model, revision)])
+    return "\n".join([*lines, "", *closing_lines(composed.artefacts, model, revision)])
 
 
 def _numbers(overlap: Any) -> list[str]:

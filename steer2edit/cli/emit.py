@@ -22,7 +22,7 @@ from steer2edit.cli.options import (
     progress_bar,
     read_plan,
 )
-from steer2edit.cli.output import artefact_lines, next_lines, print_result
+from steer2edit.cli.output import artefact_lines, closing_lines, print_result
 from steer2edit.options import option
 
 
@@ -96,7 +96,7 @@ def emit(
         artefacts = {output.to: output.out}
         lines = [f"{len(lowering.changes)} tensors changed.", *lowering.notes, "", "Written:"]
         lines += artefact_lines(artefacts, {output.to: lowering.exactness})
-        return "\n".join([*lines, "", "Next:", *next_lines(artefacts, model, revision.revision)])
+        return "\n".join([*lines, "", *closing_lines(artefacts, model, revision.revision)])
 
     print_result(result, printed.as_json, render)
 

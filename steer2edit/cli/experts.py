@@ -22,7 +22,7 @@ from steer2edit.cli.options import (
     progress_bar,
     read_text,
 )
-from steer2edit.cli.output import artefact_lines, next_lines, print_result
+from steer2edit.cli.output import artefact_lines, closing_lines, print_result
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -217,8 +217,8 @@ def mask(
         "notes": list(lowering.notes),
     }
     artefacts = {output.to: output.out}
-    lines = ["", "Written:", *artefact_lines(artefacts, {output.to: lowering.exactness}), "", "Next:"]
-    lines += next_lines(artefacts, model, model_flags.revision)
+    lines = ["", "Written:", *artefact_lines(artefacts, {output.to: lowering.exactness}), ""]
+    lines += closing_lines(artefacts, model, model_flags.revision)
     print_result(
         result,
         printed.as_json,

@@ -33,6 +33,19 @@ def artefact_lines(artefacts: Mapping[str, Path], exactness: Mapping[str, str]) 
     return lines
 
 
+def closing_lines(artefacts: Mapping[str, Path], model: str, revision: str | None = None) -> list[str]:
+    """What to do next with artefacts that were written: commands, and the lines that load each."""
+    from steer2edit.artefact.model_card import snippet_of
+    from steer2edit.artefact.receipt import read_receipt
+
+    lines = ["Next:", *next_lines(artefacts, model, revision)]
+    for folder in artefacts.values():
+        snippet = snippet_of(read_receipt(folder), folder=str(folder), base_folder=model)
+        lines += ["", f"Load {folder}:", *(f"  {line}" for line in snippet.lines)]
+        lines += [f"  ({snippet.remark})"] if snippet.remark else []
+    return lines
+
+
 def next_lines(artefacts: Mapping[str, Path], model: str, revision: str | None = None) -> list[str]:
     """The commands to type next, which work as they stand."""
     # the receipt names a base on the Hub; one that is a folder must be named again

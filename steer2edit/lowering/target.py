@@ -7,6 +7,7 @@ card, the report and ``push`` ask the module, and know no target by name.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,24 @@ class HubEntry:
 class Place:
     """Where an artefact and its base lie, for a snippet that loads them.
 
-    ``repository`` is the artefact's name on the Hub, None for a folder. ``images`` is whether the base reads images too.
+    ``repository`` is the artefact's name on the Hub. ``images`` is whether the base reads images too. ``folder`` is the
+    artefact's, and ``base_folder`` that of a base that is not on the Hub, where these are known.
     """
 
     base: Base
     repository: str | None = None
     images: bool = False
+    folder: str | None = None
+    base_folder: str | None = None
 
     @property
     def name(self) -> str:
         """What a loader is given: the repository, or words that stand for the folder."""
-        return self.repository or HERE
+        return self.repository or self.folder or HERE
+
+    def file(self, name: str) -> str:
+        """A file of the artefact as a shell reads it: in its folder, where that is known and nothing is downloaded."""
+        return shlex.quote(f"{self.folder}/{name}") if self.folder and not self.repository else name
 
     @property
     def quoted(self) -> str:
@@ -63,7 +71,7 @@ class Place:
     @property
     def base_name(self) -> str:
         """What a loader of the base is given."""
-        return self.base.name if self.published else _BASE
+        return self.base.name if self.published else self.base_folder or _BASE
 
     @property
     def quoted_base(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,40 @@ def render_evaluation(found: Evaluation) -> str:
         [row.name, row.note, *(str(found.estimate(row, metric.name)) for metric in found.metrics)] for row in found.rows
     ]
     headers = ["", "", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in found.metrics)]
-    counts = {metric.name: found.estimate(found.rows[0], metric.name).count for metric in found.metrics}
     context = found.context
-    lines = [tabulate(table, headers=headers, disable_numparse=True), ""]
-    lines.append(
-        f"split {context.get('split')}: {', '.join(f'{name} over {count}' for name, count in counts.items())}; "
-        "bootstrap 95 % intervals over questions (KL and perplexity: over windows of neutral text)"
-    )
+    lines = [tabulate(table, headers=headers, disable_numparse=True), "", _measured_on(found)]
     for name, results in (context.get("lm_eval") or {}).items():
         lines += ["", f"lm-eval, {name}", tabulate(results, headers="keys", floatfmt=".4g")]
     return "\n".join(lines)
+
+
+def effect_line(found: Evaluation) -> str:
+    """What the edit does to each metric of the behaviour: the base's value, and the edit's."""
+    edit = next((row for row in found.rows if row.kind == "edit"), None)
+    if edit is None:
+        return ""
+    told = []
+    for metric in found.metrics:
+        if metric.role == "attribute":
+            before, after = found.estimate(found.rows[0], metric.name), found.estimate(edit, metric.name)
+            unit = f" {metric.unit}" if metric.unit else ""
+            told.append(f"{metric.name} {before}{unit} before, {after}{unit} after, on {after.count} questions")
+    return "; ".join(told)
+
+
+def _measured_on(found: Evaluation) -> str:
+    """What the numbers of a table are means over."""
+    names: dict[tuple[bool, int], list[str]] = {}
+    for metric in found.metrics:
+        count = found.estimate(found.rows[0], metric.name).count
+        names.setdefault((metric.name in ("KL", "perplexity"), count), []).append(metric.name)
+    told = [
+        f"{', '.join(metrics)} over {count} {'windows of neutral text' if neutral else 'questions'}"
+        for (neutral, count), metrics in names.items()
+    ]
+    split = found.context.get("split")
+    half = f" (the half that tune {'reports on' if split == 'report' else 'selects on'})" if split else ""
+    return f"Means: {'; '.join(told)}{half}. In brackets: 95 % intervals from resampling these."
 
 
 def render_study(done: Study) -> str:
@@ -39,28 +64,29 @@ def render_study(done: Study) -> str:
     for trial in sorted(result.trials, key=lambda trial: trial.kl):
         if trial.number in result.front and trial.attribute is not None and trial.utility is not None:
             a, u = (f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in (trial.attribute, trial.utility))
-            params = ", ".join(f"{key} {_short(value)}" for key, value in trial.params.items())
+            params = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in trial.params.items())
             rows.append([trial.number, a, u, params, "knee" if trial.number == result.knee else ""])
     states = [trial.state for trial in result.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     base = settings["base"]
     parts = [
-        f"{len(states)} trials ({counts}); base: {attribute} {base[attribute]:.3g}",
+        f"{len(states)} trials ({counts}). The base's {attribute}: {base[attribute]:.3g}.",
         "",
-        "the front, on the selection split",
+        "The front (plans that no other plan beats in both metrics), on the questions for selection:",
+        "",
         tabulate(rows, headers=["trial", attribute, utility, "", ""], disable_numparse=True),
     ]
     if done.evaluation is not None:
-        parts += ["", "on the reporting split", render_evaluation(done.evaluation)]
+        parts += ["", "On the questions for reporting:", "", render_evaluation(done.evaluation)]
     kept = [
         "study.json",
         *(["knee.plan.safetensors", "front/"] if rows else []),
         *(["evaluation.json"] if done.evaluation else []),
     ]
-    parts += [
-        "",
-        f"{done.folder}: {', '.join(kept)}",
-    ]
+    parts += ["", f"Written: {done.folder} ({', '.join(kept)})", "", "Next:"]
+    parts.append(f"  steer2edit report {shlex.quote(str(done.folder))} -o report.html")
+    if rows:
+        parts.append(f"  steer2edit show {shlex.quote(str(done.folder / 'knee.plan.safetensors'))}")
     return "\n".join(parts)
 
 

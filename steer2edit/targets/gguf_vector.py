@@ -80,7 +80,7 @@ def load_snippet(place: Place) -> Snippet:
     """By llama.cpp."""
     fetch = (f"hf download {place.repository} {FILE} --local-dir .",) if place.repository else ()
     remark = f"base.gguf is any GGUF of {place.base.name}."
-    return Snippet("console", (*fetch, f"llama-server -m base.gguf --control-vector {FILE}"), remark)
+    return Snippet("console", (*fetch, f"llama-server -m base.gguf --control-vector {place.file(FILE)}"), remark)
 
 
 def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
