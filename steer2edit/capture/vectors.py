@@ -25,6 +25,7 @@ from steer2edit.capture.statistics import LABELS, Label, Moments, Population, Si
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError, listing
 from steer2edit.files.atomic import load_tensors, save_tensors
+from steer2edit.files.untrusted import parse_json
 
 FORMAT = "steer2edit.vectors.1"
 # of a norm's mean squared gain: where the gain all but vanishes, no writer can push the stream
@@ -53,7 +54,7 @@ class Vectors:
         """Read what :meth:`save` wrote. Raises DataError for any other file."""
         tensors, metadata = load_tensors(Path(path))
         try:
-            described = json.loads(metadata["vectors"])
+            described = parse_json(metadata["vectors"].encode())
             if described["format"] != FORMAT:
                 raise DataError(f"{path} has the format {described['format']!r}, expected {FORMAT!r}")
             parts: dict[str, dict[str, torch.Tensor]] = {"direction": {}, "input": {}}
@@ -87,8 +88,19 @@ class Vectors:
             hint = self.source.get("model")
             raise DataError(
                 f"the vectors do not fit this {spec.model_type} model of {spec.layers} layers and width {spec.hidden_size}"
-                f"{f'; their file names {hint}' if hint else ''}:\n{listing(problems)}"
+                f"{f'; their file names {hint}' if hint else ''}:\n{listing(problems)}{self._numbering(spec)}"
             )
+
+    def _numbering(self, spec: ModelSpec) -> str:
+        """What to do about vectors that are numbered as hidden states or from 1; empty where they are not."""
+        count = len(self.directions)
+        for first, what in ((0, "as transformers' hidden_states, whose entry 0 is the embedding"), (1, "from 1")):
+            if self.directions.keys() == {f"residual.{layer}" for layer in range(first, spec.layers + 1)}:
+                return (
+                    f"\nThese are {count} vectors for {spec.layers} layers, numbered {what}: read them with steer2edit import "
+                    "FILE --offset -1 -o x.vectors.safetensors, and give that file."
+                )
+        return ""
 
 
 def substituted(vectors: Vectors, statistics: Statistics, checkpoint: Checkpoint, spec: ModelSpec) -> Statistics:

@@ -67,7 +67,12 @@ def read_control_vector(path: Path) -> tuple[str | None, dict[int, torch.Tensor]
     found = {}
     for name, tensor in tensors.items():
         head, _, layer = name.partition(".")
-        if head != "direction" or not layer.isdecimal() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
+        if (
+            head != "direction"
+            or not (layer.isdecimal() and len(layer) <= 6)
+            or tensor.ndim != 1
+            or not bool(tensor.isfinite().all())
+        ):
             raise PlanError(f"{path}: {name} {list(tensor.shape)} is no finite vector called direction.N")
         found[int(layer)] = tensor
     hint = fields.get(f"{CONTROL_VECTOR}.model_hint")

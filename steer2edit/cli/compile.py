@@ -108,7 +108,7 @@ def compile(
     if len(report.questions) > 1:
         raise click.UsageError("several --eval belong to several --plan; give one")
     stats.check(data)
-    steering = vectors.read()
+    steering = vectors.read(getattr(method.options(), "layers", None))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(
         model,

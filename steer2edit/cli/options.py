@@ -233,11 +233,12 @@ class VectorsFlags(FlagGroup):
         "--vectors",
     )
 
-    def read(self) -> Vectors | None:
-        """The vectors, if any."""
+    def read(self, layers: tuple[int, int] | None = None) -> Vectors | None:
+        """The vectors, if any; a file's single vector goes to the first and last of the edited ``layers``, and between."""
         from steer2edit.importers import read_vectors
+        from steer2edit.importers.source import Reading
 
-        return None if self.vectors_file is None else read_vectors(self.vectors_file)
+        return None if self.vectors_file is None else read_vectors(self.vectors_file, Reading(edited=layers))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def plan(
 
     options = method.options()
     checkpoint, spec = model_flags.open(model)
-    statistics, steering = Statistics.load(source.stats), vectors.read()
+    statistics, steering = Statistics.load(source.stats), vectors.read(getattr(options, "layers", None))
     if steering is not None:
         statistics = substituted(steering, statistics, checkpoint, spec)
     scoring = Scoring(checkpoint, spec, statistics)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -59,12 +60,13 @@ class Apart:
 
     ``with Apart(Limits(5)) as apart: apart.call(function, *arguments)``. The process is a fresh interpreter, not a fork, so
     that no thread or lock of this process is in it. It starts with the first call, and starts again after it was killed.
+    With ``idle`` it ends by itself, where the system allows it, after so many seconds without a call.
     Functions are known by module and name. Arguments and results are plain values (None, bool, int, float, str, bytes, list,
     tuple, dict) and, in results, dense tensors.
     """
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits = Limits(), idle: float | None = None) -> None:
+        self._limits, self._idle = limits, idle
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Apart:
@@ -85,6 +87,8 @@ class Apart:
 
         request = pack([function.__module__, function.__qualname__, list(arguments)])
         try:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()
             if self._process is None:
                 self._start(function.__module__)
             raw = self._exchange(request, self._limits.seconds, self._limits.output)
@@ -115,7 +119,7 @@ class Apart:
         process.wait()
 
     def _start(self, module: str) -> None:
-        settings = {"memory": self._limits.memory, "seconds": self._limits.seconds, "module": module}
+        settings = {"memory": self._limits.memory, "idle": self._idle, "module": module}
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -183,6 +187,8 @@ def serve() -> None:
     _limit_process(settings["memory"])
     _send(sending, b"ready")
     while True:
+        if settings["idle"] and os.name == "posix" and not select.select([receiving], [], [], settings["idle"])[0]:
+            return
         try:
             module, name, arguments = unpack(_receive(receiving, 1 << 40))
         except EOFError:

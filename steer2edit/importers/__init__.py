@@ -1,50 +1,57 @@
 """Reading what others made: steering vectors to compile, and finished low-rank edits to show, rescale and compose.
 
-One file, one kind of source. What a file holds is found by looking into it, never by its name alone; what was not
-established about a format is refused rather than guessed. Pickles are read with ``weights_only=True`` and no otherwise.
+One file, one kind of source: it ends in ``IMPORTERS``, which say what they recognise and read it. What was not established
+about a format is refused rather than guessed. Foreign files are parsed in a child process; pickles are read with
+``weights_only=True`` only.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from steer2edit.errors import DataError
+from steer2edit.capture.vectors import Vectors
+from steer2edit.errors import DataError, brief
 from steer2edit.files.layout import ADAPTER_CONFIG
-from steer2edit.importers.source import SUPPORTED, Edits, Reading, described
+from steer2edit.importers.source import Edits, Importer, Reading, Source
 
-if TYPE_CHECKING:
-    from steer2edit.capture.vectors import Vectors
+# tried in this order: the first that recognises a source reads it
+ORDER = ("adapters", "saelens", "gguf", "steer2edit_paper", "llm_abliteration", "per_layer")
+
+
+def importers() -> list[Importer]:
+    """Every importer, in the order in which they are tried."""
+    return [one for name in ORDER for one in importlib.import_module(f"steer2edit.importers.{name}").IMPORTERS]
+
+
+def supported() -> str:
+    """All kinds of sources, for a message."""
+    return "; ".join(importer.description for importer in importers())
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> Vectors | Edits:  # noqa: B008
     """What is in a file or folder. Raises DataError for what is not supported, with what is."""
-    from steer2edit.importers import adapters, gguf, per_layer, saelens, steer2edit_paper
-
     path = Path(path).expanduser()
-    if path.is_dir():
-        if (path / ADAPTER_CONFIG).is_file():
-            return adapters.read_peft(path)
-        if (path / saelens.CONFIG).is_file():
-            return saelens.read_sae(path, reading)
-        raise DataError(f"{path} holds no {ADAPTER_CONFIG} and no {saelens.CONFIG}; supported: {SUPPORTED}")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist")
+    source = Source(path)
+    within = None
+    try:
+        path.stat()
+        for importer in importers():
+            if importer.recognises(source):
+                return importer.read(source, reading)
+        if source.format == "folder":
+            within = next((one for one in sorted(path.iterdir()) if (one / ADAPTER_CONFIG).is_file()), None)
+    except FileNotFoundError:
+        raise DataError(f"{brief(path)} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {brief(path)}: {getattr(error, 'strerror', None) or error}") from None
+    if source.format == "folder":
+        hint = f"; {within} is an adapter's folder" if within else ""
+        raise DataError(
+            f"{path} holds nothing that can be imported (no {ADAPTER_CONFIG}, no SAE){hint}; supported: {supported()}"
+        )
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        return gguf.read(path, reading)
-    if suffix == ".safetensors":
-        return per_layer.read_safetensors(path, reading)
-    if suffix in (".npz", ".npy"):
-        return per_layer.read_numpy(path, reading)
-    if suffix in (".pt", ".pth", ".bin"):
-        held = per_layer.load_pickle(path)
-        if steer2edit_paper.is_directions(held):
-            return steer2edit_paper.read_directions(held, described(path, "Steer2Edit directions"))
-        if steer2edit_paper.is_edit_pack(held):
-            return steer2edit_paper.EditPack(held, described(path, "Steer2Edit edit pack"))
-        return per_layer.read_held(held, path, reading)
-    raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not supported; supported: {SUPPORTED}")
+    raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not supported; supported: {supported()}")
 
 
 def read_vectors(path: str | Path, reading: Reading = Reading()) -> Vectors:  # noqa: B008

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from steer2edit.files.atomic import load_tensors
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import TooMuchError, limited
 from steer2edit.files.schema import MAYBE, NUMBER, TEXT, check
-from steer2edit.importers.source import described
+from steer2edit.importers.source import Importer, described
 from steer2edit.plan import Base, Edit, EditPlan, LowRank
 
-_PAIR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
+# "default" is the name of a single adapter, which some trainers leave in the keys
+_PAIR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+# the base's own weight, which some trainers save beside the factors
+_BASE_LAYER = re.compile(r"(?:base_model\.model\.)?(.+)\.base_layer\.weight")
 # settings that make an adapter more than W + s B A, and what each is
 _MORE = {
     "use_dora": "DoRA rescales every column of W",
@@ -44,12 +47,18 @@ _CONFIG: Any = {
 }
 # patterns are a stranger's regular expressions, some of which run for ever
 _SECONDS = 30
+_PICKLE = "adapter_model.bin"
 
 
 def read_peft(folder: Path) -> PeftAdapter:
     """The adapter in a folder. Raises DataError where it is more than plain LoRA, with everything that is."""
     try:
         config = read_json(folder / ADAPTER_CONFIG)
+        if not (folder / ADAPTER_WEIGHTS).exists() and (folder / _PICKLE).exists():
+            raise DataError(
+                f"{folder} holds {_PICKLE}, a pickle, which is not read; load it with PEFT and save it again with "
+                f"save_pretrained(..., safe_serialization=True), which gives {ADAPTER_WEIGHTS}"
+            )
         tensors, _ = load_tensors(folder / ADAPTER_WEIGHTS)
     except (CheckpointError, PlanError) as error:
         raise DataError(str(error)) from None
@@ -69,7 +78,11 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
         problems.append(f"bias is {config['bias']!r}: biases are replaced")
     problems += [f"{key} is set: {why}" for key, why in _MORE.items() if config.get(key)]
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    base_layers = {}
     for name, tensor in tensors.items():
+        if saved := _BASE_LAYER.fullmatch(name):
+            base_layers[saved.group(1)] = tensor
+            continue
         match = _PAIR.fullmatch(name)
         if match is None or tensor.ndim != 2:
             problems.append(f"{name} {list(tensor.shape)} is no matrix lora_A or lora_B")
@@ -99,24 +112,29 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
     source = described(
         folder / ADAPTER_WEIGHTS, "PEFT LoRA adapter", adapter_of=base if isinstance(base, str) else None
     )
-    return PeftAdapter(factors, {**source, "name": folder.resolve().name})
+    return PeftAdapter(factors, {**source, "name": folder.resolve().name}, base_layers)
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter's ``B`` [out, r] and scaled ``A`` [r, in], by module path."""
+    """An adapter's ``B`` [out, r] and scaled ``A`` [r, in], by module path.
+
+    ``base_layers`` are weights of the base that were saved beside the factors.
+    """
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     source: Mapping[str, Any]
+    base_layers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
         """A low-rank edit for each writer that the adapter changes. Raises DataError listing all that is no writer."""
         dense = (site for site in spec.sites if site.expert is None)
         sites = {name: site for site in dense for name in (site.module, site.tensor.removesuffix(".weight"))}
+        known = {_common_name(name): site for name, site in sites.items()}
         edits: list[Edit] = []
-        problems = []
+        problems = self._changed_base_layers(checkpoint)
         for module, (B, A) in self.factors.items():
-            site = sites.get(module)
+            site = sites.get(module) or known.get(_common_name(module))
             if not bool(B.any() and A.any()):
                 continue
             if site is None:
@@ -134,9 +152,31 @@ class PeftAdapter:
                 f"{len(problems)} of the adapter's modules cannot be part of a plan, which edits residual writers "
                 f"(such as {spec.sites[0].module}) alone:\n{listing(problems)}"
             )
+        doubled = [edit.tensor for edit in edits]
+        if again := sorted({name for name in doubled if doubled.count(name) > 1}):
+            raise DataError(f"the adapter changes a matrix under two names:\n{listing(again)}")
         base = Base.of(checkpoint)
         method = {"name": "imported", **self.source}
         return EditPlan(base, tuple(edits), method=method, data={"name": self.source["name"]})
+
+    def _changed_base_layers(self, checkpoint: Checkpoint) -> list[str]:
+        """What is wrong with weights that were saved beside the factors: they must be the base's own."""
+        names = {_common_name(name): name for name in checkpoint.tensors}
+        problems = []
+        for module, tensor in self.base_layers.items():
+            name = names.get(_common_name(f"{module}.weight"))
+            if name is None and module == "lm_head":
+                # tied to the embedding in the base
+                name = next((one for one in checkpoint.tensors if one.endswith("embed_tokens.weight")), None)
+            ours = None if name is None or tensor.shape != checkpoint.tensors[name].shape else checkpoint.read(name)
+            if ours is None or not torch.equal(ours.float(), tensor.float()):
+                problems.append(f"{module}.base_layer.weight was saved too, and is not the base's weight")
+        return problems
+
+
+def _common_name(name: str) -> str:
+    """A module's name without the prefixes in which wrappers of the same model differ."""
+    return re.sub(r"^(model\.|language_model\.)+", "", name)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
@@ -154,3 +194,12 @@ def _setting(config: Mapping[str, Any], key: str, module: str) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return config.get(key, 8)
+
+
+IMPORTERS = (
+    Importer(
+        "PEFT LoRA adapters",
+        lambda source: source.format == "folder" and (source.path / ADAPTER_CONFIG).is_file(),
+        lambda source, _: read_peft(source.path),
+    ),
+)

@@ -12,30 +12,26 @@ from typing import TYPE_CHECKING
 from steer2edit.architecture import ModelSpec
 from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint
-from steer2edit.checkpoint.gguf import CONTROL_VECTOR, read_control_vector, read_gguf
-from steer2edit.errors import DataError, PlanError
+from steer2edit.checkpoint.gguf import CONTROL_VECTOR
+from steer2edit.errors import DataError, PlanError, shown
 from steer2edit.importers.per_layer import at_layers
-from steer2edit.importers.source import Reading, described
+from steer2edit.importers.source import Importer, Reading, Source, described
 from steer2edit.plan import Base, EditPlan
 
 if TYPE_CHECKING:
     from steer2edit.importers.source import Edits
 
 
-def read(path: Path, reading: Reading) -> Vectors | Edits:
+def _read(source: Source, reading: Reading) -> Vectors | Edits:
     """A control vector, or an adapter. Raises DataError for a GGUF of anything else."""
-    try:
-        fields, _ = read_gguf(path, tensors=False)
-        if fields.get("general.architecture") == CONTROL_VECTOR:
-            hint, found = read_control_vector(path)
-            return at_layers(dict(found), described(path, "control-vector GGUF", model=hint), reading)
-    except PlanError as error:
-        raise DataError(str(error)) from None
+    fields, hint, directions = source.content
+    if fields.get("general.architecture") == CONTROL_VECTOR:
+        return at_layers(directions, source.described("control-vector GGUF", model=hint), reading)
     if fields.get("general.type") == "adapter" and fields.get("adapter.type") == "lora":
-        return GgufAdapter(path)
+        return GgufAdapter(source.path)
     raise DataError(
-        f"{path} is a GGUF of {fields.get('general.architecture')!r} ({fields.get('general.type', 'model')}); expected a control "
-        "vector or a LoRA adapter"
+        f"{source.path} is a GGUF of {shown(fields.get('general.architecture'))} ({fields.get('general.type', 'model')}); "
+        "expected a control vector or a LoRA adapter"
     )
 
 
@@ -56,3 +52,10 @@ class GgufAdapter:
         except PlanError as error:
             raise DataError(str(error)) from None
         return EditPlan(base, plan.edits, method={"name": "imported", **source}, data={"name": source["name"]})
+
+
+IMPORTERS = (
+    Importer(
+        "control-vector GGUF (repeng, llama.cpp) and GGUF LoRA adapters", lambda source: source.format == "gguf", _read
+    ),
+)

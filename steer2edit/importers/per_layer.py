@@ -6,21 +6,16 @@ A name's single number is its layer; what else the name says decides the place (
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from steer2edit.capture.vectors import Vectors
-from steer2edit.errors import DataError, PlanError, first_line, listing
-from steer2edit.files.atomic import load_tensors
-from steer2edit.importers.source import Reading, described
+from steer2edit.errors import DataError, brief, listing, shown
+from steer2edit.files.layout import ADAPTER_CONFIG
+from steer2edit.importers.source import Importer, Reading, Source
 
 # under one of these keys files keep the vectors beside other things
 _NESTED = ("layer_activations", "steering_vectors", "directions", "vectors")
@@ -28,93 +23,44 @@ _ATTENTION = re.compile(r"attn_out|self_attn|attention|o_proj|out_proj")
 _MLP = re.compile(r"mlp|down_proj|feed_forward|ffn")
 # places that are neither the stream after a block nor a writer's output
 _ELSEWHERE = re.compile(r"layernorm|ln_?\d|norm|resid_mid|q_proj|k_proj|v_proj|gate|up_proj|hook_z|lora_")
+_MOST_DIGITS = 6
+_MOST_LAYERS = 10_000
 _LAYER_TYPES = {"decoder_block": "residual", "self_attn": "attn_out", "mlp": "mlp_out"}
-# what torch's reader meets in a damaged file
-_BROKEN = (
-    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, MemoryError),
-    *(ArithmeticError, struct.error),
-)
 
 
-@dataclass
-class _SteeringVector:
-    """What stands in for the steering-vectors library's class while its pickle is read: the same two fields, no code."""
-
-    layer_activations: dict[int, torch.Tensor] = field(default_factory=dict)
-    layer_type: str = "decoder_block"
-
-
-# the weights-only reader admits a class by its full name
-_SteeringVector.__module__, _SteeringVector.__qualname__ = "steering_vectors.steering_vector", "SteeringVector"
-
-
-def load_pickle(path: Path) -> Any:
-    """The content of a ``torch.save`` file, tensors and plain values only. Raises DataError for anything else in it."""
-    try:
-        with torch.serialization.safe_globals([_SteeringVector]), warnings.catch_warnings():
-            # of a pickle protocol that it may not read: then it says so itself
-            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} holds more than tensors and plain values, and is not read: {first_line(error)}"
-        ) from None
-    except _BROKEN as error:
-        raise DataError(f"{path} is not a readable torch file: {first_line(error)}") from None
-
-
-def read_held(held: Any, path: Path, reading: Reading) -> Vectors:
-    """Vectors from what a pickle held."""
-    if isinstance(held, _SteeringVector):
-        place = _LAYER_TYPES.get(held.layer_type)
-        if place is None:
+def _read_torch(source: Source, reading: Reading) -> Vectors:
+    content = source.content
+    if isinstance(content, tuple) and len(content) == 3 and content[0] == "SteeringVector":
+        _, layer_type, vectors = content
+        place = _LAYER_TYPES.get(layer_type) if isinstance(layer_type, str) else None
+        if place is None or not isinstance(vectors, Mapping):
             raise DataError(
-                f"{path} steers {held.layer_type!r}; only {', '.join(_LAYER_TYPES)} are outputs that weights can add to"
+                f"{source.path} steers {shown(layer_type)}; only {', '.join(_LAYER_TYPES)} are outputs that weights can add to"
             )
-        named = {f"{place}.{layer}": vector for layer, vector in held.layer_activations.items()}
-        return at_layers(named, described(path, "steering-vectors"), reading)
-    if isinstance(held, Mapping):
-        nested = [key for key in _NESTED if isinstance(held.get(key), (Mapping, list, torch.Tensor))]
+        named = {f"{place}.{layer}": vector for layer, vector in vectors.items()}
+        return at_layers(named, source.described("steering-vectors"), reading)
+    if isinstance(content, Mapping):
+        nested = [key for key in _NESTED if isinstance(content.get(key), (Mapping, list, torch.Tensor))]
         if len(nested) == 1:
-            held = held[nested[0]]
-    return at_layers(held, described(path, "per-layer torch file"), reading)
+            content = content[nested[0]]
+    return at_layers(content, source.described("per-layer torch file"), reading)
 
 
-def read_safetensors(path: Path, reading: Reading) -> Vectors:
+def _read_safetensors(source: Source, reading: Reading) -> Vectors:
     """Vectors from a safetensors file, this project's own or anyone's."""
-    try:
-        tensors, metadata = load_tensors(path)
-    except PlanError as error:
-        raise DataError(str(error)) from None
+    metadata, tensors = source.content
     if "vectors" in metadata:
-        return Vectors.load(path)
+        return Vectors.load(source.path)
     if "plan" in metadata:
-        raise DataError(f"{path} is a plan already: use it with --plan, show, scale or emit")
+        raise DataError(f"{source.path} is a plan already: use it with --plan, show, scale or emit")
     if any(".lora_A." in name for name in tensors):
-        raise DataError(f"{path} is an adapter's weights; give its folder, which has adapter_config.json too")
-    return at_layers(tensors, described(path, "per-layer safetensors"), reading)
+        raise DataError(f"{source.path} is an adapter's weights; give its folder, which has {ADAPTER_CONFIG} too")
+    return at_layers(tensors, source.described("per-layer safetensors"), reading)
 
 
-def read_numpy(path: Path, reading: Reading) -> Vectors:
-    """Vectors from an ``.npz`` archive or an ``.npy`` array; object arrays, which are pickles, are refused."""
-    import tokenize
-    import zipfile
-    import zlib
-
-    import numpy
-
-    faults = (OSError, ValueError, TypeError, EOFError, SyntaxError, NotImplementedError, MemoryError)
-    try:
-        with open(path, "rb") as file:
-            loaded = numpy.load(file, allow_pickle=False)
-            held: Any
-            if isinstance(loaded, numpy.ndarray):
-                held = torch.from_numpy(loaded)
-            else:
-                held = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
-    except (*faults, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a NumPy file of numbers: {error}") from None
-    return at_layers(held, described(path, f"per-layer {path.suffix[1:]}"), reading)
+def _read_numpy(source: Source, reading: Reading) -> Vectors:
+    """Vectors from an ``.npz`` archive or an ``.npy`` array."""
+    return at_layers(source.content, source.described(f"per-layer {source.path.suffix[1:]}"), reading)
 
 
 def at_layers(held: Any, source: Mapping[str, Any], reading: Reading) -> Vectors:
@@ -126,9 +72,12 @@ def at_layers(held: Any, source: Mapping[str, Any], reading: Reading) -> Vectors
         held = dict(enumerate(held))
     if not isinstance(held, Mapping) or not held:
         raise DataError(f"{file} holds {type(held).__name__}; expected vectors by layer, a list of them, or an array")
-    if len(held) == 1 and reading.layers is not None:
+    layers = reading.layers or reading.edited
+    if len(held) == 1 and layers is not None and (reading.layers is not None or _nameless(held)):
+        if layers[1] - layers[0] >= _MOST_LAYERS:
+            raise DataError(f"--layers {layers[0]}-{layers[1]} are more layers than any model has")
         vector = next(iter(held.values()))
-        held = {layer - reading.offset: vector for layer in range(reading.layers[0], reading.layers[1] + 1)}
+        held = {layer - reading.offset: vector for layer in range(layers[0], layers[1] + 1)}
     elif reading.layers is not None:
         raise DataError(
             f"{file} holds {len(held)} vectors with layers of their own; --layers is for a file with a single one"
@@ -158,13 +107,18 @@ def at_layers(held: Any, source: Mapping[str, Any], reading: Reading) -> Vectors
     return Vectors(directions, source={**source, **more})
 
 
-def _rows(array: torch.Tensor, file: str, reading: Reading) -> dict[int, torch.Tensor]:
+def _nameless(vectors: Mapping[Any, Any]) -> bool:
+    """Whether a single entry's name says no layer."""
+    return not re.search(r"[0-9]", str(next(iter(vectors))))
+
+
+def _rows(array: torch.Tensor, file: str, reading: Reading) -> dict[Any, torch.Tensor]:
     if array.ndim == 1 or (array.ndim == 2 and array.shape[0] == 1):
-        if reading.layers is None:
+        if reading.layers is None and reading.edited is None:
             raise DataError(
                 f"{file} holds a single vector of {array.shape[-1]} numbers; say with --layers where it goes"
             )
-        return {0: array}
+        return {"vector": array}
     if array.ndim != 2:
         raise DataError(
             f"{file} holds an array of the shape {list(array.shape)}; expected [layers, hidden] or [hidden]"
@@ -175,9 +129,9 @@ def _rows(array: torch.Tensor, file: str, reading: Reading) -> dict[int, torch.T
 def _place(name: Any, offset: int) -> tuple[str, str]:
     """The place that an entry's name stands for, and what is wrong with it."""
     text = str(name)
-    numbers = re.findall(r"\d+", text)
-    if len(numbers) != 1:
-        return "", f"{text} names no single layer"
+    numbers = re.findall(r"[0-9]+", text)
+    if len(numbers) != 1 or len(numbers[0]) > _MOST_DIGITS:
+        return "", f"{brief(text)} names no single layer"
     layer = int(numbers[0]) + offset
     if _ELSEWHERE.search(text):
         return "", f"{text} is neither the stream after a block nor a writer's output"
@@ -187,3 +141,14 @@ def _place(name: Any, offset: int) -> tuple[str, str]:
         return "", f"{text} would lie before the first block"
     role = "attn_out" if _ATTENTION.search(text) else "mlp_out" if _MLP.search(text) else "residual"
     return f"{role}.{layer}", ""
+
+
+IMPORTERS = (
+    Importer(
+        "SteeringVector files of the steering-vectors library and per-layer .pt",
+        lambda source: source.format == "torch",
+        _read_torch,
+    ),
+    Importer("per-layer .npz and .npy", lambda source: source.format == "numpy", _read_numpy),
+    Importer("per-layer .safetensors", lambda source: source.format == "safetensors", _read_safetensors),
+)

@@ -12,7 +12,7 @@ import torch
 from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError, first_line
 from steer2edit.importers.per_layer import at_layers
-from steer2edit.importers.source import Reading
+from steer2edit.importers.source import Importer, Reading
 
 CONFIG = "cfg.json"
 _STREAM = re.compile(r"blocks\.(\d+)\.hook_(resid_(?:pre|post)|attn_out|mlp_out)")
@@ -50,3 +50,12 @@ def read_sae(folder: Path, reading: Reading) -> Vectors:
     }
     vector = rows[list(reading.features)].sum(dim=0)
     return at_layers({hook: vector}, source, Reading(offset=reading.offset))
+
+
+IMPORTERS = (
+    Importer(
+        "SAELens folders",
+        lambda source: source.format == "folder" and (source.path / CONFIG).is_file(),
+        lambda source, reading: read_sae(source.path, reading),
+    ),
+)

@@ -19,13 +19,14 @@ from steer2edit.architecture import MatrixRole, ModelSpec
 from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError, listing
+from steer2edit.importers.source import Importer
 from steer2edit.plan import Base, EditPlan, LowRank
 
 _WRITER = re.compile(r"model\.layers\[(\d+)\]\.(self_attn\.o_proj|mlp\.down_proj)")
 _ROLES = {"self_attn.o_proj": MatrixRole.ATTN_OUT, "mlp.down_proj": MatrixRole.MLP_OUT}
 
 
-def is_directions(held: Any) -> bool:
+def _is_directions(held: Any) -> bool:
     """Whether a pickle's content is a directions file."""
     return isinstance(held, Mapping) and all(
         isinstance(held.get(side), Mapping) and {"pos_mean", "neg_mean"} <= held[side].keys()
@@ -33,12 +34,12 @@ def is_directions(held: Any) -> bool:
     )
 
 
-def is_edit_pack(held: Any) -> bool:
+def _is_edit_pack(held: Any) -> bool:
     """Whether a pickle's content is an edit pack."""
     return isinstance(held, Mapping) and isinstance(held.get("meta"), Mapping) and {"attn", "mlp"} <= held.keys()
 
 
-def read_directions(held: Mapping[str, Any], source: Mapping[str, Any]) -> Vectors:
+def _read_directions(held: Mapping[str, Any], source: Mapping[str, Any]) -> Vectors:
     """Each writer's direction, and its typical input ``(pos_mean + neg_mean) / 2``. Raises DataError for other names."""
     outputs, inputs = held["post"], held["pre"]
     problems: list[str] = []
@@ -113,3 +114,17 @@ class EditPack:
         method = {"name": "imported", **self.source, **{name: float(value) for name, value in meta.items()}}
         base = Base.of(checkpoint)
         return EditPlan(base, tuple(edits), method=method, data={"name": self.source["name"]})
+
+
+IMPORTERS = (
+    Importer(
+        "Steer2Edit's direction files",
+        lambda source: source.format == "torch" and _is_directions(source.content),
+        lambda source, _: _read_directions(source.content, source.described("Steer2Edit directions")),
+    ),
+    Importer(
+        "Steer2Edit's edit packs",
+        lambda source: source.format == "torch" and _is_edit_pack(source.content),
+        lambda source, _: EditPack(source.content, source.described("Steer2Edit edit pack")),
+    ),
+)
