@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steer2edit.capture.vectors import Vectors
 from steer2edit.errors import DataError, brief
 from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.importers.source import Edits, Importer, Reading, Source
+
+if TYPE_CHECKING:
+    from steer2edit.capture.vectors import Vectors
 
 # tried in this order: the first that recognises a source reads it
 ORDER = ("adapters", "saelens", "gguf", "steer2edit_paper", "llm_abliteration", "per_layer")

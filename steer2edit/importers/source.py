@@ -7,29 +7,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from steer2edit.architecture import ModelSpec
-from steer2edit.capture.vectors import Vectors
-from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import DataError
 from steer2edit.files.untrusted import open_regular
-from steer2edit.importers import parse
-from steer2edit.plan import EditPlan
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
+    from steer2edit.capture.vectors import Vectors
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.plan import EditPlan
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file's entries become layers.
+    """How a file's entries become layers; the fields are flags of ``steer2edit import``.
 
-    ``layers`` are the first and last layer of a file's single vector; ``offset`` is added to every layer number of a file (-1
-    where entry i is transformers' ``hidden_states[i]``, the stream before block i); ``features`` are an SAE's decoder rows.
-    ``edited`` are the layers that the edit is limited to: a single vector goes there, where ``layers`` is not given.
+    Entry i of ``hidden_states`` in transformers is the stream before block i, hence the offset of -1. ``edited`` are the
+    layers that an edit is limited to: a single vector goes there, where ``layers`` is not given.
     """
 
-    layers: tuple[int, int] | None = None
-    offset: int = 0
-    features: tuple[int, ...] = ()
+    layers: tuple[int, int] | None = option(
+        None, "First and last layer that a file's single vector goes to, such as 4-20, or one layer, such as 12."
+    )
+    offset: int = option(
+        0, "Number to add to every layer of the file; -1 for files numbered as transformers' hidden_states."
+    )
+    features: tuple[int, ...] = option((), "SAE feature to read; several add up. Repeatable.", "--feature")
     edited: tuple[int, int] | None = None
 
 
@@ -67,6 +72,8 @@ class Source:
     @cached_property
     def content(self) -> Any:
         """What the parser of this format makes of the file. Raises DataError."""
+        from steer2edit.importers import parse
+
         function = {
             "gguf": parse.gguf_file,
             "safetensors": parse.safetensors_file,
