@@ -27,7 +27,7 @@ def _read(source: Source, reading: Reading) -> Vectors:
     directions = {
         name: value for name, value in source.content.items() if isinstance(name, str) and _DIRECTION.fullmatch(name)
     }
-    numbered = Reading(reading.layers, reading.offset or -1)
+    numbered = Reading(layers=reading.layers, offset=reading.offset or -1)
     return at_layers(directions, source.described("llm-abliteration measurement"), numbered)
 
 
