@@ -1,4 +1,4 @@
-"""What can go wrong, said to the person who has to mend it."""
+"""The errors that a user can mend, and helpers that put values from files into messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Iterable
 
-# all but line feed and tab: a name from a file may not move the cursor, hide text or turn it around
+# all but line feed and tab: a name from a file may not move the cursor, hide text or reverse it
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Steer2EditError(Exception):
-    """Base of every error that is the input's fault; the command line prints it and exits with 2."""
+    """Base class of every error that the input causes. The command line prints it and exits with code 2."""
 
 
 class ArchitectureError(Steer2EditError):
@@ -35,20 +35,20 @@ class TargetError(Steer2EditError):
 
 
 class HubError(Steer2EditError):
-    """The Hub could not be reached, or refused."""
+    """The Hub could not be reached, or refused a request."""
 
 
 def listing(problems: Iterable[str], limit: int = 10) -> str:
-    """Problems as an indented list, one a line, with a count of those past ``limit``."""
-    found = list(problems)
-    lines = [f"  - {problem}" for problem in found[:limit]]
-    if len(found) > limit:
-        lines.append(f"  … and {len(found) - limit} more")
+    """Problems as an indented list, one in each line; past ``limit`` only their number."""
+    every = list(problems)
+    lines = [f"  - {problem}" for problem in every[:limit]]
+    if len(every) > limit:
+        lines.append(f"  … and {len(every) - limit} more")
     return "\n".join(lines)
 
 
 def shown(value: object) -> str:
-    """A value for a message: as JSON, its beginning only."""
+    """A value from a file, for a message: the beginning of its JSON."""
     if isinstance(value, str):
         value = value[:60] + "…" * (len(value) > 60)
     elif isinstance(value, (list, tuple)):
@@ -60,17 +60,17 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of another library, or the name of its kind where it says nothing."""
+    """The first line of another library's error, or the name of its class where it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def brief(path: object) -> str:
-    """A path or name for a message: whole up to 300 characters, otherwise its beginning and its end."""
+    """A path or name for a message. Past 300 characters the middle is left out."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:200]}…{text[-60:]}"
 
 
 def printable(text: str) -> str:
     """A text for the terminal, with control characters written as escapes."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)

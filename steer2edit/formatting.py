@@ -1,4 +1,4 @@
-"""Values as text: numbers, intervals, ratios, settings."""
+"""Numbers, intervals, ratios and settings as text for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steer2edit.bootstrap import Estimate
 
 
 def number(value: float, signed: bool = False) -> str:
-    """Three digits and a true minus; with ``signed`` a plus too."""
+    """A number with three digits and a minus sign (−); with ``signed`` also a plus sign."""
     if not math.isfinite(value):
         return "not finite"
     if abs(value) >= 1000:
@@ -22,25 +22,27 @@ def number(value: float, signed: bool = False) -> str:
     return ("+" if signed and value > 0 else "") + text.replace("-", "−")
 
 
-def interval(found: Estimate, signed: bool = False) -> str:
-    """A value and its interval, where that is finite."""
-    if not (math.isfinite(found.low) and math.isfinite(found.high)):
-        return number(found.value, signed)
-    return f"{number(found.value, signed)} [{number(found.low)}, {number(found.high)}]"
+def interval(estimate: Estimate, signed: bool = False) -> str:
+    """A value with its interval. An interval that is not finite is left out."""
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return number(estimate.value, signed)
+    return f"{number(estimate.value, signed)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def ratio(found: Estimate) -> str:
-    """A factor and its interval."""
-    # a perplexity's ratio is near 1: what differs is behind the point
-    value, low, high = (f"{x:.3f}" if abs(x) < 100 else number(x) for x in (found.value, found.low, found.high))
+def ratio(estimate: Estimate) -> str:
+    """A factor with its interval."""
+    # a perplexity's ratio is near 1: the decimals carry the difference
+    value, low, high = (
+        f"{x:.3f}" if abs(x) < 100 else number(x) for x in (estimate.value, estimate.low, estimate.high)
+    )
     return f"× {value} [{low}, {high}]"
 
 
-def plain_interval(found: Mapping[str, Any] | None) -> str:
-    """An estimate as JSON holds it: ``value``, and ``low`` and ``high`` where they are known."""
-    if not found:
+def plain_interval(stored: Mapping[str, Any] | None) -> str:
+    """An estimate from JSON: ``value``, and ``low`` and ``high`` where they are known."""
+    if not stored:
         return "–"
-    return interval(Estimate(found["value"], found.get("low", math.nan), found.get("high", math.nan), 0))
+    return interval(Estimate(stored["value"], stored.get("low", math.nan), stored.get("high", math.nan), 0))
 
 
 def divergence(kl: Estimate) -> str:
@@ -48,28 +50,28 @@ def divergence(kl: Estimate) -> str:
     return f"{interval(kl)} nats/token"
 
 
-def plain_value(given: object) -> str:
-    """A value of JSON: numbers rounded, lists and mappings in full."""
-    if given is None:
+def plain_value(value: object) -> str:
+    """A value from JSON: numbers are rounded, lists and mappings are written in full."""
+    if value is None:
         return "–"
-    if isinstance(given, float):
-        return number(given)
-    if isinstance(given, Mapping):
-        return pairs(given)
-    if isinstance(given, (list, tuple)):
-        return f"[{', '.join(map(plain_value, given))}]"
-    return str(given)
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, Mapping):
+        return pairs(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(plain_value, value))}]"
+    return str(value)
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """Keys with their values; those that hold nothing are left out."""
+    """Keys with their values. Empty values are left out."""
     return ", ".join(
-        f"{str(key).replace('_', ' ')} {plain_value(given)}"
-        for key, given in values.items()
-        if given not in (None, {}, [])
+        f"{str(key).replace('_', ' ')} {plain_value(value)}"
+        for key, value in values.items()
+        if value not in (None, {}, [])
     )
 
 
 def cut(text: str, longest: int) -> str:
-    """The beginning of a text, with a mark where it goes on."""
+    """The beginning of a text, with … where more follows."""
     return text if len(text) <= longest else f"{text[:longest].rstrip()} …"

@@ -82,7 +82,7 @@ def test_a_plan_without_scores_has_no_heatmap(tmp_path: Path) -> None:
         heatmap(make_plan(), tmp_path / "map.docx")
 
 
-def test_a_sign_is_called_in_doubt_only_where_it_was_resampled() -> None:
+def test_a_sign_is_called_uncertain_only_where_it_was_resampled() -> None:
     for resampled in (True, False):
         drawing = heads(make_plan(2, 4, 0, resampled=resampled))
-        assert drawing is not None and ("in doubt" in drawing.caption) == resampled
+        assert drawing is not None and ("not certain" in drawing.caption) == resampled

@@ -134,7 +134,7 @@ def test_eval_with_baselines_says_before_how_much_work_it_is(
         (["--baselines"], "name one"),
         (["--pattern", "("], "no regular expression"),
         (["--function", "nowhere.py:f"], "file.py:name"),
-        (["--strengths", "a"], "no list of numbers"),
+        (["--strengths", "a"], "not a list of numbers"),
         (["--utility", "nowhere.jsonl"], "does not exist"),
         (["nothing"], "does not exist"),
         (["--strengths", "1"], "--data"),

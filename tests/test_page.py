@@ -177,7 +177,7 @@ def test_verdict_says_when_chance_does_the_same() -> None:
 
 
 def test_verdict_says_when_chance_does_better() -> None:
-    assert "a random direction one does better" in verdict(
+    assert "The edit does worse than a random direction." in verdict(
         make_report(evaluation=make_evaluation(edit=-0.2, random=-0.7))
     )
 
@@ -188,7 +188,7 @@ def test_verdict_says_when_nothing_changed() -> None:
 
 def test_verdict_says_when_it_went_the_wrong_way() -> None:
     said = verdict(make_report(evaluation=make_evaluation(edit=0.4)))
-    assert said.startswith("Length rises by") and "wrong way" in said
+    assert said.startswith("Length rises by") and "wrong direction" in said
 
 
 def test_verdict_says_when_chance_was_not_measured() -> None:
@@ -225,7 +225,7 @@ def test_sections_vanish_without_data() -> None:
 def test_scores_that_were_not_resampled_are_shown_without_intervals() -> None:
     said = Page(render_page(make_report(plan=make_plan(resampled=False)))).said
     assert "Strongest heads by |λ|" in said and "Edited neurons" in said
-    for word in ("in doubt", "stable", "Intervals of g", "one shuffling"):
+    for word in ("not certain", "stable", "Intervals of g", "one random shuffle"):
         assert word not in said
 
 

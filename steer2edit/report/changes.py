@@ -1,4 +1,4 @@
-"""The page's sections on the plan itself: what it changes, how it is loaded, how it is made again."""
+"""The sections of the page on the plan: what it changes, how to load it, how to make it again."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def changed(plan: EditPlan, drawings: Sequence[Drawing]) -> list[Html]:
 
 
 def loading(plan: EditPlan, receipt: Mapping[str, Any] | None) -> list[Html]:
-    """How the artefact is loaded, or made where there is none."""
+    """How to load the artefact, or how to make it where there is none."""
     if receipt is None:
-        said = "There is no artefact yet. The plan makes one without running the model:"
-        return [tag("p", said), code(_emit(plan, "checkpoint"), _emit(plan, "lora"))]
+        line = "There is no artefact yet. The plan makes one without running the model:"
+        return [tag("p", line), code(_emit(plan, "checkpoint"), _emit(plan, "lora"))]
     target = str(receipt.get("target"))
     if target in targets.names():
         snippet = snippet_of({**receipt, "base": vars(plan.base)})
@@ -84,7 +84,7 @@ def reproduction(
     settings: Mapping[str, Any],
     command: str,
 ) -> list[Html]:
-    """The commands, and everything that the result depends on."""
+    """The commands, and every input of the result."""
     receipt = receipt or {}
     context = {} if evaluation is None else evaluation.context
     seeds = {"search": settings.get("seed"), "split": context.get("split_seed", settings.get("split_seed"))}
@@ -109,9 +109,9 @@ def reproduction(
         _emit(plan, str(receipt.get("target") or "checkpoint")),
         f"steer2edit verify FOLDER --base {shlex.quote(plan.base.name)}",
     ]
-    said = f"{_PLAN} is the plan, FOLDER where the artefact goes."
-    known = [(key, given) for key, given in facts if given not in (None, "", "–")]
-    return [code(*lines), tag("p", said), fact_list(known)]
+    line = f"{_PLAN} is the plan, FOLDER where the artefact goes."
+    known = [(key, value) for key, value in facts if value not in (None, "", "–")]
+    return [code(*lines), tag("p", line), fact_list(known)]
 
 
 def _method(method: Mapping[str, Any]) -> str:
@@ -121,11 +121,14 @@ def _method(method: Mapping[str, Any]) -> str:
 
 
 def _options(method: Mapping[str, Any]) -> str:
-    return pairs({key: given for key, given in method.items() if key not in ("name", "plans", "experts")})
+    return pairs({key: value for key, value in method.items() if key not in ("name", "plans", "experts")})
 
 
 def _merged(method: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
-    """A row for each plan that ``plan.merge`` added up; those of a plan that was merged itself come after it, as 2.1, 2.2."""
+    """A row for each plan that ``plan.merge`` added up.
+
+    Where a part was merged itself, its own parts follow it, as 2.1, 2.2.
+    """
     rows: list[list[object]] = []
     for place, part in enumerate(method.get("plans", ()), 1):
         name, inner = f"{prefix}{place}", part["method"]
@@ -161,7 +164,7 @@ def _scored(site: Scores, index: int) -> list[str]:
     sign, null = "–", "–"
     if site.interval is not None:
         low, high = (number(float(end)) for end in site.interval[:, index])
-        g, sign = f"{g} [{low}, {high}]", "stable" if bool(site.stable[index]) else "in doubt"
+        g, sign = f"{g} [{low}, {high}]", "stable" if bool(site.stable[index]) else "not certain"
     if site.null is not None:
         null = number(float(site.null[index]), signed=True)
     return [number(float(site.lam[index]), signed=True), g, sign, null]

@@ -1,4 +1,4 @@
-"""Drawing with matplotlib: a style of its own, then a PNG, or an SVG that takes its font and colours from the page around it."""
+"""Drawing with matplotlib, as a PNG or as an SVG that takes font and colours from its page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 from steer2edit.errors import Steer2EditError
 
 WIDTH = 4.6
-"""Inches: at 390 px across, text of 9 points is still read."""
+"""Width of a figure in inches. On a page 390 px wide, text of 9 points can still be read."""
 INK = "#010203"
 """Stands for the page's own text colour: black in a file, ``currentColor`` in a page."""
 BLUE, ORANGE, GREY = "#2f7fd6", "#d2691e", "#808080"
-"""Of data; each is at least 3 : 1 on white and on #111."""
+"""Colours of data. Each has a contrast of at least 3 : 1 on white and on #111."""
 _STYLE = {
     "text.parse_math": False,
     "text.usetex": False,
@@ -54,12 +54,13 @@ class Drawing:
     figure: Any
 
     def png(self) -> bytes:
-        """On white, at 200 dots an inch."""
+        """The figure as a PNG, on white, at 200 dots per inch."""
         return saved(self.figure, "png", dpi=200, facecolor="white")
 
     def svg(self) -> str:
-        """An ``<svg>`` for the body of a page: scales with its box, takes the page's font and text colour, and every id in it
-        begins with ``name``.
+        """An ``<svg>`` for the body of a page, which scales with its box.
+
+        It takes the page's font and text colour. Every id in it begins with ``name``.
         """
         # of the salted figure alone: no date, no metadata
         root = ElementTree.fromstring(saved(self.figure, "svg", metadata={"Date": None}))
@@ -78,20 +79,20 @@ def canvas(width: float, height: float) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def saved(figure: Any, kind: str, **given: Any) -> bytes:
-    """A figure as a file of the ``kind``, in the same style; ``given`` goes to ``savefig``."""
+def saved(figure: Any, kind: str, **options: Any) -> bytes:
+    """A figure as a file of the ``kind``, in the same style; ``options`` go to ``savefig``."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     with rc_context(_STYLE), warnings.catch_warnings():
         # names may be in scripts that its font has no glyphs for
         warnings.filterwarnings("ignore", message=r"Glyph \d+", category=UserWarning)
-        figure.savefig(buffer, format=kind, **given)
+        figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def one_line(text: str, longest: int = 60) -> str:
-    """A name from data as one line that a figure can hold."""
+    """A name from data as one line, short enough for a figure."""
     plain = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
     plain = " ".join(plain.split()).lstrip("_")
     return plain if len(plain) <= longest else f"{plain[: longest - 1]}…"
@@ -120,7 +121,7 @@ def _inline(root: ElementTree.Element, name: str, alt: str) -> str:
 
 
 def _attribute(key: str, value: str, name: str) -> str:
-    """One attribute as it stands in a page."""
+    """The value of one attribute, for an SVG inside a page."""
     if key == "id":
         return f"{name}-{value}"
     if key.endswith("href") and value.startswith("#"):

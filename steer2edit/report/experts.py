@@ -1,4 +1,4 @@
-"""Rankings and masks as text, and the map of a model's experts."""
+"""Rankings and masks of experts as text, and the map of a model's experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEADERS = {
 }
 
 
-_SAID = {
+_MEANINGS = {
     "difference": "selection rate",
     "mass": "routing weight",
     "risk": "pooled selection rate",
@@ -48,7 +48,7 @@ def describe_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> dict[str, 
 
 
 def render_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> str:
-    """A ranking as a table, with how many experts differ at all."""
+    """A ranking as a table, with the number of experts that differ."""
     from tabulate import tabulate
 
     layers, experts = table.score.shape
@@ -57,7 +57,7 @@ def render_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> str:
         f"{int((table.q <= 0.05).sum())} of {layers * experts} differ at a false-discovery rate of 5 %"
     ]
     if not ranked:
-        return "\n".join([*lines, "no expert is on this side"])
+        return "\n".join([*lines, "no expert is chosen more often on this side"])
     rows = []
     for one in ranked:
         row = {
@@ -77,7 +77,7 @@ def render_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> str:
 
 
 def render_masks(method: Mapping[str, Any], measured: Measured) -> str:
-    """What a plan does with experts: the grades, each expert, and what was measured."""
+    """What a plan does with experts: the grades, each expert, and the measured cost."""
     lines = [str(method["grade"]), *(f"  {line}" for line in expert_lines(method))]
     if (cost := measured.divergence) is not None:
         lines.append(
@@ -111,8 +111,8 @@ def expert_map(table: ExpertTable, path: Path, marked: Sequence[tuple[int, int]]
             if layer in table.layers:
                 x, y = expert - 0.5, table.layers.index(layer) - 0.5
                 axis.add_patch(_frame(x, y))
-        said = f"{_SAID[table.by]}, positive − negative" if table.by in _SAID else "alignment with the vector"
-        axis.set_title(f"{said}, {table.scope} tokens", fontsize=9)
+        title = f"{_MEANINGS[table.by]}, positive − negative" if table.by in _MEANINGS else "alignment with the vector"
+        axis.set_title(f"{title}, {table.scope} tokens", fontsize=9)
     try:
         written = saved(figure, path.suffix.removeprefix(".").lower() or "png", dpi=150, facecolor="white")
         write_bytes(path, written, "picture")

@@ -51,9 +51,12 @@ def heads(plan: EditPlan) -> Drawing | None:
     with canvas(WIDTH, _height(plan, HEADS)) as figure:
         _draw_heads(figure, plan)
     count = max(len(table.g) for table in sites.values())
-    caption = "Attention heads, each in its own place. λ is the signed size of a head's edit, g its score"
+    caption = (
+        "Attention heads by layer. λ is the signed size of a head's edit. g is its score: the cosine of its output with the "
+        "steering vector"
+    )
     if any(table.interval is not None for table in sites.values()):
-        caption += "; in the right panel heads whose sign of g is in doubt are pale"
+        caption += ". In the right panel, heads whose sign of g is not certain are pale"
     return Drawing(
         "heads",
         f"Heat-maps of lambda, |g| and the sign of g over {len(sites)} layers and {count} heads. {_strongest(plan, HEADS)}",
@@ -82,48 +85,48 @@ def neurons(plan: EditPlan) -> Drawing | None:
 
 def scores(plan: EditPlan) -> Drawing | None:
     """How |g| is distributed, beside what it is under shuffled labels; None for a plan without scores."""
-    found = {role: list(sites.values()) for role in KINDS if (sites := tables(plan, role))}
-    if not found:
+    by_role = {role: list(sites.values()) for role in KINDS if (sites := tables(plan, role))}
+    if not by_role:
         return None
-    said = []
+    descriptions = []
     with canvas(WIDTH, 2.5) as figure:
-        panels = figure.subplots(1, len(found), squeeze=False)[0]
-        for axis, (role, scored) in zip(panels, found.items(), strict=True):
-            said.append(_draw_scores(axis, role, scored))
+        panels = figure.subplots(1, len(by_role), squeeze=False)[0]
+        for axis, (role, scored) in zip(panels, by_role.items(), strict=True):
+            descriptions.append(_draw_scores(axis, role, scored))
         panels[0].set_ylabel("components")
         handles = {
             label: mark for axis in panels for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
-    every = [table for scored in found.values() for table in scored]
+    every = [table for scored in by_role.values() for table in scored]
     caption = "How the components' scores |g| are distributed."
     if any(table.null is not None for table in every):
         caption = (
-            "Scores |g| beside those under shuffled labels: what lies to the right of the grey, chance did not give."
+            "Scores |g| beside the scores under shuffled labels. Chance gives no score to the right of the grey ones."
         )
     if all(table.interval is not None for table in every):
-        caption += " Stable: the 95 % interval of g over resampled examples leaves its sign in no doubt."
+        caption += " Stable means: the whole 95 % interval of g over resampled examples has one sign."
     return Drawing(
         "scores",
-        f"Histograms of |g|, on a logarithmic scale. {'; '.join(said)}.",
+        f"Histograms of |g|, on a logarithmic scale. {'; '.join(descriptions)}.",
         caption,
         figure,
     )
 
 
 def of_plan(plan: EditPlan) -> list[Drawing]:
-    """Every figure of a plan that there is something for."""
-    return [found for found in (heads(plan), neurons(plan), scores(plan)) if found is not None]
+    """The figures of a plan. A figure without contents is left out."""
+    return [drawing for drawing in (heads(plan), neurons(plan), scores(plan)) if drawing is not None]
 
 
 def tables(plan: EditPlan, role: str) -> dict[int, Scores]:
-    """A role's tables by layer, in order; those without components left out."""
-    found = {
+    """A role's tables by layer, in order. Tables without components are left out."""
+    by_layer = {
         int(key.rsplit(".", 1)[1]): table
         for key, table in plan.scores.items()
         if key.startswith(f"{role}.") and len(table.g)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(by_layer.items()))
 
 
 def _draw_heads(figure: Any, plan: EditPlan) -> None:
@@ -161,7 +164,7 @@ def _draw_neurons(figure: Any, plan: EditPlan) -> None:
 
 
 def _draw_scores(axis: Any, role: str, sites: Sequence[Scores]) -> str:
-    """Draw one kind's histogram; what it shows in words."""
+    """Draw one kind's histogram. Gives its description in words."""
     g = torch.cat([table.g for table in sites]).abs()
     null = [table.null.abs() for table in sites if table.null is not None]
     top = max(float(values.max()) for values in (g, *null)) or 1.0
@@ -184,7 +187,7 @@ def _draw_scores(axis: Any, role: str, sites: Sequence[Scores]) -> str:
 
 
 def _draw_panels(figure: Any, axes: Sequence[Any], grids: torch.Tensor) -> None:
-    """lambda, |g| and sign as images; what is zero lets the page through, so that it fits a light page and a dark one."""
+    """lambda, |g| and sign as images. Zero is transparent, so that the image fits light and dark pages."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     down, up = to_rgb(BLUE), to_rgb(ORANGE)
@@ -223,11 +226,11 @@ def _edited(plan: EditPlan, role: str) -> bool:
 
 
 def _named_neurons(plan: EditPlan) -> dict[int, list[int]]:
-    """By layer the indices of the strongest neurons; of very deep models the layers with the strongest ones."""
+    """The indices of the strongest neurons by layer. Of very deep models, only the layers with the strongest ones."""
     edited = _edited(plan, NEURONS)
     sizes = {layer: (t.lam if edited else t.g).abs() for layer, t in tables(plan, NEURONS).items()}
-    kept = sorted(sorted(sizes, key=lambda layer: -float(sizes[layer].max()))[:_ROWS])
-    top = {layer: sizes[layer].topk(min(_TOP, len(sizes[layer]))).indices.tolist() for layer in kept}
+    layers = sorted(sorted(sizes, key=lambda layer: -float(sizes[layer].max()))[:_ROWS])
+    top = {layer: sizes[layer].topk(min(_TOP, len(sizes[layer]))).indices.tolist() for layer in layers}
     return {layer: [i for i in indices if not edited or sizes[layer][i]] for layer, indices in top.items()}
 
 

@@ -1,4 +1,4 @@
-"""Reading what a report page is made from."""
+"""Reading the contents of a report page from a study, an artefact or a plan."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from steer2edit.search.tune import read_study
 
 
 def read_report(source: Path, evaluation: Path | None = None) -> Report:
-    """What the report page is made from: a study's folder, an artefact's folder, or a plan file.
+    """The contents of a report, from a study's folder, an artefact's folder, or a plan file.
 
-    ``evaluation`` is a file of ``eval -o``, in place of what lies in the folder. Raises PlanError for anything else.
+    ``evaluation`` is a file of ``eval -o``; it replaces the evaluation in the folder. Raises PlanError for anything else.
     """
-    found = Evaluation.load(evaluation) if evaluation is not None else None
+    measured = Evaluation.load(evaluation) if evaluation is not None else None
     if source.is_file():
-        return Report(EditPlan.load(source), found)
+        return Report(EditPlan.load(source), measured)
     if (source / RESULT).is_file():
         study = read_study(source / RESULT)
         if not (source / KNEE).is_file():
             raise PlanError(f"the study in {source} has no front yet: no trial was better than the base")
-        kept = source / "evaluation.json"
-        found = Evaluation.load(kept) if found is None and kept.is_file() else found
-        return Report(EditPlan.load(source / KNEE), found, trials=study["trials"], settings=study["settings"])
+        stored = source / "evaluation.json"
+        measured = Evaluation.load(stored) if measured is None and stored.is_file() else measured
+        return Report(EditPlan.load(source / KNEE), measured, trials=study["trials"], settings=study["settings"])
     if source.is_dir():
         receipt = read_receipt(source)
-        kept = source / EVALUATION
-        found = Evaluation.load(kept) if found is None and kept.is_file() else found
-        return Report(EditPlan.load(source / PLAN), found, receipt=receipt)
+        stored = source / EVALUATION
+        measured = Evaluation.load(stored) if measured is None and stored.is_file() else measured
+        return Report(EditPlan.load(source / PLAN), measured, receipt=receipt)
     raise PlanError(f"{source} does not exist; expected a study's or an artefact's folder, or a plan")

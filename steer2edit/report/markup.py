@@ -59,7 +59,7 @@ footer { margin: 3rem 0 0; padding-top: 1rem; border-top: 1px solid var(--line) 
 
 
 class Html(str):
-    """Text that is HTML already; any other text is escaped where it enters a tag."""
+    """A text that is HTML. Every other text is escaped where it enters a tag."""
 
 
 def _text(value: object) -> str:
@@ -71,9 +71,9 @@ def _text(value: object) -> str:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
-    """An element. Attributes that Python has words for end in an underscore: ``class_``."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{given}>{''.join(map(_text, children))}</{name}>")
+    """An element. An attribute whose name is a keyword of Python ends in an underscore: ``class_``."""
+    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{written}>{''.join(map(_text, children))}</{name}>")
 
 
 def joined(*parts: object) -> Html:
@@ -82,7 +82,7 @@ def joined(*parts: object) -> Html:
 
 
 def section(name: str, title: str, *children: Html) -> Html:
-    """A section with its heading; nothing where there is nothing in it."""
+    """A section with its heading; an empty text where it has no contents."""
     if not any(children):
         return Html("")
     return Html(
@@ -91,7 +91,7 @@ def section(name: str, title: str, *children: Html) -> Html:
 
 
 def table(caption: str, heads: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
-    """A table in a box that it can scroll in; the first cell of a row is its heading."""
+    """A table in a box that scrolls. The first cell of each row is a heading."""
     top = tag("tr", *(tag("th", head, scope="col") for head in heads))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     content = tag("table", tag("caption", caption), tag("thead", top), tag("tbody", *body))
@@ -111,7 +111,7 @@ def figures(drawings: Iterable[Drawing]) -> Html:
 
 
 def folded(title: str, content: Html) -> Html:
-    """Content that is shown when it is asked for."""
+    """Content that the reader opens with a click."""
     return tag("details", tag("summary", title), content)
 
 

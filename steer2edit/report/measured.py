@@ -1,4 +1,4 @@
-"""The page's sections on what was measured: candidates, answers, a study's selection, and the limits of it all."""
+"""The sections of the page on measurements: candidates, answers, a study's selection, and limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 6  # answers
 
 
 def candidates(evaluation: Evaluation | None) -> list[Html]:
-    """Every candidate's metrics, and what changed against the base."""
+    """Every candidate's metrics, and their change against the base."""
     if evaluation is None:
         return []
     chosen = chosen_row(evaluation)
@@ -32,23 +32,23 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
         note = "chosen edit" + (f", {row.note}" if row.note else "") if row is chosen else row.note
         name = joined(row.name, tag("small", note) if note else "")
         rows.append([name, *(_cell(evaluation, row, metric) for metric in evaluation.metrics)])
-    said = [
+    sentences = [
         f"Each cell: the value with its 95 % interval, then the change against {evaluation.rows[0].name}, paired by question"
         + (" (a ratio for perplexity)" if any(m.exponential for m in evaluation.metrics) else "")
-        + ". A change is called better or worse where its interval leaves no doubt of the direction; one that is not called "
-        "anything may be none."
+        + ". A change is called better or worse where its whole interval has one sign. A change without a "
+        "word may be zero."
     ]
-    shown = {key: str(given)[:12] if key == "fingerprint" else given for key, given in evaluation.context.items()}
+    shown = {key: str(value)[:12] if key == "fingerprint" else value for key, value in evaluation.context.items()}
     if context := pairs(shown):
-        said.append(f"Measured on: {context}.")
+        sentences.append(f"Measured on: {context}.")
     return [
-        *(tag("p", one) for one in said),
+        *(tag("p", one) for one in sentences),
         table("Every candidate on the same questions", ["candidate", *heads], rows),
     ]
 
 
 def answers(evaluation: Evaluation | None) -> list[Html]:
-    """What the base and the chosen edit answer, those first that differ."""
+    """Answers of the base and of the chosen edit. Answers that differ come first."""
     row = chosen_row(evaluation)
     if evaluation is None or row is None:
         return []
@@ -58,13 +58,13 @@ def answers(evaluation: Evaluation | None) -> list[Html]:
         return []
     differ = [one for one in asked if one[1] != one[2]]
     shown = [*differ, *(one for one in asked if one[1] == one[2])][:_SHOWN]
-    said = f"{len(differ)} of {len(asked)} answers differ. " + (
-        f"These are the first {min(len(differ), _SHOWN)} that do, in the order asked: not the best, and not picked by hand."
+    summary = f"{len(differ)} of {len(asked)} answers differ. " + (
+        f"These are the first {min(len(differ), _SHOWN)} that do, in the order of the questions. They were not selected."
         if differ
         else "The first are shown."
     )
     if 0 < len(differ) < len(shown):
-        said += " The others are the same before and after."
+        summary += " The others are the same before and after."
     blocks = []
     for prompt, before, after in shown:
         sides = [(base.name, before), (row.name, after)] if before != after else [("both the same", before)]
@@ -74,13 +74,13 @@ def answers(evaluation: Evaluation | None) -> list[Html]:
         ]
         question = tag("h3", cut(prompt, 300), class_="said")
         blocks.append(tag("article", question, tag("div", *columns, class_="sides")))
-    return [tag("p", said), *blocks]
+    return [tag("p", summary), *blocks]
 
 
 def selection(
     trials: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], evaluation: Evaluation | None
 ) -> list[Html]:
-    """A study's trials: how many, the front, the knee, and on which questions."""
+    """A study's trials: their number, the front, the knee, and the questions."""
     if not trials:
         return []
     states = [str(trial.get("state")) for trial in trials]
@@ -88,58 +88,64 @@ def selection(
     front = [trial for trial in trials if trial.get("front")]
     sampler = f" by {settings['sampler']}" if settings.get("sampler") else ""
     seed = f", seed {settings['seed']}" if "seed" in settings else ""
-    said = [
-        f"{len(trials)} trials{sampler}{seed}: {counts}. {len(front)} are on the front: no other trial is as good in both and "
-        "better in one."
+    sentences = [
+        f"{len(trials)} trials{sampler}{seed}: {counts}. {len(front)} are on the front: no other trial is at least as good in "
+        "both and better in one."
     ]
-    said += [
+    sentences += [
         f"Trial {trial['number']} is the knee: the point of the front that lies farthest over the straight line from the base "
         "to the front's strongest point, both axes scaled to that line."
         for trial in trials
         if trial.get("knee")
     ]
-    said.append("These numbers are on the selection split, and the best of many trials looks better there than it is.")
+    sentences.append("These numbers are on the selection split. The best of many trials looks better there than it is.")
     split = None if evaluation is None else evaluation.context.get("split")
     if split == "report":
-        said.append("The table of candidates is on other questions, the reporting split.")
+        sentences.append("The table of candidates is on other questions, the reporting split.")
     elif split == "select":
-        said.append("The table of candidates is on the same questions: it is no independent check.")
-    parts = [tag("p", one) for one in said]
+        sentences.append("The table of candidates is on the same questions: it is not an independent check.")
+    parts = [tag("p", one) for one in sentences]
     if front:
         parts.append(_front(front, settings))
-    rest = [(key, plain_value(given)) for key, given in settings.items() if key not in ("attribute", "utility")]
+    rest = [(key, plain_value(value)) for key, value in settings.items() if key not in ("attribute", "utility")]
     if rest:
         parts.append(folded("Settings of the study", fact_list(rest)))
     return parts
 
 
 def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
-    """What the page does not show."""
-    said = []
+    """What the page does not show, and where its numbers do not hold."""
+    sentences = []
     if evaluation is not None:
         counts = ", ".join(f"{m.name} {_count(evaluation, m)}" for m in evaluation.metrics)
-        said.append(
+        sentences.append(
             f"Intervals are 95 % bootstraps ({DRAWS} draws) over questions, or over windows of neutral text: {counts}. They say "
-            "how far another sample of such questions would move the numbers, not what questions of another kind would show."
+            "how far another sample of the same kind of questions would move the numbers. They say nothing about other "
+            "questions."
         )
         if split := evaluation.context.get("split"):
-            said.append(f"Everything in the table of candidates is on the {split} split.")
+            sentences.append(f"Everything in the table of candidates is on the {split} split.")
         comparisons = (len(evaluation.rows) - 1) * len(evaluation.metrics)
         if comparisons > 1:
-            said.append(
-                f"The table holds {comparisons} comparisons with the base and corrects for none: of intervals where nothing "
-                "changed, about one in twenty leaves out no change."
+            sentences.append(
+                f"The table holds {comparisons} comparisons with the base and corrects for none of them. Where nothing changed, "
+                "about one interval in twenty says that something did."
             )
     else:
-        said.append("The behaviour was not measured here: nothing on this page says that the edit does what it is for.")
+        sentences.append(
+            "The behaviour was not measured. Nothing on this page shows that the edit has the wanted effect."
+        )
     if plan.measured.divergence is not None:
-        said.append("KL is measured on neutral text, and says little of how far the model moves on other text.")
+        sentences.append(
+            "KL is measured on neutral prose. It is not the cost on other text: in a chat the same edit can cost several times "
+            "as much."
+        )
     if any(site.interval is not None for site in plan.scores.values()):
-        said.append("Intervals of g are over resampled contrast examples, component by component.")
+        sentences.append("Intervals of g are over resampled contrast examples, component by component.")
     if any(site.null is not None for site in plan.scores.values()):
-        said.append("The scores under shuffled labels are of one shuffling.")
-    said.append("An edit shifts tendencies: measure it on prompts of your own.")
-    return [tag("ul", *(tag("li", one) for one in said))]
+        sentences.append("The scores under shuffled labels come from one random shuffle.")
+    sentences.append("An edit shifts tendencies and guarantees nothing. Measure it on prompts of your own.")
+    return [tag("ul", *(tag("li", one) for one in sentences))]
 
 
 def _count(evaluation: Evaluation, metric: Metric) -> int:
@@ -149,22 +155,22 @@ def _count(evaluation: Evaluation, metric: Metric) -> int:
 def _cell(evaluation: Evaluation, row: Row, metric: Metric) -> str:
     if metric.name not in row.samples:
         return "–"
-    found = interval(evaluation.estimate(row, metric.name))
+    estimate = interval(evaluation.estimate(row, metric.name))
     # the base's own divergence is 0: the change would say the same again
     if row is evaluation.rows[0] or metric.name == "KL":
-        return found
+        return estimate
     change = evaluation.change(row, metric.name)
     word = {0: "", 1: "better", -1: "worse"}[direction(metric, change)]
     shown = ratio(change) if metric.exponential else interval(change, signed=True)
-    return joined(found, tag("small", joined(shown, tag("span", word, class_=word) if word else "")))
+    return joined(estimate, tag("small", joined(shown, tag("span", word, class_=word) if word else "")))
 
 
 def _front(front: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Html:
-    given = {role: settings.get(role) or {} for role in ("attribute", "utility")}
-    names = {role: str(objective.get("name", role)) for role, objective in given.items()}
+    objectives = {role: settings.get(role) or {} for role in ("attribute", "utility")}
+    names = {role: str(objective.get("name", role)) for role, objective in objectives.items()}
     heads = [
         joined(names[role], tag("small", f"{objective['goal']} is better") if objective.get("goal") else "")
-        for role, objective in given.items()
+        for role, objective in objectives.items()
     ]
     apart = names["utility"] != "KL"
     rows: list[list[object]] = []

@@ -1,6 +1,6 @@
-"""The report: one HTML file that says what an edit does, how well that is known, what it changed and how to get it again.
+"""The report page: one HTML file that shows what an edit does, what it changed and how to make it again.
 
-It loads nothing and runs nothing. Whatever comes from data is escaped where it enters a tag.
+The page loads nothing and runs nothing. Every text from data is escaped where it enters a tag.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 @dataclass(frozen=True)
 class Report:
-    """What a report is made of: a plan; the rest where there is some.
+    """The contents of a report: a plan, and what is known besides.
 
     ``trials`` and ``settings`` are a study's, as ``tune.StudyResult.described`` has them; ``receipt`` is an artefact's;
-    ``command`` is what was typed.
+    ``command`` is the command line of the run.
     """
 
     plan: EditPlan
@@ -46,7 +46,7 @@ class Report:
 
 
 def write_pages(plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path]) -> None:
-    """Write the page of what a compile measured into each artefact's folder; without matplotlib, which draws it, none."""
+    """Write the report page of a compile into each artefact's folder. Without matplotlib, no page is written."""
     if not importlib.util.find_spec("matplotlib"):
         notice(f"no {REPORT} is written: its figures need matplotlib (pip install 'steer2edit[plots]')")
         return
@@ -55,7 +55,7 @@ def write_pages(plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path])
 
 
 def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:
-    """Write the page and, with ``pngs``, each figure as ``<stem>-<name>.png`` beside it; the files written.
+    """Write the page and, with ``pngs``, each figure as ``<stem>-<name>.png`` beside it. Gives the files.
 
     Raises Steer2EditError without matplotlib, or where a file cannot be written.
     """
@@ -75,13 +75,13 @@ def render_page(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """What came of the edit, in plain words with their numbers, and whether chance does as well."""
+    """The result in words: how far the edit moves the behaviour, and how far control edits do."""
     return verdict_on(report.plan, report.evaluation, report.settings)
 
 
 def _drawings(report: Report) -> list[Drawing]:
-    found = tradeoff(report.evaluation, report.trials, report.settings)
-    return [*([] if found is None else [found]), *of_plan(report.plan)]
+    scatter = tradeoff(report.evaluation, report.trials, report.settings)
+    return [*([] if scatter is None else [scatter]), *of_plan(report.plan)]
 
 
 def _page(report: Report, drawings: Sequence[Drawing]) -> str:
@@ -114,6 +114,6 @@ def _page(report: Report, drawings: Sequence[Drawing]) -> str:
         tag("h1", name),
         tag("p", verdict(report), class_="verdict"),
     )
-    footer = tag("footer", f"Made by steer2edit {__version__}. This file loads nothing from anywhere.")
+    footer = tag("footer", f"Made by steer2edit {__version__}. This file loads nothing from the network.")
     body = "\n".join([header, tag("main", *(one for one in sections if one)), footer])
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'

@@ -1,4 +1,4 @@
-"""The trade-off: what an edit does to the attribute, against what it costs."""
+"""The figure of the trade-off: the attribute of each candidate against its cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
 from steer2edit.report.drawing import BLUE, GREY, INK, ORANGE, WIDTH, Drawing, canvas, one_line
 
-# label, colour, marker, size; what an edit is held against is grey
+# label, colour, marker, size; control edits are grey
 _MARKS = {
     "base": ("base", INK, "o", 6.0),
     "chosen": ("chosen edit", BLUE, "*", 13.0),
@@ -34,7 +34,7 @@ def tradeoff(
 ) -> Drawing | None:
     """The attribute against the utility: every candidate with its intervals, and a study's trials as dots.
 
-    None where there is nothing of both kinds.
+    None where the attribute or the utility was not measured.
     """
     axes = objectives(evaluation, settings)
     dots = [] if axes is None else _dots(trials, settings, axes)
@@ -60,10 +60,10 @@ def tradeoff(
         axis.set(xlabel=_axis_label(x), ylabel=_axis_label(y))
         marks = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         order = [*dict.fromkeys(mark[0] for mark in _MARKS.values()), *marks]
-        kept = [name for name in dict.fromkeys(order) if name in marks]
+        labels = [name for name in dict.fromkeys(order) if name in marks]
         figure.legend(
-            [marks[name] for name in kept],
-            kept,
+            [marks[name] for name in labels],
+            labels,
             loc="outside lower center",
             ncols=2,
             handletextpad=0.4,
@@ -87,7 +87,7 @@ def _caption(x: Metric, y: Metric, trials: int, measured: bool) -> str:
 
 
 def objectives(evaluation: Evaluation | None, settings: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
-    """(utility, attribute): a study's own if they were measured, else KL or the first utility, and the first attribute."""
+    """(utility, attribute): those of the study where they were measured, else KL and the first attribute."""
     attribute, utility = (settings.get(role) or {} for role in ("attribute", "utility"))
     if evaluation is None:
         if not (attribute.get("name") and utility.get("name")):
@@ -114,16 +114,19 @@ def _measured(evaluation: Evaluation, role: str, name: str | None) -> Metric | N
 
 
 def _points(evaluation: Evaluation, x: Metric, y: Metric) -> list[_Point]:
-    """Each row with its mark and both estimates; the base and the chosen edit first. What is not finite has no place."""
+    """Each row with its mark and both estimates; the base and the chosen edit come first.
+
+    Rows that are not finite are left out.
+    """
     chosen = chosen_row(evaluation)
-    found = []
+    points = []
     for row in evaluation.rows:
         if x.name in row.samples and y.name in row.samples:
             px, py = evaluation.estimate(row, x.name), evaluation.estimate(row, y.name)
             if all(map(math.isfinite, (px.value, px.low, px.high, py.value, py.low, py.high))):
-                found.append((row, "chosen" if row is chosen else row.kind, px, py))
+                points.append((row, "chosen" if row is chosen else row.kind, px, py))
     order = list(_MARKS)
-    return sorted(found, key=lambda point: order.index(point[1]) if point[1] in order else len(order))
+    return sorted(points, key=lambda point: order.index(point[1]) if point[1] in order else len(order))
 
 
 def _draw_points(axis: Any, points: Sequence[_Point]) -> None:
@@ -177,14 +180,14 @@ def _dots(
 def _searched(
     trials: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], axes: tuple[Metric, Metric]
 ) -> dict[str, list[tuple[float, float]]]:
-    """What a search found, by mark: its front, the chosen trial, and the base where that was measured."""
+    """The points of a search by mark: its front, the chosen trial, and the base where it was measured."""
     base = settings.get("base") or {}
-    found = {
+    points = {
         "front": sorted(_dots([trial for trial in trials if trial.get("front")], settings, axes)),
         "chosen": _dots([trial for trial in trials if trial.get("knee")], settings, axes),
         "base": [(float(base[axes[0].name]), float(base[axes[1].name]))] if all(a.name in base for a in axes) else [],
     }
-    return {mark: at for mark, at in found.items() if at}
+    return {mark: at for mark, at in points.items() if at}
 
 
 def _scale_x(axis: Any, values: Sequence[float], x: Metric) -> None:

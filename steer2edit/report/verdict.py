@@ -1,4 +1,4 @@
-"""What came of an edit, in words: how far its numbers move, and whether chance moves them as far."""
+"""The verdict: how far an edit moves the behaviour, in words, beside what control edits do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHANCE = {"random": ("a random direction", "random directions"), "shuffled": ("
 
 
 def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[str, Any]) -> str:
-    """What came of the edit, in plain words with their numbers, and whether chance does as well."""
+    """The result in words: how far the edit moves the behaviour, and how far control edits do."""
     axes, row = objectives(evaluation, settings), chosen_row(evaluation)
     if evaluation is None or axes is None or row is None:
         return _unmeasured(plan)
@@ -27,16 +27,16 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
     at = f"a {utility.name} of {number(cost.value)} {utility.unit}".strip()
     chance = {kind: [other for other in evaluation.rows if other.kind == kind] for kind in _CHANCE}
     beside = [_best_of(evaluation, attribute, kind, rows) for kind, rows in chance.items() if rows]
-    equal = _as_dear(evaluation, row, utility)
+    equal = _equally_costly(evaluation, row, utility)
     if equal is not None:
         beside.insert(0, _best_of(evaluation, attribute, "steering", [equal]))
-    said = "; ".join([f"{_moved(attribute, change)} at {at}", *beside])
+    numbers = "; ".join([f"{_moved(attribute, change)} at {at}", *beside])
     changes = {kind: [evaluation.change(row, attribute.name) for row in rows] for kind, rows in chance.items() if rows}
-    return f"{said}. {_judged(attribute, change, changes)}"
+    return f"{numbers}. {_judged(attribute, change, changes)}"
 
 
 def direction(metric: Metric, change: Estimate) -> int:
-    """1 where a change is for the better, -1 where it is for the worse, 0 where its interval leaves that open."""
+    """1 for a change to the better, -1 to the worse, 0 where the interval holds both signs."""
     none = 1.0 if metric.exponential else 0.0
     # not "low <= none <= high": intervals that are not finite decide nothing
     above, below = change.low > none, change.high < none
@@ -46,12 +46,12 @@ def direction(metric: Metric, change: Estimate) -> int:
 
 
 def _unmeasured(plan: EditPlan) -> str:
-    said = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
+    text = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
     if plan.measured.divergence is not None:
-        said += f", and moves the model by {divergence(plan.measured.divergence.estimate)} on neutral text"
+        text += f", and moves the model by {divergence(plan.measured.divergence.estimate)} on neutral text"
     if plan.measured.selected_on:
-        return f"{said}. It was chosen on the selection split; what it does on other questions was not measured."
-    return f"{said}. What it does to the behaviour was not measured."
+        return f"{text}. It was chosen on the selection split. Its effect on other questions was not measured."
+    return f"{text}. Its effect on the behaviour was not measured."
 
 
 def _moved(metric: Metric, change: Estimate) -> str:
@@ -74,8 +74,8 @@ def _best_of(evaluation: Evaluation, metric: Metric, kind: str, rows: Sequence[R
     return f"{which}{note}: {ratio(best) if metric.exponential else interval(best, signed=True)}"
 
 
-def _as_dear(evaluation: Evaluation, row: Row, utility: Metric) -> Row | None:
-    """Of activation steering at several strengths, what costs about as much as ``row``; None where nothing does."""
+def _equally_costly(evaluation: Evaluation, row: Row, utility: Metric) -> Row | None:
+    """The row of activation steering whose cost is nearest to that of ``row``; None where none is within 15 %."""
     cost = evaluation.estimate(row, utility.name).value
     there = [other for other in evaluation.rows if other.kind == "steering" and other.note.startswith("at ")]
     gaps = [(abs(evaluation.estimate(other, utility.name).value - cost), n) for n, other in enumerate(there)]
@@ -84,27 +84,27 @@ def _as_dear(evaluation: Evaluation, row: Row, utility: Metric) -> Row | None:
 
 
 def _judged(metric: Metric, change: Estimate, chance: Mapping[str, Sequence[Estimate]]) -> str:
-    """Whether the change is one, is the one wanted, and is more than the changes that chance gives, by kind."""
-    said = []
+    """Whether the change is certain, goes the right way, and exceeds the changes of the control edits ``chance``."""
+    sentences = []
     sign = direction(metric, change)
     if not sign:
-        said.append("The edit is not distinguishable from no change.")
+        sentences.append("The edit is not distinguishable from no change.")
     elif sign < 0:
-        said.append(f"That is the wrong way: {metric.goal} is better.")
+        sentences.append(f"That is the wrong direction: {metric.goal} is better.")
     alike, ahead = [], []
     for kind, others in chance.items():
-        # a comparison with nan is false, and an interval that is not known is overlapped by all
+        # a comparison with nan is false: an unknown interval overlaps with every other
         if not all(other.high < change.low or other.low > change.high for other in others):
             alike.append(_CHANCE[kind][0])
         elif any((other.value > change.value) == (metric.goal == "more") for other in others):
             ahead.append(_CHANCE[kind][0])
     if alike:
-        said.append(f"The edit is not distinguishable from {' or '.join(alike)}.")
+        sentences.append(f"The edit is not distinguishable from {' or '.join(alike)}.")
     if ahead:
-        said.append(f"Of {' and '.join(ahead)} one does better than the edit.")
+        sentences.append(f"The edit does worse than {' and '.join(ahead)}.")
     if not chance:
-        said.append("No random direction was measured beside it, so what any edit of this size does is not known.")
+        sentences.append("No random direction was measured, so it is not known what any edit of this size does.")
     elif sign > 0 and not alike and not ahead:
         beaten = " or ".join(_CHANCE[kind][0] for kind in chance)
-        said.append(f"That is more than {beaten} {'gives' if list(chance) == ['random'] else 'give'}.")
-    return " ".join(said)
+        sentences.append(f"That is more than {beaten} {'gives' if list(chance) == ['random'] else 'give'}.")
+    return " ".join(sentences)
