@@ -122,6 +122,13 @@ def test_gzip_is_unpacked_and_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_bytes(gzip.compress(b" " * 10_000))
     with pytest.raises(DataError, match="unpacks to more than 1000 bytes"):
         read_contrast(path)
+    whole = gzip.compress(json.dumps(PAIRS[0]).encode() + b"\n")
+    monkeypatch.undo()
+    path.write_bytes(whole + gzip.compress(json.dumps(PAIRS[1]).encode()) + b"\0\0")
+    assert content(read_contrast(path)) == expected()
+    path.write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=r"cannot read x\.jsonl\.gz: it is cut off"):
+        read_contrast(path)
     path.write_bytes(b"not gzip")
     with pytest.raises(DataError, match=r"cannot read x\.jsonl\.gz"):
         read_contrast(path)

@@ -106,6 +106,10 @@ def test_a_list_of_templates_has_a_default_or_a_name_is_chosen() -> None:
     tokenizer.chat_template = {"default": CHATML, "tool_use": "T" + CHATML}
     assert render_prompt("a", tokenizer).startswith("<|im_start|>user")
     assert render_prompt("a", tokenizer, chat_template_kwargs={"chat_template": "tool_use"}).startswith("T<|im_start|>")
+    with pytest.raises(DataError, match='no chat template called "tools"; the tokenizer has default, tool_use'):
+        render_prompt("a", tokenizer, chat_template_kwargs={"chat_template": "tools"})
+    with pytest.raises(DataError, match="the tokenizer has one, without a name"):
+        render_prompt("a", make_tokenizer(CHATML), chat_template_kwargs={"chat_template": "tools"})
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
     with pytest.raises(DataError, match=r"2 chat templates \(rag, tool_use\) and none is called default; choose one"):
         render_prompts({str(i): f"line {i}" for i in range(9)}, tokenizer)

@@ -54,7 +54,8 @@ def capture(
     goes on from them; the file is the caller's to remove once the result is safe. With ``layers`` the model runs one layer
     at a time, all batches through each, and nothing is kept on the way.
     """
-    pad = loaded.tokenizer.pad_token_id or 0
+    loaded.check_tokens(example.ids for example in examples)
+    pad = loaded.padding
     lengths = [len(example.ids) for example in examples]
     everything = batches(lengths, batch_tokens)
     costs = [len(indices) * lengths[indices[0]] for indices in everything]
@@ -260,7 +261,7 @@ def capture_statistics(
     }
 
     def encoded() -> list[Encoded]:
-        found = behavior.encode(loaded.tokenizer)
+        found = behavior.encode(loaded.tokenizer, loaded.context)
         read = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
         return found + [Encoded(tuple(ids), 1, "background", row) for row, ids in enumerate(read)]
 

@@ -69,7 +69,7 @@ class Behavior:
         """At most ``rows`` rows of the behaviour; see :func:`data.contrast.chosen_rows`."""
         return replace(self, examples=contrast.chosen_rows(self.examples, rows, self.name))
 
-    def encode(self, tokenizer: Any) -> list[Encoded]:
+    def encode(self, tokenizer: Any, context: int | None = None) -> list[Encoded]:
         """Tokens and response span of each example, in order; see :func:`data.tokens.encode`."""
         return encode(
             self.examples,
@@ -77,5 +77,6 @@ class Behavior:
             system=self.system,
             span=self.span,
             max_tokens=self.max_tokens,
+            context=context,
             chat_template_kwargs=self.chat_template_kwargs,
         )

@@ -144,11 +144,18 @@ def _located(source: str | Path) -> tuple[Path, str]:
 
 
 def _unpacked(data: bytes) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31)
-    unpacked = unpacker.decompress(data, MAX_BYTES)
-    if unpacker.unconsumed_tail:
-        raise OSError(f"it unpacks to more than {MAX_BYTES} bytes")
-    return unpacked
+    pieces: list[bytes] = []
+    left = MAX_BYTES
+    while data:  # a file may have several parts
+        unpacker = zlib.decompressobj(wbits=31)
+        pieces.append(unpacker.decompress(data, left + 1))
+        left -= len(pieces[-1])
+        if left < 0:
+            raise OSError(f"it unpacks to more than {MAX_BYTES} bytes")
+        if not unpacker.eof:
+            raise OSError("it is cut off")
+        data = unpacker.unused_data.lstrip(b"\0")
+    return b"".join(pieces)
 
 
 def _refuse_other_content(data: bytes, name: str) -> None:

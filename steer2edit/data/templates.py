@@ -226,6 +226,14 @@ def _ordered(
 
 def _check_choice(tokenizer: Any, arguments: dict[str, Any]) -> None:
     templates = getattr(tokenizer, "chat_template", None)
+    chosen = arguments.get("chat_template")
+    if (
+        chosen is not None
+        and "{" not in str(chosen)
+        and chosen not in (templates if isinstance(templates, dict) else ())
+    ):
+        held = f"has {', '.join(sorted(templates))}" if isinstance(templates, dict) else "has one, without a name"
+        raise DataError(f"there is no chat template called {shown(chosen)}; the tokenizer {held}")
     if isinstance(templates, dict) and "default" not in templates and "chat_template" not in arguments:
         raise DataError(
             f"the tokenizer has {len(templates)} chat templates ({', '.join(sorted(templates))}) and none is called default; "

@@ -10,6 +10,7 @@ from steer2edit.data.answers import Label
 from steer2edit.data.contrast import Example
 from steer2edit.data.foreign import run_foreign
 from steer2edit.data.prompts import Prompt
+from steer2edit.data.records import grouped
 from steer2edit.data.templates import TemplateArguments, after_an_answer, check_arguments, rendered_prompts, templated
 from steer2edit.errors import DataError, listing, shown
 
@@ -38,9 +39,10 @@ def encode(
     system: str | None = None,
     span: Span = "matched",
     max_tokens: int = MAX_TOKENS,
+    context: int | None = None,
     chat_template_kwargs: TemplateArguments | None = None,
 ) -> list[Encoded]:
-    """Tokens and response span of each example, in order, cut at ``max_tokens``.
+    """Tokens and response span of each example, in order, cut at ``max_tokens`` and at the model's ``context``.
 
     A response ends in the end-of-turn token, where there is one. ``span="matched"`` then cuts the responses of a
     pair to as many tokens as the shorter has, so that the classes do not differ in how far into a response they
@@ -59,6 +61,7 @@ def encode(
         list(examples),
         system,
         max_tokens,
+        context,
         check_arguments(chat_template_kwargs),
         characters=sum(len(e.response) + _length(e.prompt) + len(system or "") for e in examples),
         what="the chat template or the tokenizer",
@@ -104,6 +107,7 @@ def _spans(
     examples: Sequence[Example],
     system: str | None,
     max_tokens: int,
+    context: int | None,
     arguments: TemplateArguments | None,
 ) -> list[tuple[list[int], int]]:
     """Of each example its tokens and where the response begins; see :func:`encode`."""
@@ -116,22 +120,22 @@ def _spans(
     wholes = [_joined(texts[e.prompt], e.response, spaced=special) for e in examples]
     end = _end_of_turn(tokenizer, arguments)
     spans: list[tuple[list[int], int]] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
+    limit = max_tokens if context is None else min(max_tokens, context)
+    remedy = "the model reads no more; shorten it" if limit == context else "shorten it, or raise --max-tokens"
     for example, ids in zip(examples, _tokenize(wholes, tokenizer, special), strict=True):
         start = max(1, common_prefix(prompts[example.prompt], ids))
         if start >= len(ids):
-            problems.append(f"{example.where}: the response {shown(example.response)} yields no token")
-        elif start >= max_tokens:
-            problems.append(
-                f"{example.where}: the prompt alone takes {start} tokens and the limit is {max_tokens};"
-                " shorten it or raise the limit"
-            )
+            problems.append((example.where, f"the response {shown(example.response)} yields no token"))
+        elif start >= limit:
+            fault = (example.where, f"the prompt alone takes {start} tokens and the limit is {limit}: {remedy}")
+            problems += [fault] if fault not in problems[-1:] else []  # a pair has one prompt
         else:
             if end is not None and ids[-1] != end:  # a response may bring its own
                 ids.append(end)
-            spans.append((ids[:max_tokens], start))
+            spans.append((ids[:limit], start))
     if problems:
-        raise DataError(f"examples that cannot be encoded:\n{listing(problems)}")
+        raise DataError(f"examples that cannot be encoded:\n{listing(grouped(problems))}")
     return spans
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from steer2edit.data.tokens import token_ids
+from steer2edit.errors import DataError
+from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
@@ -23,12 +25,22 @@ def generate(
     """Greedy continuations as token ids, without the end token, in the order of ``prompts``.
 
     ``prompts`` are rendered texts; with a chat template, which writes its own special tokens, ``add_special_tokens`` is
-    False. Whatever hooks are on the model are in force.
+    False. Whatever hooks are on the model are in force. Prompt and answer together are no longer than the model's context.
+    Raises DataError where a prompt alone is.
     """
     tokenizer = loaded.tokenizer
     rows = token_ids(tokenizer, prompts, add_special_tokens)
+    loaded.check_tokens(rows)
+    room = loaded.context - max(map(len, rows), default=0)
+    if room < 1:
+        raise DataError(
+            f"a prompt takes {loaded.context - room} tokens and the model's context is {loaded.context}: shorten it"
+        )
+    if room < max_new_tokens:
+        notice(f"answers have at most {room} tokens and not {max_new_tokens}: the model's context is {loaded.context}")
+        max_new_tokens = room
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = loaded.padding
     ends = loaded.end_tokens
     found: dict[int, list[int]] = {}
     with progress("generate", total=len(rows)) as advance, torch.inference_mode():

@@ -48,6 +48,7 @@ def response_log_probabilities(
     The unembedding runs on the positions that predict a response's tokens and on no others. Examples of one ``row`` share
     the tokens that they begin with, unless ``share`` is False; the values are the same but for rounding.
     """
+    loaded.check_tokens(example.ids for example in examples)
     by_index: dict[int, torch.Tensor] = {}
     with progress("likelihood", total=len(examples)) as advance, torch.inference_mode():
         plan = _sharing(examples, batch_tokens) if share else None
@@ -158,7 +159,7 @@ def _parts(lengths: dict[int, int]) -> Iterator[list[int]]:
 
 def _run(loaded: LoadedModel, rows: Sequence[Sequence[int]], cache: Any, past: int) -> tuple[torch.Tensor, Any]:
     """Final states of ``rows``, which continue what ``cache`` holds, and the cache with them in it."""
-    ids, mask = pad_right(rows, loaded.tokenizer.pad_token_id or 0, loaded.device)
+    ids, mask = pad_right(rows, loaded.padding, loaded.device)
     mask = torch.cat([mask.new_ones(len(rows), past), mask], dim=1)
     body = loaded.body()
     name = cache_parameter(body.forward)
@@ -178,7 +179,7 @@ def _taken(cache: Any, rows: Sequence[int]) -> Any:
 
 def _whole(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[torch.Tensor]:
     """Log-probabilities of a batch whose examples are each read from their beginning."""
-    ids, mask = pad_right([e.ids for e in batch], loaded.tokenizer.pad_token_id or 0, loaded.device)
+    ids, mask = pad_right([e.ids for e in batch], loaded.padding, loaded.device)
     return _scored(loaded, loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0], batch, 0)
 
 

@@ -195,6 +195,7 @@ class Preference:
             loaded.tokenizer,
             system=self.system,
             span="response",
+            context=loaded.context,
             chat_template_kwargs=self.chat_template_kwargs,
         )
         means = [float(x.mean()) for x in response_log_probabilities(loaded, encoded, progress=progress)]
@@ -233,6 +234,7 @@ class Choice:
             loaded.tokenizer,
             system=self.system,
             span="response",
+            context=loaded.context,
             chat_template_kwargs=self.chat_template_kwargs,
         )
         scores = iter(response_log_probabilities(loaded, encoded, progress=progress))

@@ -104,7 +104,7 @@ def _run(
     loaded: LoadedModel, windows: Sequence[Sequence[int]], real: list[torch.Tensor], stage: str, progress: Progress
 ) -> int:
     """Run the model over windows; ``real`` holds, while each batch runs, which of its flattened positions are no padding."""
-    pad = loaded.tokenizer.pad_token_id or 0
+    pad = loaded.padding
     total = sum(map(len, windows))
     with progress(stage, total=total) as advance, torch.inference_mode():
         for chosen in batches([len(window) for window in windows], 2048):

@@ -6,7 +6,7 @@ This module and those above it are the only ones that import transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
 from steer2edit.data.templates import processor_template, templated
 from steer2edit.data.tokens import token_ids
-from steer2edit.errors import ArchitectureError, CheckpointError, first_line
+from steer2edit.errors import ArchitectureError, CheckpointError, first_line, shown
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
 from steer2edit.notices import notice
@@ -91,6 +91,31 @@ class LoadedModel:
             if isinstance(value, int) and value > 0:
                 return value
         return 1 << 20
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings of."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def padding(self) -> int:
+        """The token to fill rows up with, where nothing is read: the tokenizer's, if the model knows it."""
+        token = self.tokenizer.pad_token_id
+        return token if isinstance(token, int) and 0 <= token < self.vocabulary else 0
+
+    def check_tokens(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raise CheckpointError where rows hold a token that the model has no embedding of."""
+        vocabulary = self.vocabulary
+        strange = sorted({token for row in rows for token in row if not 0 <= token < vocabulary})
+        if strange:
+            named = ", ".join(
+                f"{token} ({shown(self.tokenizer.convert_ids_to_tokens(token))})" for token in strange[:5]
+            )
+            more = ", …" if len(strange) > 5 else ""
+            raise CheckpointError(
+                f"the tokenizer gives tokens without an embedding in the model: {named}{more}; the model has {vocabulary} and "
+                f"the tokenizer {len(self.tokenizer)}. Take the tokenizer that belongs to the model"
+            )
 
     def body(self) -> Any:
         """The model without its unembedding: ids → last hidden state."""

@@ -69,6 +69,7 @@ class NeutralText:
         self._windows = windows(loaded.tokenizer, texts, max_tokens, min(window, loaded.context))
         if self.tokens < 16:
             raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
+        loaded.check_tokens(self._windows)
         self._batches = batches([len(one) for one in self._windows], batch_tokens)
         self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
         order = [i for batch in self._batches for i in batch]
@@ -161,7 +162,7 @@ class NeutralText:
         self, stage: str, loaded: LoadedModel, chosen_batches: Sequence[Sequence[int]], progress: Progress
     ) -> Iterator[torch.Tensor]:
         """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
-        pad = loaded.tokenizer.pad_token_id or 0
+        pad = loaded.padding
         total = sum(len(self._windows[i]) - 1 for batch in chosen_batches for i in batch)
         with progress(stage, total=total) as advance, torch.inference_mode():
             for chosen in chosen_batches:
