@@ -24,9 +24,10 @@ from conftest import ROWS
 from mask_laws import artefact, largest, logits, mask_plan, reference, selected, silenced
 from mixture_models import MIXTURE_TYPES, MODELS, Case
 
+from steer2edit.capture.populations import routing_key
 from steer2edit.capture.run import capture_statistics
-from steer2edit.capture.statistics import LABELS, routing_key
 from steer2edit.data import contrast
+from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
 from steer2edit.experts.edits import strongest
 from steer2edit.plan import Base, EditPlan, LowRank

@@ -11,18 +11,8 @@ from pathlib import Path
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec
-from steer2edit.capture.statistics import (
-    POPULATIONS,
-    RESAMPLES,
-    SOURCES,
-    Kind,
-    Moments,
-    Population,
-    Resampled,
-    Side,
-    Source,
-    Statistics,
-)
+from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCES, Kind, Population, Side, Source
+from steer2edit.capture.statistics import Moments, Resampled, Statistics
 from steer2edit.checkpoint import INDEX, Checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank
 

@@ -10,6 +10,8 @@ import torch
 from steer2edit.errors import DataError
 
 DRAWS = 2000
+LEAST_DRAWS = 6
+"""Fewer draws cannot leave a sign beyond doubt: were all of them of one sign, chance does that at ``2 · 2⁻⁵`` > 5 %."""
 
 
 @dataclass(frozen=True)

@@ -263,13 +263,14 @@ def statistics_of() -> Callable[..., Any]:
         from steer2edit.capture.run import capture_statistics
         from steer2edit.checkpoint import open_checkpoint
         from steer2edit.data import contrast
+        from steer2edit.data.answers import LABELS
         from steer2edit.data.behavior import Behavior
         from steer2edit.runtime.model import load_model
 
         examples = [
             contrast.Example(row["prompt"], row[label], label, "test", index)
             for index, row in enumerate(ROWS)
-            for label in contrast.LABELS
+            for label in LABELS
         ]
         checkpoint = open_checkpoint(folder)
         loaded = load_model(checkpoint, read_spec(checkpoint))
@@ -310,7 +311,6 @@ def hub_server() -> Iterator[Hub]:
 def hub(hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """An empty hub that huggingface_hub, in this process, takes for the Hub; the user is logged in."""
     from huggingface_hub import constants, hf_api
-    from huggingface_hub.utils import _http
 
     for state in (hub_server.repositories, hub_server.blobs, hub_server.requests, hub_server.faults):
         state.clear()
@@ -331,7 +331,7 @@ def hub(hub_server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub
     monkeypatch.setattr(hf_api.api, "endpoint", hub_server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # its patience with a hub that fails is not ours to wait for
-    monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
     return hub_server
 
 

@@ -16,11 +16,13 @@ from mask_laws import artefact, everywhere, largest, logits, mask_plan, referenc
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case, mixture_config, save_mixture
 
 from steer2edit.artefact.verify import verify
-from steer2edit.capture.statistics import LABELS, Statistics
+from steer2edit.capture.statistics import Statistics
+from steer2edit.data.answers import LABELS
 from steer2edit.errors import DataError, PlanError
 from steer2edit.experts.edits import Request, lower_experts, strongest
 from steer2edit.experts.ranking import alignments, expert_table, false_discovery, ranking, weakest_for_pruning
 from steer2edit.experts.router_rows import selection_shares, separating
+from steer2edit.notices import collected
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,11 @@ def test_an_expert_that_one_class_alone_uses_leads_the_ranking(
     first = ranking(table, 3)[0]
     assert (first.layer, first.expert, first.stability) == (2, 5, 1.0)
     assert first.q < 1e-3 and first.difference == pytest.approx(-0.8)
+    # the same numbers from a prompt or two are no evidence
+    source = {**changed.source, "distinct_prompts": {"positive": 2, "negative": 40}}
+    with collected() as notices:
+        few = expert_table(replace(changed, source=source))
+    assert bool((few.q == 1).all()) and ranking(few, 3)[0].stability == 0 and "2 distinct prompts" in notices[0]
     # subtracting the same as a control leaves nothing
     assert not ranking(expert_table(changed, control=changed), 3)
     chosen = weakest_for_pruning(table, 2)

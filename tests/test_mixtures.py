@@ -19,8 +19,9 @@ from steer2edit.architecture import MatrixRole, Site, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify
-from steer2edit.capture.statistics import LABELS, routing_key
+from steer2edit.capture.populations import routing_key
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.answers import LABELS
 from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
 from steer2edit.runtime.hooks import edited

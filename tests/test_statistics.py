@@ -13,10 +13,12 @@ import torch
 from conftest import ROWS
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture.populations import POPULATIONS
 from steer2edit.capture.run import capture
-from steer2edit.capture.statistics import LABELS, POPULATIONS, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data import contrast
+from steer2edit.data.answers import LABELS
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import load_tensors

@@ -12,22 +12,10 @@ from typing import Any, cast
 import torch
 
 from steer2edit.capture.expert_moments import ExpertSums
-from steer2edit.capture.statistics import (
-    LABELS,
-    POPULATIONS,
-    RESAMPLES,
-    SOURCE_OF,
-    SOURCES,
-    Kind,
-    Moments,
-    Population,
-    Resampled,
-    Side,
-    Source,
-    Statistics,
-    read_name,
-    stored_name,
-)
+from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCE_OF, SOURCES, Kind, Population, Side, Source
+from steer2edit.capture.statistics import Moments, Resampled, Statistics
+from steer2edit.capture.stored import read_name, stored_name
+from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.capture.accumulator import Accumulator
-from steer2edit.capture.statistics import FORMAT
+from steer2edit.capture.stored import FORMAT
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import load_tensors, save_tensors
 from steer2edit.files.untrusted import parse_json

@@ -19,9 +19,12 @@ import torch
 
 from steer2edit.architecture import Site
 from steer2edit.architecture.routers import Router
+from steer2edit.capture import evidence
 from steer2edit.capture.accumulator import Accumulator
+from steer2edit.capture.populations import SCOPES, Scope, Side, routing_key
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
-from steer2edit.capture.statistics import SCOPES, Scope, Side, Statistics, routing_key, stored_name
+from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.stored import stored_name
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
@@ -255,6 +258,7 @@ def capture_statistics(
         **({"chat_template_kwargs": dict(arguments)} if (arguments := behavior.chat_template_kwargs) else {}),
         "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
         "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
+        **({"distinct_prompts": evidence.distinct_prompts(behavior.examples)} if behavior.examples else {}),
         "fingerprint": checkpoint.fingerprint,
         "model": checkpoint.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -262,6 +266,8 @@ def capture_statistics(
 
     def encoded() -> list[Encoded]:
         found = behavior.encode(loaded.tokenizer, loaded.context)
+        if found:
+            found = evidence.checked(behavior.examples, found)
         read = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
         return found + [Encoded(tuple(ids), 1, "background", row) for row, ids in enumerate(read)]
 

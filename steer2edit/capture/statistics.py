@@ -10,67 +10,29 @@ when the labels mean nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steer2edit.capture.expert_moments import ExpertMoments
-from steer2edit.errors import PlanError, listing, shown
+from steer2edit.capture.populations import POPULATIONS, SOURCE_OF, SOURCES, Kind, Population, Side, Source, expert_of
+from steer2edit.capture.stored import DESCRIBED, FORMAT, check_tensors, read_name, stored_counts, stored_name
+from steer2edit.data.answers import LABELS
+from steer2edit.errors import PlanError, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
-from steer2edit.files.schema import TEXT, check
+from steer2edit.files.schema import check
 from steer2edit.files.untrusted import parse_json
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
 
-Label = Literal["positive", "negative"]
-Population = Literal["positive", "negative", "background"]
-Source = Literal["contrast", "background"]
-Side = Literal["input", "output"]
-Kind = Literal["bootstrap", "shuffled"]
-Scope = Literal["prompt", "response", "all"]
-SCOPES: tuple[Scope, ...] = ("prompt", "response", "all")
-LABELS: tuple[Label, Label] = ("positive", "negative")
-SOURCES: tuple[Source, Source] = ("contrast", "background")
-POPULATIONS: tuple[Population, ...] = (*LABELS, "background")
-RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
-FORMAT = "steer2edit.statistics.2"
-SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast", "background": "background"}
-_STORED = {"background": "neutral"}
-"""How files name what has another name here: once the background text was called neutral."""
-
-
-def stored_name(population: str) -> str:
-    """A population or source as files name it."""
-    return _STORED.get(population, population)
-
-
-def read_name(stored: str) -> str:
-    """The population or source that files name ``stored``."""
-    return next((name for name, theirs in _STORED.items() if theirs == stored), stored)
-
-
-def stored_counts(counts: Mapping[Population, int]) -> dict[str, int]:
-    """Counts by population as files hold them."""
-    return {stored_name(population): count for population, count in counts.items()}
-
-
-_COUNTS: Any = {stored_name(population): int for population in POPULATIONS}
-_DESCRIBED: Any = {
-    "examples": _COUNTS,
-    "tokens": _COUNTS,
-    "source": {
-        **{
-            f"{name}?": TEXT
-            for name in ("name", "data", "system", "span", "background", "fingerprint", "model", "dtype")
-        },
-        "prompts?": [str],
-        "chat_template_kwargs?": dict,
-    },
-}
+_UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""The relative error of one rounding in dtypes narrower than float32."""
+_ROUTING = ("selected.", "mass.", "counts.")
 
 
 @dataclass(frozen=True)
@@ -143,13 +105,13 @@ class Statistics:
 
     def routed_tokens(self, key: str) -> int | None:
         """How many tokens of the contrast data an expert was given; None for a site that is no expert."""
-        expert = _expert_of(key)
+        expert = expert_of(key)
         if expert is None:
             return None
         return sum(int(self._experts(expert[0], label).tokens[expert[1]]) for label in LABELS)
 
     def _typical(self, key: str, both: list[torch.Tensor]) -> torch.Tensor:
-        expert = _expert_of(key)
+        expert = expert_of(key)
         if expert is not None:
             there = [float(self._experts(expert[0], label).weight[expert[1]] > 0) for label in LABELS]
             return (both[0] * there[0] + both[1] * there[1]) / max(sum(there), 1.0)
@@ -163,8 +125,48 @@ class Statistics:
             raise PlanError(_missing(f"{source} second moments of the heads of {key}")) from None
 
     def difference(self, key: str) -> torch.Tensor:
-        """The steering vector of a site: mean output of the positive class minus that of the negative."""
-        return self.mean(key, "output", "positive") - self.mean(key, "output", "negative")
+        """The steering vector of a site: mean output of the positive class minus that of the negative.
+
+        It is zero where it is no larger than rounding: a direction of noise is not a behaviour.
+        """
+        v = self.mean(key, "output", "positive") - self.mean(key, "output", "negative")
+        return v if float(v.norm()) > self._rounding(key) else torch.zeros_like(v)
+
+    def _rounding(self, key: str) -> float:
+        """How long a difference of means may get by rounding alone.
+
+        Measured where both classes were the same text: at most 6e-8 of the output's root mean square in float32, which has
+        a rounding unit of 6e-8. In narrower dtypes single outputs are rounded, and their mean over examples is taken.
+        """
+        squares = [float(self._moments(key, "output", label).m2.sum()) for label in LABELS]
+        size = math.sqrt(max(sum(squares) / 2, 0.0))
+        if "vectors" in self.source:  # theirs stand in float64 about the means
+            return 1e-12 * size
+        unit = _UNITS.get(str(self.source.get("dtype")), 0.0)
+        examples = max(min(self.examples[label] for label in LABELS), 1)
+        return (1e-6 + 4 * unit / math.sqrt(examples)) * size
+
+    @property
+    def distinct(self) -> Mapping[str, int]:
+        """How many distinct prompts each class has; empty in statistics of older versions."""
+        counts: Mapping[str, int] = self.source.get("distinct_prompts") or {}
+        return counts
+
+    @property
+    def distinct_prompts(self) -> int | None:
+        """How many distinct prompts the smaller class has, or, in statistics of older versions, both; None if not known."""
+        prompts = self.source.get("prompts")
+        return min(self.distinct.values(), default=len(prompts) if prompts else None)
+
+    def check_contrast(self) -> None:
+        """Raise PlanError where the classes differ nowhere by more than rounding."""
+        keys = {key for key, side, population in self.moments if side == "output" and population == "positive"}
+        keys = {key for key in keys if "." in key and not key.startswith(_ROUTING)}
+        if keys and not any(bool(self.difference(key).any()) for key in keys):
+            raise PlanError(
+                "both classes have the same mean activations, up to rounding, at every layer: there is no behaviour to compile; "
+                "are their responses the same?"
+            )
 
     def resamples(self, kind: Kind, key: str, side: Side) -> Resampled:
         """A site's resampled means. Raises PlanError where they were not captured."""
@@ -262,8 +264,8 @@ class Statistics:
                 raise PlanError(
                     f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}; capture the statistics again"
                 )
-            check(described, _DESCRIBED, "the statistics")
-            _check_tensors(tensors)
+            check(described, DESCRIBED, "the statistics")
+            check_tensors(tensors)
             moments: dict[Any, Moments] = {}
             blocks: dict[Any, torch.Tensor] = {}
             resampled: dict[Any, Resampled] = {}
@@ -299,7 +301,7 @@ class Statistics:
             raise PlanError(_missing(f"{population} inputs of the experts of layer {layer}")) from None
 
     def _moments(self, key: str, side: Side, population: Population) -> Moments:
-        expert = _expert_of(key)
+        expert = expert_of(key)
         if expert is not None and side == "input":
             found = self._experts(expert[0], population)
             return Moments(found.mean[expert[1]], found.m2[expert[1]])
@@ -307,50 +309,6 @@ class Statistics:
             return self.moments[key, side, population]
         except KeyError:
             raise PlanError(_missing(f"{population} {side} of {key}")) from None
-
-
-def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, listing all of them, for tensors of a statistics file that are not finite or do not fit."""
-    problems = []
-    widths: dict[str, int] = {}
-    for name, tensor in sorted(tensors.items()):
-        site, _, what = name.rpartition(".")
-        site, _, group = site.rpartition(".")
-        axes = {"mean": 1, "m2": 1, "means": 3, "blocks": 3, "weights": 2}.get(what)
-        if name.startswith("routed."):  # their shapes are ExpertMoments' affair
-            axes = tensor.ndim
-        if axes is None or tensor.ndim != axes or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            problems.append(f"{name} {list(tensor.shape)} is none of its tensors, or not finite")
-        elif name.startswith("routed."):
-            continue
-        elif what in ("mean", "m2", "means") and widths.setdefault(site, tensor.shape[-1]) != tensor.shape[-1]:
-            problems.append(f"{name} has {tensor.shape[-1]} features, others of {site} have {widths[site]}")
-        elif what in ("weights", "means"):
-            kind = name.removesuffix(".weights") if what == "weights" else group
-            if kind not in RESAMPLES or tuple(tensor.shape[:2]) != (RESAMPLES[kind], 2):  # type: ignore[index]
-                problems.append(f"{name} has the shape {list(tensor.shape)}, which fits no kind of resampling")
-        elif what == "blocks" and tensor.shape[1] != tensor.shape[2]:
-            problems.append(f"{name} has the shape {list(tensor.shape)}, expected square blocks")
-    if problems:
-        raise ValueError(f"its tensors do not fit together:\n{listing(problems)}")
-
-
-def routing_key(what: str, scope: Scope, layer: int) -> str:
-    """Under which name a layer's routing is kept, each example one draw, over the tokens of ``scope``.
-
-    ``what`` is ``selected`` [experts], the share of tokens that chose the expert; ``mass``, its mean weight; or ``counts``
-    [experts + 1], how many tokens chose it, and how many there were.
-    """
-    return f"{what}.{scope}.{layer}"
-
-
-def _expert_of(key: str) -> tuple[int, int] | None:
-    """Layer and number of an expert, of its site's key."""
-    role, _, numbers = key.partition(".")
-    if role != "expert_out":
-        return None
-    layer, _, expert = numbers.partition(".")
-    return int(layer), int(expert)
 
 
 def _missing(what: str) -> str:

@@ -21,8 +21,10 @@ import torch
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.architecture.stream import gain
-from steer2edit.capture.statistics import LABELS, Label, Moments, Population, Side, Statistics
+from steer2edit.capture.populations import Population, Side
+from steer2edit.capture.statistics import Moments, Statistics
 from steer2edit.checkpoint import Checkpoint
+from steer2edit.data.answers import LABELS, Label
 from steer2edit.errors import DataError, listing
 from steer2edit.files.atomic import load_tensors, save_tensors
 from steer2edit.files.untrusted import parse_json

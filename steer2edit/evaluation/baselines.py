@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from steer2edit.capture.statistics import RESAMPLES
+from steer2edit.capture.populations import RESAMPLES
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.methods import load, make_plan

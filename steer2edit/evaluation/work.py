@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steer2edit.capture.statistics import RESAMPLES
+from steer2edit.capture.populations import RESAMPLES
 from steer2edit.data.questions import Split
 from steer2edit.evaluation.baselines import Match
 from steer2edit.evaluation.suite import Suite

@@ -24,10 +24,15 @@ from typing import Literal
 import torch
 
 from steer2edit.architecture import ModelSpec
-from steer2edit.capture.statistics import LABELS, Label, Scope, Statistics, routing_key
+from steer2edit.bootstrap import LEAST_DRAWS
+from steer2edit.capture.evidence import too_few
+from steer2edit.capture.populations import Scope, routing_key
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import read_values
+from steer2edit.data.answers import LABELS, Label
 from steer2edit.errors import DataError, PlanError
+from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 
 Criterion = Literal["difference", "mass", "risk", "z", "alignment"]
@@ -120,9 +125,15 @@ def expert_table(
         mass = mass - _contrast(control, layers, "mass", scope)
         mass_draws = mass_draws - _resampled(control, layers, "mass", scope)
         risk = risk - _risk(control, layers, scope)
-    known = error > 0
+    prompts = statistics.distinct_prompts
+    few = prompts is not None and prompts < LEAST_DRAWS
+    if few:
+        notice(f"{too_few(prompts or 0)}: no expert counts as stable, and every q is 1")
+    known = (error > 0) & (not few)
     z = torch.where(known, difference / error.clamp(min=1e-300), 0.0)
     resampled = {"mass": mass_draws, "z": torch.where(known, draws / error.clamp(min=1e-300), 0.0)}.get(by, draws)
+    if few:
+        resampled = torch.zeros_like(resampled)
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return ExpertTable(
         layers=layers,
@@ -234,7 +245,8 @@ def _difference(statistics: Statistics, layers: Sequence[int], scope: Scope) -> 
     means, variances = [], []
     for label in LABELS:
         mean, m2 = _rows(statistics, layers, "selected", scope, label)
-        count = statistics.examples[label]
+        # repeated rows are no further draws
+        count = min(statistics.examples[label], statistics.distinct.get(label, statistics.examples[label]))
         means.append(mean)
         # rounding alone is no spread
         spread = (m2 - mean.square()).clamp(min=0)

@@ -14,7 +14,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -47,14 +48,20 @@ def make_plan(
 ) -> EditPlan:
     """Score every component and lay down the edits; reads each writer once, and runs no model.
 
-    Raises PlanError where the statistics are of another model.
+    Raises PlanError where the statistics are of another model, or show no difference of the classes, or too few prompts
+    to tell which components are stable.
     """
     from steer2edit.scoring.mean_effect import record_mean_effect
 
     checkpoint, statistics = scoring.checkpoint, scoring.statistics
     statistics.check_model(checkpoint)
+    statistics.check_contrast()
     module = load(method)
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
+    if scoring.untested is not None:
+        if not plan.edits:
+            raise PlanError(f"{scoring.untested}; give more rows, or --all-components, which edits without that test")
+        notice(f"{scoring.untested}: this plan may carry what is particular to these prompts")
     plan = record_mean_effect(plan, scoring.spec, statistics)
     checkpoint.check_unchanged()
     return replace(plan, data=describe_data(statistics))
@@ -68,7 +75,7 @@ def own_strength(options: Any) -> float | None:
 
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
-    from steer2edit.capture.statistics import stored_counts
+    from steer2edit.capture.stored import stored_counts
     from steer2edit.data.prompts import prompt_digest
 
     described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}

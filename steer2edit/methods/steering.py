@@ -95,7 +95,7 @@ def _functional(statistics: Statistics, one: SiteScores, options: Options) -> to
     """``a`` [in], with a · x_bar = 1 over the components that carry; zero elsewhere, and everywhere if none does."""
     import torch
 
-    from steer2edit.capture.statistics import SOURCES
+    from steer2edit.capture.populations import SOURCES
     from steer2edit.scoring.scores import TINY
 
     site, x = one.site, one.x_bar.double()

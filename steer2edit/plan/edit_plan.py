@@ -21,7 +21,7 @@ from steer2edit.errors import PlanError, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
 from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
-from steer2edit.plan.measured import MEASURED, Measured
+from steer2edit.plan.measured import LARGEST_STRENGTH, MEASURED, Measured
 from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
 
 if TYPE_CHECKING:
@@ -166,11 +166,14 @@ class EditPlan:
         return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
 
     def at_strength(self, strength: float) -> EditPlan:
-        """The plan at ``strength`` times its present strength, recorded in ``measured``. Raises PlanError unless finite."""
-        if not math.isfinite(strength):
-            raise PlanError(f"the strength is {strength}, expected a finite number")
-        now = 1.0 if self.measured.strength is None else self.measured.strength
-        return replace(self.scaled(strength), measured=replace(self.measured, strength=now * strength))
+        """The plan at ``strength`` times its present strength, recorded in ``measured``.
+
+        Raises PlanError for strengths that are not finite, or beyond ``LARGEST_STRENGTH``.
+        """
+        total = strength * (1.0 if self.measured.strength is None else self.measured.strength)
+        check_strength(strength)
+        check_strength(total)
+        return replace(self.scaled(strength), measured=replace(self.measured, strength=total))
 
     def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
         """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
@@ -228,6 +231,12 @@ class EditPlan:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise PlanError(f"{path} is not a plan of steer2edit: {reason}") from None
+
+
+def check_strength(strength: float, name: str = "the strength") -> None:
+    """Raise PlanError unless a strength is finite and at most ``LARGEST_STRENGTH`` in size."""
+    if not abs(strength) <= LARGEST_STRENGTH:
+        raise PlanError(f"{name} is {strength:g}; expected a finite number of at most {LARGEST_STRENGTH:g} in size")
 
 
 def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:

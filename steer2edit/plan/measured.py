@@ -13,6 +13,9 @@ from typing import Any
 from steer2edit.bootstrap import Estimate
 from steer2edit.files.schema import MAYBE, NUMBER
 
+LARGEST_STRENGTH = 1e6
+"""Strengths beyond it multiply nothing but rounding: behaviours meet their budgets at 0.1 to 1e5, noise at 1e7 and more."""
+
 
 @dataclass(frozen=True)
 class Divergence:

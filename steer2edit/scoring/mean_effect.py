@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.architecture.stream import _CONDITIONAL
-from steer2edit.capture.statistics import LABELS, Statistics
+from steer2edit.capture.statistics import Statistics
+from steer2edit.data.answers import LABELS
 from steer2edit.plan import Edit, EditPlan, LowRank
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
+from steer2edit.bootstrap import LEAST_DRAWS
+from steer2edit.capture.evidence import too_few
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import values
@@ -60,6 +62,13 @@ class Scoring:
     statistics: Statistics
     _known: dict[str, SiteScores] = field(default_factory=dict, repr=False)
 
+    @property
+    def untested(self) -> str | None:
+        """Why no score's sign can be tested, or None: the data has too few distinct prompts."""
+        prompts = self.statistics.distinct_prompts
+        resampled = any(kind == "bootstrap" for kind, _, _ in self.statistics.resampled)
+        return too_few(prompts) if resampled and prompts is not None and prompts < LEAST_DRAWS else None
+
     def routed_enough(self, sites: Sequence[Site], min_tokens: int) -> tuple[list[Site], int]:
         """``sites`` without the experts that had fewer than ``min_tokens`` tokens of contrast data, and how many those are."""
         tokens = [(site, self.statistics.routed_tokens(site.key)) for site in sites]
@@ -74,12 +83,12 @@ class Scoring:
         with progress("score", total=len(sites)) as advance:
             for site in sites:
                 if site.key not in self._known:
-                    self._known[site.key] = _score(self.checkpoint, site, self.statistics)
+                    self._known[site.key] = _score(self.checkpoint, site, self.statistics, self.untested is None)
                 advance(1)
         return [self._known[site.key] for site in sites]
 
 
-def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> SiteScores:
+def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics, tested: bool) -> SiteScores:
     directions, inputs = (
         [statistics.difference(site.vector_key).float()[None]],
         [statistics.x_bar(site.key).float()[None]],
@@ -108,6 +117,9 @@ def _score(checkpoint: Checkpoint, site: Site, statistics: Statistics) -> SiteSc
     if resampled:
         width = _Z * g[1:-1].std(dim=0)
         interval, null = torch.stack((g[0] - width, g[0] + width)), g[-1].clone()
+        if not tested or not bool(v[0].any()):
+            # nothing is known of a cosine but that it is one
+            interval = torch.stack((-torch.ones_like(g[0]), torch.ones_like(g[0])))
     # copies: views would keep the resamples' memory
     g0, projection = g[0].clone(), found.projection[0].clone()
     along = projection if site.heads is None else torch.linalg.vector_norm(projection.view(site.heads, -1), dim=1)

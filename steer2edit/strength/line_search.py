@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from steer2edit.errors import Steer2EditError
 from steer2edit.plan import Divergence
+from steer2edit.plan.measured import LARGEST_STRENGTH
 
 USUAL_PASSES = 5
 """How many measurements a search seldom exceeds when it begins at :func:`quadratic_start`."""
@@ -34,7 +35,7 @@ def find_strength(
 
     KL grows about as the square of the strength, so each guess follows the power law through the last measurement
     and falls back to bisection inside the bracket; :func:`quadratic_start` gives a good ``start``.
-    Raises Steer2EditError where no strength meets the budget.
+    Raises Steer2EditError where no strength meets the budget, and where even ``LARGEST_STRENGTH`` does not reach it.
     """
     _check_budget(budget)
     low: tuple[float, Divergence] | None = None
@@ -42,16 +43,22 @@ def find_strength(
     steps: list[tuple[float, float]] = []
     strength = start
     for _ in range(max_steps):
-        found = measure(strength)
-        steps.append((strength, found.kl))
-        if not math.isfinite(found.kl) and strength < 1e-6:
+        strength = min(strength, LARGEST_STRENGTH)
+        divergence = measure(strength)
+        steps.append((strength, divergence.kl))
+        if not math.isfinite(divergence.kl) and strength < 1e-6:
             break
-        if found.kl <= budget:
-            low = (strength, found)
-            if found.kl >= (1 - tolerance) * budget:
+        if divergence.kl <= budget:
+            low = (strength, divergence)
+            if divergence.kl >= (1 - tolerance) * budget:
                 break
+            if strength == LARGEST_STRENGTH:
+                raise Steer2EditError(
+                    f"the edit hardly changes the model: at a strength of {strength:g} its KL is {divergence.kl:.2g}, and the "
+                    f"budget is {budget:g}; are its vectors as small as rounding, or the responses of both classes the same?"
+                )
         else:
-            high = (strength, found.kl)
+            high = (strength, divergence.kl)
         strength = _next(low, high, budget)
     if low is None:
         raise Steer2EditError(
@@ -70,16 +77,16 @@ def quadratic_start(glance: Callable[[float], Divergence], budget: float, *, pro
     """
     _check_budget(budget)
     for _ in range(8):
-        found = glance(probe).quadratic
-        if found is not None and math.isfinite(found) and found > 0:
-            guess = probe * math.sqrt(budget / found)
-            if 1e-4 <= found <= max(budget, 1e-2):
+        quadratic = glance(probe).quadratic
+        if quadratic is not None and math.isfinite(quadratic) and quadratic > 0:
+            guess = probe * math.sqrt(budget / quadratic)
+            if 1e-4 <= quadratic <= max(budget, 1e-2):
                 # in a narrow dtype most of a small difference is rounding: at the guess itself it is not
                 there = glance(guess).kl
                 return guess * min(max(math.sqrt(budget / there), 0.1), 10.0) if there > 0 else guess
             probe = min(max(0.5 * guess, probe / 30), probe * 30)
         else:
-            probe = probe / 16 if found else probe * 16
+            probe = probe / 16 if quadratic else probe * 16
     return probe
 
 

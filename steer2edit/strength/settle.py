@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from steer2edit.architecture import MatrixRole
 from steer2edit.data import contrast
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.plan import EditPlan
+from steer2edit.plan.edit_plan import check_strength
 from steer2edit.plan.measured import ClassStrength
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited
@@ -38,8 +38,8 @@ def settle_strength(
     of 0 leaves a class out. ``kl_budget`` then bounds them together, where it is given. Raises PlanError where the plan
     edits a class that has no budget.
     """
-    if strength is not None and not math.isfinite(strength):
-        raise PlanError(f"--strength is {strength}, expected a finite number")
+    if strength is not None:
+        check_strength(strength, "--strength")
     if not plan.edits and not plan.structure:
         raise Steer2EditError(
             "the plan edits nothing: every score is under its threshold, or no score's sign is stable; lower rho, raise "
