@@ -113,6 +113,12 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_notes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Notes of where bases lie go into a folder of the tests."""
+    os.environ["STEER2EDIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from steer2edit.files.atomic import new_folder
 from steer2edit.files.layout import PLAN, RECEIPT
 from steer2edit.lowering import Lowering
 from steer2edit.methods import make_plan
-from steer2edit.plan import EditPlan, LowRank, merge
+from steer2edit.plan import Base, EditPlan, LowRank, merge
 from steer2edit.scoring.scores import Scoring
 
 
@@ -154,8 +155,53 @@ def test_verify_refuses_another_base(bf16: Case, tiny_llama: Path, tmp_path: Pat
     bf16.emit("lora", tmp_path / "out")
     with pytest.raises(PlanError, match="fingerprint"):
         verify(tmp_path / "out", tiny_llama)
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "lora"])
+def test_a_local_base_is_found_again_and_its_path_is_in_no_file(bf16: Case, tmp_path: Path, to: str) -> None:
+    shutil.copytree(bf16.checkpoint.path, tmp_path / "models" / "mine")
+    checkpoint = open_checkpoint(tmp_path / "models" / "mine")
+    plan = replace(bf16.plan, base=Base.of(checkpoint))
+    emit(plan, checkpoint, bf16.spec, to, tmp_path / "out")
+    found = verify(tmp_path / "out", numbers=False)
+    assert found.ok and found.base == str((tmp_path / "models" / "mine").resolve())
+    assert not any(str(tmp_path).encode() in data for data in contents(tmp_path / "out").values())
+    (tmp_path / "models" / "mine").rename(tmp_path / "models" / "moved")
+    with pytest.raises(
+        PlanError, match="called mine, and it is not known where it lies now; name it with --base FOLDER"
+    ):
+        verify(tmp_path / "out")
+    assert verify(tmp_path / "out", tmp_path / "models" / "moved", numbers=False).ok
+
+
+def test_a_base_with_other_weights_is_not_taken(bf16: Case, tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(bf16.checkpoint.path, tmp_path / "mine")
+    checkpoint = open_checkpoint(tmp_path / "mine")
+    emit(replace(bf16.plan, base=Base.of(checkpoint)), checkpoint, bf16.spec, "lora", tmp_path / "out")
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(tiny_llama, tmp_path / "mine")
+    with pytest.raises(PlanError, match="mine has other weights now"):
+        verify(tmp_path / "out")
+
+
+def test_an_emit_needs_no_place_for_its_note(bf16: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("STEER2EDIT_CACHE", str(tmp_path / "file"))
+    bf16.emit("lora", tmp_path / "out")
     with pytest.raises(PlanError, match="--base"):
         verify(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_snippet_of_an_adapter_runs_for_a_local_base(bf16: Case, tmp_path: Path) -> None:
+    bf16.emit("lora", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert block is not None and "AutoPeft" not in block[1]
+    code = block[1].replace("path/to/the/base", str(bf16.checkpoint.path))
+    scope: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), scope)
+    assert type(scope["model"]).__name__ == "PeftModelForCausalLM"
 
 
 def test_a_plan_for_another_model_is_refused(bf16: Case, tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.artefact.receipt import FORMAT
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.files.atomic import new_folder
+from steer2edit.files.known_bases import remember
 from steer2edit.files.layout import CARD, PLAN, RECEIPT
 from steer2edit.files.outputs import check_apart, check_new
 from steer2edit.lowering import Lowering, Writing, resolve
@@ -35,7 +36,7 @@ def emit(
 
     The folder appears only when it is complete and on the disk. Raises PlanError for a plan made for another model,
     TargetError where ``out`` exists, the disk is full, or the target cannot express the plan, and CheckpointError where the
-    base was changed since it was opened.
+    base was changed since it was opened. Where a base that is a folder lies is noted on this computer, for ``verify``.
     """
     from steer2edit.artefact.model_card import inherited, model_card
     from steer2edit.lowering.disk_use import check_room, disk_use
@@ -73,6 +74,8 @@ def emit(
         receipt["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
         (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
+    if checkpoint.revision is None:
+        remember(checkpoint.fingerprint, checkpoint.path)
     return lowering
 
 

@@ -14,11 +14,10 @@ from typing import Any
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.claims import check_claims
+from steer2edit.artefact.find_base import open_base
 from steer2edit.artefact.folder import check_folder
 from steer2edit.artefact.numbers import compare_numbers, in_words
 from steer2edit.artefact.receipt import read_receipt
-from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.errors import PlanError
 from steer2edit.files.layout import PLAN
 from steer2edit.lowering import resolve
 from steer2edit.lowering.rounding import Rounding
@@ -29,7 +28,10 @@ from steer2edit.runtime.model import Runtime
 
 @dataclass(frozen=True)
 class Verification:
-    """The result. ``ok`` is whether every check passed; ``problems`` name each that did not, ``notes`` are remarks."""
+    """The result. ``ok`` is whether every check passed; ``problems`` name each that did not, ``notes`` are remarks.
+
+    ``base`` is where the base was found.
+    """
 
     target: str
     tensors: int
@@ -37,6 +39,7 @@ class Verification:
     rounding: tuple[Rounding, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    base: str = ""
 
     @property
     def ok(self) -> bool:
@@ -56,14 +59,14 @@ def verify(
     runtime: Runtime = Runtime(dtype="float32"),  # noqa: B008
     progress: Progress = silent,
 ) -> Verification:
-    """Check the artefact in ``folder`` against its base (found by its receipt's name unless given).
+    """Check the artefact in ``folder`` against its base, which :func:`open_base` finds where ``base`` is None.
 
     Raises PlanError or CheckpointError where there is nothing to compare: no receipt, a damaged plan, another base.
     """
     folder = Path(folder)
     receipt = read_receipt(folder)
     plan = EditPlan.load(folder / PLAN)
-    checkpoint = _open_base(plan, base)
+    checkpoint = open_base(plan.base, base)
     resolved = resolve(plan, checkpoint, read_spec(checkpoint))
     name = str(receipt["target"])
     targets.check_structure(name, plan)
@@ -73,16 +76,8 @@ def verify(
     false_claims, unproven = check_claims(receipt, resolved, compared, folder)
     problems = (*compared.problems, *strangers, *false_claims)
     notes = (*compared.notes, *remarks, *unproven)
-    result = Verification(name, compared.tensors, problems, compared.rounding, notes=notes)
+    result = Verification(name, compared.tensors, problems, compared.rounding, notes=notes, base=str(checkpoint.path))
     if numbers and result.ok:
         measured, wrong = compare_numbers(resolved, target.loadable(resolved, folder), runtime, progress)
         result = replace(result, numbers=measured, problems=wrong)
     return result
-
-
-def _open_base(plan: EditPlan, base: str | Path | None) -> Checkpoint:
-    if base is not None:
-        return open_checkpoint(base)
-    if plan.base.revision is None and not Path(plan.base.name).exists():
-        raise PlanError(f"the base was a local folder, {plan.base.name}, and is not here; name it with --base")
-    return open_checkpoint(plan.base.name, plan.base.revision)

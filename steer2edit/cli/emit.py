@@ -48,7 +48,8 @@ class VerifyFlags(FlagGroup):
     heading: ClassVar[str] = "Check"
 
     base: str | None = option(
-        None, "Base model, folder or Hub id; needed where the receipt does not name one on the Hub."
+        None,
+        "Base model, folder or Hub id, if it is not where the receipt, or the note that emit left on this computer, says.",
     )
     level: Literal["bytes", "numbers"] = option(
         "numbers", "Compare bytes only, or also the logits of base and plan with those of the artefact."

@@ -92,7 +92,7 @@ def render_study(done: Study) -> str:
 
 def render_verification(result: Verification) -> str:
     """What was checked and what it gave, one line each; then rounding, where something was rounded."""
-    lines = [f"bytes    {result.tensors} tensors compared"]
+    lines = [f"base     {result.base}", f"bytes    {result.tensors} tensors compared"]
     if result.numbers:
         lines.append(f"numbers  {result.verdict}")
         if experts := result.numbers.get("experts"):
