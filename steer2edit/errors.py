@@ -9,6 +9,10 @@ from collections.abc import Iterable
 # all but line feed and tab: a name from a file may not move the cursor, hide text or reverse it
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# up to the last @ before the path: a password may hold one
+_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][\w+.-]*://[^\s/?#:@\"']*):[^\s/\"']*@")
+_QUERY_PASSWORD = re.compile(r"(?i)([?&;](?:password|passwd|pwd|token|secret|key)=)[^\s&;#\"']+")
+
 
 class Steer2EditError(Exception):
     """Base class of every error that the input causes. The command line prints it and exits with code 2."""
@@ -69,6 +73,12 @@ def brief(path: object) -> str:
     """A path or name for a message. Past 300 characters the middle is left out."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:200]}…{text[-60:]}"
+
+
+def without_passwords(text: object) -> str:
+    """A text in which the password of every URL is replaced by stars: ``scheme://user:***@host`` and ``?password=***``."""
+    hidden = _URL_PASSWORD.sub(r"\1:***@", str(text))
+    return _QUERY_PASSWORD.sub(r"\1***", hidden)
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,8 @@
 """Publishing on the Hub: what of a folder goes up, and what never does.
 
-Sent are the files on the receipt that loading needs, the receipt, the plan, and a card with numbers. Questions and answers
-stay, and so does everything that emit did not write. Texts are searched for tokens and for paths of this machine first.
+Uploaded: the files on the receipt that loading needs, the receipt, the plan, and a card with numbers. Never uploaded: questions
+and answers, and files that emit did not write. All that goes up is searched first for tokens, keys, passwords, and paths of
+this machine.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ from steer2edit import targets
 from steer2edit.artefact import model_card
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import INDEX
-from steer2edit.errors import HubError, Steer2EditError, listing
+from steer2edit.errors import HubError, Steer2EditError, listing, without_passwords
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.hub import Reference, explain, hub_errors, read_reference
 from steer2edit.files.layout import ADAPTER_CONFIG, CARD, EVALUATION, PLAN, PLAN_FILE, RECEIPT, REPORT, TRADEOFF
+from steer2edit.files.secrets import secrets_in, text_of
 from steer2edit.lowering.target import HERE
 from steer2edit.notices import notice
 from steer2edit.plan import EditPlan
 from steer2edit.report import card_section
 
-_TEXTS = frozenset([".json", ".md", ".txt", ".py", ".jinja", ".html", ".csv", ".yaml", ".yml", ""])
 # a vocabulary may well hold a folder's name
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "tekken.json", "added_tokens.json")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "tekken.json", "added_tokens.json", "*.tiktoken"),
+    *("spiece.model", "sentencepiece*.model", "*.gguf"),
+)
 _WEIGHTS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".gguf"])
 
 
@@ -221,30 +224,25 @@ def _refuse_leaks(parcel: Parcel, source: Path) -> None:
     homes = {path for path in (Path.home(), Path.cwd(), source.resolve().parent) if len(path.parts) > 1}
     # as they are, and as JSON writes a backslash
     spellings = {spelling for home in homes for spelling in (str(home), str(home).replace("\\", "\\\\"))}
-    # without any of them, what matches nothing
-    found_here = [rf"{re.escape(spelling)}(?=[\\/\"'\s]|$)" for spelling in sorted(spellings)] or ["(?!)"]
-    paths = re.compile("|".join(found_here).encode())
+    # where there is none, a pattern that matches nothing
+    paths = re.compile("|".join(rf"{re.escape(spelling)}(?=[\\/\"'\s]|$)" for spelling in sorted(spellings)) or "(?!)")
     problems = []
-    for name, given in parcel.files.items():
-        text = _text(name, given)
-        if _TOKEN.search(text) or (token is not None and token.encode() in text):
-            problems.append(f"{name} holds an access token")
-        if not any(fnmatch(name, pattern) for pattern in _VOCABULARIES) and (found := paths.search(text)):
-            where = re.split(rb"[\"\s]", text[found.start() : found.start() + 120])[0].decode("utf-8", "replace")
+    for name, content in parcel.files.items():
+        try:
+            text = text_of(content, name)
+        except OSError as error:
+            raise Steer2EditError(f"cannot read {name}: {error.strerror or error}") from None
+        vocabulary = any(fnmatch(name, pattern) for pattern in _VOCABULARIES)
+        kinds = secrets_in(text, vocabulary=vocabulary)
+        if token is not None and token in text:
+            kinds.insert(0, "your Hugging Face token")
+        if kinds:
+            problems.append(f"{name} holds an access token, a key or a password: {', '.join(kinds)}")
+        if not vocabulary and (found := paths.search(text)):
+            where = re.split(r"[\"\s]", text[found.start() : found.start() + 120])[0]
             problems.append(f"{name} holds a path of this machine: {where}")
     if problems:
         raise Steer2EditError(f"nothing was sent; take these out first:\n{listing(problems)}")
-
-
-def _text(name: str, given: Path | bytes) -> bytes:
-    """A file's text; of a safetensors file its header; nothing of other files."""
-    suffix = PurePosixPath(name).suffix.lower()
-    if isinstance(given, bytes):
-        return given if suffix in _TEXTS else b""
-    if suffix == ".safetensors":
-        with given.open("rb") as file:
-            return file.read(min(int.from_bytes(file.read(8), "little"), 100 << 20))
-    return given.read_bytes() if suffix in _TEXTS else b""
 
 
 def _send(parcel: Parcel, repository: str, private: bool) -> str:
@@ -280,7 +278,7 @@ def _send(parcel: Parcel, repository: str, private: bool) -> str:
         raise
     except failures as error:
         raise HubError(f"nothing more was sent to {repository}: {explain(error, str(Reference(repository)))}") from None
-    return str(commit.commit_url)
+    return without_passwords(commit.commit_url)
 
 
 def _is_artefact(name: str) -> bool:

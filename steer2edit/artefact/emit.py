@@ -12,6 +12,7 @@ from steer2edit import __version__, targets
 from steer2edit.architecture import ModelSpec
 from steer2edit.artefact.receipt import FORMAT
 from steer2edit.checkpoint import Checkpoint
+from steer2edit.errors import TargetError
 from steer2edit.files.atomic import new_folder
 from steer2edit.files.known_bases import remember
 from steer2edit.files.layout import CARD, PLAN, RECEIPT
@@ -45,6 +46,7 @@ def emit(
     resolved = resolve(plan, checkpoint, spec)
     targets.check_structure(to, plan)
     check_apart(out, inputs_of(checkpoint))
+    _check_names(checkpoint)
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
         # only now: what a killed run left there has been removed
@@ -89,6 +91,16 @@ def _versions() -> dict[str, str]:
     import torch
 
     return {"steer2edit": __version__, "torch": torch.__version__}
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Raise TargetError where a shard has the name of a file that every artefact gets."""
+    ours = {RECEIPT.casefold(), CARD.casefold(), PLAN.split("/")[0]}
+    if taken := [shard for shard in checkpoint.shards if shard.casefold() in ours]:
+        raise TargetError(
+            f"{checkpoint.path} has shards with the names of files that steer2edit writes itself: {', '.join(taken)}; "
+            "rename them, in the index too"
+        )
 
 
 def inputs_of(checkpoint: Checkpoint) -> list[Path]:

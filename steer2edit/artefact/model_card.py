@@ -190,7 +190,9 @@ def _file_of(base: Mapping[str, Any], name: str) -> str | None:
 
     if base["revision"] is None:
         return None
-    return f"{constants.ENDPOINT}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
+    # the card is public: no name or password of an endpoint's user
+    endpoint = re.sub(r"://[^/]*@", "://", constants.ENDPOINT)
+    return f"{endpoint}/{base['name']}/blob/{base['revision']}/{name.removeprefix('./')}"
 
 
 def place_of(

@@ -16,8 +16,9 @@ from steer2edit.diff.difference import equal, fused_parts
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
+from steer2edit.files.layout import CARD
 from steer2edit.files.outputs import check_apart
-from steer2edit.lowering.other_files import copy_other_files
+from steer2edit.lowering.other_files import copy_other_files, refuse_links
 from steer2edit.progress import Progress, silent
 
 
@@ -65,8 +66,10 @@ def revert(
         copy_other_files(theirs, made)
         if not unproven:
             copy_other_files(ours, made)
-            if (ours.path / "README.md").is_file():
-                shutil.copyfile(ours.path / "README.md", made / "README.md")
+            card = ours.path / CARD
+            if card.is_file():
+                refuse_links(ours, [card])
+                shutil.copyfile(card, made / CARD)
         for checkpoint in (ours, theirs):
             checkpoint.check_unchanged()
     return Reverted(place, tuple(restored), not unproven, unlike)

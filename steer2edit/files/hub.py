@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from steer2edit.errors import CheckpointError, HubError, listing
+from steer2edit.errors import CheckpointError, HubError, listing, without_passwords
 
 _NAME = r"[A-Za-z0-9_-][\w.-]*"
 _REFERENCE = re.compile(rf"({_NAME}(?:/{_NAME})?)(?:@([\w][\w./-]*))?", re.ASCII)
@@ -121,14 +121,15 @@ def explain(error: BaseException, what: str) -> str:
             f"{what} is not whole in the cache ({constants.HF_HUB_CACHE}), and the offline mode forbids to fetch it; "
             "unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE)"
         )
+    endpoint = without_passwords(constants.ENDPOINT)
     # what was raised last may only say that a file was not sent, or is not in the cache either
     causes = _chain(error)
     answered = next((cause for cause in causes if getattr(cause, "response", None) is not None), None)
     if answered is None:
         lost = next((cause for cause in causes if _is_transport(cause)), None)
-        return _said(error) if lost is None else f"the Hub at {constants.ENDPOINT} cannot be reached: {_said(lost)}"
+        return _said(error) if lost is None else f"the Hub at {endpoint} cannot be reached: {_said(lost)}"
     if isinstance(answered, GatedRepoError):
-        return f"{what} is gated: accept its terms at {constants.ENDPOINT}/{what.partition('@')[0]}, then log in"
+        return f"{what} is gated: accept its terms at {endpoint}/{what.partition('@')[0]}, then log in"
     status, said = getattr(answered, "response").status_code, _said(answered)  # noqa: B009
     return f"{_MEANINGS.get(status, _MEANINGS[status // 100 * 100]).format(what=what)} (HTTP {status}: {said})"
 
@@ -154,7 +155,7 @@ def _said(error: BaseException) -> str:
     """The Hub's own words, or the error's, in one line."""
     server = getattr(error, "server_message", None)
     lines = [line.strip() for line in (server or str(error) or type(error).__name__).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = without_passwords(lines[0] if lines else type(error).__name__)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

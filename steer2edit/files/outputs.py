@@ -146,6 +146,14 @@ def _recognised(path: Path, kind: str) -> bool:
     return head.startswith(_PICTURES) or b"<svg" in head
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a safetensors file is a plan, statistics, vectors or a capture's sums, and not weights."""
+    try:
+        return not set(_IN_METADATA).isdisjoint(_metadata(path))
+    except (OSError, ValueError):
+        return False
+
+
 def _metadata(path: Path) -> dict[str, Any]:
     """The metadata of a safetensors file. Raises OSError and ValueError."""
     with open_regular(path) as file:

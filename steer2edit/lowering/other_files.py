@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, TargetError, first_line, listing
-from steer2edit.files.layout import CARD, RECEIPT
+from steer2edit.files.layout import ADAPTER_CONFIG, CARD, RECEIPT
+from steer2edit.files.outputs import is_own_file
 from steer2edit.lowering.compare import same_file
 
 # other copies of the weights: they would be unedited, and some engines prefer them
 _OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+# files by which a folder is known as the output of this program, of a training, or of PEFT
+_OUTPUTS = (
+    RECEIPT,
+    "study.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    ADAPTER_CONFIG,
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +88,18 @@ def copied_files(checkpoint: Checkpoint) -> list[Path]:
     which the artefact would make public.
     """
     found = [path for path in _other_files(checkpoint) if not _other_weights(checkpoint, path)]
+    refuse_links(checkpoint, found)
+    return found
+
+
+def refuse_links(checkpoint: Checkpoint, files: Sequence[Path]) -> None:
+    """Raise TargetError where one of a checkpoint's files is a link that leads out of the checkpoint."""
     home = checkpoint.path.resolve()
     # a folder of links, such as the Hub's cache, has all of its files in one place
     places = {(checkpoint.path / shard).resolve().parent for shard in checkpoint.shards} | {home}
     astray = [
         f"{path.relative_to(checkpoint.path)} -> {path.resolve()}"
-        for path in found
+        for path in files
         if path.is_symlink() and path.resolve().parent not in places and not path.resolve().is_relative_to(home)
     ]
     if astray:
@@ -89,19 +107,29 @@ def copied_files(checkpoint: Checkpoint) -> list[Path]:
             f"{checkpoint.path} holds links to files elsewhere, which are not copied into an artefact:\n{listing(astray)}\n"
             "Put the files themselves in their place, or take the links out."
         )
-    return found
 
 
 def _other_files(checkpoint: Checkpoint) -> list[Path]:
     found = []
+    strange: set[Path] = set()
+    # sorted: a folder comes before what lies in it
     for source in sorted(checkpoint.path.rglob("*")):
         name = source.relative_to(checkpoint.path)
+        if source.is_dir() and not source.is_symlink() and _is_output(source):
+            strange.add(source)
         if not source.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if strange & set(source.parents) or (source.suffix == ".safetensors" and is_own_file(source)):
             continue
         if str(name) in checkpoint.shards or str(name) in {RECEIPT, CARD} or name.parts[0] == "steer2edit":
             continue
         found.append(source)
     return found
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder inside a base is the output of a program: an artefact, a study, a training's checkpoint, an adapter."""
+    return any((folder / name).is_file() for name in _OUTPUTS)
 
 
 def _other_weights(checkpoint: Checkpoint, path: Path) -> bool:

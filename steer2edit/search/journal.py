@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steer2edit.errors import PlanError, Steer2EditError, first_line
+from steer2edit.errors import PlanError, Steer2EditError, first_line, without_passwords
 
 Params = dict[str, Any]
 # What may differ when a study goes on: asking for more.
@@ -59,6 +59,7 @@ class Journal:
         except ImportError:
             raise Steer2EditError("tune needs Optuna: pip install 'steer2edit[tune]'") from None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        shown = without_passwords(storage)
         self._optuna: Any = optuna
         directions: list[Any] = ["maximize" if goal == "more" else "minimize" for goal in goals]
         try:
@@ -71,12 +72,12 @@ class Journal:
             )
             known = self._study.user_attrs.get("settings")
         except Exception as error:  # of whatever database driver the URL names
-            raise Steer2EditError(f"Optuna cannot open {storage}: {first_line(error)}") from None
+            raise Steer2EditError(f"Optuna cannot open {shown}: {without_passwords(first_line(error))}") from None
         if known is None:
             self._study.set_user_attr("settings", dict(settings))
         elif other := [key for key in settings if key not in _FREE and known.get(key) != settings[key]]:
             lines = "; ".join(f"{key} was {known.get(key)!r} and is {settings[key]!r}" for key in other[:5])
-            raise PlanError(f"{storage} holds a study with other settings: {lines}. Give another folder or study name.")
+            raise PlanError(f"{shown} holds a study with other settings: {lines}. Give another folder or study name.")
         self._bury()
 
     def base(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -7,10 +7,11 @@ edited tensor is read, summed in float32, rounded once and written, block by blo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from steer2edit.architecture import Site
 from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, choose_weights, read_json
@@ -37,12 +38,16 @@ STRUCTURE = True
 
 # what loading needs beside the shards; other files of the base's folder may be anybody's notes
 _NEEDED = (
-    *("*config.json", "tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "*chat_templates/*.jinja", "params.json"),
-    *("spiece.model", "sentencepiece*.model", "normalizer.json", "preprocessor_config.json"),
-    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py", "image_processing_*.py"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
+    *("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "video_preprocessor_config.json", "image_processor_config.json", "hf_quant_config.json"),
+    *("tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt", "params.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "normalizer.json"),
+    *("spiece.model", "sentencepiece*.model", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *("processing_*.py", "image_processing_*.py", "video_processing_*.py", "feature_extraction_*.py"),
 )
+_NEEDED_FOLDERS = ("additional_chat_templates/*.jinja", "chat_templates/*.jinja")
+_LICENCE = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)([-_.][\w.-]+)?", re.ASCII)
+_LICENCE_SUFFIXES = frozenset(["", ".txt", ".md", ".rst", ".pdf", ".html"])
 
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
@@ -125,7 +130,14 @@ def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
 
 
 def _needed(name: str, shards: set[str]) -> bool:
-    return name in shards or any(fnmatch(name, pattern) for pattern in _NEEDED)
+    if name in shards or any(fnmatchcase(name, pattern) for pattern in _NEEDED_FOLDERS):
+        return True
+    if "/" in name:
+        return False
+    suffix = PurePosixPath(name).suffix.lower()
+    # LICENSE-2.0 has no suffix, LICENSE-KEYS.pem has one
+    plain = suffix in _LICENCE_SUFFIXES or suffix[1:].isdecimal()
+    return any(fnmatchcase(name, pattern) for pattern in _NEEDED) or bool(plain and _LICENCE.fullmatch(name))
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
