@@ -178,7 +178,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_chat_templates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steer2edit.data.templates._SECONDS", 0.3)
+    monkeypatch.setattr("steer2edit.data.template_trials._SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATES[kind].replace("HERE", str(tmp_path / "touched"))
     with pytest.raises(DataError, match="rejects messages"):

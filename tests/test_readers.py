@@ -138,7 +138,7 @@ def test_gzip_is_unpacked_and_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     ("data", "told"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n", "a Git LFS pointer"),
-        (b"<!DOCTYPE html><html><body>You need to agree</body></html>", "an HTML page"),
+        (b"<!DOCTYPE html><html><body>You need to agree</body></html>", "a web page"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

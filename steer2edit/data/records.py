@@ -23,6 +23,7 @@ from steer2edit.data.readers import (
 )
 from steer2edit.errors import DataError, HubError, listing, shown
 from steer2edit.files.hub import dataset_file, read_reference
+from steer2edit.files.stand_ins import stand_in
 from steer2edit.files.untrusted import read_bytes
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ def read_source(source: str | Path, columns: Collection[str], purpose: str, expe
         known = f"{', '.join(READERS)}, or one of these with {_GZIP}"
         remedy = f"{_REMEDIES[suffix]}; " if suffix in _REMEDIES else ""
         raise DataError(f"{name} is in no known format; {remedy}expected a name that ends in {known}")
+    if told := stand_in(path):
+        raise DataError(told)
     try:
         data = read_bytes(path, MAX_BYTES)
         if name.lower().endswith(_GZIP):
@@ -88,7 +91,6 @@ def parse_rows(
     problems: Problems = []
     values: list[T] = []
     rows = 0
-    _refuse_other_content(data, name)
     if reader is not read_parquet:
         data = as_utf8(data, name)
     for where, row in reader(data, name, problems, columns):
@@ -156,10 +158,3 @@ def _unpacked(data: bytes) -> bytes:
             raise OSError("it is cut off")
         data = unpacker.unused_data.lstrip(b"\0")
     return b"".join(pieces)
-
-
-def _refuse_other_content(data: bytes, name: str) -> None:
-    if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{name} is a Git LFS pointer and not the data itself; fetch it with: git lfs pull")
-    if data.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise DataError(f"{name} is an HTML page and not the data itself; download the raw file")
