@@ -17,7 +17,7 @@ from test_tokens import make_tokenizer
 from steer2edit.data import foreign
 from steer2edit.data.contrast import Example
 from steer2edit.data.templates import render_prompt
-from steer2edit.data.tokens import encode, token_ids, windows
+from steer2edit.data.tokens import encode, texts_of, token_ids, windows
 from steer2edit.errors import CheckpointError, DataError
 from steer2edit.files import forked
 from steer2edit.files.forked import Forked, can_fork
@@ -175,6 +175,20 @@ def test_a_tokenizer_that_multiplies_text_is_refused(times: int, told: str, impa
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="cannot load the tokenizer of"):
         load_tokenizer(tmp_path)
+
+
+def test_a_decoder_that_multiplies_text_is_refused(impatient: None) -> None:
+    import tokenizers
+
+    tokenizer = make_tokenizer()
+    rows = [tokenizer("a" * 30)["input_ids"], [], tokenizer("b")["input_ids"]]
+    assert texts_of(tokenizer, []) == []
+    assert texts_of(tokenizer, rows) == ["a" * 30, "", "b"]
+    ten = tokenizers.decoders.Replace("a", "a" * 10)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Sequence([ten] * 30)
+    with pytest.raises(DataError, match="the tokenizer's decoder takes too much"):
+        texts_of(tokenizer, rows)
 
 
 def test_ordinary_text_is_far_below_the_limit() -> None:

@@ -96,6 +96,17 @@ def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = T
     return rows
 
 
+def texts_of(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each row of token ids, without special tokens. Raises DataError where the tokenizer takes too much."""
+    if not rows:
+        return []
+    tokens = [list(row) for row in rows]
+    texts: list[str] = run_foreign(
+        tokenizer, _decoded, tokens, characters=sum(map(len, tokens)), what="the tokenizer's decoder"
+    )
+    return texts
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens ``a`` and ``b`` begin with alike."""
     shorter = min(len(a), len(b))
@@ -182,6 +193,10 @@ def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]
     probe, *found = _checked(tokenizer, ["a", *texts], special)
     closed = special and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
     return [list(ids[:-1] if closed else ids) for ids in found]
+
+
+def _decoded(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def _checked(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from steer2edit.data.prompts import Message
 from steer2edit.data.templates import TemplateArguments, render_prompt, templated
+from steer2edit.data.tokens import texts_of
 from steer2edit.errors import printable
 from steer2edit.evaluation.evaluate import Candidate
 from steer2edit.evaluation.generation import generate
@@ -51,7 +52,7 @@ class Chat:
         text = render_prompt(tuple(history), model.tokenizer, self.system, self.chat_template_kwargs, writing=True)
         special = not templated(model.tokenizer)
         ids = generate(model, [text], max_new_tokens=self.max_new_tokens, add_special_tokens=special)[0]
-        return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return texts_of(model.tokenizer, [ids])[0].strip()
 
 
 def side_by_side(answers: Sequence[str], titles: Sequence[str]) -> Table:

@@ -22,7 +22,7 @@ from steer2edit.data.contrast import Example
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
-from steer2edit.data.tokens import encode
+from steer2edit.data.tokens import encode, texts_of
 from steer2edit.errors import DataError
 from steer2edit.evaluation.generation import generate
 from steer2edit.evaluation.likelihood import response_log_probabilities
@@ -137,7 +137,7 @@ class Answers:
         with progress(f"answer {len(texts)} questions", total=len(texts)) as advance:
             rows = self.run(loaded, texts, self.max_new_tokens)
             advance(len(texts))
-        answers = [without_thought(loaded.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+        answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
         found: dict[str, list[float]] = {
             "length": [float(len(row)) for row in rows],
             "repetition": [_repetition(row) for row in rows],
