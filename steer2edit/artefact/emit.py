@@ -44,6 +44,7 @@ def emit(
 
     target = targets.load(to)
     resolved = resolve(plan, checkpoint, spec)
+    plan.check_content(checkpoint, spec)
     targets.check_structure(to, plan)
     check_apart(out, inputs_of(checkpoint))
     _check_names(checkpoint)

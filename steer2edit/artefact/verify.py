@@ -68,6 +68,7 @@ def verify(
     plan = EditPlan.load(folder / PLAN)
     checkpoint = open_base(plan.base, base)
     resolved = resolve(plan, checkpoint, read_spec(checkpoint))
+    plan.check_content(checkpoint, resolved.spec)
     name = str(receipt["target"])
     targets.check_structure(name, plan)
     target = targets.load(name)

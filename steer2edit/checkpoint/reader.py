@@ -27,7 +27,7 @@ class Checkpoint:
 
     ``shards`` are the files of the weights and ``index`` the file that lists them, if there is one. ``other_weights`` are
     safetensors files and indexes beside them that are neither read nor copied. ``stamps`` are each shard's size, time of
-    writing and inode when it was opened.
+    writing and inode when it was opened, and ``digests`` SHA-256 of tensors that were computed so far.
     """
 
     path: Path
@@ -40,6 +40,7 @@ class Checkpoint:
     stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
     index: str | None = field(default=None, compare=False)
     other_weights: tuple[str, ...] = field(default=(), compare=False)
+    digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def blocks(self, tensor: str | TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor, or part of one, in blocks of its first axis: ``(first row, block)``, in the stored dtype.
@@ -69,6 +70,16 @@ class Checkpoint:
         with _opened(self.path / info.shard) as file:
             _pread(file.fileno(), info.offset, raw, info)
         return raw.view(torch_dtype(info)).view(info.shape)
+
+    def raw_blocks(self, tensor: str | TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
+        """The stored bytes of a tensor, or of a part of one, in blocks. A block's memory is used again for the next."""
+        info = self._info(tensor)
+        buffer = torch.empty(min(block_bytes, info.nbytes), dtype=torch.uint8)
+        with _opened(self.path / info.shard) as file:
+            for start in range(0, info.nbytes, block_bytes):
+                raw = buffer[: min(block_bytes, info.nbytes - start)]
+                _pread(file.fileno(), info.offset + start, raw, info)
+                yield raw.numpy().data
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a shard is not the file that was opened: another size, time of writing, or inode."""

@@ -186,6 +186,7 @@ def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runt
     if path.is_file():
         plan = EditPlan.load(path)
         plan.check_base(checkpoint)
+        plan.check_content(checkpoint, loaded.spec)
         return plan_candidate(loaded, name, plan, note=str(plan.method.get("name", "")))
     if not path.is_dir():
         raise PlanError(f"{where} does not exist; expected a plan, an adapter's folder or a checkpoint's folder")
@@ -195,6 +196,7 @@ def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runt
         receipt = read_receipt(path)
         plan = EditPlan.load(path / PLAN)
         plan.check_base(checkpoint)
+        plan.check_content(checkpoint, loaded.spec)
         seen, note = plan.seen, f"{receipt['target']}, {receipt['exactness']}"
     enter = _adapter(loaded, path) if (path / ADAPTER_CONFIG).is_file() else _weights(loaded, path, runtime)
     # the folders of one compile are called after their target

@@ -136,7 +136,8 @@ def lower_experts(
     method: dict[str, Any] = {"name": "experts", "grade": summary(graded, request.top_k)}
     method["experts"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in graded]
     said = {"name": "masked experts", **(data or {})}
-    return EditPlan(base, tuple(edits.values()), method=method, data=said, structure=structure)
+    plan = EditPlan(base, tuple(edits.values()), method=method, data=said, structure=structure)
+    return plan.computed_from(checkpoint, spec)
 
 
 def summary(graded: Sequence[Graded], top_k: int | None = None) -> str:

@@ -63,6 +63,7 @@ def make_plan(
             raise PlanError(f"{scoring.untested}; give more rows, or --all-components, which edits without that test")
         notice(f"{scoring.untested}: this plan may carry what is particular to these prompts")
     plan = record_mean_effect(plan, scoring.spec, statistics)
+    plan = plan.computed_from(checkpoint, scoring.spec)
     checkpoint.check_unchanged()
     return replace(plan, data=describe_data(statistics))
 

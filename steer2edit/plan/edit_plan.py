@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steer2edit.errors import PlanError, shown
+from steer2edit.errors import PlanError, listing, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
 from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
+from steer2edit.plan.content import content_of
 from steer2edit.plan.measured import LARGEST_STRENGTH, MEASURED, Measured
 from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
 
 if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
     from steer2edit.checkpoint import Checkpoint
 
 __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
@@ -40,6 +42,7 @@ _DESCRIBED: Any = {
     "method": METHOD,
     "measured": MEASURED,
     "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
+    "content?": {str: str},
     "data": DATA,
 }
 _LARGEST = 1e18  # whatever is larger is no score, and overflows where it is squared
@@ -120,7 +123,8 @@ class EditPlan:
     """Edits in order, one for each tensor, with the scores behind them.
 
     ``method`` holds its name and parameters, ``measured`` what running the model showed (KL, strength), ``data`` the contrast
-    data's description.
+    data's description. ``content`` is the SHA-256 of the base's bytes of each edited matrix, by the edit's tensor; plans from
+    before it was recorded have none.
     """
 
     base: Base
@@ -130,6 +134,7 @@ class EditPlan:
     measured: Measured = field(default_factory=Measured)
     data: Mapping[str, Any] = field(default_factory=dict)
     structure: Structure = Structure()
+    content: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [edit.tensor for edit in self.edits]
@@ -158,6 +163,21 @@ class EditPlan:
             raise PlanError(
                 f"the plan was made for {self.base.name} (fingerprint {self.base.fingerprint[:12]}), but {checkpoint.name} "
                 f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
+            )
+
+    def computed_from(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
+        """The plan with the content of the matrices that it edits recorded, each of which is read."""
+        return replace(self, content=content_of(checkpoint, spec, [edit.tensor for edit in self.edits]))
+
+    def check_content(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        """Raise PlanError unless the edited matrices hold what they held when the plan was made. Reads each of them."""
+        names = [edit.tensor for edit in self.edits if edit.tensor in self.content]
+        now = content_of(checkpoint, spec, names)
+        if changed := [name for name, digest in now.items() if digest != self.content[name]]:
+            raise PlanError(
+                f"the plan was made for {self.base.name}; {checkpoint.name} has the same fingerprint, and other values in "
+                f"{len(changed)} of the {len(names)} matrices that the plan edits:\n{listing(changed)}\n"
+                "A plan fits only the weights it was computed from: give that revision, or make the plan anew."
             )
 
     def scaled(self, factor: float) -> EditPlan:
@@ -209,6 +229,7 @@ class EditPlan:
             "measured": self.measured.to_json(),
             "data": dict(self.data),
             **({"structure": self.structure.described()} if self.structure else {}),
+            **({"content": dict(self.content)} if self.content else {}),
         }
         return tensors, json.dumps(described)
 
@@ -227,7 +248,8 @@ class EditPlan:
             structure = Structure.read(described["structure"]) if "structure" in described else Structure()
             method, data = described["method"], described["data"]
             measured = Measured.from_json(described["measured"])
-            return cls(base, edits, scores, method, measured, data, structure)
+            content = _content(described.get("content", {}))
+            return cls(base, edits, scores, method, measured, data, structure, content)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise PlanError(f"{path} is not a plan of steer2edit: {reason}") from None
@@ -237,6 +259,12 @@ def check_strength(strength: float, name: str = "the strength") -> None:
     """Raise PlanError unless a strength is finite and at most ``LARGEST_STRENGTH`` in size."""
     if not abs(strength) <= LARGEST_STRENGTH:
         raise PlanError(f"{name} is {strength:g}; expected a finite number of at most {LARGEST_STRENGTH:g} in size")
+
+
+def _content(digests: Mapping[str, str]) -> Mapping[str, str]:
+    if strange := [digest for digest in digests.values() if not re.fullmatch("[0-9a-f]{64}", digest)]:
+        raise ValueError(f"its content holds {shown(strange[0])}, expected SHA-256 digests")
+    return digests
 
 
 def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
@@ -276,6 +304,7 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
         raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
     if any(plan.structure for plan in given):
         raise PlanError("a plan that removes experts cannot be merged: it changes what the others count")
+    content = _merged_content(given)
     edits: dict[str, Edit] = {}
     for plan, factor in zip(given, factors, strict=True):
         for edit in plan.scaled(factor).edits:
@@ -288,4 +317,15 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
     # nothing may be reported on what any of the parts has seen
     seen = sorted({digest for plan in given for digest in plan.seen})
     data = {"name": " + ".join(called), "prompts": seen}
-    return EditPlan(given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data)
+    return EditPlan(
+        given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data, content=content
+    )
+
+
+def _merged_content(plans: Iterable[EditPlan]) -> dict[str, str]:
+    """The content of all plans' matrices. Raises PlanError where two plans were made from different values of one."""
+    content: dict[str, str] = {}
+    for plan in plans:
+        if other := [name for name, digest in plan.content.items() if content.setdefault(name, digest) != digest]:
+            raise PlanError(f"the plans were made for different weights of {plan.base.name}:\n{listing(other)}")
+    return content
