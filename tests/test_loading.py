@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
-from steer2edit.runtime.model import load_weights
+from steer2edit.runtime.model import load_weights, with_adapter
 
 Tensors = dict[str, torch.Tensor]
 Q, UP, NORM, FINAL = (
@@ -102,3 +102,17 @@ def test_a_command_ends_with_2_before_anything_is_written(changed: Callable[...,
     result = run("capture", folder, "--data", rows, "-o", tmp_path / "stats.safetensors")
     assert result.exit_code == 2 and Q in result.stderr
     assert not list(tmp_path.glob("stats*"))
+
+
+def test_an_adapter_without_some_of_its_weights_is_refused_with_the_names(tiny_llama: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load_weights(tiny_llama), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "layers.1" in name and "lora_B" in name)
+    del tensors[lost]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"PEFT cannot load .*missing adapter keys.*layers\.1.*lora_B"):
+        with_adapter(load_weights(tiny_llama), tmp_path)

@@ -283,6 +283,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # peft reads a property that transformers 5 renamed; any other warning is worth seeing
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # PEFT goes on with what it made up for them
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             raise CheckpointError(
                 f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
@@ -291,7 +293,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
         try:
             with limited(_ADAPTER_SECONDS):
                 return PeftModel.from_pretrained(model, str(folder)).eval()
-        except LOADING_ERRORS as error:
+        except (*LOADING_ERRORS, UserWarning) as error:
             raise CheckpointError(f"PEFT cannot load {folder}: {first_line(error)}") from None
 
 
