@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-SINCE = {"dbrx": "5.15", "gpt_neo": "5.5", "nemotron_h": "5.15", "recurrent_gemma": "5.13", "xlstm": "5.2"}
-"""Types whose first implementations in transformers 5 do not run, or do not run the sizes that the tests use."""
+SINCE = {"aria_text": "5.18", "nemotron_h": "5.16"}
+"""Types whose module or names are others before."""
 
 
 def config_class(model_type: str) -> Any:

@@ -24,6 +24,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
+from steer2edit.runtime.expert_modules import experts_module
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
@@ -260,3 +261,14 @@ def test_a_model_without_experts_is_the_model_whose_router_cannot_see_them(case:
     assert result.numbers["difference"] <= 3e-5 < result.numbers["effect"]
     spec = read_spec(open_checkpoint(tmp_path / "out"))
     assert {router.experts for router in spec.routers} == {EXPERTS - len(REMOVED)}
+
+
+def test_experts_in_a_form_that_is_not_known_are_refused(build: Callable[[str], Case]) -> None:
+    case = build("qwen3_moe")
+    loaded = case.loaded()
+    router = case.spec.routers[0]
+    experts_module(loaded.model, router)
+    parent, _, name = router.experts_module.rpartition(".")
+    setattr(loaded.model.get_submodule(parent), name, torch.nn.Linear(2, 2))
+    with pytest.raises(ArchitectureError, match=r"not known \(Linear\); a newer release may run them"):
+        experts_module(loaded.model, router)

@@ -139,11 +139,17 @@ def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 def experts_module(model: Any, router: Router) -> Any:
     """The module of a layer's experts. Raises ArchitectureError where transformers has none of that name."""
     try:
-        return model.get_submodule(router.experts_module)
+        module = model.get_submodule(router.experts_module)
     except AttributeError:
         raise ArchitectureError(
             f"transformers' {type(model).__name__} has no module {router.experts_module} for the experts of layer {router.layer}"
         ) from None
+    if not (hasattr(module, "has_gate") or hasattr(module, "mlp") or _scales_inputs(module)):
+        raise ArchitectureError(
+            f"this release of transformers holds the experts of layer {router.layer} in a form that is not known "
+            f"({type(module).__name__}); a newer release may run them"
+        )
+    return module
 
 
 def routing_tensor(model: Any, router: Router, *, bias: bool) -> torch.Tensor:
@@ -176,7 +182,7 @@ def inner(module: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
         mlp = module.mlp
         rows = _stacked(module, expert)
         return mlp.activation_fn(x @ mlp.w1[rows].T) * (x @ mlp.v1[rows].T)  # type: ignore[no-any-return]
-    if not hasattr(module, "has_gate"):  # Llama 4
+    if _scales_inputs(module):
         gate, up = (x @ module.gate_up_proj[expert]).chunk(2, dim=-1)
         return up * module.act_fn(gate)  # type: ignore[no-any-return]
     gated = module.has_gate
@@ -190,7 +196,7 @@ def output(module: Any, h: torch.Tensor, expert: int) -> torch.Tensor:
     """What an expert gives, [n, hidden], for the input ``h`` [n, in] of its output matrix."""
     if hasattr(module, "mlp"):
         return h @ module.mlp.w2[_stacked(module, expert)]  # type: ignore[no-any-return]
-    if not hasattr(module, "has_gate"):
+    if _scales_inputs(module):
         return h @ module.down_proj[expert]  # type: ignore[no-any-return]
     matrix = module.down_proj[expert]
     bias = module.down_proj_bias[expert] if module.has_bias else None
@@ -239,7 +245,7 @@ def _llama4(model: Any, router: Router, stack: ExitStack) -> Callable[..., torch
 
 
 def _scales_inputs(module: Any) -> bool:
-    return not hasattr(module, "has_gate") and not hasattr(module, "mlp")
+    return type(module).__name__.startswith("Llama4")
 
 
 def _stacked(module: Any, expert: int) -> slice:
