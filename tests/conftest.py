@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from loopback_hub import TOKEN, Hub, serve
+from pushing import artefact, compiled  # noqa: F401
 from releases import config_class
 
 pytest_plugins = ["own_deprecations"]
