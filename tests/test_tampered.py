@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_config, run, save_tiny
+from mixture_models import mixture_config, save_mixture
 from safetensors.torch import load_file, save_file
 
 from steer2edit.architecture import read_spec
@@ -18,6 +19,7 @@ from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import read_gguf, write_gguf
+from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.methods import make_plan
 from steer2edit.scoring.scores import Scoring
 
@@ -54,7 +56,7 @@ def changed_json(path: Path, **values: object) -> None:
 
 
 def a_shard(folder: Path) -> Path:
-    return sorted(folder.glob("model-*.safetensors"))[0]
+    return sorted(folder.glob("model*.safetensors"))[0]
 
 
 def one_file_beside_shards(folder: Path) -> None:
@@ -187,6 +189,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a change more": (lambda r: r["changed"].append({**r["changed"][0], "tensor": "lm_head.weight"}), "which is unchanged"),
     "a change twice": (lambda r: r["changed"].append(r["changed"][0]), "names a tensor twice"),
     "a norm": (lambda r: r["changed"][0].update(norm=1e-3), "norm of"),
+    "a norm past any float": (lambda r: r["changed"][0].update(norm=10**400), "norm of"),
     "an operation": (lambda r: r["changed"][0].update(op="Bias"), "op of"),
     "exactness": (lambda r: r.update(exactness="exact, certified"), "exactness is"),
     "the KL": (lambda r: r["measured"].update(kl=0.0001), "measured is"),
@@ -268,3 +271,46 @@ def test_the_command_line_fails_and_names_the_file(artefacts: dict[str, Path], b
     result = run("verify", tmp_path / "out", "--base", base)
     assert result.exit_code == 1
     assert "problem  model.safetensors is neither" in result.output and "FAILED: 1 problem" in result.output
+
+
+def without(folder: Path, tensor: str) -> None:
+    path = next(path for path in folder.glob("*.safetensors") if tensor in load_file(path))
+    save_file({name: value for name, value in load_file(path).items() if name != tensor}, path, {"format": "pt"})
+
+
+PRUNED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "untouched": (lambda folder: None, ""),
+    "an expert more in the config": (
+        sets("config.json", num_experts=4),
+        "config.json is not the base's with the plan's",
+    ),
+    "code": (sets("config.json", auto_map={"AutoModel": "x.X"}), "config.json is not the base's with the plan's"),
+    "a further file": (writes("other.safetensors"), "other.safetensors is neither"),
+    "a tensor less": (lambda folder: without(folder, "model.norm.weight"), "model.norm.weight is missing"),
+    "a tensor more": (a_tensor_more, "model.extra.weight should have gone"),
+    "metadata": (other_metadata, "its header is not the one that base and plan give"),
+    "no tokenizer": (removes("tokenizer.json"), "tokenizer.json is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A mixture, and the same without two of its experts in each layer."""
+    folder = tmp_path_factory.mktemp("pruned")
+    base = save_mixture(folder / "base", mixture_config("qwen3_moe"))
+    checkpoint = open_checkpoint(base)
+    spec = read_spec(checkpoint)
+    experts = [(router.layer, expert) for router in spec.routers for expert in (0, 1)]
+    plan = lower_experts(checkpoint, spec, Request.of(off=experts), how="prune")
+    emit(plan, checkpoint, spec, "checkpoint", folder / "out")
+    return base, folder / "out"
+
+
+@pytest.mark.parametrize("kind", PRUNED)
+def test_what_was_done_to_a_pruned_checkpoint_is_named(pruned: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    base, out = pruned
+    tamper, expected = PRUNED[kind]
+    shutil.copytree(out, tmp_path / "out")
+    tamper(tmp_path / "out")
+    problems = verify(tmp_path / "out", base, numbers=False).problems
+    assert any(expected in problem for problem in problems) if expected else problems == (), problems

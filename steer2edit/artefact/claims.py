@@ -59,7 +59,11 @@ def check_claims(
         for key, value in receipt["details"].items()
         if key not in lowering.details and value
     ]
-    wrong, remarks = _card(receipt, resolved, folder)
+    wrong = _inherited(receipt, resolved)
+    remarks: list[str] = []
+    if not problems and not wrong:
+        # only then does the receipt hold what a card is made of
+        wrong, remarks = _card(receipt, folder)
     return [*problems, *wrong], [*notes, *remarks]
 
 
@@ -71,7 +75,12 @@ def alike(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, bool) or isinstance(b, bool) or not isinstance(a, (int, float)) or not isinstance(b, (int, float)):
         return type(a) is type(b) and bool(a == b)
-    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE) or (math.isnan(a) and math.isnan(b))
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    try:
+        return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE) or (math.isnan(a) and math.isnan(b))
+    except OverflowError:  # a whole number past the range of floating-point numbers
+        return False
 
 
 def _difference(claimed: Any, expected: Any) -> str:
@@ -110,16 +119,19 @@ def _files(claimed: Sequence[str] | None, expected: set[str]) -> list[str]:
     return [f"{RECEIPT}: its list of files has {shown(name)}, which base and plan do not give" for name in strange]
 
 
-def _card(receipt: Mapping[str, Any], resolved: Resolved, folder: Path) -> tuple[list[str], list[str]]:
-    """What the receipt says for the card, and the card itself."""
+def _inherited(receipt: Mapping[str, Any], resolved: Resolved) -> list[str]:
+    """What the receipt says for the card of the base's licence, languages and task."""
+    claimed = receipt.get("card")
+    expected = json.loads(json.dumps(inherited(resolved.checkpoint)))
+    if claimed is None or alike(claimed, expected):
+        return []
+    return [f"{RECEIPT}: card is {shown(claimed)}, expected what the base's card says{_difference(claimed, expected)}"]
+
+
+def _card(receipt: Mapping[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """What is wrong with the card's hash, and remarks on the card."""
     problems: list[str] = []
     notes: list[str] = []
-    taken = inherited(resolved.checkpoint)
-    claimed = receipt.get("card")
-    if claimed is not None and not alike(claimed, json.loads(json.dumps(taken))):
-        problems.append(
-            f"{RECEIPT}: card is {shown(claimed)}, expected what the base's card says{_difference(claimed, taken)}"
-        )
     digest = receipt.get("card_sha256")
     if digest is not None and digest != hashlib.sha256(model_card(receipt).encode()).hexdigest():
         if receipt["versions"].get("steer2edit") == __version__:

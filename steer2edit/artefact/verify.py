@@ -77,6 +77,8 @@ def verify(
     false_claims, unproven = check_claims(receipt, resolved, compared, folder)
     problems = (*compared.problems, *strangers, *false_claims)
     notes = (*compared.notes, *remarks, *unproven)
+    if numbers and problems:
+        notes += ("the logits were not compared, because the files are wrong already",)
     result = Verification(name, compared.tensors, problems, compared.rounding, notes=notes, base=str(checkpoint.path))
     if numbers and result.ok:
         measured, wrong = compare_numbers(resolved, target.loadable(resolved, folder), runtime, progress)
