@@ -96,12 +96,12 @@ def base_metadata(card: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         return {}
     keys = ("license", "license_name", "license_link", "pipeline_tag")
-    found = {key: metadata[key] for key in keys if _short(metadata.get(key))}
+    facts = {key: metadata[key] for key in keys if _short(metadata.get(key))}
     languages = metadata.get("language")
     languages = languages if isinstance(languages, list) else [languages]
     if languages and all(map(_short, languages)):
-        found["language"] = languages
-    return found
+        facts["language"] = languages
+    return facts
 
 
 def plan_receipt(plan: EditPlan, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def method_of(method: Mapping[str, Any]) -> str:
 def inline(value: object) -> str:
     """Text from a folder or a data file, in one line, in which nothing is Markdown, HTML or a link."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], text)
+    text = re.sub(r"[&<>]", lambda match: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[match[0]], text)
     text = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text)
     return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;").replace("@", "&#64;")
 
@@ -147,12 +147,12 @@ def _description(receipt: Mapping[str, Any]) -> str:
 
 def _experts(method: Mapping[str, Any]) -> list[str]:
     """The table of a mask: each expert, what was done to it, and how exactly that is what was wanted."""
-    found = method.get("experts")
-    if method.get("name") != _MASK or not isinstance(found, list):
+    experts = method.get("experts")
+    if method.get("name") != _MASK or not isinstance(experts, list):
         return []
     keys = ("layer", "expert", "wish", "how", "grade")
-    rows = [[one.get(key, "–") for key in keys] for one in found[:_LISTED] if isinstance(one, Mapping)]
-    rest = [f"and {len(found) - _LISTED} more in `steer2edit.json`"] if len(found) > _LISTED else []
+    rows = [[one.get(key, "–") for key in keys] for one in experts[:_LISTED] if isinstance(one, Mapping)]
+    rest = [f"and {len(experts) - _LISTED} more in `steer2edit.json`"] if len(experts) > _LISTED else []
     return ["## Experts", table([keys, *rows]), *rest]
 
 

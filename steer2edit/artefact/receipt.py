@@ -39,7 +39,7 @@ _RECEIPT: Any = {
 def read_receipt(folder: Path) -> dict[str, Any]:
     """The receipt of an artefact. Raises PlanError where there is none that this version reads."""
     if not (folder / RECEIPT).is_file():
-        raise PlanError(f"{folder} holds no {RECEIPT}: it is no artefact of steer2edit")
+        raise PlanError(f"{folder} holds no {RECEIPT}: it is not an artefact of steer2edit")
     receipt = read_json(folder / RECEIPT)
     if receipt.get("format") != FORMAT:
         raise PlanError(f"{folder / RECEIPT} has the format {shown(receipt.get('format'))}, expected {FORMAT!r}")

@@ -17,7 +17,7 @@ def constant_parts(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> d
     Raises TargetError for edits whose mean effect is not known.
     """
     unknown = []
-    found: dict[int, torch.Tensor] = {}
+    parts: dict[int, torch.Tensor] = {}
     for edit in plan.edits:
         site = spec.owners[edit.tensor]
         if isinstance(edit, LowRank) and edit.mean_effect is not None and site.role not in _CONDITIONAL:
@@ -28,10 +28,10 @@ def constant_parts(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> d
             unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
             continue
         vector = vector * gain(checkpoint, site).double() * site.multiplier
-        found[site.layer] = found.get(site.layer, 0) + vector
+        parts[site.layer] = parts.get(site.layer, 0) + vector
     if unknown:
         raise TargetError(f"what these edits add to the residual stream on average is not known:\n{listing(unknown)}")
-    return {layer: vector.float() for layer, vector in sorted(found.items())}
+    return {layer: vector.float() for layer, vector in sorted(parts.items())}
 
 
 def _reason(edit: Edit, site: Site) -> str:

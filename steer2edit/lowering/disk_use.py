@@ -108,13 +108,13 @@ def disk_use(
     )
 
 
-def check_room(found: DiskUse, out: Path) -> None:
+def check_room(use: DiskUse, out: Path) -> None:
     """Raise TargetError where the disk has no room for what will be written."""
-    if not found.fits:
-        hint = " --link writes only the shards that are edited." if found.copied > 0 and not found.shared else ""
+    if not use.fits:
+        hint = " --link writes only the shards that are edited." if use.copied > 0 and not use.shared else ""
         raise TargetError(
-            f"{out} would take {found.written / 1e9:.2f} GB as {found.target}, and the disk there has {found.free / 1e9:.2f} GB "
-            f"free, {(found.written - found.free) / 1e9:.2f} GB too few. Make room, or give a folder on another disk.{hint}"
+            f"{out} would take {use.written / 1e9:.2f} GB as {use.target}, and the disk there has {use.free / 1e9:.2f} GB "
+            f"free, {(use.written - use.free) / 1e9:.2f} GB too few. Make room, or give a folder on another disk.{hint}"
         )
 
 

@@ -87,9 +87,9 @@ def copied_files(checkpoint: Checkpoint) -> list[Path]:
     Raises TargetError for links to anywhere but where the weights lie: a stranger's link may lead to the reader's own files,
     which the artefact would make public.
     """
-    found = [path for path in _other_files(checkpoint) if not _other_weights(checkpoint, path)]
-    refuse_links(checkpoint, found)
-    return found
+    files = [path for path in _other_files(checkpoint) if not _other_weights(checkpoint, path)]
+    refuse_links(checkpoint, files)
+    return files
 
 
 def refuse_links(checkpoint: Checkpoint, files: Sequence[Path]) -> None:
@@ -110,7 +110,7 @@ def refuse_links(checkpoint: Checkpoint, files: Sequence[Path]) -> None:
 
 
 def _other_files(checkpoint: Checkpoint) -> list[Path]:
-    found = []
+    files = []
     strange: set[Path] = set()
     # sorted: a folder comes before what lies in it
     for source in sorted(checkpoint.path.rglob("*")):
@@ -123,8 +123,8 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
             continue
         if str(name) in checkpoint.shards or str(name) in {RECEIPT, CARD} or name.parts[0] == "steer2edit":
             continue
-        found.append(source)
-    return found
+        files.append(source)
+    return files
 
 
 def _is_output(folder: Path) -> bool:

@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Made:
+class NewTensor:
     """One tensor of the new checkpoint: where it lies there, and what it is made of."""
 
     info: TensorInfo
@@ -43,7 +43,7 @@ def check_structure(structure: Structure, spec: ModelSpec) -> None:
     """Raise PlanError, with every problem, unless the experts may be removed from this model."""
     problems = []
     routers = {router.layer: router for router in spec.routers}
-    problems += [f"layer {layer} is no mixture of experts" for layer in structure.remove if layer not in routers]
+    problems += [f"layer {layer} is not a mixture of experts" for layer in structure.remove if layer not in routers]
     numbers = {layer: len(structure.remove.get(layer, ())) for layer in routers}
     if structure.remove and len(set(numbers.values())) > 1:
         counted = ", ".join(f"{count} in layer {layer}" for layer, count in numbers.items())
@@ -82,7 +82,7 @@ def _selectable(router: Router, gone: int) -> int:
 
 def assembled(
     checkpoint: Checkpoint, spec: ModelSpec, structure: Structure, edits: Mapping[str, tuple[Edit, Site]]
-) -> dict[str, list[Made]]:
+) -> dict[str, list[NewTensor]]:
     """Every tensor of the new checkpoint by shard, in the order of its bytes; offsets count from the header's end.
 
     Raises PlanError for edits of routers, whose rows are counted anew.
@@ -91,17 +91,17 @@ def assembled(
         raise PlanError(f"the plan removes experts and edits {routed[0]}; do one of them")
     routers = {router.layer: router for router in spec.routers}
     owners = _Owners({layer: (routers[layer], gone) for layer, gone in structure.remove.items()})
-    result: dict[str, list[Made]] = {}
+    result: dict[str, list[NewTensor]] = {}
     for shard in checkpoint.shards:
         infos = sorted((i for i in checkpoint.tensors.values() if i.shard == shard), key=lambda i: (i.offset, i.nbytes))
-        made, at = [], 0
+        tensors, at = [], 0
         for info in infos:
             for name, shape, parts in owners.outcome(info):
                 pieces = tuple(Piece(part, edits.get(part.name)) for part in parts)
                 size = sum(piece.source.nbytes for piece in pieces)
-                made.append(Made(TensorInfo(name, info.dtype, shape, shard, at, size), pieces))
+                tensors.append(NewTensor(TensorInfo(name, info.dtype, shape, shard, at, size), pieces))
                 at += size
-        result[shard] = made
+        result[shard] = tensors
     return result
 
 
@@ -112,21 +112,21 @@ class _Owners:
         self._separate: list[tuple[str, Router, dict[int, int | None]]] = []
         self._by_row: dict[str, tuple[Router, list[int]]] = {}
         for router, gone in removed.values():
-            kept = [expert for expert in range(router.experts) if expert not in gone]
-            number = {expert: kept.index(expert) if expert in kept else None for expert in range(router.experts)}
+            staying = [expert for expert in range(router.experts) if expert not in gone]
+            number = {expert: staying.index(expert) if expert in staying else None for expert in range(router.experts)}
             if router.folder is not None:
                 self._separate.append((router.folder, router, number))
             for name in (*router.fused, router.tensor, router.bias):
                 if name is not None:
-                    self._by_row[name] = (router, kept)
+                    self._by_row[name] = (router, staying)
 
     def outcome(self, info: TensorInfo) -> Iterator[tuple[str, tuple[int, ...], list[TensorInfo]]]:
         """Name, shape and parts of what is made of a tensor; nothing where it goes."""
         if info.name in self._by_row:
-            router, kept = self._by_row[info.name]
+            router, staying = self._by_row[info.name]
             flat = _flat(info) if info.shape[0] == 1 else info
-            parts = [flat.part(expert, router.experts) for expert in kept]
-            rows = flat.shape[0] // router.experts * len(kept)
+            parts = [flat.part(expert, router.experts) for expert in staying]
+            rows = flat.shape[0] // router.experts * len(staying)
             shape = (1, rows) if info.shape[0] == 1 else (rows, *info.shape[1:])
             yield info.name, shape, parts
             return
@@ -144,10 +144,10 @@ def _flat(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=(math.prod(info.shape),))
 
 
-def header_of(made: Sequence[Made], metadata: Mapping[str, str]) -> bytes:
+def header_of(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
     """The header of a shard, its length before it, padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for one in made:
+    for one in tensors:
         start = one.info.offset
         entries[one.info.name] = {
             "dtype": one.info.dtype,

@@ -57,7 +57,7 @@ def compare_shards(resolved: Resolved, folder: Path, progress: Progress) -> Shar
 def edited_parts(checkpoint: Checkpoint, edits: Mapping[str, tuple[Edit, Site]]) -> dict[str, list[Part]]:
     """Every edited tensor of the base in its parts, each with the edit on it, if there is one.
 
-    The scales of an edited fp8 matrix are compared with the matrix, and are no part by themselves.
+    The scales of an edited fp8 matrix are compared with the matrix. They are not parts by themselves.
     """
     result: dict[str, list[Part]] = {}
     for edit, site in edits.values():

@@ -1,6 +1,6 @@
-"""The checkpoint target where experts go: shards of the same names, laid out anew.
+"""A checkpoint without the plan's removed experts: shards of the same names, with a new layout.
 
-Pieces that no edit touches are copied by the kernel, from their place in the base to their place here.
+The kernel copies the pieces that no edit touches, from their place in the base to their place here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from steer2edit.checkpoint.fp8 import FP8
 from steer2edit.errors import CheckpointError, TargetError
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range, write_at
 from steer2edit.lowering import Change, Lowering, Resolved, Writing
-from steer2edit.lowering.pruning import Made, Piece, assembled, changed_config, check_structure, header_of
+from steer2edit.lowering.pruning import NewTensor, Piece, assembled, changed_config, check_structure, header_of
 from steer2edit.lowering.rewrite import EditRecord, as_bytes, edited_blocks
 from steer2edit.progress import Progress
 from steer2edit.targets._compare_shards import header_bytes, raw_blocks
@@ -57,7 +57,7 @@ def lower_pruned(resolved: Resolved, folder: Path, progress: Progress, writing: 
         (folder / index).write_text(text + "\n", encoding="utf-8")
     changes: list[Change] = []
     with progress("write checkpoint", total=_total(shards)) as advance, ThreadPoolExecutor(writing.workers) as pool:
-        jobs = [job for shard, made in shards.items() for job in _shard_jobs(checkpoint, shard, made, folder)]
+        jobs = [job for shard, tensors in shards.items() for job in _shard_jobs(checkpoint, shard, tensors, folder)]
         for result in pool.map(lambda job: job(), jobs):
             if isinstance(result, Change):
                 changes.append(result)
@@ -73,25 +73,25 @@ def compare_pruned(resolved: Resolved, folder: Path, progress: Progress) -> tupl
     changes: list[Change] = []
     problems: list[str] = []
     with progress("compare tensors", total=_total(shards)) as advance:
-        for shard, made in shards.items():
-            problems += _compare_shard(checkpoint, shard, made, folder, changes)
-            advance(sum(one.info.nbytes for one in made))
+        for shard, tensors in shards.items():
+            problems += _compare_shard(checkpoint, shard, tensors, folder, changes)
+            advance(sum(one.info.nbytes for one in tensors))
     return sum(map(len, shards.values())), _lowering(resolved, shards, changes), problems
 
 
-def _assembled(resolved: Resolved) -> dict[str, list[Made]]:
+def _assembled(resolved: Resolved) -> dict[str, list[NewTensor]]:
     return assembled(resolved.checkpoint, resolved.spec, resolved.plan.structure, resolved.edits)
 
 
-def _total(shards: Mapping[str, Sequence[Made]]) -> int:
-    return sum(one.info.nbytes for made in shards.values() for one in made)
+def _total(shards: Mapping[str, Sequence[NewTensor]]) -> int:
+    return sum(one.info.nbytes for tensors in shards.values() for one in tensors)
 
 
 def _config(resolved: Resolved) -> dict[str, Any]:
     return changed_config(resolved.checkpoint.config, resolved.plan.structure)
 
 
-def _lowering(resolved: Resolved, shards: Mapping[str, Sequence[Made]], edited: Sequence[Change]) -> Lowering:
+def _lowering(resolved: Resolved, shards: Mapping[str, Sequence[NewTensor]], edited: Sequence[Change]) -> Lowering:
     checkpoint, spec, remove = resolved.checkpoint, resolved.spec, resolved.plan.structure.remove
     routers = [spec.router(layer) for layer in remove]
     names = [name for router in routers for name in (router.tensor, router.bias) if name]
@@ -108,24 +108,24 @@ def _lowering(resolved: Resolved, shards: Mapping[str, Sequence[Made]], edited: 
     return Lowering(exactness, tuple(changes), tuple(_engine_notes(experts)), details)
 
 
-def _engine_notes(kept: int) -> Iterator[str]:
+def _engine_notes(experts: int) -> Iterator[str]:
     """What engines ask of a number of experts beyond what the model does."""
-    ways = [n for n in (8, 4, 2) if kept % n == 0]
+    ways = [n for n in (8, 4, 2) if experts % n == 0]
     if not ways:
-        yield f"{kept} experts cannot be divided evenly: engines run them with expert parallelism of 1 only"
+        yield f"{experts} experts cannot be divided evenly: engines run them with expert parallelism of 1 only"
     else:
-        yield f"{kept} experts a layer: expert parallelism divides them by {', '.join(map(str, ways))}"
+        yield f"{experts} experts a layer: expert parallelism divides them by {', '.join(map(str, ways))}"
 
 
 def _shard_jobs(
-    checkpoint: Checkpoint, shard: str, made: Sequence[Made], folder: Path
+    checkpoint: Checkpoint, shard: str, tensors: Sequence[NewTensor], folder: Path
 ) -> Iterator[Callable[[], Change | int]]:
     source, target = checkpoint.path / shard, folder / shard
-    header = header_of(made, _metadata(checkpoint, shard))
+    header = header_of(tensors, _metadata(checkpoint, shard))
     with open(target, "xb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(one.info.nbytes for one in made))
-    for one in made:
+        file.truncate(len(header) + sum(one.info.nbytes for one in tensors))
+    for one in tensors:
         at = len(header) + one.info.offset
         for run, size in _runs(one.pieces):
             if run.edit is None:
@@ -170,36 +170,36 @@ def _rewrite(checkpoint: Checkpoint, piece: Piece, target: Path, at: int) -> Cha
     return record.result().changes[0]
 
 
-def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[Made]], name: str) -> Change:
-    made = next(one for one in shards[checkpoint.tensors[name].shard] if one.info.name == name)
+def _pruned_change(checkpoint: Checkpoint, shards: Mapping[str, Sequence[NewTensor]], name: str) -> Change:
+    tensor = next(one for one in shards[checkpoint.tensors[name].shard] if one.info.name == name)
     after = hashlib.sha256()
-    for piece in made.pieces:
+    for piece in tensor.pieces:
         after.update(as_bytes(checkpoint.read(piece.source)))
     before = hashlib.sha256(as_bytes(checkpoint.read(name))).hexdigest()
     return Change(name, "Removed", None, before, after.hexdigest())
 
 
-def _index(checkpoint: Checkpoint, name: str, shards: Mapping[str, Sequence[Made]]) -> dict[str, Any]:
+def _index(checkpoint: Checkpoint, name: str, shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, Any]:
     """The base's index, the file called ``name``, with the tensors that stay, under their new names."""
     index = read_json(checkpoint.path / name)
-    index["weight_map"] = {one.info.name: shard for shard, made in shards.items() for one in made}
+    index["weight_map"] = {one.info.name: shard for shard, tensors in shards.items() for one in tensors}
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": _total(shards)}
     return index
 
 
 def _compare_shard(
-    checkpoint: Checkpoint, shard: str, made: Sequence[Made], folder: Path, changes: list[Change]
+    checkpoint: Checkpoint, shard: str, tensors: Sequence[NewTensor], folder: Path, changes: list[Change]
 ) -> list[str]:
     """What is wrong with one shard; the changes of its edited tensors are added to ``changes``."""
-    header = header_of(made, _metadata(checkpoint, shard))
+    header = header_of(tensors, _metadata(checkpoint, shard))
     try:
         infos = {info.name: info for info in read_header(folder / shard)}
     except CheckpointError as error:
         return [str(error)]
-    expected = {one.info.name: replace(one.info, offset=len(header) + one.info.offset) for one in made}
+    expected = {one.info.name: replace(one.info, offset=len(header) + one.info.offset) for one in tensors}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - infos.keys())]
     problems += [f"{name} should have gone" for name in sorted(infos.keys() - expected.keys())]
-    for one in made:
+    for one in tensors:
         info, place = expected[one.info.name], infos.get(one.info.name)
         if place is None:
             continue
@@ -207,16 +207,18 @@ def _compare_shard(
             problems.append(
                 f"{info.name} is {place.dtype} {list(place.shape)}, expected {info.dtype} {list(info.shape)}"
             )
-        elif not _same_made(checkpoint, folder, one, place, changes):
+        elif not _same_tensor(checkpoint, folder, one, place, changes):
             problems.append(f"{info.name} is not what base and plan give")
     if not problems and header_bytes(folder / shard) != header:
         problems.append(f"{shard}: its header is not the one that base and plan give")
     return problems
 
 
-def _same_made(checkpoint: Checkpoint, folder: Path, made: Made, place: TensorInfo, changes: list[Change]) -> bool:
+def _same_tensor(
+    checkpoint: Checkpoint, folder: Path, tensor: NewTensor, place: TensorInfo, changes: list[Change]
+) -> bool:
     digest, expected = hashlib.sha256(), hashlib.sha256()
-    for piece in made.pieces:
+    for piece in tensor.pieces:
         if piece.edit is None:
             for block in raw_blocks(checkpoint, piece.source):
                 expected.update(as_bytes(block))

@@ -1,8 +1,8 @@
 """The GGUF target: a LoRA adapter for llama.cpp that is exactly the plan's low-rank update.
 
-It goes with any GGUF of the base, quantised or not (``llama-server -m base.gguf --lora adapter.gguf``). GGUF holds every
-matrix as output × input, whatever the base's own files do, so B and A go in as they are. ``adapter.lora.alpha`` is the rank:
-llama.cpp multiplies by alpha / rank, and a user's ``--lora-scaled`` of 1 is then the plan's own strength.
+It works with any GGUF of the base, quantised or not (``llama-server -m base.gguf --lora adapter.gguf``). GGUF holds every
+matrix as output × input, whatever the base's own files do, so B and A are written unchanged. ``adapter.lora.alpha`` is the rank.
+llama.cpp multiplies by alpha / rank, so a user's ``--lora-scaled`` of 1 is the plan's own strength.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:
     for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
         A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if name not in sites or A is None or B is None:
-            raise PlanError(f"{path}: {name} is no writer of this model, or half of its pair is missing")
+            raise PlanError(f"{path}: {name} is not a writer of this model, or half of its pair is missing")
         # alpha 0 stands for "no alpha" in llama.cpp
         alpha = float(fields.get("adapter.lora.alpha", 0.0))
         scale = alpha / B.shape[1] if alpha else 1.0

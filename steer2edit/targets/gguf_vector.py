@@ -1,10 +1,10 @@
-"""The control-vector target: the plan's behaviour as run-time steering for llama.cpp, for those who stay with that.
+"""The control-vector target: the plan's mean effect as run-time steering for llama.cpp.
 
 A control vector adds one direction to the stream after each block, at every token. Of an edit ``B A`` it can carry the
 constant part alone: ``B (A x_bar)``, the edit's mean effect on its own data (``lowering.constant_part``).
-What an edit does beyond that, pushing more at some tokens and less at others, is lost, so this target is *approximate*;
-``verify`` measures by how much. llama.cpp has no direction for block 0: its part joins block 1's, which reaches every later
-block as before, and only block 1 itself reads the stream without it.
+An edit also acts more on some tokens than on others. That part is lost, so this target is *approximate*; ``verify`` measures the
+error. llama.cpp has no direction for block 0. Block 0's part joins block 1's: every later block reads it as before, and only
+block 1 itself reads the stream without it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The LoRA target: a PEFT adapter that is exactly the plan's low-rank update.
 
-The layout is the one that every engine reads: magnitudes inside float32 tensors, ``lora_alpha == r``, one rank, a list
-of target modules, and a pair of tensors for every layer of a targeted type (zeros where nothing is edited).
+Every engine reads this layout: magnitudes inside float32 tensors, ``lora_alpha == r``, one rank, a list of target modules. Every
+layer of a targeted type has a pair of tensors, which are zero where nothing is edited.
 """
 
 from __future__ import annotations
