@@ -25,7 +25,8 @@ from steer2edit.errors import CheckpointError, DataError, PlanError, printable
 from steer2edit.files.atomic import load_tensors
 from steer2edit.files.untrusted import parse_json
 from steer2edit.importers.adapters import read_peft
-from steer2edit.runtime.model import load_weights, with_adapter
+from steer2edit.runtime.adapters import with_adapter
+from steer2edit.runtime.model import load_weights
 
 
 @pytest.fixture(scope="module")

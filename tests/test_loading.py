@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
-from steer2edit.runtime.model import load_weights, with_adapter
+from steer2edit.runtime.adapters import with_adapter
+from steer2edit.runtime.model import load_weights
 
 Tensors = dict[str, torch.Tensor]
 Q, UP, NORM, FINAL = (

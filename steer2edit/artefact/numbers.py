@@ -19,8 +19,9 @@ from steer2edit.experts.checking import check_masks
 from steer2edit.lowering import AppliedPlan, Loadable, PeftAdapter, Resolved, StreamShift, WholeModel, located
 from steer2edit.lowering.stored import stored_plan
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.adapters import adapted
 from steer2edit.runtime.hooks import edited, stream_shifted
-from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights, with_adapter
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 
 TOLERANCE = 1e-4
 """The largest difference of a logit that two ways of computing the same in float32 may have."""
@@ -145,7 +146,8 @@ def _artefact_logits(loaded: LoadedModel, loadable: Loadable, model: Any) -> lis
     if isinstance(loadable, StreamShift):
         return _logits(loaded, lambda: stream_shifted(loaded, loadable.vectors))
     if isinstance(loadable, PeftAdapter):
-        model = with_adapter(loaded.model, loadable.folder)
+        with adapted(loaded.model, loadable.folder):
+            return _logits(loaded)
     return _logits(replace(loaded, model=model))
 
 

@@ -18,7 +18,7 @@ from steer2edit import targets
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
-from steer2edit.errors import CheckpointError, PlanError, shown
+from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listing, shown
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
@@ -26,8 +26,9 @@ from steer2edit.files.layout import ADAPTER_CONFIG, PLAN, PLAN_FILE, RECEIPT
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.adapters import adapted, changed, checksums
 from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import LoadedModel, Runtime, load_weights, with_adapter
+from steer2edit.runtime.model import LoadedModel, Runtime, load_weights
 
 FORMAT = "steer2edit.evaluation.1"
 _ROW: Any = {
@@ -142,10 +143,22 @@ def evaluate(
     prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure the base and every candidate on every task."""
+    """Measure the base and every candidate on every task.
+
+    After each candidate the base's weights are compared with those of before, by their checksums: one pass over them.
+    Raises Steer2EditError where a candidate changed them.
+    """
     base = Candidate("base", lambda: _as_it_is(loaded), "base")
     metrics = tuple(metric for task in tasks for metric in task.metrics)
-    rows = [measure(candidate, tasks, progress) for candidate in (base, *candidates)]
+    before = checksums(loaded.model)
+    rows = []
+    for candidate in (base, *candidates):
+        rows.append(measure(candidate, tasks, progress))
+        if names := changed(loaded.model, before):
+            raise Steer2EditError(
+                f"the candidate {candidate.name} changed the base's weights, so that nothing after it would be measured on the "
+                f"base:\n{listing(names)}"
+            )
     return Evaluation(metrics, tuple(rows), dict(context or {}), tuple(prompts))
 
 
@@ -222,11 +235,8 @@ def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], 
 def _adapter(loaded: LoadedModel, path: Path) -> Callable[[], AbstractContextManager[LoadedModel]]:
     @contextmanager
     def enter() -> Iterator[LoadedModel]:
-        adapted = with_adapter(loaded.model, path)
-        try:
+        with adapted(loaded.model, path):
             yield replace(loaded, adapter=path)
-        finally:
-            adapted.unload()
 
     return enter
 

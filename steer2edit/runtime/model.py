@@ -5,7 +5,6 @@ This module and those above it are the only ones that import transformers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +19,10 @@ from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
 from steer2edit.data.templates import processor_template, templated
 from steer2edit.data.tokens import token_ids
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line, shown
-from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from steer2edit.files.sandbox import limited
+from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.notices import notice
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
 
-# its config may hold regular expressions, which may run for ever
-_ADAPTER_SECONDS = 600
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -271,30 +267,6 @@ def device_of(module: Any) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     inner = next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "execution_device", None) is not None), None)
     return torch.device("cpu" if inner is None else inner.execution_device)
-
-
-def with_adapter(model: Any, folder: Path) -> Any:
-    """The model under a PEFT adapter, whose layers PEFT puts into the model itself; ``.unload()`` takes them out again.
-
-    Raises CheckpointError with PEFT's own reason.
-    """
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        # peft reads a property that transformers 5 renamed; any other warning is worth seeing
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        # PEFT goes on with what it made up for them
-        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-        if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-            raise CheckpointError(
-                f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
-            )
-        read_json(folder / ADAPTER_CONFIG)
-        try:
-            with limited(_ADAPTER_SECONDS):
-                return PeftModel.from_pretrained(model, str(folder)).eval()
-        except (*LOADING_ERRORS, UserWarning) as error:
-            raise CheckpointError(f"PEFT cannot load {folder}: {first_line(error)}") from None
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
