@@ -44,7 +44,9 @@ def test_a_lock_s_name_that_is_taken_is_refused_and_left_alone(tmp_path: Path, k
     assert kind == "pipe" or contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("left", [b"", process_mark(), process_mark() + b"\0" * 4])
+@pytest.mark.parametrize(
+    "left", [b"", process_mark(), process_mark() + b"\0" * 4], ids=["empty", "a mark", "a mark and zeros"]
+)
 def test_a_lock_file_that_a_killed_run_left_is_used(tmp_path: Path, left: bytes) -> None:
     (tmp_path / ".x.lock").write_bytes(left)
     with exclusive(tmp_path / "x"):
