@@ -144,7 +144,7 @@ def test_scale_gives_another_dose(
     assert half.norm == pytest.approx(0.5 * parts[0].norm) and half.measured == Measured(strength=0.5)
     assert rescale(half, factor=4.0).measured == Measured(strength=2.0)
     budget = ("--kl-budget", "0.02", "--neutral", neutral)
-    settled = run("scale", files[0], "--model", scoring.checkpoint.path, *budget, "-o", out)
+    settled = run("scale", files[0], "--model", scoring.checkpoint.path, *budget, "-o", out, "--force")
     assert settled.exit_code == 0, settled.output
     plan = EditPlan.load(out)
     assert 0.9 * 0.02 <= plan.measured.kl <= 0.02

@@ -51,7 +51,7 @@ def test_its_options_are_flags_of_plan_and_compile(
     assert run("capture", tiny_llama, "--data", files["data"], "-o", stats).exit_code == 0
     norms = []
     for part in ("1", "0.5"):
-        planned = run("plan", tiny_llama, "--stats", stats, "--method", whole, "--part", part, "-o", plan)
+        planned = run("plan", tiny_llama, "--stats", stats, "--method", whole, "--part", part, "-o", plan, "--force")
         assert planned.exit_code == 0, planned.output
         norms.append(EditPlan.load(plan).norm)
     assert norms[1] == pytest.approx(norms[0] / 2)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import torch
 from conftest import ROWS, llama_config, make_tokenizer, run, save_tiny
 
 from steer2edit.capture.statistics import Statistics
 from steer2edit.cli.app import main
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag
+from steer2edit.plan import EditPlan
 
 
 def commands(group: click.Group = main, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Command]]:
@@ -74,7 +78,7 @@ def test_limit_takes_some_rows_and_says_so(tiny_llama: Path, sources: tuple[Path
     assert dict(Statistics.load(out).examples)["positive"] == 4
     assert "4 of 8 rows are used" in result.stderr
     digest = Statistics.load(out).source["data"]
-    assert run("capture", tiny_llama, *data, "--limit", "4", "-o", out).exit_code == 0
+    assert run("capture", tiny_llama, *data, "--limit", "4", "-o", out, "--force").exit_code == 0
     assert Statistics.load(out).source["data"] == digest
 
 
@@ -126,3 +130,60 @@ def test_rarely_needed_flags_come_last(command: str) -> None:
     flags_end = headings.index("Rarely needed")
     assert headings[0] == "Data" and {"Model", "Output"} <= set(headings[:flags_end])
     assert set(headings[flags_end + 1 :]) <= {"Methods", "Targets"}
+
+
+def test_a_file_is_replaced_by_its_own_kind_and_only_with_force(
+    tiny_llama: Path, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, stats, plan = tmp_path / "base", tmp_path / "x.stats.safetensors", tmp_path / "x.plan.safetensors"
+    shutil.copytree(tiny_llama, base)
+    shard = base / "model.safetensors"
+    before = shard.read_bytes()
+    assert run("capture", base, "--data", sources[0], "-o", stats).exit_code == 0
+    assert run("plan", base, "--stats", stats, "--strength", "1", "-o", plan).exit_code == 0
+    torch.save({0: torch.ones(32)}, tmp_path / "v.pt")
+    writing = (
+        ("capture", base, "--data", sources[0]),
+        ("plan", base, "--stats", stats),
+        ("scale", plan, "--by", "2"),
+        ("import", tmp_path / "v.pt"),
+        ("diff", base, base),
+        ("report", plan),
+    )
+    for command in writing:
+        for force in ((), ("--force",)):
+            refused = run(*command, "-o", shard, *force)
+            assert refused.exit_code == 2 and "it is not replaced" in refused.stderr, (command, refused.output)
+    assert shard.read_bytes() == before
+    again = ("plan", base, "--stats", stats, "--strength", "2", "-o", plan)
+    refused = run(*again)
+    assert refused.exit_code == 2 and "--force to replace it" in refused.stderr
+    assert run(*again, "--force").exit_code == 0
+    assert EditPlan.load(plan).measured.strength == 2
+
+
+# PEFT reads a property that transformers 5 renamed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_commands_that_compile_prints_run_as_they_stand(
+    tiny_llama: Path, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    neutral, base = tmp_path / "neutral.txt", tmp_path / "a base"
+    neutral.write_text("the old cat sees a small bird and the river runs . " * 8)
+    shutil.copytree(tiny_llama, base)
+    out = tmp_path / "my out"
+    done = run(
+        "compile", base, "--data", sources[0], "--data", sources[1], "--neutral", neutral, "--to", "lora", "--to", "checkpoint",
+        "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    printed = [line for line in lines if line.startswith("steer2edit ")]
+    assert [line.split()[1] for line in printed] == ["verify", "verify", "show", "chat"]
+    for line in printed:
+        again = run(*shlex.split(line)[1:], stdin="what is the cat ?\n")
+        assert again.exit_code == 0, again.output
+    code = "\n".join(line for line in lines if line.startswith(("from ", "base = ", "model = ")))
+    assert code.count("model = ") == 2
+    exec(compile(code, "printed", "exec"), {})
+    assert "nats/token" in done.stdout and str(out / "lora") in done.stdout
+    assert "{" not in done.stdout and "λ" not in done.stdout

@@ -40,7 +40,7 @@ def compiled(tiny_llama: Path, files: Path) -> Path:
         files / "neutral.txt", "--to", "checkpoint", "--to", "lora", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "random direction 1" in result.stdout and "report:" in result.stdout
+    assert "random direction 1" in result.stdout and "report page" in result.stdout
     return out
 
 
@@ -90,7 +90,7 @@ def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, 
     kl = [row["metrics"]["KL"]["value"] for row in rows[1:4]]
     assert kl[1:] == pytest.approx([kl[0], kl[0]], rel=0.05)
     again = run("eval", tiny_llama, *settings, "--utility", "none")
-    assert again.exit_code == 0 and "split report" in again.stdout
+    assert again.exit_code == 0 and "tune reports on" in again.stdout
 
 
 def test_eval_with_baselines_says_before_how_much_work_it_is(

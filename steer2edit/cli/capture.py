@@ -11,7 +11,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import CaptureFlags, JsonFlags, ModelFlags, progress_bar
+from steer2edit.cli.options import CaptureFlags, JsonFlags, ModelFlags, ReplaceFlags, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.options import option
 from steer2edit.runtime.launch import process_of
@@ -62,6 +62,7 @@ class StatisticsFlags(FlagGroup):
     model_flags=ModelFlags,
     large=LargeFlags,
     output=StatisticsFlags,
+    replace=ReplaceFlags,
     printed=JsonFlags,
 )
 @click.argument("model")
@@ -72,6 +73,7 @@ def capture(
     model_flags: ModelFlags,
     large: LargeFlags,
     output: StatisticsFlags,
+    replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Run MODEL over contrast data once and save the statistics.
@@ -80,7 +82,7 @@ def capture(
     again after an interruption, it goes on from there.
     """
     from contextlib import ExitStack
-    from dataclasses import replace
+    from dataclasses import replace as replaced
 
     from steer2edit.capture.resume import partial_path
     from steer2edit.capture.run import capture_statistics
@@ -100,6 +102,7 @@ def capture(
         raise click.UsageError("--tensor-parallel is for several processes: torchrun … -m steer2edit capture …")
     if background.background_only and data.any:
         raise click.UsageError("--background-only stands in place of --data and --behavior")
+    replace.check(out, "statistics")
     with joined(None if tensor_parallel else "gloo") as world, ExitStack() as stack:
 
         def ready() -> Any:
@@ -108,11 +111,11 @@ def capture(
             behavior = Behavior("background", ()) if background.background_only else data.read_behavior()
             text = data.read_background()
             runtime = model_flags.runtime()
-            runtime = replace(runtime, device=own_device(runtime.device))
+            runtime = replaced(runtime, device=own_device(runtime.device))
             if tensor_parallel:
                 if spec.routers:
                     raise ArchitectureError("a mixture's experts are not seen one by one under --tensor-parallel")
-                runtime = replace(runtime, tensor_parallel=True)
+                runtime = replaced(runtime, tensor_parallel=True)
             if by_layer:
                 place = large.scratch if large.scratch is not None else out.absolute().parent
                 layers = stack.enter_context(opened_by_layer(checkpoint, spec, runtime, place))

@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import PATH, FlagGroup
-from steer2edit.cli.options import ForceFlags, JsonFlags, RevisionFlags, progress_bar
+from steer2edit.cli.options import ForceFlags, JsonFlags, ReplaceFlags, RevisionFlags, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.options import option
 
@@ -39,10 +39,10 @@ class RevertFlags(FlagGroup):
     unproven: bool = option(False, "Restore every tensor that differs, without a receipt that proves it.")
 
 
-@command(output=DiffFlags, printed=JsonFlags)
+@command(output=DiffFlags, replace=ReplaceFlags, printed=JsonFlags)
 @click.argument("base")
 @click.argument("edited")
-def diff(base: str, edited: str, output: DiffFlags, printed: JsonFlags) -> None:
+def diff(base: str, edited: str, output: DiffFlags, replace: ReplaceFlags, printed: JsonFlags) -> None:
     """List every tensor in which EDITED differs from BASE, and the rank of the difference.
 
     Works on checkpoints made by any tool, however they are divided among shards. Reads each file, loads no model.
@@ -51,6 +51,7 @@ def diff(base: str, edited: str, output: DiffFlags, printed: JsonFlags) -> None:
     from steer2edit.diff.difference import compare, fused_parts, recover_plan
     from steer2edit.errors import ArchitectureError, PlanError, first_line
 
+    replace.check(output.out, "plan")
     ours, theirs = open_checkpoint(base), open_checkpoint(edited)
     spec: Any = None
     unknown = ""

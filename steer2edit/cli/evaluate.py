@@ -10,7 +10,16 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import DataFlags, JsonFlags, ModelFlags, StatsFlags, find_plan, numbers, progress_bar
+from steer2edit.cli.options import (
+    DataFlags,
+    JsonFlags,
+    ModelFlags,
+    ReplaceFlags,
+    StatsFlags,
+    find_plan,
+    numbers,
+    progress_bar,
+)
 from steer2edit.cli.output import print_result
 from steer2edit.cli.suite import SuiteFlags, scoring_of
 from steer2edit.options import option
@@ -70,6 +79,7 @@ class EvaluationOut(FlagGroup):
     engine=EngineFlags,
     model_flags=ModelFlags,
     output=EvaluationOut,
+    replacing=ReplaceFlags,
     printed=JsonFlags,
 )
 @click.argument("model")
@@ -84,6 +94,7 @@ def evaluate(
     engine: EngineFlags,
     model_flags: ModelFlags,
     output: EvaluationOut,
+    replacing: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text.
@@ -96,6 +107,7 @@ def evaluate(
     from steer2edit.evaluation.work import baselines_work, work_of
     from steer2edit.report.tables import render_evaluation
 
+    replacing.check(output.out, "evaluation")
     strengths = numbers(compared.strengths, "--strengths")
     checkpoint, spec = model_flags.open(model)
     questions = asked.read_questions(data)

@@ -17,6 +17,7 @@ from steer2edit.cli.options import (
     JsonFlags,
     ModelFlags,
     NeutralFlags,
+    ReplaceFlags,
     RevisionFlags,
     TargetFlags,
     progress_bar,
@@ -124,7 +125,14 @@ def experts() -> None:
     """Rank the experts of a mixture by a behaviour, and write checkpoints without them."""
 
 
-@command(data=CaptureFlags, ranked=RankingFlags, model_flags=ModelFlags, output=ProfileOut, printed=JsonFlags)
+@command(
+    data=CaptureFlags,
+    ranked=RankingFlags,
+    model_flags=ModelFlags,
+    output=ProfileOut,
+    replace=ReplaceFlags,
+    printed=JsonFlags,
+)
 @click.argument("model")
 def profile(
     model: str,
@@ -132,11 +140,14 @@ def profile(
     ranked: RankingFlags,
     model_flags: ModelFlags,
     output: ProfileOut,
+    replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Run MODEL over contrast data and rank its experts; the statistics serve every other command too."""
     from steer2edit.experts.ranking import alignments
 
+    replace.check(output.out, "statistics")
+    replace.check(ranked.plot, "picture")
     checkpoint, spec = model_flags.open(model)
     if not spec.routers:
         raise click.UsageError(f"{checkpoint.name} ({spec.model_type}) is not a mixture of experts")
@@ -146,13 +157,16 @@ def profile(
     _print_ranking(statistics, aligned, {"statistics": str(output.out)}, printed.as_json, ranked)
 
 
-@command("show", ranked=RankingFlags, model_flags=ShowModel, printed=JsonFlags)
+@command("show", ranked=RankingFlags, model_flags=ShowModel, replace=ReplaceFlags, printed=JsonFlags)
 @click.argument("stats", type=PATH)
-def show_experts(stats: Path, ranked: RankingFlags, model_flags: ShowModel, printed: JsonFlags) -> None:
+def show_experts(
+    stats: Path, ranked: RankingFlags, model_flags: ShowModel, replace: ReplaceFlags, printed: JsonFlags
+) -> None:
     """Rank experts from statistics; runs no model."""
     from steer2edit.capture.statistics import Statistics
     from steer2edit.experts.ranking import alignments
 
+    replace.check(ranked.plot, "picture")
     statistics, aligned = Statistics.load(stats), None
     if model_flags.model is not None:
         checkpoint, spec = model_flags.open(model_flags.model)
@@ -188,6 +202,8 @@ def mask(
     from steer2edit.report.experts import render_masks
 
     check_new(output.out, force.force)
+    ReplaceFlags(force=force.force).check(output.plan, "plan")
+    ReplaceFlags(force=force.force).check(ranked.plot, "picture")
     checkpoint, spec = model_flags.open(model)
     request, how, data = _request(checkpoint, spec, chosen, ranked)
     plan = mask_experts(

@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import Flag, FlagGroup, flag
-from steer2edit.cli.options import JsonFlags, RevisionFlags
+from steer2edit.cli.options import JsonFlags, ReplaceFlags, RevisionFlags
 from steer2edit.cli.output import print_result
 from steer2edit.cli.plan import print_plan
 from steer2edit.importers.source import Reading
@@ -54,10 +54,17 @@ class ImportOut(FlagGroup):
     )
 
 
-@command("import", reading=ReadingFlags, model_flags=ImportFlags, output=ImportOut, printed=JsonFlags)
+@command(
+    "import", reading=ReadingFlags, model_flags=ImportFlags, output=ImportOut, replace=ReplaceFlags, printed=JsonFlags
+)
 @click.argument("source")
 def import_(
-    source: str, reading: ReadingFlags, model_flags: ImportFlags, output: ImportOut, printed: JsonFlags
+    source: str,
+    reading: ReadingFlags,
+    model_flags: ImportFlags,
+    output: ImportOut,
+    replace: ReplaceFlags,
+    printed: JsonFlags,
 ) -> None:
     """Read steering vectors or finished edits that were made elsewhere.
 
@@ -70,6 +77,7 @@ def import_(
     from steer2edit.importers import read
 
     content = read(fetch(source), reading.reading)
+    replace.check(output.out, "vectors" if isinstance(content, Vectors) else "plan")
     if not isinstance(content, Vectors):
         if model_flags.model is None:
             raise click.UsageError(f"{source} holds finished edits: name their base with --model")

@@ -338,6 +338,22 @@ class ForceFlags(FlagGroup):
 
 
 @dataclass(frozen=True)
+class ReplaceFlags(FlagGroup):
+    """Whether a file may be replaced."""
+
+    heading: ClassVar[str] = "Output"
+
+    force: bool = option(False, "Replace a file of the same kind that exists already.")
+
+    def check(self, path: Path | None, kind: str) -> None:
+        """Raise TargetError where ``path`` exists and may not be replaced; see :mod:`steer2edit.files.outputs`."""
+        from steer2edit.files.outputs import check_new_file
+
+        if path is not None:
+            check_new_file(path, kind, self.force)
+
+
+@dataclass(frozen=True)
 class JsonFlags(FlagGroup):
     """How the result is printed."""
 

@@ -15,6 +15,7 @@ from steer2edit.cli.options import (
     BudgetFlags,
     JsonFlags,
     ModelFlags,
+    ReplaceFlags,
     StrengthFlags,
     VectorsFlags,
     progress_bar,
@@ -78,6 +79,7 @@ class BaseFlags(ModelFlags):
     strength=StrengthFlags,
     model_flags=ModelFlags,
     output=PlanOut,
+    replace=ReplaceFlags,
     printed=JsonFlags,
 )
 @click.argument("model")
@@ -89,6 +91,7 @@ def plan(
     strength: StrengthFlags,
     model_flags: ModelFlags,
     output: PlanOut,
+    replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
@@ -99,6 +102,7 @@ def plan(
     from steer2edit.strength.settle import neutral_text, settle_strength
 
     options = method.options()
+    replace.check(output.out, "plan")
     checkpoint, spec = model_flags.open(model)
     statistics, steering = Statistics.load(source.stats), vectors.read(getattr(options, "layers", None))
     if steering is not None:
@@ -121,9 +125,9 @@ def plan(
     print_plan(edits, output.out, printed.as_json)
 
 
-@command(shown=ShowFlags, printed=JsonFlags)
+@command(shown=ShowFlags, replace=ReplaceFlags, printed=JsonFlags)
 @click.argument("plan_file", metavar="PLAN")
-def show(plan_file: str, shown: ShowFlags, printed: JsonFlags) -> None:
+def show(plan_file: str, shown: ShowFlags, replace: ReplaceFlags, printed: JsonFlags) -> None:
     """List what a plan changes, layer by layer and component by component.
 
     PLAN is a plan's file or an artefact's folder, here or on the Hub.
@@ -131,13 +135,21 @@ def show(plan_file: str, shown: ShowFlags, printed: JsonFlags) -> None:
     from steer2edit.report.figures import heatmap
     from steer2edit.report.plan_text import describe_plan, render_plan
 
+    replace.check(shown.plot, "picture")
     edits = read_plan(plan_file)
     if shown.plot is not None:
         heatmap(edits, shown.plot)
     print_result(describe_plan(edits, shown.top), printed.as_json, lambda _: render_plan(edits, shown.top))
 
 
-@command(factor=FactorFlags, budgets=BudgetFlags, model_flags=BaseFlags, output=PlanOut, printed=JsonFlags)
+@command(
+    factor=FactorFlags,
+    budgets=BudgetFlags,
+    model_flags=BaseFlags,
+    output=PlanOut,
+    replace=ReplaceFlags,
+    printed=JsonFlags,
+)
 @click.argument("plan_file", metavar="PLAN")
 def scale(
     plan_file: str,
@@ -145,12 +157,14 @@ def scale(
     budgets: BudgetFlags,
     model_flags: BaseFlags,
     output: PlanOut,
+    replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Give a plan another strength: a factor of its present one, or the largest that a KL budget allows."""
     from steer2edit.compose import rescale
     from steer2edit.strength.settle import neutral_text
 
+    replace.check(output.out, "plan")
     edits = read_plan(plan_file)
     if factor.by is not None:
         if budgets.measured:

@@ -10,6 +10,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import PATH, FlagGroup
+from steer2edit.cli.options import ReplaceFlags
 from steer2edit.options import option
 
 
@@ -24,12 +25,13 @@ class PageFlags(FlagGroup):
     pngs: bool = option(False, "Write each figure as a PNG file too, beside the page.", "--png")
 
 
-@command(page=PageFlags)
+@command(page=PageFlags, replace=ReplaceFlags)
 @click.argument("source", metavar="STUDY|PLAN|DIR", type=PATH)
-def report(source: Path, page: PageFlags) -> None:
+def report(source: Path, page: PageFlags, replace: ReplaceFlags) -> None:
     """Write one page that shows what an edit does: trade-off, changes, answers, and how to load and reproduce it."""
     from steer2edit.report.load import read_report
     from steer2edit.report.page import write_report
 
+    replace.check(page.out, "report")
     write_report(read_report(source, page.evaluation), page.out, pngs=page.pngs)
     click.echo(str(page.out))
