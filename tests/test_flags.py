@@ -139,8 +139,10 @@ def test_a_file_is_replaced_by_its_own_kind_and_only_with_force(
     shutil.copytree(tiny_llama, base)
     shard = base / "model.safetensors"
     before = shard.read_bytes()
-    assert run("capture", base, "--data", sources[0], "-o", stats).exit_code == 0
-    assert run("plan", base, "--stats", stats, "--strength", "1", "-o", plan).exit_code == 0
+    both = ("--data", sources[0], "--data", sources[1])
+    assert run("capture", base, *both, "-o", stats).exit_code == 0
+    planned = run("plan", base, "--stats", stats, "--strength", "1", "-o", plan)
+    assert planned.exit_code == 0, planned.output
     torch.save({0: torch.ones(32)}, tmp_path / "v.pt")
     writing = (
         ("capture", base, "--data", sources[0]),
