@@ -29,15 +29,15 @@ def pair(good: str, bad: str, prompt: Callable[[Row], Prompt] | None = None) -> 
 
     def read(row: Row) -> list[Answered]:
         faults: list[str] = []
-        asked = _collected(faults, lambda: prompt(row) if prompt is not None else "")
+        question = _collected(faults, lambda: prompt(row) if prompt is not None else "")
         first, second = (_collected(faults, partial(_response, key, row[key])) for key in (good, bad))
         if faults:
             raise Fault(*faults)
         if isinstance(first, tuple) and isinstance(second, tuple):
-            asked, first, second = _parted(good, bad, first, second)
+            question, first, second = _parted(good, bad, first, second)
         elif not isinstance(first, str) or not isinstance(second, str):
             raise Fault(f"one of {good} and {bad} is a whole chat and the other is not")
-        return [(asked, first, "positive"), (asked, second, "negative")]
+        return [(question, first, "positive"), (question, second, "negative")]
 
     return read
 
@@ -106,14 +106,14 @@ def labelled(key: str, prompt: Callable[[Row], Prompt], label: str = "label") ->
 
     def read(row: Row) -> list[Answered]:
         faults: list[str] = []
-        asked = _collected(faults, lambda: prompt(row))
+        question = _collected(faults, lambda: prompt(row))
         response = _collected(faults, lambda: _response(key, row[key]))
         kind = _collected(faults, lambda: _label(label, row[label]))
         if faults:
             raise Fault(*faults)
         if isinstance(response, tuple):
-            asked, response = response[:-1], response[-1].content
-        return [(asked, response, kind)]
+            question, response = response[:-1], response[-1].content
+        return [(question, response, kind)]
 
     return read
 
@@ -131,10 +131,10 @@ def labelled_chat(key: str, label: str) -> Callable[[Row], list[Answered]]:
 
 
 def _label(key: str, value: Any) -> Label:
-    told = key_of(value) if isinstance(value, (str, bool, int, float)) else ""
-    if told in _YES:
+    text = key_of(value) if isinstance(value, (str, bool, int, float)) else ""
+    if text in _YES:
         return "positive"
-    if told in _NO:
+    if text in _NO:
         return "negative"
     raise Fault(f'{key} is {shown(value)}; expected "positive" or "negative" (or true and false, 1 and 0)')
 
@@ -146,8 +146,8 @@ def caa(row: Row) -> list[Answered]:
 
 
 def openai(row: Row) -> list[Answered]:
-    asked = read_chat("input", row["input"].get("messages"))
-    read = pair("preferred_output", "non_preferred_output", lambda _row: asked)
+    question = read_chat("input", row["input"].get("messages"))
+    read = pair("preferred_output", "non_preferred_output", lambda _row: question)
     return read(row)
 
 

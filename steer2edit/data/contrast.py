@@ -48,8 +48,8 @@ def read_contrast(source: str | Path, limit: int | None = None) -> list[Example]
     examples = read_source(source, formats.columns(), "contrast data", formats.EXPECTED, _builder(names))
     name = Path(source).name
     if set(names) - {formats.FORMATS[0].name, formats.FORMATS[1].name}:
-        told = ", ".join(f"{count} rows of {form}" for form, count in names.items())
-        notice(f"{name} holds {told}")
+        summary = ", ".join(f"{count} rows of {form}" for form, count in names.items())
+        notice(f"{name} holds {summary}")
     return _both(chosen_rows(examples, limit, name), str(source))
 
 
@@ -149,6 +149,6 @@ def chosen_rows(examples: Sequence[Example], limit: int | None, name: str) -> li
         prompt = hashlib.sha256(prompt_digest(rows[row][0].prompt).encode("ascii")).hexdigest()
         return prompt, data_hash(rows[row])
 
-    kept = set(sorted(rows, key=drawn)[:limit])
+    rows_used = set(sorted(rows, key=drawn)[:limit])
     notice(f"{name}: {limit} of {len(rows)} rows are used (the limit); the same ones whatever their order")
-    return [example for example in examples if example.row in kept]
+    return [example for example in examples if example.row in rows_used]

@@ -54,11 +54,11 @@ def run_foreign(tokenizer: Any, work: Callable[..., Any], *arguments: Any, chara
 
 def _server(tokenizer: Any) -> Callable[[bytes], Any]:
     """What answers requests about a tokenizer; it does not keep the tokenizer alive."""
-    held = ref(tokenizer)
+    reference = ref(tokenizer)
 
     def serve(request: bytes) -> list[Any]:
         template, work, arguments = pickle.loads(request)
-        tokenizer = held()
+        tokenizer = reference()
         if tokenizer is not None and getattr(tokenizer, "chat_template", None) != template:
             tokenizer.chat_template = template
         with collected() as texts:

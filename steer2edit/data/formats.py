@@ -60,8 +60,8 @@ class Format:
 
     def takes(self, row: Row, filled: bool) -> bool:
         """Whether a row is of this format: it has the columns, ``filled`` ones if asked for."""
-        held = all(column in row and not (filled and row[column] is None) for column in self.columns)
-        return held and self.fits(row)
+        complete = all(column in row and not (filled and row[column] is None) for column in self.columns)
+        return complete and self.fits(row)
 
 
 OWN = (

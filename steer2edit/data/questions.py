@@ -67,11 +67,13 @@ def take(questions: Iterable[Question], split: Split, seed: int = 0) -> list[Que
 def refuse_seen(questions: Sequence[Question], seen: Iterable[str], what: str) -> None:
     """Raise DataError where a question's prompt is among the digests ``seen`` by ``what``: no number may rest on it."""
     known = set(seen)
-    found = [f"{question.where}: {shown(_text(question.prompt))}" for question in questions if question.digest in known]
-    if found:
+    repeated = [
+        f"{question.where}: {shown(_text(question.prompt))}" for question in questions if question.digest in known
+    ]
+    if repeated:
         raise DataError(
-            f"{len(found)} of {len(questions)} prompts to report on were used to make or choose {what}; "
-            f"report on others:\n{listing(found)}"
+            f"{len(repeated)} of {len(questions)} prompts to report on were used to make or choose {what}; "
+            f"report on others:\n{listing(repeated)}"
         )
 
 

@@ -109,13 +109,15 @@ def _unfolded(value: Any, name: str, problems: Problems, columns: Collection[str
         return
     known = [key for key in value if key_of(key) in columns]
     lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
-    held = [key for key, entry in lists.items() if key not in known and all(isinstance(row, dict) for row in entry)]
+    row_lists = [
+        key for key, entry in lists.items() if key not in known and all(isinstance(row, dict) for row in entry)
+    ]
     if not known and isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
         rows: list[Any] = [
             dict(zip(value["columns"], row, strict=False)) for row in value["data"] if isinstance(row, list)
         ]
-    elif not known and len(held) == 1:
-        rows = value[held[0]]
+    elif not known and len(row_lists) == 1:
+        rows = value[row_lists[0]]
     elif known and all(_is_column(value[key]) for key in known):
         cells = {
             key: entry if isinstance(entry, list) else list(entry.values())
@@ -124,8 +126,8 @@ def _unfolded(value: Any, name: str, problems: Problems, columns: Collection[str
         }
         lengths = {key: len(entry) for key, entry in cells.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{key} {length}" for key, length in lengths.items())
-            problems.append((name, f"its columns have different numbers of rows: {told}"))
+            counts = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            problems.append((name, f"its columns have different numbers of rows: {counts}"))
             return
         rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
     else:
@@ -145,20 +147,20 @@ def read_csv(data: bytes, name: str, problems: Problems, columns: Collection[str
     """Rows of a table with a header, whose cells are separated by commas, semicolons, tabs or vertical bars."""
     text = _decoded(data, name, problems)
     first, _, rest = text.partition("\n")
-    skipped = 0
+    offset = 0
     delimiter = ""
-    if stated := re.fullmatch(r'"?sep=(.)"?\s*', first):
-        delimiter, text, skipped = stated[1], rest, 1
+    if separator := re.fullmatch(r'"?sep=(.)"?\s*', first):
+        delimiter, text, offset = separator[1], rest, 1
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses a long response; the limit is the whole process's
     try:
         delimiter = delimiter or _delimiter(text, columns)
         if delimiter != ",":
             notice(f"{name}: cells are separated by {_DELIMITERS.get(delimiter, shown(delimiter))}")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        line, header = 1 + skipped, None
+        line, header = 1 + offset, None
         try:
             for cells in reader:
-                where, line = f"{name} line {line}", reader.line_num + 1 + skipped
+                where, line = f"{name} line {line}", reader.line_num + 1 + offset
                 if not any(cells):
                     continue
                 if header is None:
@@ -213,20 +215,20 @@ def read_parquet(data: bytes, name: str, problems: Problems, columns: Collection
         return
     try:
         schema = parquet.read_schema(io.BytesIO(data))
-        read = [column for column in schema.names if key_of(column) in columns]
-        if not read:
+        names = [column for column in schema.names if key_of(column) in columns]
+        if not names:
             yield name, dict.fromkeys(schema.names)
             return
         # what is stored once stays once in memory: a file of a few bytes may stand for any number of them
-        plain = [c for c in read if arrow.types.is_string(schema.field(c).type)]
+        plain = [c for c in names if arrow.types.is_string(schema.field(c).type)]
         file = parquet.ParquetFile(io.BytesIO(data), read_dictionary=plain)
-        held = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
-        if held > MAX_BYTES:
-            problems.append((name, f"it unpacks to {held} bytes, and at most {MAX_BYTES} are read"))
+        unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if unpacked > MAX_BYTES:
+            problems.append((name, f"it unpacks to {unpacked} bytes, and at most {MAX_BYTES} are read"))
             return
         # nested texts are unpacked, each at most as long as all that is stored
-        batch = 256 if plain == read else max(1, min(256, (256 << 20) // max(held, 1)))
-        yield from _parquet_rows(file, name, read, batch)
+        batch = 256 if plain == names else max(1, min(256, (256 << 20) // max(unpacked, 1)))
+        yield from _parquet_rows(file, name, names, batch)
     except (arrow.ArrowException, OSError, ValueError) as error:
         problems.append((name, _reason(error)))
 

@@ -73,8 +73,8 @@ def read_source(source: str | Path, columns: Collection[str], purpose: str, expe
         known = f"{', '.join(READERS)}, or one of these with {_GZIP}"
         remedy = f"{_REMEDIES[suffix]}; " if suffix in _REMEDIES else ""
         raise DataError(f"{name} is in no known format; {remedy}expected a name that ends in {known}")
-    if told := stand_in(path):
-        raise DataError(told)
+    if reason := stand_in(path):
+        raise DataError(reason)
     try:
         data = read_bytes(path, MAX_BYTES)
         if name.lower().endswith(_GZIP):
@@ -97,7 +97,7 @@ def parse_rows(
         try:
             values += build(row, where, rows)
         except Fault as fault:
-            problems += [(where, str(told)) for told in fault.args]
+            problems += [(where, str(text)) for text in fault.args]
         rows += 1
     if not data.strip():
         problems = [(name, "is empty")]
@@ -114,10 +114,10 @@ def grouped(problems: Iterable[tuple[str, str]], name: str = "") -> list[str]:
     for where, fault in problems:
         places.setdefault(fault, []).append(where)
     lines = []
-    for fault, found in places.items():
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        apart = " " if found[0] == name and fault.startswith(("is ", "holds ")) else ": "
-        lines.append(f"{found[0]}{more}{apart}{fault}" if found[0] else fault)
+    for fault, wheres in places.items():
+        more = f" and {len(wheres) - 1} more" if len(wheres) > 1 else ""
+        apart = " " if wheres[0] == name and fault.startswith(("is ", "holds ")) else ": "
+        lines.append(f"{wheres[0]}{more}{apart}{fault}" if wheres[0] else fault)
     return lines
 
 

@@ -72,8 +72,8 @@ def tried(structures: set[tuple[str, ...]], tokenizer: Any, arguments: dict[str,
     key = json.dumps([getattr(tokenizer, "chat_template", None), arguments], default=repr)
     missing = sorted(structure for structure in structures if (key, structure) not in known)
     for parts in (False, True):
-        chosen = [s for s in missing if not parts or known[key, s].fault]
-        for structure, trial in zip(chosen, _run_trials(chosen, parts, tokenizer, arguments), strict=True):
+        pending = [s for s in missing if not parts or known[key, s].fault]
+        for structure, trial in zip(pending, _run_trials(pending, parts, tokenizer, arguments), strict=True):
             first = known.get((key, structure))
             known[key, structure] = trial if first is None or not trial.fault else _worse(first, trial)
     return {structure: known[key, structure] for structure in structures}
@@ -112,16 +112,16 @@ def _judged(
 ) -> Trial:
     if prompt.fault:
         return Trial(rejection(prompt.fault, chat))
-    written = prompt.text.casefold()
+    text = prompt.text.casefold()
     for message in chat:
-        count = written.count(message.content.casefold())
+        count = text.count(message.content.casefold())
         if not count:
             remedy = f"; {_SYSTEM_REMEDY}" if message.role == "system" else ""
             return Trial(f"the chat template drops the {message.role} message{remedy}")
         if count > 1 and message.role == "user":
             return Trial(f"the chat template writes the user message {count} times; expected once")
-    before, found, tail = answered.text.rpartition(_ANSWER)
-    place = before[len(prompt.text) :] if found and before.startswith(prompt.text) else None
+    before, mark, tail = answered.text.rpartition(_ANSWER)
+    place = before[len(prompt.text) :] if mark and before.startswith(prompt.text) else None
     lead, remarks = "", []
     if place is not None and place.strip():
         lead = place
@@ -134,19 +134,19 @@ def _judged(
             )
         else:
             remarks.append(f"responses stand after {shown(place)}, where the chat template puts an answer")
-    elif opened := _OPEN_THOUGHT.search(prompt.text):
-        closing = "[/THINK]" if opened[2] else f"</{opened[1]}>"
+    elif thought := _OPEN_THOUGHT.search(prompt.text):
+        closing = "[/THINK]" if thought[2] else f"</{thought[1]}>"
         lead = ("\n" if prompt.text.endswith("\n") else "\n\n") + closing + "\n\n"
         remarks.append(_thought_remark(prompt.text + lead, arguments))
     elif place is None and prompt.text == bare.text:
         remarks.append(
             "the chat template has no generation prompt and shows no assistant's header: responses follow the prompt directly"
         )
-    return Trial("", parts, lead, tail if found else "", tuple(remarks))
+    return Trial("", parts, lead, tail if mark else "", tuple(remarks))
 
 
 def _thought_remark(text: str, arguments: dict[str, Any]) -> str:
-    end = [found.group() for found in END_OF_THOUGHT.finditer(text)][-1]
+    end = [match.group() for match in END_OF_THOUGHT.finditer(text)][-1]
     choice = (
         "the model's own thought is cut from its answers"
         if arguments.get("enable_thinking") or arguments.get("thinking")
@@ -159,12 +159,12 @@ def rejection(reason: str, chat: Sequence[Message]) -> str:
     roles = ", ".join(roles_of(chat))
     if reason.startswith(_BROKEN):
         return f"the chat template is not valid Jinja ({reason.removeprefix(_BROKEN)}); take the one of the model's publisher"
-    told = f"the chat template rejects messages with roles {roles} ({reason})"
+    sentence = f"the chat template rejects messages with roles {roles} ({reason})"
     if "system" in roles:
-        return f"{told}; {_SYSTEM_REMEDY}"
+        return f"{sentence}; {_SYSTEM_REMEDY}"
     if re.search(r"\brole|alternate", reason, re.IGNORECASE) and "content" not in reason:
-        return f"{told}; check the order and the names of the roles"
-    return told
+        return f"{sentence}; check the order and the names of the roles"
+    return sentence
 
 
 def _mark(number: int) -> str:

@@ -54,16 +54,16 @@ def processor_template(folder: Path) -> str | None:
 
 def check_arguments(arguments: TemplateArguments | None) -> dict[str, Any]:
     """Template arguments as JSON values. Raises DataError for those that are not, or that would set how a prompt is rendered."""
-    found = dict(arguments or {})
-    if taken := sorted(_RESERVED & found.keys()):
+    values = dict(arguments or {})
+    if reserved := sorted(_RESERVED & values.keys()):
         raise DataError(
-            f"the chat template's arguments cannot set {', '.join(taken)}: these are set here for every prompt"
+            f"the chat template's arguments cannot set {', '.join(reserved)}: these are set here for every prompt"
         )
     try:
-        json.dumps(found)
+        json.dumps(values)
     except (TypeError, ValueError) as error:
         raise DataError(f"the chat template's arguments must be JSON values: {error}") from None
-    return found
+    return values
 
 
 def render_prompts(
@@ -137,15 +137,15 @@ def rendered_prompts(
         sound = {prompt: chat for prompt, chat in chats.items() if not trials[roles_of(chat)].fault}
         problems += [(trials[roles_of(chat)].fault, places[p]) for p, chat in chats.items() if p not in sound]
         requests = [Request(chat, trials[roles_of(chat)].parts) for chat in sound.values()]
-        for (prompt, chat), found in zip(sound.items(), apply(requests, tokenizer, arguments), strict=True):
+        for (prompt, chat), result in zip(sound.items(), apply(requests, tokenizer, arguments), strict=True):
             trial = trials[roles_of(chat)]
-            fault = found.fault and rejection(found.fault, chat)
-            if fault := fault or _lost_words(found.text, chat):
+            fault = result.fault and rejection(result.fault, chat)
+            if fault := fault or _lost_words(result.text, chat):
                 problems.append((fault, places[prompt]))
                 continue
             thinks = writing and bool(arguments.get("enable_thinking") or arguments.get("thinking"))
             lead = "" if thinks and END_OF_THOUGHT.search(trial.lead) else trial.lead
-            texts[prompt] = found.text + lead
+            texts[prompt] = result.text + lead
             for remark in trial.remarks if lead == trial.lead else ():
                 notice(remark)
     if problems:
@@ -162,7 +162,7 @@ def after_an_answer(tokenizer: Any, chat_template_kwargs: TemplateArguments | No
 
 def without_thought(answer: str) -> str:
     """A model's answer without the finished thought before it."""
-    ends = [found.end() for found in END_OF_THOUGHT.finditer(answer)]
+    ends = [match.end() for match in END_OF_THOUGHT.finditer(answer)]
     return answer[ends[-1] :].strip() if ends else answer
 
 
@@ -179,14 +179,10 @@ def _ordered(
 
 def _check_choice(tokenizer: Any, arguments: dict[str, Any]) -> None:
     templates = getattr(tokenizer, "chat_template", None)
-    chosen = arguments.get("chat_template")
-    if (
-        chosen is not None
-        and "{" not in str(chosen)
-        and chosen not in (templates if isinstance(templates, dict) else ())
-    ):
-        held = f"has {', '.join(sorted(templates))}" if isinstance(templates, dict) else "has one, without a name"
-        raise DataError(f"there is no chat template called {shown(chosen)}; the tokenizer {held}")
+    name = arguments.get("chat_template")
+    if name is not None and "{" not in str(name) and name not in (templates if isinstance(templates, dict) else ()):
+        present = f"has {', '.join(sorted(templates))}" if isinstance(templates, dict) else "has one, without a name"
+        raise DataError(f"there is no chat template called {shown(name)}; the tokenizer {present}")
     if isinstance(templates, dict) and "default" not in templates and "chat_template" not in arguments:
         raise DataError(
             f"the tokenizer has {len(templates)} chat templates ({', '.join(sorted(templates))}) and none is called default; "
@@ -207,18 +203,18 @@ def _plain(prompt: Prompt, system: str | None) -> str:
     if isinstance(prompt, str):
         return prompt if system is None else f"{system}\n\n{prompt}"
     messages = _messages(prompt, system)
-    notice('the tokenizer has no chat template: chats are written as plain text, "User: … Assistant:"')
+    notice('the tokenizer has no chat template: chats are letters as plain text, "User: … Assistant:"')
     turns = [f"{m.role.capitalize()}: {m.content}\n" for m in messages if m.role != "system"]
     return "".join([f"{m.content}\n\n" for m in messages if m.role == "system"] + turns) + "Assistant:"
 
 
 def _lost_words(text: str, chat: Sequence[Message]) -> str:
     """What is wrong where words of a user's or system message are not in the text, whatever their case and white space."""
-    written = _letters(text)
+    letters = _letters(text)
     for message in chat:
         escaped = json.dumps(message.content, ensure_ascii=False)[1:-1]
         if message.role in ("user", "system") and all(
-            _letters(content) not in written for content in (message.content, escaped)
+            _letters(content) not in letters for content in (message.content, escaped)
         ):
             return f"the chat template drops or changes words of the {message.role} message"
     return ""

@@ -72,16 +72,16 @@ def encode(
 
 def windows(tokenizer: Any, texts: Sequence[str], max_tokens: int, size: int = 256) -> list[list[int]]:
     """Token ids of running texts, each read by itself in windows of ``size`` tokens, ``max_tokens`` in all."""
-    found: list[list[int]] = []
+    rows: list[list[int]] = []
     left = max_tokens
     for ids in token_ids(tokenizer, texts):
-        kept = ids[: max(left, 0)]
-        left -= len(kept)
+        ids_used = ids[: max(left, 0)]
+        left -= len(ids_used)
         # every window begins as a text does: some models are lost without their BOS
-        start = kept[:1] if kept[:1] == [tokenizer.bos_token_id] else []
-        body = kept[len(start) :]
-        found += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
-    return found
+        start = ids_used[:1] if ids_used[:1] == [tokenizer.bos_token_id] else []
+        body = ids_used[len(start) :]
+        rows += [start + body[i : i + size] for i in range(0, len(body), size) if len(body) - i > 1 or start]
+    return rows
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -190,9 +190,9 @@ def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]
     if not texts:
         return []
     # The probe in front shows whether the tokenizer closes every text with an end-of-sequence token.
-    probe, *found = _checked(tokenizer, ["a", *texts], special)
+    probe, *rows = _checked(tokenizer, ["a", *texts], special)
     closed = special and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
-    return [list(ids[:-1] if closed else ids) for ids in found]
+    return [list(ids[:-1] if closed else ids) for ids in rows]
 
 
 def _decoded(tokenizer: Any, rows: list[list[int]]) -> list[str]:
