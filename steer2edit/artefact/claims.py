@@ -37,18 +37,11 @@ def check_claims(
         "data": dict(plan.data),
         "exactness": exactness_of(plan, lowering),
     }
-    problems = [
-        f"{RECEIPT}: {key} is {shown(receipt[key])}, expected {shown(value)}{_difference(receipt[key], value)}"
-        for key, value in expected.items()
-        if not alike(receipt[key], value)
-    ]
+    problems = [line for key, value in expected.items() for line in _differences(key, receipt[key], value)]
     problems += _changes(receipt["changed"], [asdict(change) for change in lowering.changes])
     problems += _files(receipt.get("files"), {*compared.files, PLAN})
-    problems += [
-        f"{RECEIPT}: details.{key} is {shown(receipt['details'].get(key))}, expected {shown(value)}"
-        for key, value in lowering.details.items()
-        if not alike(receipt["details"].get(key), value)
-    ]
+    for key, value in lowering.details.items():
+        problems += _differences(f"details.{key}", receipt["details"].get(key), value)
     notes = [
         f"{RECEIPT}: the remark {shown(note)} is not computed again"
         for note in receipt["notes"]
@@ -83,14 +76,14 @@ def alike(a: Any, b: Any) -> bool:
         return False
 
 
-def _difference(claimed: Any, expected: Any) -> str:
-    """The first key in which two objects differ; "" for other values, which a message shows whole."""
-    if not isinstance(claimed, Mapping) or not isinstance(expected, Mapping):
-        return ""
-    for key in dict.fromkeys([*expected, *claimed]):
-        if not alike(claimed.get(key), expected.get(key)):
-            return f" ({key}: {shown(claimed.get(key))}, expected {shown(expected.get(key))})"
-    return ""
+def _differences(key: str, claimed: Any, expected: Any) -> list[str]:
+    """A line for each value in which a claim is not what was computed."""
+    if alike(claimed, expected):
+        return []
+    if isinstance(claimed, Mapping) and isinstance(expected, Mapping):
+        names = dict.fromkeys([*expected, *claimed])
+        return [line for name in names for line in _differences(f"{key}.{name}", claimed.get(name), expected.get(name))]
+    return [f"{RECEIPT}: {key} is {shown(claimed)}, expected {shown(expected)}"]
 
 
 def _changes(claimed: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -123,9 +116,9 @@ def _inherited(receipt: Mapping[str, Any], resolved: Resolved) -> list[str]:
     """What the receipt says for the card of the base's licence, languages and task."""
     claimed = receipt.get("card")
     expected = json.loads(json.dumps(inherited(resolved.checkpoint)))
-    if claimed is None or alike(claimed, expected):
+    if claimed is None:
         return []
-    return [f"{RECEIPT}: card is {shown(claimed)}, expected what the base's card says{_difference(claimed, expected)}"]
+    return [f"{line}, as the base's card says" for line in _differences("card", claimed, expected)]
 
 
 def _card(receipt: Mapping[str, Any], folder: Path) -> tuple[list[str], list[str]]:

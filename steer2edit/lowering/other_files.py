@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.checkpoint import Checkpoint, read_json
-from steer2edit.errors import CheckpointError, TargetError, first_line, listing
+from steer2edit.errors import CheckpointError, TargetError, first_line, listing, shown
 from steer2edit.files.layout import ADAPTER_CONFIG, CARD, RECEIPT
 from steer2edit.files.outputs import is_own_file
 from steer2edit.lowering.compare import same_file
@@ -75,10 +75,19 @@ def compare_other_files(
                 if read_json(ours) != rewritten[name]:
                     problems.append(f"{name} is not the base's with the plan's changes")
             elif not same_file(source, ours):
-                problems.append(f"{name} differs from the base's")
+                problems.append(f"{name} differs from the base's{_keys(source, ours)}")
         except (OSError, CheckpointError) as error:
             problems.append(f"{name} cannot be compared: {first_line(error)}")
     return OtherFiles(frozenset(names), tuple(problems), tuple(notes))
+
+
+def _keys(source: Path, ours: Path) -> str:
+    """In which keys two JSON files differ; "" for other files."""
+    if source.suffix != ".json":
+        return ""
+    expected, value = read_json(source), read_json(ours)
+    keys = [key for key in dict.fromkeys([*expected, *value]) if expected.get(key) != value.get(key)]
+    return f" in {', '.join(map(shown, keys[:4]))}{' …' if len(keys) > 4 else ''}" if keys else " in its layout"
 
 
 def copied_files(checkpoint: Checkpoint) -> list[Path]:
