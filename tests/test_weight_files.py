@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import TENSORS, refusal, set_index, write
-from conftest import llama_config, save_tiny
+from conftest import llama_config, run, save_tiny
 from safetensors.torch import load_file, save_file
 
 from steer2edit.architecture import read_spec
@@ -227,7 +227,7 @@ def test_a_folder_of_models_names_them(tmp_path: Path) -> None:
     snapshot = write_tree(tmp_path / "models--user--tiny" / "snapshots" / ("a" * 40))
     for folder in (tmp_path / "models--user--tiny", tmp_path):
         message = refusal(folder)
-        assert "holds no config.json" in message and str(snapshot) in message
+        assert "does not hold config.json" in message and str(snapshot) in message
 
 
 def write_tree(folder: Path) -> Path:
@@ -288,3 +288,18 @@ def test_the_set_is_the_one_that_transformers_loads_and_an_artefact_holds_no_oth
 def loaded_matrix(folder: Path) -> torch.Tensor:
     matrix: torch.Tensor = load_weights(folder).model.layers[0].mlp.down_proj.weight
     return matrix
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("show", "NAME"), ("verify", "NAME"), ("report", "NAME"), ("push", "NAME", "user/x"), ("revert", "NAME", "x"),
+     ("emit", "NAME", "NAME", "-o", "x"), ("diff", "NAME", "NAME", "-o", "x"), ("import", "NAME", "-o", "x")],
+    ids=lambda arguments: arguments[0],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["9" * 5000, "x/" + "y" * 300], ids=["digits", "long"])
+def test_the_command_line_takes_no_name_that_a_file_system_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*(name if one == "NAME" else one for one in arguments))
+    assert result.exit_code == 2 and "Traceback" not in result.output

@@ -57,13 +57,13 @@ class TextConfig:
 def text_config(config: Mapping[str, Any]) -> TextConfig:
     """The language model's settings in a config.json, completed by its config class's defaults."""
     part = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
-    given = config if part is None else part
+    settings = config if part is None else part
     outer = str(config.get("model_type") or "")
     inner = class_defaults(outer).get("text_model_type") if part is not None else None
-    model_type = str(given.get("model_type") or inner or outer)
+    model_type = str(settings.get("model_type") or inner or outer)
     # a flat config of a multimodal model is its language model's
     sizes = str(class_defaults(model_type).get("text_model_type") or model_type)
-    return TextConfig(model_type, given, completed(given, sizes), part is not None)
+    return TextConfig(model_type, settings, completed(settings, sizes), part is not None)
 
 
 def completed(given: Mapping[str, Any], model_type: str) -> dict[str, Any]:

@@ -272,9 +272,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are no plain residual stream"),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are not a plain residual stream"
+    ),
     **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
-    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are no plain residual stream"),
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are not a plain residual stream"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
     "openai-gpt": "a norm rescales its whole residual stream in every block",
     **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),

@@ -58,10 +58,10 @@ def find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: b
 
 
 def _gains(checkpoint: Checkpoint, prefix: str) -> set[str]:
-    """Every vector of the blocks that is no bias: the gains of norms, and whatever else scales a stream."""
+    """The vectors of the blocks that are not biases: gains of norms, and others that may scale a stream."""
     block = re.compile(re.escape(prefix) + r"\d+\.(.+)")
-    found = ((block.fullmatch(name), info) for name, info in checkpoint.tensors.items())
-    names = {match.group(1) for match, info in found if match and len(info.shape) < 2}
+    matches = ((block.fullmatch(name), info) for name, info in checkpoint.tensors.items())
+    names = {match.group(1) for match, info in matches if match and len(info.shape) < 2}
     return {name.removesuffix(".weight") for name in names if not name.endswith(".bias")}
 
 

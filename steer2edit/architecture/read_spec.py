@@ -115,12 +115,12 @@ class _Reader:
 
     def layer(self, layer: int) -> None:
         """Find the writers of a block: attention or another mixer, then an MLP or experts."""
-        family, found = self.family, len(self.sites)
+        family, before = self.family, len(self.sites)
         for leaf in family.mixers:
             self._writer(
                 layer, MatrixRole.MIXER_OUT, leaf, None if family.bare_mixers else family.attn_norm, optional=True
             )
-        mixed = len(self.sites) > found
+        mixed = len(self.sites) > before
         mlp_norm = None if mixed and family.bare_mixers else family.mlp_norm
         if family.attn_out not in family.mixers:
             self._writer(
@@ -130,7 +130,7 @@ class _Reader:
         # in granite's mixtures the shared expert has the place of a dense model's MLP
         if not (routed and family.mixture and family.mixture.shared == family.mlp_out):
             self._writer(layer, MatrixRole.MLP_OUT, family.mlp_out, mlp_norm, optional=routed or family.partial)
-        if len(self.sites) == found and family.partial:
+        if len(self.sites) == before and family.partial:
             self.problems.append(f"layer {layer}: no writer was found")
 
     def _writer(self, layer: int, role: MatrixRole, leaf: str, norm: str | None, *, optional: bool = False) -> None:

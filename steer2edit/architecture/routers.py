@@ -71,7 +71,7 @@ def read_router(
         return None, problems
     groups, top_groups = _groups(text)
     block = f"{module}{mixture.block}"
-    found = Router(
+    result = Router(
         layer=layer,
         experts=count,
         top_k=top_k,
@@ -86,14 +86,14 @@ def read_router(
         top_groups=top_groups,
         input_norm=None if mixture.input_norm is None else f"{base}{mixture.input_norm}",
     )
-    return found, []
+    return result, []
 
 
 def routing_config(text: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """The config's keys for the number of experts and for that of experts per token, with their values.
 
     A key may stand in a nested ``ffn_config``, and is then called ``ffn_config.moe_top_k``. Raises ArchitectureError for
-    values that are no positive whole numbers.
+    values that are not positive whole numbers.
     """
     places = [("", text)]
     if isinstance(text.get("ffn_config"), dict):
@@ -116,7 +116,7 @@ def _single(config: Mapping[str, Any], key: str) -> int:
 def _experts(checkpoint: Checkpoint, mixture: Mixture, base: str) -> list[str]:
     name = f"{base}{mixture.output.format(e=0)}"
     # in mxfp4 a tensor is two, of blocks and of their scales
-    return [found for found in (name, f"{name}_blocks") if found in checkpoint.tensors]
+    return [one for one in (name, f"{name}_blocks") if one in checkpoint.tensors]
 
 
 def _fused(checkpoint: Checkpoint, mixture: Mixture, base: str) -> tuple[str, ...]:
@@ -125,8 +125,8 @@ def _fused(checkpoint: Checkpoint, mixture: Mixture, base: str) -> tuple[str, ..
     named = (mixture.output, mixture.output_bias, *mixture.fused_inputs)
     # a quantised tensor is several, each named after it
     heads = tuple(f"{base}{name}" for name in named if name)
-    found = (name for name in checkpoint.tensors if name in heads or name.startswith(tuple(f"{h}_" for h in heads)))
-    return tuple(sorted(found))
+    names = (name for name in checkpoint.tensors if name in heads or name.startswith(tuple(f"{h}_" for h in heads)))
+    return tuple(sorted(names))
 
 
 def _groups(text: Mapping[str, Any]) -> tuple[int, int]:

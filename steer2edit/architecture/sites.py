@@ -153,7 +153,7 @@ class ModelSpec:
         return {name: site for site in sites for name in (site.matrix, site.bias_vector) if name}
 
     def router(self, layer: int) -> Router:
-        """The router of a layer. Raises ArchitectureError where that layer is no mixture."""
+        """The router of a layer. Raises ArchitectureError where that layer is not a mixture."""
         for router in self.routers:
             if router.layer == layer:
                 return router

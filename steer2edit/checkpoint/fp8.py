@@ -65,19 +65,19 @@ def scale_info(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
     size = block_size(checkpoint.config)
     part = None if info.name in checkpoint.tensors else split_part_name(info.name)
     whole = checkpoint.tensors[part[0]] if part else info
-    found = checkpoint.tensors.get(f"{whole.name}{SUFFIX}")
-    if size is None or found is None or found.dtype not in _SCALE_DTYPES:
+    scales = checkpoint.tensors.get(f"{whole.name}{SUFFIX}")
+    if size is None or scales is None or scales.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
             f"{info.name} is stored as {FP8}; expected {whole.name}{SUFFIX} beside it, in {', '.join(sorted(_SCALE_DTYPES))}, "
             "and quantization_config.weight_block_size in config.json"
         )
     count = whole.nbytes // max(info.nbytes, 1)
-    if part is not None and found.shape and found.shape[0] % count == 0:
-        found = found.part(part[1], count)
+    if part is not None and scales.shape and scales.shape[0] % count == 0:
+        scales = scales.part(part[1], count)
     shape = tuple(-(-n // block) for n, block in zip(info.shape, size, strict=True)) if len(info.shape) == 2 else ()
-    if found.shape != shape:
-        raise CheckpointError(f"{found.name} has the shape {list(found.shape)}; {info.name} asks for {list(shape)}")
-    return found
+    if scales.shape != shape:
+        raise CheckpointError(f"{scales.name} has the shape {list(scales.shape)}; {info.name} asks for {list(shape)}")
+    return scales
 
 
 def scales_of(checkpoint: Checkpoint, info: TensorInfo) -> BlockScales | None:
@@ -85,10 +85,10 @@ def scales_of(checkpoint: Checkpoint, info: TensorInfo) -> BlockScales | None:
     size = block_size(checkpoint.config)
     if info.dtype != FP8 or (size is None and f"{info.name}{SUFFIX}" not in checkpoint.tensors):
         return None
-    found = scale_info(checkpoint, info)
+    place = scale_info(checkpoint, info)
     assert size is not None
     powers = checkpoint.config["quantization_config"].get("scale_fmt") == "ue8m0"
-    return BlockScales(found, checkpoint.read(found).float(), size, powers)
+    return BlockScales(place, checkpoint.read(place).float(), size, powers)
 
 
 def values(

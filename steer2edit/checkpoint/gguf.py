@@ -62,9 +62,9 @@ def read_control_vector(path: Path) -> tuple[str | None, dict[int, torch.Tensor]
     architecture = fields.get("general.architecture")
     if architecture != CONTROL_VECTOR:
         raise PlanError(
-            f"{path} has the architecture {architecture!r}, expected {CONTROL_VECTOR!r}: it is no control vector"
+            f"{path} has the architecture {architecture!r}, expected {CONTROL_VECTOR!r}: it is not a control vector"
         )
-    found = {}
+    directions = {}
     for name, tensor in tensors.items():
         head, _, layer = name.partition(".")
         if (
@@ -73,10 +73,10 @@ def read_control_vector(path: Path) -> tuple[str | None, dict[int, torch.Tensor]
             or tensor.ndim != 1
             or not bool(tensor.isfinite().all())
         ):
-            raise PlanError(f"{path}: {name} {list(tensor.shape)} is no finite vector called direction.N")
-        found[int(layer)] = tensor
+            raise PlanError(f"{path}: {name} {list(tensor.shape)} is not a finite vector called direction.N")
+        directions[int(layer)] = tensor
     hint = fields.get(f"{CONTROL_VECTOR}.model_hint")
-    return (hint if isinstance(hint, str) else None), found
+    return (hint if isinstance(hint, str) else None), directions
 
 
 def library() -> Any:

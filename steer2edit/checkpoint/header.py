@@ -79,7 +79,7 @@ class TensorInfo:
         """The ``index``-th of ``count`` equal parts of the first axis, which goes where there is one part for each row."""
         rows, *rest = self.shape
         if rows % count or not 0 <= index < count:
-            raise ValueError(f"{self.name} has {rows} rows; there is no part {index} of {count}")
+            raise ValueError(f"{self.name} has {rows} rows; it does not have a part {index} of {count}")
         shape = (rows // count, *rest) if rows > count else tuple(rest)
         size = self.nbytes // count
         return replace(

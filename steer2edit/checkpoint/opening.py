@@ -1,4 +1,4 @@
-"""Opening a checkpoint: a folder or a Hub id becomes a Checkpoint, and whatever is wrong with its files is said at once.
+"""Opening a checkpoint: a folder or a Hub id becomes a Checkpoint, and every problem of its files is reported at once.
 
 Only headers are read.
 """
@@ -40,7 +40,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         _check_folder(path)
         config = read_json(path / "config.json")
         files = choose_weights(path, config)
-        stand_ins = [said for entry in sorted(path.iterdir()) if (said := _stand_in(entry))]
+        stand_ins = [problem for entry in sorted(path.iterdir()) if (problem := _stand_in(entry))]
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     tensors, stamps, problems = _read_shards(path, files)
@@ -68,7 +68,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, str | None]:
     """The folder, the model's name, and the commit where it is from the Hub."""
     path = Path(os.path.expanduser(model))
-    if os.path.exists(path):  # False too for names that no file system takes
+    if os.path.exists(path):  # false for names that no file system takes, which no repository has either
         if revision is not None:
             raise CheckpointError(f"--revision {revision} was given, but {path} is a local folder")
         return path, path.resolve().name, None
@@ -101,7 +101,7 @@ def _check_folder(path: Path) -> None:
         )
     if not os.path.lexists(path / "config.json") and (models := _models_inside(path)):
         raise CheckpointError(
-            f"{path} holds no config.json, so it is not a model's folder; it contains models, so name one of them:\n"
+            f"{path} does not hold config.json, so it is not a model's folder; it contains models, so name one of them:\n"
             f"{listing(models)}"
         )
     if os.path.lexists(path / ADAPTER_CONFIG) and any((path / name).is_file() for name in (SINGLE, INDEX)):
@@ -126,9 +126,9 @@ def _models_inside(path: Path) -> list[str]:
 def _stand_in(entry: Path) -> str | None:
     if entry.name == "config.json" or entry.suffix not in _READ_BESIDE or not entry.is_file():
         return None
-    said = stand_in(entry)
-    # a page is wrong in a text file's place only where the text is code or data
-    return said if said is None or entry.suffix in (".json", ".model") or "LFS" in said else None
+    problem = stand_in(entry)
+    # a text file may be a page: a template, say
+    return problem if problem is None or entry.suffix in (".json", ".model") or "LFS" in problem else None
 
 
 def _read_shards(path: Path, files: WeightFiles) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, ...]], list[str]]:

@@ -16,7 +16,7 @@ from steer2edit.errors import CheckpointError, HubError, listing, without_passwo
 
 _NAME = r"[A-Za-z0-9_-][\w.-]*"
 _REFERENCE = re.compile(rf"({_NAME}(?:/{_NAME})?)(?:@([\w][\w./-]*))?", re.ASCII)
-# what ends so is a file that is not there, and nobody's repository
+# a name that ends so is a file that does not exist, not a repository
 _FILES = frozenset([".safetensors", ".gguf", ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".pt", ".npz"])
 
 
@@ -47,16 +47,30 @@ def read_reference(text: str | Path, revision: str | None = None) -> Reference |
 def fetch(where: str | Path, only: Sequence[str] | None = None) -> Path:
     """What lies at a path, or the snapshot of ``user/name[@revision]`` on the Hub: all of it, or the files of ``only``.
 
-    A path that does not exist and is no name of a repository is given back as it is. Raises HubError with the reason.
+    A path that does not exist and is not the name of a repository is given back as it is. Raises HubError with the reason, also
+    for a path that no file system takes or that may not be looked at.
     """
     path = Path(os.path.expanduser(where))
+    check_path(path)
     reference = read_reference(where)
     if path.exists() or reference is None or "/" not in reference.repository:
         return path
     try:
         return snapshot(reference, only=only)
     except HubError as error:
-        raise HubError(f"{where} is nothing here, and could not be fetched from the Hub: {error}") from None
+        raise HubError(f"{where} does not exist locally and could not be fetched from the Hub: {error}") from None
+
+
+def check_path(path: Path) -> None:
+    """Raise HubError for a path that cannot be looked at: its name is too long, or a folder on the way is closed."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        name = str(path)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise HubError(f"cannot look at {name if len(name) <= 200 else f'{name[:200]}…'}: {reason}") from None
 
 
 def snapshot(reference: Reference, only: Sequence[str] | None = None, ignore: Sequence[str] | None = None) -> Path:
@@ -86,17 +100,17 @@ def dataset_file(reference: Reference, file: str, formats: Sequence[str]) -> tup
     name, revision = reference.repository, reference.revision
     try:
         if not file:
-            held = huggingface_hub.list_repo_files(name, repo_type="dataset", revision=revision)
-            paths = [path for path in map(PurePosixPath, sorted(held)) if path.suffix.lower() in formats]
-            found = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
-            if not found:
+            names = huggingface_hub.list_repo_files(name, repo_type="dataset", revision=revision)
+            paths = [path for path in map(PurePosixPath, sorted(names)) if path.suffix.lower() in formats]
+            files = [str(path) for path in paths if path.stem not in ("dataset_info", "dataset_infos")]
+            if not files:
                 raise HubError(f"the dataset {reference} on the Hub holds no file in a format of {', '.join(formats)}")
-            if len(found) > 1:
+            if len(files) > 1:
                 raise HubError(
-                    f"the dataset {reference} on the Hub holds several data files; name one as {reference}:{found[0]}\n"
-                    f"{listing(found)}"
+                    f"the dataset {reference} on the Hub holds several data files; name one as {reference}:{files[0]}\n"
+                    f"{listing(files)}"
                 )
-            file = found[0]
+            file = files[0]
         return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", revision=revision)), file
     except hub_errors() as error:
         whole = f"{reference}:{file}" if file else str(reference)
@@ -161,12 +175,12 @@ def _said(error: BaseException) -> str:
 
 def _chain(error: BaseException) -> list[BaseException]:
     """An error and those behind it."""
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
+    while current is not None and current not in causes:
+        causes.append(current)
         current = current.__cause__ or current.__context__
-    return found
+    return causes
 
 
 def _is_transport(error: BaseException) -> bool:

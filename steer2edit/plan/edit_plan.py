@@ -45,7 +45,7 @@ _DESCRIBED: Any = {
     "content?": {str: str},
     "data": DATA,
 }
-_LARGEST = 1e18  # whatever is larger is no score, and overflows where it is squared
+_LARGEST = 1e18  # a larger value is not a score, and overflows where it is squared
 _TABLE = ("g", "lam", "projection", "interval", "null")
 
 
@@ -111,7 +111,7 @@ class Structure:
         if any(type(n) is not int or n < 0 for n in [*remove, *numbers]) or any(
             not gone or len(set(gone)) < len(gone) for gone in remove.values()
         ):
-            raise ValueError("its removed experts are no lists of different numbers")
+            raise ValueError("its removed experts are not lists of different numbers")
         top_k = described["top_k"]
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"its experts per token are {top_k!r}")
@@ -268,12 +268,12 @@ def _content(digests: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
-    found = {name: tensors.get(f"{key}.{name}") for name in _TABLE}
-    g = found["g"]
+    tables = {name: tensors.get(f"{key}.{name}") for name in _TABLE}
+    g = tables["g"]
     if not re.fullmatch(r"[a-z_]{1,40}(\.\d{1,5}){1,2}", key) or g is None or g.ndim != 1 or not len(g):
-        raise PlanError(f"the plan's scores {shown(key)} are those of no site")
+        raise PlanError(f"the plan's scores {shown(key)} are not those of a site")
     shapes = {"interval": (2, len(g))}
-    for name, values in found.items():
+    for name, values in tables.items():
         if values is None and name in ("interval", "null"):
             continue
         expected = shapes.get(name, (len(g),))
@@ -284,7 +284,7 @@ def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
             or not bool((values.abs() < _LARGEST).all())
         ):
             raise PlanError(f"the plan's {key}.{name} is not {list(expected)} float32 values of a plausible size")
-    return Scores(**found)  # type: ignore[arg-type]
+    return Scores(**tables)  # type: ignore[arg-type]
 
 
 def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:
@@ -292,33 +292,33 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
 
     Scores are not kept: they belong to one behaviour. Raises PlanError where the bases differ.
     """
-    given = list(plans)
-    factors = [1.0] * len(given) if weights is None else list(weights)
-    if not given or len(factors) != len(given):
+    merged = list(plans)
+    factors = [1.0] * len(merged) if weights is None else list(weights)
+    if not merged or len(factors) != len(merged):
         raise PlanError(
-            f"{len(given)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
+            f"{len(merged)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
         )
     if not all(math.isfinite(factor) for factor in factors):
         raise PlanError(f"the weights are {factors}, expected finite numbers")
-    if len({plan.base.fingerprint for plan in given}) > 1:
-        raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in given}))}")
-    if any(plan.structure for plan in given):
+    if len({plan.base.fingerprint for plan in merged}) > 1:
+        raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in merged}))}")
+    if any(plan.structure for plan in merged):
         raise PlanError("a plan that removes experts cannot be merged: it changes what the others count")
-    content = _merged_content(given)
+    content = _merged_content(merged)
     edits: dict[str, Edit] = {}
-    for plan, factor in zip(given, factors, strict=True):
+    for plan, factor in zip(merged, factors, strict=True):
         for edit in plan.scaled(factor).edits:
             edits[edit.tensor] = added(edits[edit.tensor], edit) if edit.tensor in edits else edit
-    called = [str(plan.data.get("name") or "unnamed") for plan in given]
+    called = [str(plan.data.get("name") or "unnamed") for plan in merged]
     parts = [
         {"name": name, "method": dict(plan.method), "weight": factor, "plan": plan.hash}
-        for name, plan, factor in zip(called, given, factors, strict=True)
+        for name, plan, factor in zip(called, merged, factors, strict=True)
     ]
     # nothing may be reported on what any of the parts has seen
-    seen = sorted({digest for plan in given for digest in plan.seen})
+    seen = sorted({digest for plan in merged for digest in plan.seen})
     data = {"name": " + ".join(called), "prompts": seen}
     return EditPlan(
-        given[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data, content=content
+        merged[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data, content=content
     )
 
 

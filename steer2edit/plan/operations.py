@@ -229,9 +229,9 @@ def added(first: Edit, second: Edit) -> Edit:
 
 
 def _both_assigned(first: Assign, second: Assign) -> Assign:
-    held = dict(zip(first.rows, first.values, strict=True))
+    values = dict(zip(first.rows, first.values, strict=True))
     for row, value in zip(second.rows, second.values, strict=True):
-        if row in held and not torch.equal(held[row], value):
+        if row in values and not torch.equal(values[row], value):
             raise PlanError(f"the plans set row {row} of {first.tensor} to different values")
-        held[row] = value
-    return Assign(first.tensor, tuple(held), torch.stack(list(held.values())))
+        values[row] = value
+    return Assign(first.tensor, tuple(values), torch.stack(list(values.values())))
