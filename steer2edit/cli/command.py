@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ from steer2edit.errors import Steer2EditError, printable
 from steer2edit.notices import collected
 from steer2edit.runtime.launch import process_of
 
+_PATH_ERRNOS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR}
 _RARE = "Rarely needed"
 _COLUMN = 26
 
@@ -96,6 +99,20 @@ class CommandGroup(click.Group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
 
 
+@contextmanager
+def _path_errors() -> Iterator[None]:
+    """Turn the system's refusal of a path into an error of ours: a name too long, a folder that may not be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PATH_ERRNOS or error.filename is None:
+            raise
+        path = os.fsdecode(error.filename)
+        raise Steer2EditError(
+            f"cannot use {path if len(path) <= 200 else f'{path[:200]}…'}: {error.strerror}"
+        ) from None
+
+
 class MainGroup(CommandGroup):
     """The whole command line: what a user did wrong is said once, also where several processes meet it."""
 
@@ -104,7 +121,7 @@ class MainGroup(CommandGroup):
         first = process is None or process.rank == 0
         try:
             say = lambda text: click.echo(printable(f"note: {text}"), err=True) if first else None  # noqa: E731
-            with collected(say), holding_warnings():
+            with collected(say), holding_warnings(), _path_errors():
                 return super().invoke(ctx)
         except (Steer2EditError, click.ClickException) as error:
             if process is not None and process.rank > 0:
