@@ -12,10 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import click
+
 from steer2edit import methods, targets
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
 from steer2edit.architecture.family import Family, Mixture
 from steer2edit.architecture.mixtures import MIXTURES
+from steer2edit.cli.app import main as command_line
+from steer2edit.cli.command import Command
+from steer2edit.cli.flags import Flag
 from steer2edit.data import formats
 from steer2edit.options import AnyLayer, Between, Option, options_of
 from steer2edit.targets.lora import NO_ADAPTER
@@ -73,6 +78,33 @@ def _methods() -> str:
     return "\n".join(sections)
 
 
+def _commands() -> str:
+    """A section for each command: what it does, and its flags under their headings."""
+    return "\n".join(_command(words, command) for words, command in _leaves(command_line))
+
+
+def _leaves(group: click.Group, words: tuple[str, ...] = ("steer2edit",)) -> Iterable[tuple[tuple[str, ...], Command]]:
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from _leaves(command, (*words, name))
+        elif isinstance(command, Command):
+            yield (*words, name), command
+
+
+def _command(words: tuple[str, ...], command: Command) -> str:
+    context = click.Context(command)
+    params = command.get_params(context)
+    places = [param.make_metavar(context) for param in params if isinstance(param, click.Argument)]
+    rows = []
+    for param in params:
+        record = param.get_help_record(context)
+        # the methods' own options have a page of their own
+        if isinstance(param, Flag) and record and not str(param.name).startswith("method_"):
+            rows.append([text.replace("|", "\\|") for text in (_code(record[0]), record[1], param.heading)])
+    summary = " ".join((command.help or "").split())
+    return f"## {' '.join((*words[1:], *places))}\n\n{summary}\n\n{_table(['flag', 'meaning', 'heading'], rows)}\n"
+
+
 def _targets() -> str:
     modules = {name: targets.load(name) for name in targets.names()}
     rows = [
@@ -83,6 +115,7 @@ def _targets() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "commands": _commands,
     "families.counts": _counts,
     "families.dense": _dense_families,
     "families.no-adapter": lambda: f"In {_names(NO_ADAPTER)}, PEFT refuses to wrap Mamba's `out_proj`.",
