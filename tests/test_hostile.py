@@ -202,6 +202,24 @@ def test_a_pickle_is_not_loaded(loaded: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_replication": [[0, 3]] * 100_000}, "repeats layers"),
+        ({"r": 10**9}, "the rank 1000000000"),
+        ({"rank_pattern": {"o_proj": 10**9}}, "the rank 1000000000"),
+    ],
+)
+def test_a_few_words_of_an_adapter_s_config_do_not_build_gigabytes(
+    sound: Path, loaded: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(sound / "sound" / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        with_adapter(loaded.model, tmp_path / "adapter")
+
+
 def test_a_regular_expression_that_never_ends_is_stopped(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,9 @@ def with_adapter(model: Any, folder: Path) -> Any:
             raise CheckpointError(
                 f"{folder} holds no adapter in safetensors; adapters in pickles (*.bin) are not loaded"
             )
-        _check_initialisation(read_json(folder / ADAPTER_CONFIG), folder)
+        config = read_json(folder / ADAPTER_CONFIG)
+        _check_initialisation(config, folder)
+        _check_size(config, folder, model)
         try:
             with limited(_SECONDS):
                 return PeftModel.from_pretrained(model, str(folder)).eval()
@@ -124,6 +126,22 @@ def _check_initialisation(config: Mapping[str, Any], folder: Path) -> None:
         f"{folder} was initialised by {shown(kind)}: PEFT changes the base when it loads it, here on copies; engines that load "
         "the factors alone give another model"
     )
+
+
+def _check_size(config: Mapping[str, Any], folder: Path, model: Any) -> None:
+    """Raise CheckpointError where a few words of a config would make PEFT build far more than the adapter holds."""
+    if config.get("layer_replication"):
+        raise CheckpointError(
+            f"{folder} repeats layers of the model (layer_replication): it makes another model of it, which is not measured"
+        )
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    largest = max((max(weight.shape) for weight in model.parameters() if weight.ndim), default=0)
+    if wide := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} gives the rank {shown(wide[0])}; no matrix of the model has more than {largest} rows "
+            "or columns"
+        )
 
 
 def _changed_by(model: Any, folder: Path) -> list[Any]:
