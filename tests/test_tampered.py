@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import read_gguf, write_gguf
 from steer2edit.experts.edits import Request, lower_experts
+from steer2edit.lowering import Writing
 from steer2edit.methods import make_plan
+from steer2edit.plan import EditPlan
 from steer2edit.scoring.scores import Scoring
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n"
@@ -321,3 +324,13 @@ def test_numbers_of_a_receipt_are_compared_up_to_the_noise_of_a_sum() -> None:
     assert alike(float("nan"), float("nan"))
     for other in (1.001, 10**400, True, "1.0", None, [1.0], float("nan")):
         assert not alike(1.0, other)
+
+
+def test_hard_links_to_the_base_are_proved_and_remarked(base: Path, artefacts: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(base)
+    plan = EditPlan.load(artefacts["checkpoint"] / "steer2edit/plan.safetensors")
+    one = replace(plan, edits=plan.edits[:1])
+    emit(one, checkpoint, read_spec(checkpoint), "checkpoint", tmp_path / "out", writing=Writing(link=True))
+    found = verify(tmp_path / "out", base, numbers=False)
+    assert found.ok and len(found.notes) == 2
+    assert "hard links" in found.notes[0] and "details.linked is not computed again" in found.notes[1]
