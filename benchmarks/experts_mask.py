@@ -1,4 +1,6 @@
-"""How long it takes to mask experts of a large mixture with fused experts, way by way, against ``cp -r``, and how much memory.
+"""Time and memory of masking experts of a large mixture, against ``cp -r``.
+
+Each way of masking is timed; the experts are fused.
 
     python benchmarks/experts_mask.py --work DIR --size 8
 

@@ -71,7 +71,10 @@ def passed(loaded: LoadedModel, tasks: Sequence[invented_world.Task]) -> Passed:
 
 
 def area(points: Sequence[tuple[float, float]], base: tuple[float, float]) -> float:
-    """The mean over u in [FLOOR, 1] of the best attribute at a utility of at least u; the base's where nothing keeps u."""
+    """The mean over u in [FLOOR, 1] of the best attribute at a utility of at least u.
+
+    Where no point keeps u, the base's attribute counts.
+    """
     total = 0.0
     steps = 101
     for i in range(steps):

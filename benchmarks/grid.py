@@ -1,4 +1,4 @@
-"""The paper's grid from one capture: time to make its 125 plans, and of an evaluated candidate against a bare forward pass.
+"""Time of the paper's 125 plans from one capture, and of a candidate against a forward pass.
 
     python benchmarks/grid.py MODEL
 

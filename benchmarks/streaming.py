@@ -1,4 +1,6 @@
-"""Time and memory of planning and emitting over the size of a checkpoint, against reading the same bytes and ``cp -r``.
+"""Time and memory of planning and emitting, by the size of a checkpoint.
+
+They are compared with reading the same bytes and with ``cp -r``.
 
     python benchmarks/streaming.py --work DIR --size 1 --size 3.5 --size 7 --size 14 --shard 4
     python benchmarks/streaming.py --work DIR --size 14 --shard 4 --mixture         (128 fused experts a layer)

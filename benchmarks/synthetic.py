@@ -1,4 +1,4 @@
-"""Checkpoints of any size with random weights, of a llama or of a mixture with fused experts; statistics and plans for them."""
+"""Random checkpoints of any size, of a llama or of a mixture with fused experts. Also statistics and plans for them."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def every_expert(
 ) -> torch.Tensor:
     """The experts' weighted sum, computed as one wide MLP whose neurons count zero where their expert was not chosen.
 
-    All the experts together are no wider than a dense layer, and three large products beat a loop over small ones.
+    All the experts together are not wider than a dense layer, and three large products beat a loop over small ones.
     ``hidden`` is [tokens, hidden size], ``index`` and ``weights`` [tokens, experts per token].
     """
     count, _, inner = experts.down_proj.shape

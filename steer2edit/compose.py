@@ -151,7 +151,7 @@ def rescale(
 
 
 def overlap(plans: Sequence[EditPlan], spec: ModelSpec) -> tuple[Overlap, ...]:
-    """What each pair of plans shares: one entry in all, then one for each site that both edit, in the model's order."""
+    """What each pair of plans shares: in all, and at each site that both edit. Sites come in the model's order."""
     found: list[Overlap] = []
     for (i, first), (j, second) in combinations(enumerate(plans), 2):
         mine, theirs = _low_rank(first), _low_rank(second)

@@ -1,4 +1,4 @@
-"""What a compile would do, without running the model: how much it reads, runs and writes, and whether there is room."""
+"""A dry run: what a compile would read, run and write, and whether there is room. It does not run the model."""
 
 from __future__ import annotations
 

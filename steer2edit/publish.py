@@ -71,7 +71,7 @@ def push(
     """
     reference = read_reference(repository)
     if reference is None or reference.revision or "/" not in repository:
-        raise HubError(f"{repository!r} is no repository on the Hub; expected user/name")
+        raise HubError(f"{repository!r} is not a repository on the Hub; expected user/name")
     source = Path(source).expanduser()
     stated = _stated(base_model, licence)
     parcel = pack_plan(source, repository, stated) if source.is_file() else pack(source, repository, stated, include)
@@ -122,7 +122,7 @@ def pack(folder: Path, repository: str, stated: Mapping[str, Any], include: Sequ
 
 
 def pack_plan(path: Path, repository: str, stated: Mapping[str, Any]) -> Parcel:
-    """A plan's file and its card. Raises PlanError where the file is no plan."""
+    """A plan's file and its card. Raises PlanError where the file is not a plan."""
     plan = EditPlan.load(path)
     receipt = _restated(model_card.plan_receipt(plan, _base_metadata(plan)), stated)
     text = model_card.model_card(receipt, repository=repository)

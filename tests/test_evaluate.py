@@ -152,7 +152,7 @@ def test_a_users_function_that_fails_is_named(loaded: LoadedModel, tmp_path: Pat
 
 
 def test_bad_patterns_and_absent_files_are_named() -> None:
-    with pytest.raises(DataError, match="no regular expression"):
+    with pytest.raises(DataError, match="not a regular expression"):
         check_patterns(["("])
     with pytest.raises(DataError, match=r"file\.py:name"):
         load_function("nowhere.py:f")
@@ -215,7 +215,7 @@ def test_candidates_of_other_models_and_nothings_are_refused(
     (tmp_path / "empty").mkdir()
     for place, match in (
         ("x.plan.safetensors", "made for"),
-        ("empty", "no checkpoint and no adapter"),
+        ("empty", "neither a checkpoint nor an adapter"),
         ("no", "exist"),
     ):
         with pytest.raises(PlanError, match=match):
@@ -245,7 +245,7 @@ def test_a_file_holds_the_evaluation_whole(loaded: LoadedModel, plan: EditPlan, 
     again = Evaluation.load(tmp_path / "e.json")
     assert again.described() == found.described() and again.rows[1].answers == found.rows[1].answers
     (tmp_path / "bad.json").write_text(json.dumps({"format": "steer2edit.evaluation.1", "rows": [{}]}))
-    with pytest.raises(PlanError, match="no evaluation"):
+    with pytest.raises(PlanError, match="not an evaluation"):
         Evaluation.load(tmp_path / "bad.json")
 
 

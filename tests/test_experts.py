@@ -276,4 +276,4 @@ def test_the_commands_profile_show_and_mask(build: Callable[[str], Case], tmp_pa
 
 def test_a_dense_model_has_no_experts(tiny_llama: Path, tmp_path: Path) -> None:
     refused = run("experts", "mask", tiny_llama, "--experts", "0:1", "-o", tmp_path / "no")
-    assert refused.exit_code == 2 and "no mixture of experts" in refused.stderr
+    assert refused.exit_code == 2 and "not a mixture of experts" in refused.stderr

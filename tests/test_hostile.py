@@ -105,7 +105,7 @@ def test_pipes_and_devices_are_not_opened(
     special(tmp_path / name)
     with pytest.raises(CheckpointError, match="neither file nor folder"):
         open_checkpoint(tmp_path)
-    with pytest.raises(PlanError, match="no regular file"):
+    with pytest.raises(PlanError, match="not a regular file"):
         load_tensors(tmp_path / name)
 
 

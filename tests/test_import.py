@@ -166,7 +166,7 @@ def test_vectors_that_do_not_fit_name_every_problem(tmp_path: Path, tiny_llama: 
     torch.save({1: torch.ones(HIDDEN + 1), 7: torch.ones(HIDDEN)}, tmp_path / "x.pt")
     result = run("compile", tiny_llama, "--vectors", tmp_path / "x.pt", "--out", tmp_path / "out")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
-    for said in ("residual.1 has the shape [33], expected [32]", "residual.7 is no place", "layers 0-2"):
+    for said in ("residual.1 has the shape [33], expected [32]", "residual.7 is not a place", "layers 0-2"):
         assert said in result.output
 
 

@@ -132,7 +132,7 @@ def test_eval_with_baselines_says_before_how_much_work_it_is(
     ("given", "message"),
     [
         (["--baselines"], "name one"),
-        (["--pattern", "("], "no regular expression"),
+        (["--pattern", "("], "not a regular expression"),
         (["--function", "nowhere.py:f"], "file.py:name"),
         (["--strengths", "a"], "not a list of numbers"),
         (["--utility", "nowhere.jsonl"], "does not exist"),

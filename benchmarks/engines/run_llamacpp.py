@@ -81,7 +81,7 @@ def _reader(path: str | Path) -> Any:
 def _converted(folder: str, work: Path, case: dict[str, Any]) -> Iterator[Path]:
     """A model's GGUF in float32, for as long as it is needed."""
     out = work / "gguf" / f"{case['key']}.gguf"
-    # a random model's tokenizer is no real one
+    # a random model's tokenizer is not a real one
     kinds = ("ids",) if case["key"].startswith(("tiny", "embedded")) else ("own", "ids")
     from convert import convert
 

@@ -1,4 +1,6 @@
-"""vLLM's cells: the merged checkpoint, and adapters beside the base in one process, switched per request and mixed in a batch.
+"""vLLM's cells: the merged checkpoint, and adapters beside the base in one process.
+
+Adapters are switched for each request, and mixed in a batch.
 
     venv-vllm/bin/python benchmarks/engines/run_vllm.py WORK CASE [--slots 4]
 

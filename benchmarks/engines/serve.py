@@ -1,4 +1,6 @@
-"""vLLM with a base and two adapters at once: every prompt goes to all three in one batch, and the answers are printed.
+"""vLLM with a base and two adapters at once.
+
+Every prompt goes to all three in one batch, and the answers are printed.
 
 venv-vllm/bin/python benchmarks/engines/serve.py BASE NAME=ADAPTER NAME=ADAPTER [--prompt TEXT …] [--tokens 60]
 """

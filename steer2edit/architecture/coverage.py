@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are all that its model needs, as far as their names tell; what is missing or left over.
+"""Compare a checkpoint's tensors with those that its model needs, by their names.
 
 Blocks of one kind have tensors of the same names, so a name that most of them have is missing in the others. What all blocks
 lack is noticed when the model is loaded.
@@ -102,7 +102,10 @@ def is_tied(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -
 
 
 def _needs_head(config: Mapping[str, Any], model_type: str) -> bool:
-    """Whether every part of the config, or its class where it is silent, says that the unembedding is a matrix of its own."""
+    """Whether the config says everywhere that the unembedding is a matrix of its own.
+
+    Where the config says nothing, its class decides.
+    """
     types = {model_type, str(config.get("model_type") or model_type)}
     stated = [part.get("tie_word_embeddings") for part in _parts(config)]
     defaults = [class_defaults(name).get("tie_word_embeddings") for name in types]

@@ -1,4 +1,7 @@
-"""Which family a checkpoint's model is of, and where its blocks are: the prefix on disk and that of their modules."""
+"""The family of a checkpoint's model, and the prefixes of its blocks.
+
+One prefix is that of tensors on the disk, the other that of modules.
+"""
 
 from __future__ import annotations
 

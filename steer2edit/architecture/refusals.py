@@ -1,4 +1,7 @@
-"""What is refused before a model's writers are looked for: formats and names that no loader takes for a plain model."""
+"""Refusals before a model's writers are looked for.
+
+They concern formats and names that no loader takes for a plain model.
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,10 @@ class Site:
         return self.heads if self.heads is not None else self.in_features
 
     def locate(self, checkpoint: Checkpoint, name: str | None = None) -> TensorInfo:
-        """Where the matrix lies, as a tensor of two axes; or the bias, as one of one axis, if ``name`` is its name."""
+        """Where the matrix lies, as a tensor of two axes.
+
+        If ``name`` is the bias's name: where the bias lies, as a tensor of one axis.
+        """
         if name is not None and name == self.bias_vector and self.bias is not None:
             bias = part_of(checkpoint.tensors[self.bias], self.part)
             return replace(bias, shape=(math.prod(bias.shape),))

@@ -1,4 +1,4 @@
-"""What happens to a write on its way into the residual stream: a norm's gain, a factor of the whole stream."""
+"""What happens to a write on its way into the residual stream: gains and factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The model card of an artefact or a plan: what it is, how to load it, what changed, what it does."""
+"""The model card of an artefact or a plan.
+
+It says what the artefact is, how to load it, what changed, and what it does.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,10 @@ def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def base_metadata(card: Path) -> dict[str, Any]:
-    """Licence, its name and link, languages and task in the metadata of a base's own card; empty where it has none."""
+    """Licence, languages and task from the metadata of a base's own card.
+
+    The licence has its name and link. Empty where the card has none.
+    """
     import yaml
     from huggingface_hub import metadata_load
 

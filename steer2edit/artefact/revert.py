@@ -145,7 +145,10 @@ def _parts(spec: ModelSpec, name: str) -> int | None:
 
 
 def _different_parts(ours: Checkpoint, theirs: Checkpoint, spec: ModelSpec, name: str) -> list[str]:
-    """The parts in which a tensor of several matrices differs; the tensor itself, if it is one matrix or cannot be compared."""
+    """The parts in which a tensor of several matrices differs.
+
+    The tensor itself, if it is one matrix or cannot be compared.
+    """
     a, b, count = ours.tensors.get(name), theirs.tensors.get(name), _parts(spec, name)
     if a is None or b is None or count is None or not _alike(a, b):
         return [name]

@@ -1,4 +1,6 @@
-"""Prove that an artefact is what its plan says: its folder by bytes, its receipt by recomputing it, then its logits.
+"""Prove that an artefact is what its plan says: folder, receipt, and logits.
+
+The folder is compared by bytes, and the receipt is computed again.
 
 Bytes: everything is recomputed from base and plan, and every file of the folder is compared. Numbers: logits of the base with
 the plan applied by hooks are compared with those of the artefact, loaded as its users load it.

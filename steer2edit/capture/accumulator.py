@@ -74,8 +74,9 @@ class Accumulator:
     def add_expert(
         self, layer: int, expert: int, experts: int, values: torch.Tensor, spread: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """Add what one of a layer's ``experts`` was given: ``values`` [n, in], at tokens whose columns of ``spread`` [examples,
-        n] are these, with the routing's ``weights`` [n].
+        """Add the inputs of one of a layer's ``experts``: ``values`` [n, in].
+
+        ``spread`` [examples, n] has the columns of their tokens, and ``weights`` [n] are the routing's.
         """
         shares = self._weights[: len(POPULATIONS)].to(values.device) @ spread
         sums = self._experts.setdefault(layer, ExpertSums())

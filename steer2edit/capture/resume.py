@@ -1,4 +1,6 @@
-"""A capture that was interrupted goes on where it was: its sums, kept from time to time in a ``*.partial`` file.
+"""Resume an interrupted capture from the sums in its ``*.partial`` file.
+
+The sums are stored from time to time.
 
 The file says of which run it is: model, data, tokens, options and share of the work. Another run never takes it up.
 """
@@ -37,7 +39,10 @@ class Partial:
         self._due = time.monotonic() + every
 
     def load(self, batches: int) -> tuple[Accumulator, int]:
-        """The sums kept of this run and how many of its ``batches`` they hold; none where they are not of this run."""
+        """The stored sums of this run, and how many of its ``batches`` they hold.
+
+        None where they are not of this run.
+        """
         try:
             tensors, metadata = load_tensors(self.path)
             described = parse_json(metadata["partial"].encode(), unique=True)

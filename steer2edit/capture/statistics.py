@@ -104,7 +104,7 @@ class Statistics:
         return self._typical(key, [self._moments(key, "input", label).m2 for label in LABELS])
 
     def routed_tokens(self, key: str) -> int | None:
-        """How many tokens of the contrast data an expert was given; None for a site that is no expert."""
+        """How many tokens of the contrast data an expert was given; None for a site that is not an expert."""
         expert = expert_of(key)
         if expert is None:
             return None
@@ -127,7 +127,7 @@ class Statistics:
     def difference(self, key: str) -> torch.Tensor:
         """The steering vector of a site: mean output of the positive class minus that of the negative.
 
-        It is zero where it is no larger than rounding: a direction of noise is not a behaviour.
+        It is zero where it is not larger than rounding: a direction of noise is not a behaviour.
         """
         v = self.mean(key, "output", "positive") - self.mean(key, "output", "negative")
         return v if float(v.norm()) > self._rounding(key) else torch.zeros_like(v)

@@ -74,7 +74,7 @@ class Vectors:
         problems = []
         for place, vector in self.directions.items():
             if place not in places:
-                problems.append(f"{place} is no place of this model, which has the layers 0-{spec.layers - 1}")
+                problems.append(f"{place} is not a place of this model, which has the layers 0-{spec.layers - 1}")
             elif vector.shape != (spec.hidden_size,):
                 problems.append(f"{place} has the shape {list(vector.shape)}, expected {[spec.hidden_size]}")
             elif not bool(vector.isfinite().all()):

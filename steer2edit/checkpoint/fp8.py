@@ -29,7 +29,7 @@ _SCALE_DTYPES = {"F32", "BF16", "F16"}
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of one fp8 matrix: where they lie, their values, float32, and how many rows and columns each is for.
+    """The scales of one fp8 matrix: their place, their values in float32, and the size of a block.
 
     ``powers`` is whether only powers of two may be written (the ue8m0 format).
     """

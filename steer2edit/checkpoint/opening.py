@@ -1,4 +1,6 @@
-"""Opening a checkpoint: a folder or a Hub id becomes a Checkpoint, and every problem of its files is reported at once.
+"""Open a checkpoint: a folder or a Hub id becomes a Checkpoint.
+
+All faults of its files are named in one error.
 
 Only headers are read.
 """

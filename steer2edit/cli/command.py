@@ -101,7 +101,10 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def _path_errors() -> Iterator[None]:
-    """Turn the system's refusal of a path into an error of ours: a name too long, a folder that may not be read."""
+    """Turn the system's refusal of a path into an error of ours.
+
+    Such a path has a name that is too long, or lies in a folder that may not be read.
+    """
     try:
         yield
     except OSError as error:

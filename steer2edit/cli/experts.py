@@ -249,7 +249,10 @@ for one in (profile, show_experts, mask):
 def _request(
     checkpoint: Checkpoint, spec: ModelSpec, chosen: ChosenFlags, ranked: RankingFlags
 ) -> tuple[Any, Any, Any]:
-    """What is asked for, how, and of what data; by name, by rank, or neither where only gains and the like are given."""
+    """The request of the command line: what to do, how, and with which data.
+
+    Experts are chosen by name or by rank. Gains and the like may be given without either.
+    """
     from steer2edit.capture.statistics import Statistics
     from steer2edit.experts.edits import Request
     from steer2edit.methods import describe_data

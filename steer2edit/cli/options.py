@@ -381,7 +381,10 @@ def numbers(text: str, flag: str) -> list[float]:
 
 
 def find_plan(where: str) -> Path:
-    """A plan's file, or the plan inside an artefact's folder, here or on the Hub, from where nothing else is fetched."""
+    """A plan's file, or the plan inside an artefact's folder, here or on the Hub.
+
+    Nothing else is fetched from the Hub.
+    """
     from steer2edit.files.hub import fetch
     from steer2edit.files.layout import PLAN, PLAN_FILE
 

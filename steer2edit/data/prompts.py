@@ -31,7 +31,7 @@ class Fault(ValueError):
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """16 hex digits of SHA-256 over a prompt, its case and white space aside; one user message counts as its text."""
+    """16 hex digits of SHA-256 over a prompt, without its case and white space. One user message counts as its text."""
     if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user":
         prompt = prompt[0].content
     text = prompt if isinstance(prompt, str) else json.dumps([list(message) for message in prompt])
@@ -68,7 +68,7 @@ def text_fault(key: str, value: object, filled: bool = False) -> str:
     if filled and not value.strip():
         return f"{key} is empty" if not value else f"{key} holds nothing but white space"
     half = re.search("[\ud800-\udfff]", value)
-    return f"{key} holds half of a surrogate pair, which is no character" if half else ""
+    return f"{key} holds half of a surrogate pair, which is not a character" if half else ""
 
 
 def transcript(text: str) -> tuple[Message, ...] | None:

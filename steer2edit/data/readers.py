@@ -40,7 +40,10 @@ def key_of(name: object) -> str:
 
 
 def as_utf8(data: bytes, name: str) -> bytes:
-    """A file's bytes in UTF-8 without a byte order mark, where they are in UTF-16 or UTF-32; any others as they are."""
+    """A file's bytes in UTF-8, without a byte order mark.
+
+    UTF-16 and UTF-32 are converted. Other bytes stay as they are.
+    """
     encoding = next((encoding for mark, encoding in _BOMS if data.startswith(mark)), None)
     body = data.removeprefix(next((mark for mark, _ in _BOMS if data.startswith(mark)), b""))
     if encoding is None and len(data) >= 4 and data[:1] != b"\0" and data[1:4:2] == b"\0\0" and data[2] != 0:

@@ -1,4 +1,4 @@
-"""Rows of data files, here or on the Hub: finding the file, reading it, and saying what is wrong with its rows.
+"""Rows of data files, here or on the Hub: find, read and check them.
 
 A fault is said once, with the first row that has it and the number of the others.
 """

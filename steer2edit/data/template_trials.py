@@ -47,7 +47,9 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a template does with one sequence of roles: a ``fault``, or how contents are given and what follows the prompt.
+    """The result of a template for one sequence of roles: a ``fault``, or what it writes.
+
+    That is how contents are given, and what follows the prompt.
 
     ``lead`` stands between the generation prompt and an answer. ``tail`` follows an answer.
     """

@@ -154,7 +154,10 @@ def rendered_prompts(
 
 
 def after_an_answer(tokenizer: Any, chat_template_kwargs: TemplateArguments | None = None) -> str:
-    """What the chat template writes behind the last answer of a chat, in this process; "" where it has no place for one."""
+    """What the chat template writes behind the last answer of a chat.
+
+    It runs in this process. The text is empty where the template has no place for one.
+    """
     if not templated(tokenizer):
         return ""
     return tried({("user",)}, tokenizer, check_arguments(chat_template_kwargs))[("user",)].tail
@@ -209,7 +212,7 @@ def _plain(prompt: Prompt, system: str | None) -> str:
 
 
 def _lost_words(text: str, chat: Sequence[Message]) -> str:
-    """What is wrong where words of a user's or system message are not in the text, whatever their case and white space."""
+    """The fault where words of a user's or system message are not in the text. Case and white space do not count."""
     letters = _letters(text)
     for message in chat:
         escaped = json.dumps(message.content, ensure_ascii=False)[1:-1]

@@ -155,7 +155,7 @@ def _length(prompt: Prompt) -> int:
 
 
 def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encoded]:
-    """All responses of a row cut to as many tokens as its shortest has; a row with one class only stays whole."""
+    """All responses of a row, cut to the number of tokens of its shortest. A row with one class only stays whole."""
     # The prompt is part of the key: the rows of two sources put together may have the same numbers.
     rows = [(example.prompt, example.row) for example in examples]
     labels: dict[tuple[Prompt, int], set[str]] = {}
@@ -171,7 +171,9 @@ def _matched(examples: Sequence[Example], encoded: list[Encoded]) -> list[Encode
 
 
 def _end_of_turn(tokenizer: Any, arguments: TemplateArguments | None) -> int | None:
-    """The token that ends a response: the first added token that a chat template puts behind an answer, else the EOS.
+    """The token that ends a response.
+
+    It is the first added token that a chat template puts behind an answer, else the EOS.
 
     Ordinary tokens in between are passed over: white space before the end token, or a mark spelled out in text.
     """

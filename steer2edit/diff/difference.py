@@ -72,7 +72,10 @@ def compare(
 
 
 def fused_parts(spec: ModelSpec | None) -> dict[str, int]:
-    """Into how many slices the fused tensors of a model fall; a tensor of three axes has one for each row in any case."""
+    """The number of slices that each fused tensor of a model has.
+
+    A tensor of three axes has one slice for each row in any case.
+    """
     sites = (site for site in spec.sites if site.part is not None) if spec is not None else ()
     return {name: site.part[1] for site in sites for name in (site.tensor, site.bias) if name and site.part}
 
@@ -149,7 +152,9 @@ def _other_files(base: Checkpoint, edited: Checkpoint) -> tuple[str, ...]:
 def recover_plan(
     difference: CheckpointDifference, base: Checkpoint, spec: ModelSpec
 ) -> tuple[EditPlan, dict[str, str]]:
-    """The plan whose edits are the differences of low rank at residual writers and their biases; why each other is not in it.
+    """The plan of all low-rank differences at residual writers and their biases.
+
+    For every other difference, the reason why it is not in the plan.
 
     An edit is known up to the rounding that hid it: ``TensorDifference.floor`` for each of its singular directions.
     """

@@ -102,7 +102,10 @@ class _Rounded(Pair):
 
 
 def matrix_difference(pair: Pair, max_rank: int) -> TensorDifference | None:
-    """The rank of a difference and the edit behind it, in the memory of a few blocks; None where the numbers are the same."""
+    """The rank of a difference and the edit behind it, in the memory of a few blocks.
+
+    None where the numbers are the same.
+    """
     for limit in (min(_FIRST_RANK, max_rank), max_rank):
         found = _measured(pair, limit)
         if found is None or found.rank is not None:
@@ -113,9 +116,11 @@ def matrix_difference(pair: Pair, max_rank: int) -> TensorDifference | None:
 
 
 def _explained(pair: Pair, found: TensorDifference) -> bool:
-    """Whether an edit of one rank less would have left, once rounded into these very weights, as large a last value.
+    """Whether an edit of one rank less, once rounded, leaves as large a last value.
 
-    Where an edit is smaller than half a unit in the last place, rounding drops entries by their size: that is no noise, and
+    It is rounded into these very weights.
+
+    Where an edit is smaller than half a unit in the last place, rounding drops entries by their size: that is not noise, and
     can stand above the floor.
     """
     assert found.rank is not None and found.factors is not None
@@ -203,7 +208,9 @@ def _measured(pair: Pair, max_rank: int) -> TensorDifference | None:
 
 
 def _rank(values: list[float], energy: float, floor: float, rounding: float, max_rank: int) -> int | None:
-    """The least k whose next singular value lies under the floor, which is raised to the noise that is really left.
+    """The least k whose next singular value lies under the floor.
+
+    The floor is raised to the noise that is really left.
 
     None where there is none up to ``max_rank``, or where more is left than rounding explains.
     """

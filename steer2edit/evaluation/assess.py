@@ -68,7 +68,9 @@ def prove(
     folders: Mapping[str, Path],
     progress: Progress = silent,
 ) -> Evaluation:
-    """What a compile shows of itself: the edit, activation steering and a random direction, all at the KL of the edit.
+    """Evaluate the edit of a compile beside activation steering and a random direction.
+
+    All of them have the KL of the edit.
 
     Writes the evaluation into each artefact's folder.
     """

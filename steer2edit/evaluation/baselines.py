@@ -43,8 +43,10 @@ def baselines(
     kl: float | None = None,
     progress: Progress = silent,
 ) -> list[Candidate]:
-    """The control edits of ``plan``: ``draws`` random directions and as many shuffled labels, the sign flipped, whole matrices,
-    directional ablation; or those of the kinds ``only``.
+    """The control edits of ``plan``, or those of the kinds ``only``.
+
+    They are ``draws`` random directions and as many shuffled labels, the flipped sign, whole matrices and directional
+    ablation.
 
     The flipped plan keeps its ‖ΔW‖ whatever ``match`` is. ``kl`` is the plan's, where that is known already. Raises PlanError
     where a baseline cannot be brought to the KL.

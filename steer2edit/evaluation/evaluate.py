@@ -131,7 +131,7 @@ class Evaluation:
             return cls(metrics, tuple(rows), found["context"], tuple(found["prompts"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
-            raise PlanError(f"{path} is no evaluation of steer2edit: {reason}") from None
+            raise PlanError(f"{path} is not an evaluation of steer2edit: {reason}") from None
 
 
 def evaluate(
@@ -219,7 +219,9 @@ def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runt
 
 def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], AbstractContextManager[LoadedModel]]:
     if not (path / "config.json").is_file():
-        raise PlanError(f"{path} holds no config.json and no {ADAPTER_CONFIG}: it is no checkpoint and no adapter")
+        raise PlanError(
+            f"{path} holds no config.json and no {ADAPTER_CONFIG}: it is neither a checkpoint nor an adapter"
+        )
 
     @contextmanager
     def enter() -> Iterator[LoadedModel]:

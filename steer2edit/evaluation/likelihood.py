@@ -208,7 +208,10 @@ def _continues(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing)
 
 
 def _try(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> str | None:
-    """Share the prompts of one batch; why that does not work, or None where it gives what reading them whole gives."""
+    """Share the prompts of one batch, and compare with reading them whole.
+
+    The reason where that does not work, or None where both agree.
+    """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if cache_parameter(loaded.body().forward) is None:

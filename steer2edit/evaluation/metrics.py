@@ -1,4 +1,6 @@
-"""What is measured of a model: each task runs it over questions and gives a value for every one of them.
+"""The metrics of a model: each task runs it over questions.
+
+A task gives one value for every question.
 
 Values stay apart per question, so that intervals and differences between candidates are over questions, paired.
 """
@@ -276,7 +278,7 @@ def load_function(where: str) -> Callable[[str, str], float]:
         raise DataError(f"--function is {where!r}; expected file.py:name, and {path or 'no file'} to be there")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise DataError(f"{path} is no Python file")
+        raise DataError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
     try:
@@ -290,12 +292,12 @@ def load_function(where: str) -> Callable[[str, str], float]:
 
 
 def check_patterns(patterns: Sequence[str]) -> None:
-    """Raise DataError for a pattern that is no regular expression."""
+    """Raise DataError for a pattern that is not a regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise DataError(f"--pattern {pattern!r} is no regular expression: {error}") from None
+            raise DataError(f"--pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -304,7 +306,9 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def is_exact(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether an answer says what is accepted: the last number in it where that is a number, else the text itself.
+    """Whether an answer says what is accepted.
+
+    The last number of the answer counts where the accepted text is a number, else the text itself.
 
     Case, white space and closing punctuation do not count.
     """

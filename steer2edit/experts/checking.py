@@ -73,7 +73,10 @@ def _logits(
     plan: EditPlan | None = None,
     masked: Sequence[Mapping[str, Any]] = (),
 ) -> list[torch.Tensor]:
-    """Logits of each window; with ``masked``, of the model under the rest of the plan whose routers cannot see those experts."""
+    """Logits of each window of the model with the plan.
+
+    With ``masked``: of the model under the rest of the plan, whose routers cannot see those experts.
+    """
     with ExitStack() as stack:
         if plan is not None:
             stack.enter_context(edited(loaded, _without_masks(loaded, plan, masked)))

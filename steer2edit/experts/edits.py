@@ -36,8 +36,9 @@ OFF, ON = -1e4, 1e4
 
 @dataclass(frozen=True)
 class Request:
-    """What to do with a model's experts: numbers by layer to switch off, to force on, and to scale by a gain; and how many
-    each token passes through from now on.
+    """What to do with a model's experts, by layer: switch off, force on, or scale.
+
+    Also how many experts each token passes through from now on.
     """
 
     off: Mapping[int, tuple[int, ...]]
@@ -160,7 +161,7 @@ def check_request(spec: ModelSpec, request: Request) -> list[str]:
         problems.append("nothing is asked for: name experts, or --top")
     routers = {router.layer: router for router in spec.routers}
     if not routers:
-        return [f"{spec.model_type} is no mixture of experts"]
+        return [f"{spec.model_type} is not a mixture of experts"]
     for layer, expert in dict.fromkeys(wishes):
         if layer not in routers:
             problems.append(f"layer {layer} has no experts; those that have: {', '.join(map(str, routers))}")
@@ -275,7 +276,10 @@ def _scaled(spec: ModelSpec, layer: int, expert: int, gain: float) -> list[Edit]
 
 
 def _constant_row(checkpoint: Checkpoint, router: Router) -> torch.Tensor:
-    """The row ``c / g``: a LayerNorm gives ``g n + b`` with the n of each token adding up to 0, so the logit is ``c Σ b/g``."""
+    """The router row ``c / g``, which gives every token the same logit.
+
+    A LayerNorm gives ``g n + b``, and the n of each token add up to 0, so the logit is ``c Σ b/g``.
+    """
     assert router.input_norm is not None
     gain = checkpoint.read(f"{router.input_norm}.weight").double()
     bias = checkpoint.read(f"{router.input_norm}.bias").double()

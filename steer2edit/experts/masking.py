@@ -23,9 +23,10 @@ HELD_OUT_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Certification:
-    """How masks are proven: the share of held-out tokens (``bound``) that may still choose an expert masked by its row; the
-    text that rows are fitted on, and the neutral text that they are certified on and the KL is measured on (None: the
-    packaged ones); and whether the KL is measured where no model has to run.
+    """How masks are certified, and whether the KL is measured where no model has to run.
+
+    ``bound`` is the share of held-out tokens that may still choose an expert masked by its row. Rows are fitted on
+    ``calibration``. They are certified, and the KL is measured, on ``neutral``. None means the packaged text.
     """
 
     runtime: Runtime = field(default_factory=Runtime)

@@ -159,7 +159,7 @@ def routed_layers(statistics: Statistics) -> tuple[int, ...]:
     found = sorted({int(key.removeprefix(start)) for key, _, _ in statistics.moments if key.startswith(start)})
     if not found:
         raise PlanError(
-            "the statistics hold no routing of experts: the model is no mixture, or they are of an older version"
+            "the statistics hold no routing of experts: the model is not a mixture, or they are of an older version"
         )
     return tuple(found)
 
@@ -192,7 +192,9 @@ def ranking(table: ExpertTable, top: int, side: Side = "negative", per_layer: bo
 def weakest_for_pruning(
     table: ExpertTable, per_layer: int, side: Side = "negative", groups: int = 1
 ) -> list[tuple[int, int]]:
-    """As many experts of every layer, and of every group in it, most typical of one class: pairs of layer and expert.
+    """The experts most typical of one class, equally many in every layer and group.
+
+    They are pairs of layer and expert.
 
     Raises PlanError where ``per_layer`` cannot be divided among the groups.
     """
@@ -210,7 +212,10 @@ def weakest_for_pruning(
 
 
 def false_discovery(z: torch.Tensor) -> torch.Tensor:
-    """Benjamini and Hochberg's q of each two-sided z, of its shape: the least rate of false discoveries at which it counts."""
+    """Benjamini and Hochberg's q of each two-sided z, in the shape of z.
+
+    q is the least rate of false discoveries at which the z counts.
+    """
     p = torch.erfc(z.abs() / math.sqrt(2)).flatten()
     order = p.argsort()
     ranks = torch.arange(1, len(p) + 1, dtype=p.dtype)
@@ -245,10 +250,10 @@ def _difference(statistics: Statistics, layers: Sequence[int], scope: Scope) -> 
     means, variances = [], []
     for label in LABELS:
         mean, m2 = _rows(statistics, layers, "selected", scope, label)
-        # repeated rows are no further draws
+        # repeated rows are not further draws
         count = min(statistics.examples[label], statistics.distinct.get(label, statistics.examples[label]))
         means.append(mean)
-        # rounding alone is no spread
+        # rounding alone is not a spread
         spread = (m2 - mean.square()).clamp(min=0)
         variances.append(torch.where(spread > 1e-12, spread, 0.0) / max(count - 1, 1))
     return means[0] - means[1], (variances[0] + variances[1]).sqrt()

@@ -69,7 +69,10 @@ def fit_rows(
 def selection_shares(
     loaded: LoadedModel, routers: Sequence[Router], windows: Sequence[Sequence[int]], progress: Progress = silent
 ) -> tuple[dict[int, torch.Tensor], int]:
-    """The share of tokens that choose each expert, [experts] by layer, as the model is now; and how many tokens there were."""
+    """The share of tokens that choose each expert, [experts] by layer, and the number of tokens.
+
+    The model is run as it is now.
+    """
     counts = {router.layer: torch.zeros(router.experts, dtype=torch.long) for router in routers}
     real: list[torch.Tensor] = []
 
@@ -103,7 +106,7 @@ def _inputs(
 def _run(
     loaded: LoadedModel, windows: Sequence[Sequence[int]], real: list[torch.Tensor], stage: str, progress: Progress
 ) -> int:
-    """Run the model over windows; ``real`` holds, while each batch runs, which of its flattened positions are no padding."""
+    """Run the model over windows; ``real`` holds, while each batch runs, which of its flattened positions are not padding."""
     pad = loaded.padding
     total = sum(map(len, windows))
     with progress(stage, total=total) as advance, torch.inference_mode():
@@ -131,7 +134,9 @@ def _best_row(W: torch.Tensor, X: torch.Tensor, off: Sequence[int], router: Rout
 
 
 def separating(X: torch.Tensor) -> torch.Tensor:
-    """A direction [hidden] of length one with ``u · x > 0`` for as many rows of ``X`` [n, hidden] as it finds.
+    """A direction u [hidden] of length one with ``u · x > 0`` for many rows x.
+
+    The rows are those of ``X`` [n, hidden].
 
     Logistic regression of one class through the origin, begun at the mean: where some plane has all rows on one side, its
     loss falls to nothing as ``u`` grows.

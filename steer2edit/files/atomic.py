@@ -105,7 +105,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path, kind: str | None) -> Iterator[Path]:
-    """A temporary path whose file takes the place of ``path`` when the block ends well; the last of several writers wins."""
+    """A temporary path whose file replaces ``path`` when the block ends well. Of several writers, the last one wins."""
     path = path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

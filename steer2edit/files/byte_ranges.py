@@ -1,4 +1,7 @@
-"""Byte ranges from file to file, by the kernel where it can: a file system that shares blocks then copies nothing."""
+"""Copy byte ranges from file to file, by the kernel where that is possible.
+
+A file system that shares blocks then copies nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A forked child process, for work on what this process has in memory: a tokenizer, which no file holds as it is now.
+"""A forked child process, for work on objects in the memory of this process.
+
+An example is a tokenizer, which no file holds as it is now.
 
 ``sandbox.Apart`` starts a fresh interpreter, which suits files; for a tokenizer it would import transformers anew, which takes
 seconds. A fork takes milliseconds, and exists on Linux alone; elsewhere the work runs in this process, with ``sandbox.limited``.

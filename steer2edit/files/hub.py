@@ -45,7 +45,7 @@ def read_reference(text: str | Path, revision: str | None = None) -> Reference |
 
 
 def fetch(where: str | Path, only: Sequence[str] | None = None) -> Path:
-    """What lies at a path, or the snapshot of ``user/name[@revision]`` on the Hub: all of it, or the files of ``only``.
+    """The local path, or the snapshot of ``user/name[@revision]`` on the Hub.
 
     A path that does not exist and is not the name of a repository is given back as it is. Raises HubError with the reason, also
     for a path that no file system takes or that may not be looked at.
@@ -62,7 +62,10 @@ def fetch(where: str | Path, only: Sequence[str] | None = None) -> Path:
 
 
 def check_path(path: Path) -> None:
-    """Raise HubError for a path that cannot be looked at: its name is too long, or a folder on the way is closed."""
+    """Raise HubError for a path that cannot be looked at.
+
+    Its name is too long, or a folder on the way may not be read.
+    """
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -91,7 +94,9 @@ def snapshot(reference: Reference, only: Sequence[str] | None = None, ignore: Se
 
 
 def dataset_file(reference: Reference, file: str, formats: Sequence[str]) -> tuple[Path, str]:
-    """The local copy of a dataset's file, and the file's name; the only one of these ``formats``, if none is named.
+    """The local copy of a dataset's file, and the file's name.
+
+    Without a name it is the only file of these ``formats``.
 
     Raises HubError with the reason, or with the names there are where several fit.
     """

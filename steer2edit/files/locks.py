@@ -80,7 +80,10 @@ def claimed(paths: Iterable[Path]) -> Iterator[None]:
 
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
-    """The folder exists within the block; the folders that had to be made for it are removed if they are still empty."""
+    """A block in which the folder exists.
+
+    Folders that had to be made for it are removed afterwards, if they are still empty.
+    """
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What lies in a file's place when the file itself is not there: a Git LFS pointer, a web page, a link to nothing."""
+"""Files that stand in for another: a Git LFS pointer, a web page, a dangling link."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
 
 
 def stand_in(path: Path) -> str | None:
-    """Say what a file is in place of what its name promises, and what to do; None for any other file.
+    """Say what a file is if it is not what its name promises, and what to do.
+
+    None for any other file.
 
     Recognised are Git LFS pointers, and HTML or XML pages such as a server's answer to a refused download.
     """

@@ -24,7 +24,7 @@ def open_regular(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return open(descriptor, "rb", buffering=0)
 
 
@@ -38,7 +38,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """A JSON value. Raises ValueError for what is no UTF-8, nests too deeply or holds too many values; with ``unique``
+    """A JSON value. Raises ValueError for what is not UTF-8, nests too deeply or holds too many values; with ``unique``
     also where an object has a key twice, and for half of a surrogate pair.
     """
     if sum(map(raw.count, (b",", b"[", b"{"))) > _JSON_PIECES:
@@ -52,7 +52,7 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair, which is no character") from None
+            raise ValueError("it holds half of a surrogate pair, which is not a character") from None
     return value
 
 

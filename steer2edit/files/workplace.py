@@ -56,7 +56,7 @@ def make_workplace(path: Path, kind: Kind = "partial") -> Path:
 
 
 def remove_workplace(folder: Path) -> None:
-    """Remove a workplace; the marker goes last, so that a run that is killed here leaves a folder that is known as ours."""
+    """Remove a workplace, and its marker last. So a run that is killed here leaves a folder that is known as ours."""
     content = folder / CONTENT
     if content.is_dir() and not content.is_symlink():
         shutil.rmtree(content)

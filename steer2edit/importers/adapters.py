@@ -85,7 +85,7 @@ def _plain_lora(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, t
             continue
         match = _PAIR.fullmatch(name)
         if match is None or tensor.ndim != 2:
-            problems.append(f"{name} {list(tensor.shape)} is no matrix lora_A or lora_B")
+            problems.append(f"{name} {list(tensor.shape)} is not a matrix lora_A or lora_B")
         else:
             pairs.setdefault(match.group(1), {})[match.group(2)] = tensor.float()
     factors = {}
@@ -127,7 +127,7 @@ class PeftAdapter:
     base_layers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
-        """A low-rank edit for each writer that the adapter changes. Raises DataError listing all that is no writer."""
+        """A low-rank edit for each writer that the adapter changes. Raises DataError listing all that is not a writer."""
         dense = (site for site in spec.sites if site.expert is None)
         sites = {name: site for site in dense for name in (site.module, site.tensor.removesuffix(".weight"))}
         known = {_common_name(name): site for name, site in sites.items()}

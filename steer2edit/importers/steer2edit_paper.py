@@ -55,7 +55,7 @@ def _read_directions(held: Mapping[str, Any], source: Mapping[str, Any]) -> Vect
     for name in outputs["pos_mean"]:
         match = _WRITER.fullmatch(str(name))
         if match is None:
-            problems.append(f"{name} is no writer's name, such as model.layers[3].mlp.down_proj")
+            problems.append(f"{name} is not the name of a writer, such as model.layers[3].mlp.down_proj")
             continue
         key = f"{_ROLES[match.group(2)].value}.{match.group(1)}"
         if "direction" in outputs:
@@ -64,7 +64,9 @@ def _read_directions(held: Mapping[str, Any], source: Mapping[str, Any]) -> Vect
             directions[key] = vector(outputs["pos_mean"], name) - vector(outputs["neg_mean"], name)
         typical[key] = (vector(inputs["pos_mean"], name) + vector(inputs["neg_mean"], name)) / 2
     if problems or not directions:
-        raise DataError(f"{source['file']} is no Steer2Edit directions file:\n{listing(problems or ['it is empty'])}")
+        raise DataError(
+            f"{source['file']} is not a Steer2Edit directions file:\n{listing(problems or ['it is empty'])}"
+        )
     return Vectors(directions, typical, source)
 
 

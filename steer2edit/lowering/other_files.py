@@ -137,7 +137,10 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a folder inside a base is the output of a program: an artefact, a study, a training's checkpoint, an adapter."""
+    """Whether a folder inside a base is the output of a program.
+
+    Such outputs are an artefact, a study, a training's checkpoint, or an adapter.
+    """
     return any((folder / name).is_file() for name in _OUTPUTS)
 
 

@@ -36,8 +36,9 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Writing:
-    """How files are written: ``jobs`` at a time (None: as many as there are processors, at most four), and whether shards
-    that no edit touches become hard links to the base's.
+    """How files are written: ``jobs`` at a time, and whether unedited shards become links.
+
+    ``jobs`` None means as many as there are processors, at most four. The links are hard links to the base's shards.
     """
 
     jobs: int | None = None

@@ -1,4 +1,7 @@
-"""The plan as the stored dtypes kept it: each update is the stored tensor after the edit minus the stored tensor before it."""
+"""The plan as the stored dtypes hold it, after rounding.
+
+Each update is the stored tensor after the edit minus the stored tensor before it.
+"""
 
 from __future__ import annotations
 

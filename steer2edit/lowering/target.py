@@ -27,7 +27,10 @@ _BASE = "path/to/the/base"
 
 @dataclass(frozen=True)
 class HubEntry:
-    """How the Hub files an artefact: what it is in words, its relation to the base, the library that loads it, tags."""
+    """How the Hub files an artefact: description, relation to the base, library, and tags.
+
+    The library is the one that loads it.
+    """
 
     description: str
     relation: Literal["finetune", "adapter", "quantized", "merge"]
@@ -55,7 +58,10 @@ class Place:
         return self.repository or self.folder or HERE
 
     def file(self, name: str) -> str:
-        """A file of the artefact as a shell reads it: in its folder, where that is known and nothing is downloaded."""
+        """A file of the artefact, quoted for a shell.
+
+        It has its folder where that is known and nothing is downloaded.
+        """
         return shlex.quote(f"{self.folder}/{name}") if self.folder and not self.repository else name
 
     @property

@@ -152,7 +152,9 @@ class Rule:
 
 
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
-    """Score every head and neuron and lay down one rank-1 edit for each site that has a component over its threshold.
+    """Make one rank-1 edit for each site that has a component over its threshold.
+
+    Every head and neuron is scored.
 
     Raises PlanError for contradictory options, and CheckpointError for weights that are not finite.
     """

@@ -196,7 +196,10 @@ class EditPlan:
         return replace(self.scaled(strength), measured=replace(self.measured, strength=total))
 
     def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
-        """Each tensor's edit, and each site's lam, by its own factor (1 where there is none); edits by 0 are left out."""
+        """Multiply each tensor's edit, and each site's lam, by its own factor.
+
+        The factor is 1 where there is none. Edits by 0 are left out.
+        """
         edits = (edit.scaled(tensors.get(edit.tensor, 1.0)) for edit in self.edits if tensors.get(edit.tensor, 1.0))
         scores = {key: replace(table, lam=table.lam * keys.get(key, 1.0)) for key, table in self.scores.items()}
         return replace(self, edits=tuple(edits), scores=scores)

@@ -1,4 +1,4 @@
-"""What running the model showed of an edit: its strength, its cost on neutral text, and the steps of the search.
+"""Measurements of an edit: its strength, its cost on neutral text, and the search's steps.
 
 Plans and receipts hold it as one JSON object. What was read is written again as it was, key by key, because a plan's hash
 is over these bytes.

@@ -1,4 +1,6 @@
-"""The operations of a plan, each on one matrix or vector, in the mathematics' orientation (``y = W x``, W output × input).
+"""The operations of a plan, each on one matrix or vector.
+
+They are in the mathematics' orientation: ``y = W x``, W output × input.
 
 An operation knows how it is written into a plan's file, as ``parts``: tensors beside its tensor's name; whether it ``fits``
 a matrix [out, in] or a vector [out]; and how to ``apply`` itself, in place, to a block of rows of the stored tensor that

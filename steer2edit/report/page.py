@@ -1,4 +1,4 @@
-"""The report page: one HTML file that shows what an edit does, what it changed and how to make it again.
+"""The report page: one HTML file that shows what an edit does and what it changed.
 
 The page loads nothing and runs nothing. Every text from data is escaped where it enters a tag.
 """

@@ -178,7 +178,7 @@ def _stability_line(plan: EditPlan) -> str:
 
 
 def _stable(plan: EditPlan) -> dict[str, dict[str, int]]:
-    """Of each kind of component: how many were scored, how many scores have a stable sign, how many others are edited."""
+    """Counts for each kind of component: scored, with a stable sign, and others that are edited."""
     found: dict[str, dict[str, int]] = {}
     for role, kind in _KINDS.items():
         tables = [t for key, t in plan.scores.items() if key.startswith(f"{role}.") and t.interval is not None]

@@ -1,4 +1,6 @@
-"""A model larger than memory, run one layer at a time: all batches pass a layer before the next one is read.
+"""Run a model that is larger than memory, one layer at a time.
+
+All batches pass a layer before the next one is read.
 
 The model's own forward runs for every layer and every batch, with the layers before it answering what they answered and
 the pass ending after it: embeddings, masks, positions and whatever else a family hands to its layers are its own
@@ -114,7 +116,10 @@ def _moved(answer: Any, device: torch.device) -> Any:
 
 
 class _Passed(BaseException):
-    """A pass has come to the layer that is resident; nothing in the model's own code may take it for an error."""
+    """Raised when a pass has come to the layer that is resident.
+
+    Nothing in the model's own code may take it for an error.
+    """
 
 
 class _Gate(torch.nn.Module):
@@ -185,7 +190,9 @@ def opened_by_layer(
 
 
 def _placing(model: Any, block_modules: str, device: str) -> dict[str, Any]:
-    """A device map of a model without weights: blocks on the disk, the unembedding too unless it is tied, the rest on ``device``.
+    """A device map of a model without weights.
+
+    Blocks are on the disk, and so is the unembedding unless it is tied. The rest is on ``device``.
 
     accelerate wants every module named that is not inside a named one.
     """

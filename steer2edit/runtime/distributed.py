@@ -140,7 +140,10 @@ def joined(backend: str | None = "gloo") -> Iterator[World]:
 
 
 def own_device(name: str) -> str:
-    """The device of this process where each has one of its own: ``cuda`` and ``auto`` mean the one of its local rank."""
+    """The device of this process, where each process has its own.
+
+    ``cuda`` and ``auto`` mean the device of the local rank.
+    """
     process = process_of(os.environ)
     if process is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name

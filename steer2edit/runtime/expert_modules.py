@@ -40,7 +40,10 @@ Decide = Callable[[torch.Tensor, torch.Tensor], None]
 
 @contextmanager
 def visiting(model: Any, router: Router, visit: Visit) -> Iterator[None]:
-    """Within the block ``visit`` sees every expert of the layer that has tokens, and what it returns is the output instead."""
+    """Within the block, ``visit`` sees every expert of the layer that has tokens.
+
+    What it returns is the output instead.
+    """
     module = experts_module(model, router)
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         raise ArchitectureError(
@@ -254,7 +257,10 @@ def _stacked(module: Any, expert: int) -> slice:
 
 
 class _Without(TorchFunctionMode):
-    """While a router's forward runs: what its top-k looks at is -inf for some experts, and so are their logits if ``absent``."""
+    """Hide some experts from a router's top-k while its forward runs.
+
+    What top-k looks at is -inf for them, and so are their logits if ``absent``.
+    """
 
     def __init__(self, experts: int, masked: Sequence[int], absent: bool) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ def stream_shifted(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> 
 def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:
     unknown = [edit.tensor for edit in plan.edits if edit.tensor not in spec.owners]
     if unknown:
-        raise PlanError(f"the plan edits {unknown[0]}, which is no residual writer of this model")
+        raise PlanError(f"the plan edits {unknown[0]}, which is not a residual writer of this model")
     grouped: dict[str, tuple[Site, list[Edit]]] = {}
     for edit in plan.edits:
         site = spec.owners[edit.tensor]
@@ -101,7 +101,10 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _changes(site: Site, edits: Sequence[Edit], strength: float, device: torch.device) -> list[Change]:
-    """What edits of a matrix and its bias make of an output ``y`` [n, out], given the input ``x`` [n, in], both float32."""
+    """The output ``y`` [n, out] as edits of a matrix and its bias change it.
+
+    ``x`` [n, in] is the input. Both are float32.
+    """
     made: list[Change] = []
     gains = {edit.tensor: edit.factor for edit in edits if isinstance(edit, Scale)}
     if gains:
@@ -120,7 +123,7 @@ def _changes(site: Site, edits: Sequence[Edit], strength: float, device: torch.d
             delta = (strength * edit.delta).to(device)
             made.append(lambda x, y, delta=delta: y + delta)  # type: ignore[misc]
         elif isinstance(edit, Assign):
-            raise PlanError(f"the plan sets rows of {edit.tensor}, which is no router")
+            raise PlanError(f"the plan sets rows of {edit.tensor}, which is not a router")
     return made
 
 

@@ -224,7 +224,7 @@ def _runs_fp8(device: torch.device) -> bool:
 def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
     """A model in fp8 with block scales as the numbers that its weights stand for, for devices without fp8.
 
-    transformers does so too, but with blocks of another size where a matrix is no multiple of theirs, and leaves the dtypes
+    transformers does so too, but with blocks of another size where a matrix is not a multiple of theirs, and leaves the dtypes
     mixed. Memory is that of the whole model in ``dtype``.
     """
     import transformers
@@ -293,7 +293,7 @@ def pick_device(name: str) -> torch.device:
         try:
             return torch.device(name)
         except RuntimeError:
-            raise CheckpointError(f"{name!r} is no device; expected auto, cpu, cuda, cuda:N or mps") from None
+            raise CheckpointError(f"{name!r} is not a device; expected auto, cpu, cuda, cuda:N or mps") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

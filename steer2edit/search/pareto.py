@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 
 def front_of(values: Mapping[int, tuple[float, float]], goals: tuple[str, str]) -> list[int]:
-    """The numbers of the points that no other is at least as good as in both and better in one, in order of the second."""
+    """The indices of the points on the Pareto front, in order of the second value.
+
+    No other point is at least as good in both values and better in one.
+    """
     signed = {
         n: tuple(v if goal == "less" else -v for v, goal in zip(pair, goals, strict=True)) for n, pair in values.items()
     }

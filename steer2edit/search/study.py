@@ -35,7 +35,10 @@ _DRAWS = 3
 
 @dataclass(frozen=True)
 class Study:
-    """A finished search: its trials, the knee's plan, and what the front does on the reporting split, where it was measured."""
+    """A finished search: its trials, the knee's plan, and the front's evaluation.
+
+    The front is evaluated on the reporting split, where that was measured.
+    """
 
     folder: Path
     result: StudyResult
@@ -61,7 +64,9 @@ def run_study(
     to: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Study:
-    """Search, or go on searching; save the front as plans; measure it on the reporting split; emit the knee ``to`` targets.
+    """Search, or go on searching, and save the front as plans.
+
+    The front is measured on the reporting split, and the knee is emitted ``to`` targets.
 
     Raises DataError, before any work, where a prompt of the reporting split is in the contrast data.
     """

@@ -136,7 +136,7 @@ def read_study(path: Path) -> dict[str, Any]:
     """What :meth:`StudyResult.save` wrote. Raises PlanError for any other file."""
     found = read_json(path)
     if found.get("format") != FORMAT:
-        raise PlanError(f"{path} is no study of steer2edit")
+        raise PlanError(f"{path} is not a study of steer2edit")
     try:
         check(found, _STUDY, "the study")
     except ValueError as error:

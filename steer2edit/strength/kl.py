@@ -1,8 +1,10 @@
-"""How far an edit moves the model on text that has nothing to do with the behaviour, and the strength that meets a budget.
+"""The KL of an edit from the base on neutral text.
+
+Neutral text has nothing to do with the behaviour.
 
 The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
-state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are no affine
-function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
+state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are not an
+affine function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Windows:
     quadratic: tuple[float, ...] | None = None
 
     def divergence(self) -> Divergence:
-        """The text's divergence; tokens of one window are no independent draws, so the interval is over windows."""
+        """The text's divergence; tokens of one window are not independent draws, so the interval is over windows."""
         kl = estimate(self.kl, self.tokens)
         count = sum(self.tokens)
         base, now = (math.exp(min(sum(losses) / count, 700)) for losses in (self.base_loss, self.loss))
@@ -150,7 +152,10 @@ class NeutralText:
         return torch.cat(states), Reference.join(parts) if parts else None
 
     def _glanced(self) -> list[list[int]]:
-        """The last windows of the last batch; from its end, so that they stand at the end of the base's states too."""
+        """The last windows of the last batch.
+
+        They are taken from its end, so that they stand at the end of the base's states too.
+        """
         last = self._batches[-1]
         count, tokens = 0, 0
         while count < len(last) and tokens < _GLANCE:

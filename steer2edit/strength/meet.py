@@ -1,4 +1,6 @@
-"""Apply an edit at a strength and measure its KL on neutral text; or find the strength that meets a KL budget.
+"""Measure the KL of an edit at a strength, or find the strength for a KL budget.
+
+The KL is that on neutral text.
 
 All that changes a model by a number comes here: a plan, one part of it, a baseline, activation steering.
 """

@@ -52,7 +52,9 @@ class Affine:
 
 
 def affine(loaded: LoadedModel, states: torch.Tensor) -> Affine | None:
-    """The model's unembedding as an affine map, tried out on ``states`` [n, hidden]; None where it is none, or not at hand.
+    """The model's unembedding as an affine map, tested on ``states`` [n, hidden].
+
+    None where it is not affine, or not at hand.
 
     A family may cap its logits or do anything else to them: what counts is that the numbers agree, at the states and at
     larger ones.
@@ -126,7 +128,10 @@ class Reference:
 
 
 def compare(base: torch.Tensor, logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """From the logits of both models [n, vocabulary]: KL, the base's loss, the other's, and the quadratic form of KL; [n, 4]."""
+    """KL, both losses and the quadratic form of KL, [n, 4], from both models' logits.
+
+    The logits are [n, vocabulary]. The losses are the base's, then the other's.
+    """
     found = []
     for a, b, tokens in zip(_blocks(base), _blocks(logits), _blocks(gold[:, None], base), strict=True):
         p, q = torch.log_softmax(a.float(), dim=1), torch.log_softmax(b.float(), dim=1)
@@ -146,6 +151,9 @@ def token_log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch
 
 
 def _blocks(rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Rows in pieces of which a core's cache holds as many as ``like``'s need; on other devices than a CPU, all at once."""
+    """Rows in pieces that fit a core's cache.
+
+    A piece holds as many as ``like``'s need. On other devices than a CPU, all rows are one piece.
+    """
     width = (rows if like is None else like).shape[1]
     return torch.split(rows, max(1, _BLOCK // (4 * width)) if rows.device.type == "cpu" else len(rows))

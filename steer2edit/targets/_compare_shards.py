@@ -1,4 +1,7 @@
-"""Whether each shard of an artefact is the base's shard with the plan's edits: its header, and every byte behind it."""
+"""Compare each shard of an artefact with the base's shard under the plan's edits.
+
+The header is compared, and every byte behind it.
+"""
 
 from __future__ import annotations
 

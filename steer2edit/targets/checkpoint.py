@@ -194,7 +194,10 @@ def _shard_jobs(
 
 
 def _link(checkpoint: Checkpoint, shard: str, folder: Path) -> bool:
-    """Whether the shard could be linked; a link to a link would point out of the folder, so the file itself is."""
+    """Whether the shard could be linked.
+
+    A link to a link would point out of the folder, so the file itself is linked.
+    """
     try:
         os.link(os.path.realpath(checkpoint.path / shard), folder / shard)
     except OSError as error:  # another file system, or one without hard links
