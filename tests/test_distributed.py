@@ -32,7 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """The command line under torchrun, on a port of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # a process that torch aborts says where it was
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONFAULTHANDLER": "1"}
     command += ["-m", "steer2edit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
