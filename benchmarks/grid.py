@@ -27,7 +27,8 @@ from steer2edit.methods import component, make_plan
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import Runtime, batches, load_model, pad_right
 from steer2edit.scoring.scores import Scoring
-from steer2edit.search.tune import PAPER_GRID, Search
+from steer2edit.search.grid import PAPER_GRID
+from steer2edit.search.tune import Search
 from steer2edit.strength.settle import neutral_text, settle_strength
 
 

@@ -1,4 +1,4 @@
-"""Several behaviours in one plan, another dose of one, and how far behaviours get in each other's way.
+"""Several behaviours in one plan, another strength of one, and how far behaviours get in each other's way.
 
 Ranks add: the update of the composition is exactly the weighted sum of its parts' (``plan.merge``). What the parts do is
 not a sum, since a model is not linear; how much they share says where to look, held-out questions say what became of it.
@@ -90,9 +90,9 @@ def compose(
     writing: Writing = Writing(),  # noqa: B008
     progress: Progress = silent,
 ) -> Composed:
-    """Compile several plans for one base into one artefact, each at its own dose times its weight.
+    """Compile several plans for one base into one artefact, each at its own strength times its weight.
 
-    Without a budget nothing is re-dosed. ``questions`` are those of each plan's behaviour, by default what comes with the
+    Without a budget every strength stays. ``questions`` are those of each plan's behaviour, by default what comes with the
     package under the behaviour's name. Without ``measure``, a budget and a strength, no model is run. Raises a
     Steer2EditError for whatever is wrong with the input.
     """
@@ -103,12 +103,12 @@ def compose(
     resolve(plan, checkpoint, spec)
     parts = [one.scaled(weight) for one, weight in zip(plans, weights, strict=True)]
     overlaps = overlap(parts, spec)
-    dosed = strength is not None or kl_budget is not None
+    settled = strength is not None or kl_budget is not None
     evaluations: dict[str, Evaluation] = {}
-    if measure or dosed:
+    if measure or settled:
         loaded = load_model(checkpoint, spec, runtime)
         text = neutral_text(loaded, neutral, progress)
-        plan = settle_strength(loaded, plan, strength=strength if dosed else 1.0, kl_budget=kl_budget, neutral=text)
+        plan = settle_strength(loaded, plan, strength=strength if settled else 1.0, kl_budget=kl_budget, neutral=text)
         if measure:
             known = [builtin_questions(name) for name in names(plans)] if questions is None else list(questions)
             evaluations = _measure(loaded, parts, plan, known, text, progress)
@@ -131,10 +131,10 @@ def rescale(
     loaded: LoadedModel | None = None,
     neutral: NeutralText | None = None,
 ) -> EditPlan:
-    """The plan at ``factor`` times its present dose, or at the largest dose within a KL budget, measured on ``loaded``.
+    """The plan at ``factor`` times its present strength, or at the largest strength within a KL budget, measured on ``loaded``.
 
-    What was measured of the old dose is dropped; which prompts chose it is not. Raises PlanError unless exactly one of both is
-    given, and for factors that are not finite.
+    What was measured of the old strength is dropped; which prompts chose it is not. Raises PlanError unless exactly one of
+    both is given, and for factors that are not finite.
     """
     if (factor is None) == (kl_budget is None and class_budgets is None):
         raise PlanError("give either --by, or a KL budget")

@@ -27,11 +27,10 @@ from steer2edit.evaluation.metrics import (
     Neutral,
     Preference,
     Sample,
-    check_patterns,
     is_exact,
-    load_function,
 )
 from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.user_scores import check_patterns, load_function
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.runtime.hooks import edited

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_reports import HOSTILE, hostile_report, make_evaluation, make_plan, make_report
 
+from steer2edit.bootstrap import LEAST_DRAWS, estimate
 from steer2edit.errors import Steer2EditError
-from steer2edit.evaluation.metrics import Sample
+from steer2edit.evaluation.metrics import Metric, Sample
 from steer2edit.plan import Base, EditPlan, merge
 from steer2edit.report.drawing import INK
 from steer2edit.report.page import Report, render_page, verdict, write_report
+from steer2edit.report.verdict import direction
 
 pytest.importorskip("matplotlib")
 
@@ -290,3 +292,10 @@ def test_plots_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(Steer2EditError, match=re.escape("pip install 'steer2edit[plots]'")):
         render_page(make_report())
+
+
+def test_a_handful_of_questions_decides_nothing() -> None:
+    """An interval over one question has no width, and over five no sign test can decide."""
+    metric = Metric("length", "attribute", "less", "tokens")
+    for count, expected in ((1, 0), (LEAST_DRAWS - 1, 0), (LEAST_DRAWS, 1), (40, 1)):
+        assert direction(metric, estimate([-3.0] * count)) == expected

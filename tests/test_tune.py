@@ -24,9 +24,10 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
+from steer2edit.search.grid import PAPER_GRID, read_grid
 from steer2edit.search.journal import Trial
 from steer2edit.search.pareto import front_of, knee_of, spread
-from steer2edit.search.tune import PAPER_GRID, Search, StudyResult, _stale, plan_of, read_grid, tune
+from steer2edit.search.tune import Search, StudyResult, _stale, plan_of, tune
 from steer2edit.strength.kl import NeutralText
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12

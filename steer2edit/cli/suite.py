@@ -67,8 +67,8 @@ class SuiteFlags(FlagGroup):
     def suite(self, loaded: LoadedModel, questions: Sequence[Question], data: DataFlags) -> Suite:
         """What candidates are measured on."""
         from steer2edit.data.questions import builtin_questions, read_questions
-        from steer2edit.evaluation.metrics import check_patterns, load_function
         from steer2edit.evaluation.suite import Suite
+        from steer2edit.evaluation.user_scores import check_patterns, load_function
         from steer2edit.strength.settle import neutral_text
 
         check_patterns(self.patterns)

@@ -95,8 +95,9 @@ def tune(
 ) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
     from steer2edit.report.tables import render_study
+    from steer2edit.search.grid import read_grid
     from steer2edit.search.study import run_study, study_work
-    from steer2edit.search.tune import Search, read_grid
+    from steer2edit.search.tune import Search
 
     low, high = _kl_range(searched.kl_range)
     grid = read_grid(searched.grid)

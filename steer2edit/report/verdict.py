@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.bootstrap import Estimate
+from steer2edit.bootstrap import LEAST_DRAWS, Estimate
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
 from steer2edit.formatting import divergence, interval, number, ratio
@@ -36,7 +36,9 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
 
 
 def direction(metric: Metric, change: Estimate) -> int:
-    """1 for a change to the better, -1 to the worse, 0 where the interval holds both signs."""
+    """1 for a change to the better, -1 to the worse, 0 where the interval holds both signs or the questions are too few."""
+    if change.count < LEAST_DRAWS:
+        return 0
     none = 1.0 if metric.exponential else 0.0
     # not "low <= none <= high": intervals that are not finite decide nothing
     above, below = change.low > none, change.high < none

@@ -46,12 +46,6 @@ _STUDY: Any = {
     "settings": {"attribute": _OBJECTIVE, "utility": _OBJECTIVE},
     "trials": [{**_TRIAL, "checks?": {str: NUMBER}, "note?": str, "front": bool, "knee": bool}],
 }
-PAPER_GRID: Mapping[str, tuple[float, ...]] = {
-    "rho_attn": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "rho_mlp": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
-}
-"""5 × 5 × 5 of Steer2Edit's own parameters, over the thresholds rho·alpha that the paper's models needed."""
 _DEGENERATE = {"repetition": 0.1, "empty": 0.05}
 
 
@@ -108,28 +102,6 @@ class StudyResult:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         write_text(path, json.dumps(self.described(), indent=1) + "\n", "study")
-
-
-def read_grid(given: Sequence[str]) -> dict[str, list[Any]]:
-    """A grid from ``paper``, or from texts such as ``rho_attn=0.1,0.2``. Raises PlanError for anything else."""
-    grid: dict[str, list[Any]] = {}
-    for text in given:
-        name, _, values = text.partition("=")
-        if text == "paper":
-            grid |= {key: list(found) for key, found in PAPER_GRID.items()}
-        elif not name or not values:
-            raise PlanError(f"--grid {text!r} is neither 'paper' nor of the form option=value,value,…")
-        else:
-            grid[name.strip().replace("-", "_")] = [_value(value.strip()) for value in values.split(",")]
-    return grid
-
-
-def _value(text: str) -> Any:
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return int(number) if number.is_integer() and "." not in text else number
 
 
 def read_study(path: Path) -> dict[str, Any]:
