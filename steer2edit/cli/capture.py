@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import click
 
 from steer2edit.cli.command import command
+from steer2edit.cli.data_options import CaptureFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import CaptureFlags, JsonFlags, ModelFlags, ReplaceFlags, progress_bar
+from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.options import option
 from steer2edit.runtime.launch import process_of

@@ -9,7 +9,8 @@ from typing import ClassVar
 import click
 
 from steer2edit.cli.command import command
-from steer2edit.cli.options import ModelFlags, TemplateFlags
+from steer2edit.cli.data_options import TemplateFlags
+from steer2edit.cli.options import ModelFlags
 from steer2edit.options import option
 
 

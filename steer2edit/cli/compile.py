@@ -10,18 +10,16 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.compose import PlansFlags, WeightsCommand, compile_plans
+from steer2edit.cli.data_options import CaptureFlags, StatsFlags, VectorsFlags
 from steer2edit.cli.dry_run import dry_run_compile
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.options import (
-    CaptureFlags,
     ForceFlags,
     JsonFlags,
     ModelFlags,
-    StatsFlags,
     StrengthFlags,
     TargetFlags,
-    VectorsFlags,
     WritingFlags,
     progress_bar,
 )

@@ -15,15 +15,9 @@ from steer2edit.cli.output import artefact_lines, closing_lines, columns, print_
 from steer2edit.options import option
 
 if TYPE_CHECKING:
+    from steer2edit.cli.data_options import CaptureFlags, StatsFlags, VectorsFlags
     from steer2edit.cli.method import MethodFlags
-    from steer2edit.cli.options import (
-        CaptureFlags,
-        ModelFlags,
-        StatsFlags,
-        StrengthFlags,
-        VectorsFlags,
-        WritingFlags,
-    )
+    from steer2edit.cli.options import ModelFlags, StrengthFlags, WritingFlags
     from steer2edit.compose import Composed
 
 

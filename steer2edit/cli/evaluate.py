@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import click
 
 from steer2edit.cli.command import command
+from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import (
-    DataFlags,
-    JsonFlags,
-    ModelFlags,
-    ReplaceFlags,
-    StatsFlags,
-    find_plan,
-    numbers,
-    progress_bar,
-)
+from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, find_plan, numbers, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.cli.suite import SuiteFlags, scoring_of
 from steer2edit.options import option

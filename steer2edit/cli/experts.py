@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import click
 
 from steer2edit.cli.command import CommandGroup, command
+from steer2edit.cli.data_options import CaptureFlags
 from steer2edit.cli.flags import PATH, FlagGroup
 from steer2edit.cli.options import (
-    CaptureFlags,
     ForceFlags,
     JsonFlags,
     ModelFlags,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import click
 
 from steer2edit.cli.command import command
+from steer2edit.cli.data_options import VectorsFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.options import (
@@ -17,7 +18,6 @@ from steer2edit.cli.options import (
     ModelFlags,
     ReplaceFlags,
     StrengthFlags,
-    VectorsFlags,
     progress_bar,
     read_plan,
 )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import click
 
+from steer2edit.cli.data_options import DataFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import DataFlags, ModelFlags, progress_bar, read_text
+from steer2edit.cli.options import ModelFlags, progress_bar, read_text
 from steer2edit.options import option
 
 if TYPE_CHECKING:

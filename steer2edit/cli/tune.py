@@ -10,16 +10,10 @@ import click
 
 from steer2edit import methods
 from steer2edit.cli.command import command
+from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
-from steer2edit.cli.options import (
-    DataFlags,
-    JsonFlags,
-    ModelFlags,
-    StatsFlags,
-    numbers,
-    progress_bar,
-)
+from steer2edit.cli.options import JsonFlags, ModelFlags, numbers, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.cli.suite import SuiteFlags, scoring_of
 from steer2edit.options import option

@@ -1,0 +1,188 @@
+"""Groups of flags for data: contrast data, statistics, vectors, chat templates.
+
+Heavy imports happen inside the functions, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import click
+
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import ModelFlags, progress_bar, read_text
+from steer2edit.files.untrusted import parse_json
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vectors import Vectors
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.data.behavior import Behavior
+    from steer2edit.runtime.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class TemplateFlags(FlagGroup):
+    """What stands around the prompts."""
+
+    heading: ClassVar[str] = "Data"
+
+    system: str | None = option(None, "System message to put before every prompt.")
+    chat_template_kwargs: tuple[str, ...] = option(
+        (),
+        "Argument for the chat template, such as enable_thinking=false; the value is JSON or text. Repeatable.",
+        metavar="NAME=VALUE",
+        rare=True,
+    )
+
+    @property
+    def template_arguments(self) -> dict[str, Any] | None:
+        """The chat template's arguments; None where none are given."""
+        found: dict[str, Any] = {}
+        for text in self.chat_template_kwargs:
+            name, sign, value = text.partition("=")
+            if not sign or not name.strip().isidentifier():
+                raise click.BadParameter(
+                    f"{text!r} is not of the form NAME=VALUE, such as enable_thinking=false",
+                    param_hint="--chat-template-kwargs",
+                )
+            if name.strip() in found:
+                raise click.BadParameter(f"{name.strip()} is given twice", param_hint="--chat-template-kwargs")
+            found[name.strip()] = _json_or_text(value)
+        return found or None
+
+
+@dataclass(frozen=True)
+class DataFlags(TemplateFlags):
+    """Contrast data: where it comes from, and how it is read."""
+
+    first: ClassVar[tuple[str, ...]] = ("data", "behavior", "limit")
+
+    data: tuple[str, ...] = option(
+        (),
+        "Contrast data: a JSONL, JSON, CSV or Parquet file, or a dataset's id on the Hub. Repeatable.",
+        metavar="DATA",
+    )
+    behavior: tuple[str, ...] = option(
+        (), "Built-in behaviour instead: concise, truthful, formal or cautious. Repeatable.", metavar="NAME"
+    )
+    span: Literal["matched", "response"] = option(
+        "matched", "Read a pair's responses up to the shorter's length, or whole.", rare=True
+    )
+    max_tokens: int = option(
+        2048, "Longest example in tokens: a longer prompt is refused, a longer response is cut.", minimum=16, rare=True
+    )
+    background_file: Path | None = option(
+        None, "Text unlike the behaviour, in place of the packaged one.", "--background", rare=True
+    )
+    batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
+
+    @property
+    def most_rows(self) -> int | None:
+        """How many rows are used at most; None for all."""
+        return None
+
+    @property
+    def any(self) -> bool:
+        """Whether contrast data is named."""
+        return bool(self.data or self.behavior)
+
+    def read_behavior(self, vectors: Vectors | None = None) -> Behavior:
+        """The behaviour; beside vectors from elsewhere it needs no examples."""
+        from steer2edit.data.behavior import Behavior
+
+        arguments = self.template_arguments
+        if vectors is not None and not self.any:
+            name = str(vectors.source.get("name", "imported vectors"))
+            return Behavior(name, (), self.system, self.span, arguments, self.max_tokens)
+        if not self.any:
+            raise click.UsageError("give --data, --behavior or (where there is one) --stats: exactly one of them")
+        if self.data and self.behavior:
+            raise click.UsageError("--data and --behavior are both given; give exactly one of them")
+        read, sources = (Behavior.from_data, self.data) if self.data else (Behavior.builtin, self.behavior)
+        if len(set(sources)) < len(sources):
+            raise click.UsageError(
+                f"{'--data' if self.data else '--behavior'} names the same source twice; give it once"
+            )
+        parts = [read(source, self.system, self.span, arguments, max_tokens=self.max_tokens) for source in sources]
+        behavior = Behavior.joined(parts)
+        return behavior if self.most_rows is None else behavior.limited(self.most_rows)
+
+    def read_background(self) -> str | None:
+        """The text of --background."""
+        return read_text(self.background_file, "--background")
+
+    def capture(
+        self, checkpoint: Checkpoint, spec: ModelSpec, model: ModelFlags, loaded: LoadedModel | None = None
+    ) -> Statistics:
+        """The data's statistics; the model is loaded once the data is known to be good."""
+        from steer2edit.capture.run import capture_statistics
+
+        behavior, background = self.read_behavior(), self.read_background()
+        return capture_statistics(
+            model.load(checkpoint, spec) if loaded is None else loaded,
+            checkpoint,
+            behavior,
+            background=background,
+            batch_tokens=self.batch_tokens,
+            progress=progress_bar(),
+        )
+
+
+@dataclass(frozen=True)
+class CaptureFlags(DataFlags):
+    """Contrast data of which a part may be used."""
+
+    limit: int | None = option(
+        None, "Use at most N rows of the data; the choice depends on what is in them, not on their order.", minimum=1
+    )
+
+    @property
+    def most_rows(self) -> int | None:
+        """The value of --limit."""
+        return self.limit
+
+
+@dataclass(frozen=True)
+class StatsFlags(FlagGroup):
+    """Statistics in place of data."""
+
+    heading: ClassVar[str] = "Data"
+
+    stats: Path | None = option(None, "Statistics of an earlier capture, in place of data.")
+
+    def check(self, data: DataFlags) -> None:
+        """Raise UsageError where data is named too."""
+        if self.stats is not None and data.any:
+            raise click.UsageError("--stats stands in place of --data and --behavior; give one of the three")
+
+
+@dataclass(frozen=True)
+class VectorsFlags(FlagGroup):
+    """Steering vectors in place of the captured difference."""
+
+    heading: ClassVar[str] = "Data"
+
+    vectors_file: Path | None = option(
+        None,
+        "Steering vectors made elsewhere, in place of the captured difference (see steer2edit import).",
+        "--vectors",
+    )
+
+    def read(self, layers: tuple[int, int] | None = None) -> Vectors | None:
+        """The vectors, if any; a file's single vector goes to the first and last of the edited ``layers``, and between."""
+        from steer2edit.importers import read_vectors
+        from steer2edit.importers.source import Reading
+
+        return None if self.vectors_file is None else read_vectors(self.vectors_file, Reading(edited=layers))
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return parse_json(value.strip().encode("utf-8", "surrogateescape"))
+    except ValueError:
+        return value
