@@ -164,3 +164,11 @@ def test_unknown_words_in_a_plan_are_refused(tmp_path: Path, old: str, new: str)
     save_tensors(tmp_path / "x", tensors, {"plan": described.replace(old, new)})
     with pytest.raises(PlanError):
         EditPlan.load(tmp_path / "x")
+
+
+def test_a_plan_s_text_survives_data_of_another_form() -> None:
+    from steer2edit.report.plan_text import data_line
+
+    for examples in (None, 3, "many", ["x"], [1], {"positive": 2}):
+        plan = EditPlan(Base("x", None, "0" * 64), (), data={"name": "x", "examples": examples})
+        assert data_line(plan).startswith("x")

@@ -86,7 +86,8 @@ def plan_line(plan: EditPlan) -> str:
 
 def data_line(plan: EditPlan) -> str:
     """The behaviour's name and how many examples it has."""
-    examples = dict(plan.data.get("examples") or {})
+    examples = plan.data.get("examples")
+    examples = examples if isinstance(examples, Mapping) else {}
     counts = [f"{examples[kind]} {kind}" for kind in ("positive", "negative") if examples.get(kind)]
     told = f"{' and '.join(counts)} examples" if counts else ""
     return ": ".join(str(one) for one in (plan.data.get("name"), told) if one)
