@@ -36,7 +36,10 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
 
 
 def direction(metric: Metric, change: Estimate) -> int:
-    """1 for a change to the better, -1 to the worse, 0 where the interval holds both signs or the questions are too few."""
+    """1 for a change to the better, -1 to the worse, 0 where that is not decided.
+
+    It is not decided where the interval holds both signs, or where the questions are too few.
+    """
     if change.count < LEAST_DRAWS:
         return 0
     none = 1.0 if metric.exponential else 0.0
