@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from steer2edit import methods, targets
+from steer2edit import importers, methods, targets
 from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
 from steer2edit.architecture.family import Family, Mixture
 from steer2edit.architecture.mixtures import MIXTURES
@@ -125,6 +125,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": _methods,
     "targets": _targets,
     "formats": formats.table,
+    "importers": lambda: "\n".join(f"- {importer.description}" for importer in importers.importers()),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.bootstrap import DRAWS
+from steer2edit.bootstrap import DRAWS, LEAST_DRAWS
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
 from steer2edit.formatting import cut, interval, pairs, plain_interval, plain_value, ratio
@@ -35,7 +35,8 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
     sentences = [
         f"Each cell: the value with its 95 % interval, then the change against {evaluation.rows[0].name}, paired by question"
         + (" (a ratio for perplexity)" if any(m.exponential for m in evaluation.metrics) else "")
-        + ". A change is called better or worse where its whole interval has one sign. A change without a "
+        + ". A change is called better or worse where its whole interval has one sign "
+        f"and there are at least {LEAST_DRAWS} questions. A change without a "
         "word may be zero."
     ]
     shown = {key: str(value)[:12] if key == "fingerprint" else value for key, value in evaluation.context.items()}
