@@ -201,6 +201,15 @@ def test_revert_restores_every_byte(emitted: tuple[Path, Path, EditPlan], tmp_pa
     assert (edited / RECEIPT).exists() == (place == "elsewhere")
 
 
+def test_revert_in_place_loses_no_file_that_it_does_not_carry(emitted: tuple[Path, Path, EditPlan]) -> None:
+    base, edited, _ = emitted
+    (edited / "checkpoint-5").mkdir()
+    (edited / "checkpoint-5" / "optimizer.pt").write_bytes(b"mine")
+    with pytest.raises(TargetError, match=r"checkpoint-5/optimizer\.pt"):
+        revert(edited, base)
+    assert (edited / "checkpoint-5" / "optimizer.pt").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("kind", ["granitemoe", "gpt_oss", "dbrx"])
 def test_experts_of_one_tensor_are_recovered_and_reverted_by_themselves(tmp_path: Path, kind: str) -> None:
     base = save_mixture(tmp_path / "base", mixture_config(kind))

@@ -189,3 +189,16 @@ def test_the_commands_that_compile_prints_run_as_they_stand(
     exec(compile(code, "printed", "exec"), {})
     assert "nats/token" in done.stdout and str(out / "lora") in done.stdout
     assert "{" not in done.stdout and "λ" not in done.stdout
+
+
+def test_a_panic_of_a_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Libraries in Rust raise a BaseException of this name."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def stop(_: object) -> None:
+        raise panic("called `Option::unwrap()` on a `None` value\nmore")
+
+    monkeypatch.setattr("steer2edit.plan.EditPlan.load", stop)
+    result = run("show", tmp_path / "x.plan.safetensors")
+    assert result.exit_code == 2
+    assert "a library stopped at this input: called `Option::unwrap()` on a `None` value" in result.stderr

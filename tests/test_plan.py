@@ -172,3 +172,10 @@ def test_a_plan_s_text_survives_data_of_another_form() -> None:
     for examples in (None, 3, "many", ["x"], [1], {"positive": 2}):
         plan = EditPlan(Base("x", None, "0" * 64), (), data={"name": "x", "examples": examples})
         assert data_line(plan).startswith("x")
+
+
+def test_a_rank_above_the_matrix_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    plan = EditPlan(Base("m", None, "0" * 64), (LowRank("w", torch.ones(4, 9), torch.ones(9, 6)),))
+    plan.save(tmp_path / "x.plan.safetensors")
+    with pytest.raises(PlanError, match="rank is 9; a matrix of 4 x 6"):
+        EditPlan.load(tmp_path / "x.plan.safetensors")

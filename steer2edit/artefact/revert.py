@@ -18,7 +18,7 @@ from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
 from steer2edit.files.layout import CARD
 from steer2edit.files.outputs import check_apart
-from steer2edit.lowering.other_files import copy_other_files, refuse_links
+from steer2edit.lowering.other_files import copied_files, copy_other_files, refuse_links
 from steer2edit.progress import Progress, silent
 
 
@@ -61,7 +61,9 @@ def revert(
     restored = [name for name in different if name not in unlike]
     place = folder if out is None else Path(out).expanduser()
     check_apart(place, [*inputs_of(ours), *([] if out is None else inputs_of(theirs))])
-    with new_folder(place, force or out is None) as made:
+    # in its own place, a folder keeps the files of its owner that are copied
+    carried = [path.relative_to(theirs.path).as_posix() for path in copied_files(theirs)] if out is None else []
+    with new_folder(place, force or out is None, carried) as made:
         _write(ours, theirs, set(restored), made, progress)
         copy_other_files(theirs, made)
         if not unproven:

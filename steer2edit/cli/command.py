@@ -15,7 +15,7 @@ import click
 
 from steer2edit.cli.flags import Flag, FlagGroup
 from steer2edit.cli.foreign_warnings import holding_warnings
-from steer2edit.errors import Steer2EditError, printable
+from steer2edit.errors import Steer2EditError, first_line, printable
 from steer2edit.notices import collected
 from steer2edit.runtime.launch import process_of
 
@@ -100,15 +100,18 @@ class CommandGroup(click.Group):
 
 
 @contextmanager
-def _path_errors() -> Iterator[None]:
-    """Turn the system's refusal of a path into an error of ours.
+def _foreign_errors() -> Iterator[None]:
+    """Turn the system's refusal of a path, and a panic of a library in Rust, into an error of ours.
 
-    Such a path has a name that is too long, or lies in a folder that may not be read.
+    A path is refused that has a name that is too long, or lies in a folder that may not be read.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _PATH_ERRNOS or error.filename is None:
+    except BaseException as error:
+        # a panic of a library written in Rust, such as safetensors or tokenizers, is no Exception
+        if type(error).__name__ == "PanicException":
+            raise Steer2EditError(f"a library stopped at this input: {first_line(error)}; is a file damaged?") from None
+        if not isinstance(error, OSError) or error.errno not in _PATH_ERRNOS or error.filename is None:
             raise
         path = os.fsdecode(error.filename)
         raise Steer2EditError(
@@ -124,7 +127,7 @@ class MainGroup(CommandGroup):
         first = process is None or process.rank == 0
         try:
             say = lambda text: click.echo(printable(f"note: {text}"), err=True) if first else None  # noqa: E731
-            with collected(say), holding_warnings(), _path_errors():
+            with collected(say), holding_warnings(), _foreign_errors():
                 return super().invoke(ctx)
         except (Steer2EditError, click.ClickException) as error:
             if process is not None and process.rank > 0:

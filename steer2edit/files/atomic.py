@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,17 +61,18 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 @contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, force: bool = False, carried: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    Everything in it is forced to the disk first. Raises TargetError where ``path`` exists and ``force`` is not set (with it,
+    Everything in it is forced to the disk first. ``carried`` are names of files of the old folder that the new one holds
+    too. Raises TargetError where ``path`` exists and ``force`` is not set (with it,
     the old folder is replaced at the end), where another run is writing it, and where writing fails.
     """
     path = path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path):
-            check_new(path, force)
+            check_new(path, force, carried)
             workplace = make_workplace(path)
             try:
                 temporary = workplace / CONTENT

@@ -7,7 +7,7 @@ content. An output and an input may not contain each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,10 +35,11 @@ _PICTURES = (b"\x89PNG", b"%PDF")
 _LITTER = frozenset(["__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini"])
 
 
-def check_new(path: Path, force: bool = False) -> None:
+def check_new(path: Path, force: bool = False, carried: Collection[str] = ()) -> None:
     """Raise TargetError unless an artefact's folder may be made at ``path``.
 
-    The path is absent, or an empty folder, or, with ``force``, an artefact that holds nothing but its own files.
+    The path is absent, or an empty folder, or, with ``force``, an artefact that holds nothing but its own files and those
+    named in ``carried``, which the new folder will hold too.
     """
     try:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -51,7 +52,7 @@ def check_new(path: Path, force: bool = False) -> None:
             raise TargetError(
                 f"{path} holds files and is not an artefact of steer2edit (no {RECEIPT}); it is not replaced"
             )
-        if foreign := foreign_files(path):
+        if foreign := [name for name in foreign_files(path) if name not in carried]:
             raise TargetError(
                 f"{path} holds files that steer2edit did not write, and they would be lost with it:\n{listing(foreign)}\n"
                 "Move them away, or give another folder."

@@ -73,6 +73,10 @@ class LowRank:
         B, A, mean_effect = parts["B"], parts["A"], parts.get("push")
         if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
             raise ValueError(f"B is {list(B.shape)} and A {list(A.shape)}")
+        if A.shape[0] > max(min(B.shape[0], A.shape[1]), 1):
+            raise ValueError(
+                f"its rank is {A.shape[0]}; a matrix of {B.shape[0]} x {A.shape[1]} has no update of that rank"
+            )
         if mean_effect is not None and mean_effect.shape != A.shape[:1]:
             raise ValueError(f"A is {list(A.shape)} and its push {list(mean_effect.shape)}")
         return cls(entry["tensor"], B, A, mean_effect)
