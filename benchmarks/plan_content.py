@@ -1,4 +1,6 @@
-"""What it costs to prove that a plan meets the matrices it was computed from: python benchmarks/plan_content.py MODEL
+"""What it costs to prove that a plan meets the matrices it was computed from.
+
+    python benchmarks/plan_content.py MODEL
 
 Measured in one run on a folder: reading and hashing every attention and MLP writer (which ``emit`` does first), emitting a plan
 that edits them all into a checkpoint, and loading the model; the least of three times each.
@@ -6,7 +8,7 @@ that edits them all into a checkpoint, and loading the model; the least of three
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,8 +34,10 @@ def seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def main(model: str) -> None:
-    checkpoint = open_checkpoint(model)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    checkpoint = open_checkpoint(parser.parse_args().model)
     spec = read_spec(checkpoint)
     edits = tuple(
         LowRank(site.matrix, torch.full((site.out_features, 1), 1e-3), torch.full((1, site.in_features), 1e-3))
@@ -54,4 +58,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
