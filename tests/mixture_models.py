@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import COMMON_SETTINGS, make_tokenizer
+from conftest import make_tokenizer
+from family_configs import COMMON_SETTINGS
 from releases import config_class
 
 from steer2edit.architecture import ModelSpec, Site, read_spec

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, family_config, run, save_tiny
+from conftest import ROWS, run, save_tiny
+from family_configs import family_config
 from mixture_models import mixture_config, save_mixture
 from test_distributed import assert_equal
 

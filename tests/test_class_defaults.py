@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import COMMON_SETTINGS, family_config, save_tiny
+from conftest import save_tiny
+from family_configs import COMMON_SETTINGS, family_config
 from test_families import CAUSAL, wrapper
 
 from steer2edit.architecture import config as sizes

@@ -177,7 +177,8 @@ def test_the_plan_of_an_artefact_is_recovered(
 
 
 def test_gpt2s_matrices_are_recovered_in_their_own_orientation(tmp_path: Path) -> None:
-    from conftest import family_config, save_tiny
+    from conftest import save_tiny
+    from family_configs import family_config
 
     base = save_tiny(tmp_path / "gpt2", family_config("gpt2"))
     checkpoint, plan = open_checkpoint(base), random_plan(base, sites=3)

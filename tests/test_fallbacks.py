@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_config, llama_config, save_tiny
+from conftest import llama_config, save_tiny
+from family_configs import family_config
 from fp8_models import quantise
 
 from steer2edit.architecture import read_spec

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMMON_SETTINGS, LINEAR, family_config, make_tokenizer, save_tiny
+from conftest import make_tokenizer, save_tiny
+from family_configs import COMMON_SETTINGS, LINEAR, family_config
 from releases import config_class
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec

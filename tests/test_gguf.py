@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_config, llama_config, run, save_tiny
+from conftest import llama_config, run, save_tiny
+from family_configs import family_config
 from safetensors.torch import load_file
 
 from steer2edit import targets

@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import ROWS, family_config, run, save_tiny
+from conftest import ROWS, run, save_tiny
+from family_configs import family_config
 from safetensors.torch import save_file
 
 from steer2edit.architecture import read_spec

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_config, make_tokenizer
+from conftest import make_tokenizer
+from family_configs import family_config
 from mixture_models import MIXTURE_TYPES, MODELS
 from test_families import CAUSAL, WRAPPERS
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_config, save_tiny
+from conftest import save_tiny
+from family_configs import family_config
 from mixture_models import MIXTURE_TYPES, mixture_config, save_mixture
 from test_families import CAUSAL, CONTEXTS
 

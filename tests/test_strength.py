@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_config, save_tiny
+from conftest import save_tiny
+from family_configs import family_config
 
 import steer2edit
 from steer2edit.architecture import MatrixRole, read_spec

@@ -36,7 +36,8 @@ from steer2edit.runtime.hooks import edited, stream_shifted
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
-from conftest import family_config, save_tiny
+from conftest import save_tiny
+from family_configs import family_config
 from mixture_models import mixture_config, save_mixture
 
 FAMILIES = (
