@@ -11,6 +11,7 @@ import pytest
 import transformers
 from conftest import save_tiny
 from family_configs import COMMON_SETTINGS, family_config
+from releases import config_class
 from test_families import CAUSAL, wrapper
 
 from steer2edit.architecture import config as sizes
@@ -44,9 +45,7 @@ def test_every_described_type_has_its_defaults() -> None:
 @pytest.mark.parametrize("model_type", [name for family in KNOWN for name in family.model_types])
 def test_sizes_read_from_what_is_left_are_those_of_the_class(model_type: str) -> None:
     """Of a config that gives only its type."""
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[model_type]().get_text_config()
+    config = config_class(model_type)().get_text_config()
     values = sizes.text_config({"model_type": model_type}).values
     hidden = sizes.integer(values, *sizes.HIDDEN)
     assert hidden == config.hidden_size

@@ -127,18 +127,12 @@ def test_documents_are_read_one_by_one(loaded: LoadedModel) -> None:
     assert NeutralText(loaded, documents).tokens == sum(tokens) - 2
 
 
-def test_every_window_begins_with_the_bos(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_window_begins_with_the_bos(loaded: LoadedModel) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    monkeypatch.setattr(
-        loaded.tokenizer.backend_tokenizer,
-        "post_processor",
-        TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)]),
-    )
-    try:
-        windows = NeutralText(loaded, TEXT, window=20)._windows
-    finally:
-        loaded.tokenizer.backend_tokenizer.post_processor = None
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # the child process of the shared one has its state from before
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    windows = NeutralText(replace(loaded, tokenizer=tokenizer), TEXT, window=20)._windows
     assert len(windows) > 2 and all(window[0] == 1 and 1 not in window[1:] for window in windows)
 
 

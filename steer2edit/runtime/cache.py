@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_NAMES = ("cache", "past_key_values")
-"""transformers 5.24 renamed ``past_key_values`` to ``cache``; the parameters of a model's own code may keep the older name."""
+_NAMES = ("cache", "past_key_values", "cache_params")
+"""transformers 5.24 names it ``cache``. Before, Mamba and its like had ``cache_params``; a model's code may keep these names."""
 
 
 def cache_parameter(forward: Callable[..., Any]) -> str | None:

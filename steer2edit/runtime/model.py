@@ -5,6 +5,7 @@ This module and those above it are the only ones that import transformers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from steer2edit.data.tokens import token_ids
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line, shown
 from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.notices import notice
+from steer2edit.runtime.launch import process_of
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
 
 TOKENIZER_FILES = (
@@ -174,6 +176,8 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     except LOADING_ERRORS as error:
         raise CheckpointError(f"transformers cannot load {path}: {reason(error, config)}") from None
     check_complete(path, model, loading)
+    if (config.get("quantization_config") or {}).get("quant_method") == "mxfp4" and dtype != "auto":
+        _cast_dequantised(model, dtype)
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -208,13 +212,21 @@ def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> 
 
 
 def _tensor_parallel() -> dict[str, Any]:
-    """What tells transformers to divide a model by its own plan."""
-    try:
-        from transformers.distributed import DistributedConfig
+    """What tells transformers to divide a model by its own plan among the processes that were started.
 
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):  # before it had one, or before that knew of plans
-        return {"tp_plan": "auto"}
+    The number of processes is given, and the plan is left out: every release since 5.15 reads that in one way.
+    """
+    from transformers.distributed import DistributedConfig
+
+    started = process_of(os.environ)
+    return {"distributed_config": DistributedConfig(tp_size=started.size if started else 1)}
+
+
+def _cast_dequantised(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights that were dequantised the dtype asked for: transformers 5.15 leaves mxfp4's in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 and parameter.device.type != "meta":
+            parameter.data = parameter.data.to(dtype)
 
 
 def _runs_fp8(device: torch.device) -> bool:
