@@ -55,3 +55,7 @@ def die() -> None:
 
 def object_of_another_class() -> Any:
     return object()
+
+
+def working_folder() -> str:
+    return os.getcwd()

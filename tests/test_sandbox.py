@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import apart_functions as child
@@ -35,6 +36,17 @@ def test_our_errors_and_those_of_others(apart: Apart) -> None:
         apart.call(child.fail)
     with pytest.raises(ApartError, match="not a plain value"):
         apart.call(child.object_of_another_class)
+    assert apart.call(child.back, 1) == [1]
+
+
+def test_a_call_runs_in_the_working_folder_of_now(
+    apart: Apart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert apart.call(child.working_folder) == str(tmp_path / name)
+    (tmp_path / name).rmdir()  # no working folder at all
     assert apart.call(child.back, 1) == [1]
 
 

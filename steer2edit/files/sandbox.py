@@ -78,14 +78,14 @@ class Apart:
         self.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``function(*arguments)`` returns in the child.
+        """What ``function(*arguments)`` returns in the child, in this process's working folder of now.
 
         Raises the function's own Steer2EditError; TooMuchError where a limit is reached; ApartError for any other error, and
         where the process dies.
         """
         from steer2edit.files.messages import pack, unpack
 
-        request = pack([function.__module__, function.__qualname__, list(arguments)])
+        request = pack([_working_folder(), function.__module__, function.__qualname__, list(arguments)])
         try:
             if self._process is not None and self._process.poll() is not None:
                 self.close()
@@ -190,10 +190,12 @@ def serve() -> None:
         if settings["idle"] and os.name == "posix" and not select.select([receiving], [], [], settings["idle"])[0]:
             return
         try:
-            module, name, arguments = unpack(_receive(receiving, 1 << 40))
+            folder, module, name, arguments = unpack(_receive(receiving, 1 << 40))
         except EOFError:
             return
         try:
+            if folder is not None:  # the parent's may have changed since the last call
+                os.chdir(folder)
             function: Any = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
@@ -204,6 +206,13 @@ def serve() -> None:
             message = str(error) if isinstance(error, Steer2EditError) else first_line(error)
             answer = pack(["error", type(error).__name__, message[:100_000]])
         _send(sending, answer)
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def _limit_process(memory: int) -> None:
