@@ -78,7 +78,8 @@ def test_on_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     result = run("capture", tiny_llama, *options, "-o", two, "--by-layer", "--scratch", tmp_path / "scratch")
     assert result.exit_code == 0, result.stderr
     assert_equal(Statistics.load(one), Statistics.load(two))
-    result = run("capture", tiny_llama, *options, "-o", two, "--by-layer", "--device-map", "auto")
+    three = tmp_path / "three.stats.safetensors"
+    result = run("capture", tiny_llama, *options, "-o", three, "--by-layer", "--device-map", "auto")
     assert result.exit_code == 2 and "leave --device-map out" in result.stderr
 
 

@@ -48,6 +48,8 @@ def main() -> None:
     # SIGTERM ends the program as an error does: open work is closed and removed
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+        # after the command nothing is open any more, and an exception out of the interpreter's end would be a traceback
+        click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 for command in (
