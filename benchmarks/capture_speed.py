@@ -19,7 +19,8 @@ from steer2edit.capture.run import capture
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.tokens import Encoded, encode
-from steer2edit.runtime.model import DTYPES, LoadedModel, Runtime, batches, load_model, pad_right
+from steer2edit.runtime.batches import batches, pad_right
+from steer2edit.runtime.model import DTYPES, LoadedModel, Runtime, load_model
 
 
 def forward(loaded: LoadedModel, examples: Sequence[Encoded], batch_tokens: int) -> None:

@@ -24,8 +24,9 @@ from steer2edit.data.questions import builtin_questions
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.methods import component, make_plan
+from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import Runtime, batches, load_model, pad_right
+from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.grid import PAPER_GRID
 from steer2edit.search.tune import Search

@@ -23,7 +23,8 @@ from steer2edit.data.tokens import Encoded, encode
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import load_tensors
 from steer2edit.methods import make_plan
-from steer2edit.runtime.model import LoadedModel, batches
+from steer2edit.runtime.batches import batches
+from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 
 

@@ -31,10 +31,11 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.tokens import Encoded, windows
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.by_layer import Layers
 from steer2edit.runtime.distributed import ALONE, World, whole
 from steer2edit.runtime.expert_modules import Routed, combined, deciding, experts_module, visiting
-from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.runtime.model import LoadedModel
 
 
 def capture(

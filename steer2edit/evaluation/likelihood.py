@@ -19,8 +19,9 @@ from steer2edit.data.tokens import Encoded, common_prefix
 from steer2edit.errors import first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.cache import cache_parameter, returned_cache
-from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.unembedding import token_log_probabilities
 
 _CHUNK = 256

@@ -18,9 +18,10 @@ from steer2edit.architecture.routers import Router
 from steer2edit.experts.edits import RowFit
 from steer2edit.plan import Assign, Base, EditPlan
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.expert_modules import deciding, router_inputs, routing_tensor
 from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.runtime.model import LoadedModel
 
 # standard deviations that the logit sits under the others'
 _DEPTH = 30.0

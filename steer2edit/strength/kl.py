@@ -21,7 +21,8 @@ from steer2edit.errors import DataError
 from steer2edit.notices import notice
 from steer2edit.plan import Divergence
 from steer2edit.progress import Progress, silent
-from steer2edit.runtime.model import LoadedModel, batches, pad_right
+from steer2edit.runtime.batches import batches, pad_right
+from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.unembedding import Affine, Reference, affine, compare
 
 MAX_TOKENS = 4096
