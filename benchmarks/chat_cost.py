@@ -20,9 +20,9 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import behaviors
 from steer2edit.data.questions import builtin_questions
 from steer2edit.data.templates import render_prompts, templated
+from steer2edit.engines.generation import generate
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
-from steer2edit.evaluation.generation import generate
 from steer2edit.methods import make_plan
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring

@@ -16,8 +16,8 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example
 from steer2edit.data.questions import Question
 from steer2edit.data.tokens import encode
+from steer2edit.engines.generation import generate
 from steer2edit.errors import CheckpointError, DataError
-from steer2edit.evaluation.generation import generate
 from steer2edit.evaluation.metrics import Preference
 from steer2edit.notices import collected
 from steer2edit.runtime.model import LoadedModel, load_model

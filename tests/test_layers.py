@@ -18,7 +18,7 @@ PACKAGE = Path(steer2edit.__file__).parent
 LAYERS = (
     ("cli",), ("demo", "compiler", "publish"), ("compose", "dry_run"), ("report",), ("search",), ("evaluation",), ("artefact",),
     ("experts", "importers", "diff"), ("targets",), ("lowering",), ("methods",), ("scoring",), ("strength",), ("capture",),
-    ("runtime",), ("data",), ("plan",), ("architecture",), ("checkpoint",), ("files",), ("formatting",), ("bootstrap",),
+    ("engines",), ("runtime",), ("data",), ("plan",), ("architecture",), ("checkpoint",), ("files",), ("formatting",), ("bootstrap",),
     ("errors", "notices", "options", "progress"),
 )  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -148,7 +148,7 @@ def evaluate(
 
 
 def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates: tuple[str, ...]) -> Suite:
-    from steer2edit.evaluation.vllm_engine import VllmEngine
+    from steer2edit.engines.vllm_engine import VllmEngine
 
     if compared.baselines or compared.strengths or any(Path(where).is_file() for where in candidates):
         raise click.UsageError(

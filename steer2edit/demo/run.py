@@ -23,8 +23,8 @@ from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example
 from steer2edit.demo import invented_world
+from steer2edit.engines.generation import generate
 from steer2edit.errors import Steer2EditError
-from steer2edit.evaluation.generation import generate
 from steer2edit.methods import make_plan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.figures import heatmap

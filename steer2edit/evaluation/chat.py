@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from steer2edit.data.prompts import Message
 from steer2edit.data.templates import TemplateArguments, render_prompt, templated
 from steer2edit.data.tokens import texts_of
+from steer2edit.engines.generation import generate
 from steer2edit.errors import printable
 from steer2edit.evaluation.evaluate import Candidate
-from steer2edit.evaluation.generation import generate
 from steer2edit.runtime.model import LoadedModel
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
 from steer2edit.data.tokens import encode, texts_of
+from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError
-from steer2edit.evaluation.generation import generate
 from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel

@@ -1,0 +1,1 @@
+"""Engines that write answers: transformers in this process, and vLLM."""
