@@ -15,9 +15,10 @@ from pathlib import Path
 import click
 
 from steer2edit import importers, methods, targets
-from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
+from steer2edit.architecture.families import FAMILIES, MULTIMODAL
 from steer2edit.architecture.family import Family, Mixture
 from steer2edit.architecture.mixtures import MIXTURES
+from steer2edit.architecture.refusals import REFUSED
 from steer2edit.cli.app import main as command_line
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag
@@ -54,7 +55,7 @@ def block_names(text: str) -> list[str]:
 def _counts() -> str:
     dense, mixtures = (sum(len(family.model_types) for family in kind) for kind in (FAMILIES, MIXTURES))
     kinds = f"{dense} dense model types, {mixtures} mixtures of experts and {len(MULTIMODAL)} multimodal models"
-    return f"{kinds} are described and tested."
+    return f"{kinds} are described and tested. {len(REFUSED)} types are refused, each with its reason."
 
 
 def _dense_families() -> str:

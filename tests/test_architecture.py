@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from steer2edit.architecture import MatrixRole, ModelSpec, read_spec
-from steer2edit.architecture.families import REFUSED
+from steer2edit.architecture.refusals import REFUSED
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError
 

@@ -17,7 +17,8 @@ from family_configs import COMMON_SETTINGS, LINEAR, family_config
 from releases import config_class
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
-from steer2edit.architecture.families import FAMILIES, MULTIMODAL, REFUSED
+from steer2edit.architecture.families import FAMILIES, MULTIMODAL
+from steer2edit.architecture.refusals import REFUSED
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify

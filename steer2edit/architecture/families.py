@@ -271,22 +271,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are not a plain residual stream"
-    ),
-    **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
-    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are not a plain residual stream"),
-    **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
-    "openai-gpt": "a norm rescales its whole residual stream in every block",
-    **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),
-    "bitnet": "its matrices are rounded to three values when it runs, which would round a small edit away",
-    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention writes through learned gates"),
-    "rwkv": "it rescales its residual stream every few layers",
-    **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
-}
-"""Model types whose layout is known and cannot carry these edits, with the reason."""
-
 WRAPPERS = frozenset({"qwen2_vl", "qwen2_5_vl"})
 """Wrappers of a language model whose config may be flat: others say so by nesting the language model's config."""
 

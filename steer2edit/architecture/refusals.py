@@ -1,17 +1,54 @@
 """Refusals before a model's writers are looked for.
 
-They concern formats and names that no loader takes for a plain model.
+They concern model types whose layout cannot carry these edits, and formats and names that no loader takes for a plain model.
+A type that transformers maps to a text model is described in ``families.py`` or ``mixtures.py``, or it is refused here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from steer2edit.architecture.families import REFUSED
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.errors import ArchitectureError
+
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are not a plain residual stream"
+    ),
+    **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are not a plain residual stream"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
+    **dict.fromkeys(
+        (
+            *("openai-gpt", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+            *("rembert", "roberta", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlnet"),
+        ),
+        "a norm rescales its whole residual stream in every block",
+    ),
+    **dict.fromkeys(
+        ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod"),
+        "it is an encoder: its published models fill masked tokens and write no text",
+    ),
+    **dict.fromkeys(
+        (
+            *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
+            *("plbart", "prophetnet", "trocr", "whisper"),
+        ),
+        "it is the decoder of an encoder-decoder model, whose blocks also write what they read from the encoder",
+    ),
+    **dict.fromkeys(
+        ("moshi", "musicgen", "musicgen_melody"), "it writes the codes of an audio codec, several for each step"
+    ),
+    "reformer": "its reversible layers keep two residual streams",
+    **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),
+    "bitnet": "its matrices are rounded to three values when it runs, which would round a small edit away",
+    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention writes through learned gates"),
+    "rwkv": "it rescales its residual stream every few layers",
+    **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
+}
+"""Model types whose layout is known and cannot carry these edits, with the reason."""
 
 _QUANTISED = re.compile(
     r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
