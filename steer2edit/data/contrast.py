@@ -26,6 +26,9 @@ from steer2edit.notices import notice
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # its place since Python 3.11
 
+EVERYDAY_FILE = "everyday.jsonl"
+"""Prompts of ``data.everyday``; the only file of rows beside the behaviours that is not one."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -75,7 +78,7 @@ def count(examples: Iterable[Example]) -> Counts:
 
 def behaviors() -> tuple[str, ...]:
     """Names of the built-in behaviours."""
-    names = (entry.name for entry in _package_data().iterdir())
+    names = {entry.name for entry in _package_data().iterdir()} - {EVERYDAY_FILE}
     return tuple(sorted(name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")))
 
 

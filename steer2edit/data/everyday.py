@@ -1,0 +1,42 @@
+"""Everyday prompts: what people give to chat models, and nothing that asks for a built-in behaviour.
+
+A row of the packaged file has a ``prompt``, its ``kind`` (such as "poem" or "code") and its ``use``.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import Literal, get_args
+
+from steer2edit.data.contrast import EVERYDAY_FILE
+from steer2edit.data.prompts import Fault, Message, Prompt, read_text
+from steer2edit.data.readers import key_of, read_json
+from steer2edit.data.records import parse_rows
+from steer2edit.errors import DataError, shown
+
+Use = Literal["neutral", "background"]
+_COLUMNS = frozenset({"prompt", "kind", "use"})
+
+
+def everyday_prompts(use: Use) -> list[Prompt]:
+    """The 120 packaged prompts of one use, each as one user message, in the file's order.
+
+    The answers to "neutral" prompts measure what an edit costs in chat; second moments are measured on answers to
+    "background" prompts. No prompt has both uses, and both uses have the same kinds of prompts. Raises DataError on
+    another use.
+    """
+    if use not in get_args(Use):
+        raise DataError(f"there is no use {shown(use)} of everyday prompts; there are neutral and background")
+    data = (importlib.resources.files("steer2edit") / "behaviors" / EVERYDAY_FILE).read_bytes()
+    rows = parse_rows(data, EVERYDAY_FILE, read_json, _COLUMNS, "everyday prompts", 'expected "prompt" and "use"', _row)
+    return [prompt for prompt, its_use in rows if its_use == use]
+
+
+def _row(row: object, _where: str, _index: int) -> list[tuple[Prompt, str]]:
+    if not isinstance(row, dict):
+        raise Fault(f"expected an object, found {shown(row)}")
+    keyed = {key_of(key): value for key, value in row.items()}
+    prompt = (Message("user", read_text("prompt", keyed.get("prompt"), filled=True)),)
+    if keyed.get("use") not in get_args(Use):
+        raise Fault(f"use is {shown(keyed.get('use'))}; expected neutral or background")
+    return [(prompt, str(keyed["use"]))]
