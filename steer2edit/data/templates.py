@@ -73,12 +73,14 @@ def render_prompts(
     chat_template_kwargs: TemplateArguments | None = None,
     *,
     writing: bool = False,
+    own_thought: bool = False,
 ) -> dict[Prompt, str]:
     """The text before the response of each prompt; ``places`` says where each comes from ("x.jsonl line 3").
 
     A tokenizer without a chat template gives plain text. A response stands after a thought that is empty, where the template
     or the model thinks first; if the model is ``writing`` and the arguments have ``enable_thinking`` (or ``thinking``), the
-    thought is left to it. Raises DataError, with each reason once, for prompts that the template rejects or changes.
+    thought is left to it. With ``own_thought`` it is left to it unless the arguments forbid one. Raises DataError, with each
+    reason once, for prompts that the template rejects or changes.
     """
     characters = sum(len(p) if isinstance(p, str) else sum(len(m.content) for m in p) for p in places)
     texts = run_foreign(
@@ -88,6 +90,7 @@ def render_prompts(
         system,
         check_arguments(chat_template_kwargs),
         writing,
+        own_thought,
         characters=characters + len(places) * len(system or ""),
         what="the chat template",
     )
@@ -101,9 +104,13 @@ def render_prompt(
     chat_template_kwargs: TemplateArguments | None = None,
     *,
     writing: bool = False,
+    own_thought: bool = False,
 ) -> str:
     """The text before the response of one prompt; see :func:`render_prompts`."""
-    return render_prompts({prompt: ""}, tokenizer, system, chat_template_kwargs, writing=writing)[prompt]
+    texts = render_prompts(
+        {prompt: ""}, tokenizer, system, chat_template_kwargs, writing=writing, own_thought=own_thought
+    )
+    return texts[prompt]
 
 
 def rendered_prompts(
@@ -113,6 +120,7 @@ def rendered_prompts(
     chat_template_kwargs: TemplateArguments | None,
     *,
     writing: bool = False,
+    own_thought: bool = False,
 ) -> dict[Prompt, str]:
     """What :func:`render_prompts` gives, computed in this process."""
     arguments = check_arguments(chat_template_kwargs)
@@ -143,7 +151,8 @@ def rendered_prompts(
             if fault := fault or _lost_words(result.text, chat):
                 problems.append((fault, places[prompt]))
                 continue
-            thinks = writing and bool(arguments.get("enable_thinking") or arguments.get("thinking"))
+            asked = arguments.get("enable_thinking") or arguments.get("thinking")
+            thinks = own_thought or (writing and bool(asked))
             lead = "" if thinks and END_OF_THOUGHT.search(trial.lead) else trial.lead
             texts[prompt] = result.text + lead
             for remark in trial.remarks if lead == trial.lead else ():
@@ -175,8 +184,9 @@ def _ordered(
     system: str | None,
     arguments: TemplateArguments | None,
     writing: bool,
+    own_thought: bool,
 ) -> list[str]:
-    texts = rendered_prompts(dict(places), tokenizer, system, arguments, writing=writing)
+    texts = rendered_prompts(dict(places), tokenizer, system, arguments, writing=writing, own_thought=own_thought)
     return [texts[prompt] for prompt, _ in places]
 
 

@@ -107,6 +107,13 @@ def texts_of(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return texts
 
 
+def end_of_turn(tokenizer: Any, chat_template_kwargs: TemplateArguments | None = None) -> int | None:
+    """The token that ends a response; see :func:`encode`. It is the EOS where a chat template puts none behind an answer."""
+    arguments = check_arguments(chat_template_kwargs)
+    end: int | None = run_foreign(tokenizer, _end_of_turn, arguments, characters=1, what="the chat template")
+    return end
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens ``a`` and ``b`` begin with alike."""
     shorter = min(len(a), len(b))

@@ -225,7 +225,7 @@ def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], 
 
     @contextmanager
     def enter() -> Iterator[LoadedModel]:
-        other = replace(loaded, model=load_weights(path, runtime), folder=path)
+        other = replace(loaded, model=load_weights(path, runtime), folder=path, fingerprint=None)
         mine, theirs = (m.get_input_embeddings().weight.shape[0] for m in (loaded.model, other.model))
         if mine != theirs:
             raise CheckpointError(f"{path} has {theirs} tokens in its vocabulary, the base {mine}: not the same model")
@@ -238,7 +238,7 @@ def _adapter(loaded: LoadedModel, path: Path) -> Callable[[], AbstractContextMan
     @contextmanager
     def enter() -> Iterator[LoadedModel]:
         with adapted(loaded.model, path):
-            yield replace(loaded, adapter=path)
+            yield replace(loaded, adapter=path, fingerprint=None)
 
     return enter
 

@@ -1,18 +1,18 @@
 """Where the base folders of this computer lie, by fingerprint.
 
 An artefact never holds a path, since it may be published. So a note outside every artefact tells ``verify`` where to find a
-base that is a local folder: one small file in the user's cache (``STEER2EDIT_CACHE``, or ``XDG_CACHE_HOME/steer2edit``, or
-``~/.cache/steer2edit``). A note is a hint: whoever follows it checks the fingerprint.
+base that is a local folder: one small file in the user's cache folder. A note is a hint: whoever follows it checks the
+fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from steer2edit.files.cache_folder import cache_folder, write_cached
 from steer2edit.files.untrusted import read_bytes
 
 _PATH_BYTES = 1 << 16
@@ -21,15 +21,7 @@ _PATH_BYTES = 1 << 16
 def remember(fingerprint: str, folder: Path) -> None:
     """Note where a base lies. Where the cache cannot be written, nothing is noted: ``--base`` names the base then."""
     with suppress(OSError):
-        note = _note(fingerprint)
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=note.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(os.fsencode(folder.resolve()))
-            os.replace(temporary, note)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_cached(_note(fingerprint), os.fsencode(folder.resolve()))
 
 
 def recall(fingerprint: str) -> Path | None:
@@ -43,11 +35,4 @@ def recall(fingerprint: str) -> Path | None:
 
 def _note(fingerprint: str) -> Path:
     # a fingerprint from a stranger's plan may be any text
-    return _cache() / "bases" / hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _cache() -> Path:
-    own, shared = os.environ.get("STEER2EDIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return Path(shared).expanduser() / "steer2edit" if shared else Path("~/.cache/steer2edit").expanduser()
+    return cache_folder() / "bases" / hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).hexdigest()

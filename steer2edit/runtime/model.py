@@ -60,6 +60,7 @@ class LoadedModel:
     """A model ready to run, with its tokenizer and the compiler's view of it.
 
     ``folder`` is where the weights lie, and ``adapter`` the adapter that is on them, for engines that load files.
+    ``fingerprint`` is the checkpoint's, where the model was loaded from one and not changed since.
     """
 
     model: Any
@@ -67,6 +68,7 @@ class LoadedModel:
     spec: ModelSpec
     folder: Path | None = None
     adapter: Path | None = None
+    fingerprint: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +146,8 @@ class LoadedModel:
 def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runtime()) -> LoadedModel:
     """Load a checkpoint's model and tokenizer for inference. Raises CheckpointError with transformers' own reason."""
     tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
-    return LoadedModel(load_weights(checkpoint.path, runtime), tokenizer, spec, checkpoint.path)
+    model = load_weights(checkpoint.path, runtime)
+    return LoadedModel(model, tokenizer, spec, checkpoint.path, fingerprint=checkpoint.fingerprint)
 
 
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
