@@ -141,3 +141,21 @@ class Case:
     def matrix(self, site: Site) -> torch.Tensor:
         stored = self.checkpoint.read(site.locate(self.checkpoint))
         return stored if site.orientation == "out_in" else stored.T
+
+
+def experts_down(loaded: LoadedModel, site: Site) -> torch.Tensor:
+    """An expert's output matrix in memory, [out, in], a view."""
+    module = loaded.module(site)
+    if hasattr(module, "mlp"):  # DBRX stacks its experts
+        width = site.in_features
+        return module.mlp.w2[site.expert * width : (site.expert + 1) * width].T  # type: ignore[operator]
+    down: torch.Tensor = module.down_proj[site.expert]
+    return down if down.shape == (site.out_features, site.in_features) else down.T
+
+
+def writing_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of a writer's module; of all a layer's experts, those of their output matrices."""
+    outputs = ("down_proj", "down_proj_bias", "w2")
+    named = list(module.named_parameters())
+    held = [p for name, p in named if name.rsplit(".", 1)[-1] in outputs]
+    return held or [p for _, p in named]

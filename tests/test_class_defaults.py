@@ -12,7 +12,8 @@ import transformers
 from conftest import save_tiny
 from family_configs import COMMON_SETTINGS, family_config
 from releases import config_class
-from test_families import CAUSAL, wrapper
+from test_families import CAUSAL
+from wrapper_models import wrapper
 
 from steer2edit.architecture import config as sizes
 from steer2edit.architecture import read_spec

@@ -12,7 +12,8 @@ import torch
 from conftest import make_tokenizer
 from family_configs import family_config
 from mixture_models import MIXTURE_TYPES, MODELS
-from test_families import CAUSAL, WRAPPERS
+from test_families import CAUSAL
+from wrapper_models import WRAPPERS
 
 from steer2edit.data.tokens import Encoded
 from steer2edit.evaluation import likelihood

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case
+from family_models import CONTEXTS
+from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case, experts_down, writing_parameters
 from safetensors.torch import load_file, save_file
 
 from steer2edit import methods
-from steer2edit.architecture import MatrixRole, Site, read_spec
+from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify
@@ -26,11 +27,7 @@ from steer2edit.errors import ArchitectureError, TargetError
 from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Structure
 from steer2edit.runtime.expert_modules import experts_module
 from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
-
-# same length, same last token
-CONTEXTS = torch.tensor([[1, 5, 9, 44, 7, 20], [1, 60, 33, 12, 51, 20]])
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +39,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.fixture(params=MIXTURE_TYPES)
 def case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
     return build(request.param)
-
-
-def experts_down(loaded: LoadedModel, site: Site) -> torch.Tensor:
-    """An expert's output matrix in memory, [out, in], a view."""
-    module = loaded.module(site)
-    if hasattr(module, "mlp"):  # DBRX stacks its experts
-        width = site.in_features
-        return module.mlp.w2[site.expert * width : (site.expert + 1) * width].T  # type: ignore[operator]
-    down: torch.Tensor = module.down_proj[site.expert]
-    return down if down.shape == (site.out_features, site.in_features) else down.T
 
 
 def test_the_experts_of_a_spec_are_the_modules_of_transformers(case: Case) -> None:
@@ -92,14 +79,6 @@ def test_without_its_writers_a_mixture_knows_no_context(case: Case) -> None:
     for parameter in others:
         parameter.normal_()
     assert torch.equal(last(), silent)
-
-
-def writing_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
-    """The parameters of a writer's module; of all a layer's experts, those of their output matrices."""
-    outputs = ("down_proj", "down_proj_bias", "w2")
-    named = list(module.named_parameters())
-    held = [p for name, p in named if name.rsplit(".", 1)[-1] in outputs]
-    return held or [p for _, p in named]
 
 
 def rewritten(source: Path, folder: Path, drop: str | None = None, **config: Any) -> Path:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import save_tiny
 from family_configs import family_config
+from family_models import CONTEXTS
 from mixture_models import MIXTURE_TYPES, mixture_config, save_mixture
-from test_families import CAUSAL, CONTEXTS
+from test_families import CAUSAL
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.architecture.config import class_defaults

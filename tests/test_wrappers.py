@@ -1,0 +1,77 @@
+"""Every multimodal model, tiny and random: its language model is found in its place, and edited there alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import Case, blocks, last_logits
+from mixture_models import experts_down, writing_parameters
+from wrapper_models import WRAPPED, WRAPPERS
+
+from steer2edit.architecture import MatrixRole
+from steer2edit.architecture.families import MULTIMODAL
+from steer2edit.artefact.emit import emit
+from steer2edit.artefact.numbers import TOLERANCE
+from steer2edit.artefact.verify import verify
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.targets.lora import NO_ADAPTER
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[..., Any]) -> Callable[[str], Case]:
+    root = tmp_path_factory.mktemp("wrappers")
+    return functools.cache(lambda name: Case(WRAPPERS[name](root / name), statistics_of))
+
+
+@pytest.fixture(params=list(WRAPPERS))
+def case(request: pytest.FixtureRequest, build: Callable[[str], Case]) -> Case:
+    return build(request.param)
+
+
+def test_the_multimodal_models_are_those_that_are_named() -> None:
+    assert {*WRAPPED, "gemma3"} == set(MULTIMODAL)
+
+
+def test_every_writer_is_a_module_of_the_whole_model_and_there_are_no_others(case: Case) -> None:
+    loaded, spec = case.loaded(), case.spec
+    for site in spec.sites:
+        held = experts_down(loaded, site) if site.expert is not None else loaded.module(site).weight
+        assert torch.equal(held, case.matrix(site))
+    heads = {site.heads for site in spec.sites if site.role is MatrixRole.ATTN_OUT}
+    assert heads == {4}
+    assert loaded.module(spec.embedding) is loaded.model.get_input_embeddings()
+    assert torch.equal(loaded.module(spec.embedding).weight, case.checkpoint.read(spec.embedding.tensor))
+    # without its writers a model knows no context, whatever else is in its blocks
+    before = last_logits(loaded)
+    assert (before[0] - before[1]).abs().max() > 1e-3
+    ours = {id(p): p for site in spec.sites for p in writing_parameters(loaded.module(site))}
+    for parameter in ours.values():
+        parameter.zero_()
+    silent = last_logits(loaded)
+    assert torch.equal(silent[0], silent[1])
+    others = [p for block in blocks(loaded) for p in block.parameters() if p.ndim >= 2 and id(p) not in ours]
+    assert others
+    for parameter in others:
+        parameter.normal_()
+    assert torch.equal(last_logits(loaded), silent)
+
+
+def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(case: Case, tmp_path: Path) -> None:
+    plan = case.plan("component")
+    assert plan.edits
+    targets = ["checkpoint"] if case.spec.model_type in NO_ADAPTER else ["checkpoint", "lora"]
+    for target in targets:
+        emit(plan, case.checkpoint, case.spec, target, tmp_path / target)
+        result = verify(tmp_path / target, base=case.folder)
+        assert result.ok, result.problems
+        assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+    edited = open_checkpoint(tmp_path / "checkpoint")
+    ours = {site.tensor for site in case.spec.sites}
+    assert edited.tensors.keys() == case.checkpoint.tensors.keys()
+    for name in edited.tensors.keys() - ours:
+        assert torch.equal(edited.read(name), case.checkpoint.read(name))
