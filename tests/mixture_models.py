@@ -148,14 +148,15 @@ def experts_down(loaded: LoadedModel, site: Site) -> torch.Tensor:
     module = loaded.module(site)
     if hasattr(module, "mlp"):  # DBRX stacks its experts
         width = site.in_features
-        return module.mlp.w2[site.expert * width : (site.expert + 1) * width].T  # type: ignore[operator]
+        stacked: torch.Tensor = module.mlp.w2[site.expert * width : (site.expert + 1) * width].T  # type: ignore[operator]
+        return stacked
     down: torch.Tensor = module.down_proj[site.expert]
     return down if down.shape == (site.out_features, site.in_features) else down.T
 
 
-def writing_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+def writing_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters of a writer's module; of all a layer's experts, those of their output matrices."""
     outputs = ("down_proj", "down_proj_bias", "w2")
     named = list(module.named_parameters())
     held = [p for name, p in named if name.rsplit(".", 1)[-1] in outputs]
-    return held or [p for _, p in named]
+    return [*held] or [p for _, p in named]
