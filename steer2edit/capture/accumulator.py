@@ -165,7 +165,7 @@ def _example_weights(population: Population, row: int) -> torch.Tensor:
     """How often one example counts in each row of the sums. Both examples of a pair get the same bootstrap weight."""
     weights = torch.zeros(_ROWS)
     weights[POPULATIONS.index(population)] = 1
-    if population != "background":
+    if population in LABELS:
         generator = torch.Generator().manual_seed(row)
         label = LABELS.index(population)
         times = torch.poisson(torch.ones(RESAMPLES["bootstrap"]), generator=generator)

@@ -20,7 +20,15 @@ import torch
 
 from steer2edit.capture.expert_moments import ExpertMoments
 from steer2edit.capture.populations import POPULATIONS, SOURCE_OF, SOURCES, Kind, Population, Side, Source, expert_of
-from steer2edit.capture.stored import DESCRIBED, FORMAT, check_tensors, read_name, stored_counts, stored_name
+from steer2edit.capture.stored import (
+    DESCRIBED,
+    FORMAT,
+    WITHOUT_CHAT,
+    check_tensors,
+    read_name,
+    stored_counts,
+    stored_name,
+)
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError, shown
 from steer2edit.files.atomic import load_tensors, save_tensors
@@ -64,7 +72,7 @@ class Statistics:
 
     Besides the writers there is one pseudo-site per block, ``residual.N``: the residual stream after block N
     (side ``output``). ``blocks`` holds ``E[x_j x_jᵀ]`` of each head's input ``x_j``, ``[heads, d, d]`` float32, by
-    ``(site key, "contrast" or "background")``; ``resampled`` is by ``(kind, site key, side)``, with the total weight of each
+    ``(site key, source)``; ``resampled`` is by ``(kind, site key, side)``, with the total weight of each
     resample and label in ``weights`` ``[resamples, 2]``. ``source`` says what was captured.
     """
 
@@ -99,8 +107,8 @@ class Statistics:
 
     def energy(self, key: str, source: Source = "contrast") -> torch.Tensor:
         """``E[x²]`` of a site's input, elementwise; for the contrast data half the sum of both classes'."""
-        if source == "background":
-            return self._moments(key, "input", "background").m2
+        if source != "contrast":
+            return self._moments(key, "input", source).m2
         return self._typical(key, [self._moments(key, "input", label).m2 for label in LABELS])
 
     def routed_tokens(self, key: str) -> int | None:
@@ -232,7 +240,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write ``*.stats.safetensors``: ``<site>.<side>.<population>.<mean|m2>`` float64, and float32 besides:
-        ``<site>.input.<contrast|neutral>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``, and of experts
+        ``<site>.input.<contrast|neutral|chat|keep>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``, and of experts
         ``routed.<layer>.<population>.<mean|m2|weighted|weight|tokens>``.
         """
         tensors = {f"{kind}.weights": weights for kind, weights in self.weights.items()}
@@ -260,7 +268,7 @@ class Statistics:
         tensors, metadata = load_tensors(Path(path))
         try:
             described = parse_json(metadata["statistics"].encode(), unique=True)
-            if described["format"] != FORMAT:
+            if described["format"] not in (FORMAT, WITHOUT_CHAT):
                 raise PlanError(
                     f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}; capture the statistics again"
                 )
@@ -286,7 +294,7 @@ class Statistics:
                 elif what == "means":
                     resampled[group, key, side] = Resampled(tensor)
             examples, tokens = (
-                {p: int(described[name][stored_name(p)]) for p in POPULATIONS} for name in ("examples", "tokens")
+                {p: int(described[name].get(stored_name(p), 0)) for p in POPULATIONS} for name in ("examples", "tokens")
             )
             routed = {key: ExpertMoments.of(values) for key, values in experts.items()}
             return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights, routed)

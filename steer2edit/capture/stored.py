@@ -12,7 +12,9 @@ from steer2edit.data.answers import LABELS
 from steer2edit.errors import listing
 from steer2edit.files.schema import TEXT
 
-FORMAT = "steer2edit.statistics.2"
+FORMAT = "steer2edit.statistics.3"
+WITHOUT_CHAT = "steer2edit.statistics.2"
+"""The format before the background had chats in it; its files are read too."""
 _STORED = {"background": "neutral"}
 """How files name what has another name here: once the background text was called neutral."""
 
@@ -32,14 +34,14 @@ def stored_counts(counts: Mapping[Population, int]) -> dict[str, int]:
     return {stored_name(population): count for population, count in counts.items()}
 
 
-_COUNTS: Any = {stored_name(population): int for population in POPULATIONS}
+_COUNTS: Any = {f"{stored_name(p)}{'?' if p in ('chat', 'keep') else ''}": int for p in POPULATIONS}
 DESCRIBED: Any = {
     "examples": _COUNTS,
     "tokens": _COUNTS,
     "source": {
         **{
             f"{name}?": TEXT
-            for name in ("name", "data", "system", "span", "background", "fingerprint", "model", "dtype")
+            for name in ("name", "data", "system", "span", "background", "chat", "keep", "fingerprint", "model", "dtype")
         },
         "prompts?": [str],
         "distinct_prompts?": dict.fromkeys(LABELS, int),

@@ -28,7 +28,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     start: int
-    label: Label | Literal["background"]
+    label: Label | Literal["background", "chat", "keep"]
     row: int
 
 

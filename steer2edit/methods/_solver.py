@@ -1,0 +1,88 @@
+r"""One solver for additive edits: the least squared push elsewhere, with the mean pushes that are asked for.
+
+    minimise  aᵀ S a   subject to   Mᵀ a = e      ⇒      a = S⁻¹ M (Mᵀ S⁻¹ M)⁻¹ e
+
+``S`` is a sum of weighted second moments of a writer's input, in blocks of a head's columns or one number for each column, plus
+eps times its mean diagonal. The columns of ``M`` are mean inputs: of the behaviour's data, where a push of one is asked for, and
+of texts that are to get none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+EPS = 0.01
+"""Of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much."""
+_TINY = 1e-12
+LEAST = 1e-6
+"""Of the typical input, in the metric of S⁻¹, what must be left beside the inputs that get no push."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """``S``, float64: ``moments`` [blocks, d, d] of blocks of columns, or [in] of single ones."""
+
+    moments: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], eps: float = EPS) -> Energy:
+        """The weighted sum of ``parts``, with ``eps`` of its mean diagonal on the diagonal."""
+        import torch
+
+        total = sum(weight * parts[name].double() for name, weight in weights.items() if weight)
+        assert isinstance(total, torch.Tensor)
+        if total.ndim == 1:
+            return cls(total + (eps * total.mean() + _TINY))
+        floor = eps * total.diagonal(dim1=1, dim2=2).mean() + _TINY
+        return cls(total + floor * torch.eye(total.shape[1], dtype=total.dtype))
+
+    def inverse(self, columns: torch.Tensor) -> torch.Tensor:
+        """``S⁻¹`` times ``columns`` [in, m]."""
+        import torch
+
+        if self.moments.ndim == 1:
+            return columns / self.moments[:, None]
+        by_block = columns.view(len(self.moments), -1, columns.shape[1])
+        return torch.linalg.solve(self.moments, by_block).reshape(columns.shape)
+
+    def of_functional(self, a: torch.Tensor) -> float:
+        """``aᵀ S a``."""
+        if self.moments.ndim == 1:
+            return float((self.moments * a.square()).sum())
+        by_block = a.view(len(self.moments), -1)
+        return float((by_block * (self.moments @ by_block[:, :, None])[:, :, 0]).sum())
+
+
+def least_energy(
+    inverse: Callable[[torch.Tensor], torch.Tensor], typical: torch.Tensor, silent: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """``a`` [in], float64, of least energy with ``a · typical = 1`` and ``a · m = 0`` for each of ``silent``.
+
+    ``inverse`` is S⁻¹ on columns. None where there is no such functional: the typical input is a mixture of the silent ones.
+    """
+    import torch
+
+    M = torch.stack([typical, *silent], dim=1).double()
+    Y = inverse(M)
+    gram = M.T @ Y
+    if not float(gram[0, 0]) > _TINY:
+        return None
+    # what S⁻¹ leaves of the typical input beside the silent ones, one by one (Gram and Schmidt)
+    sizes = gram.diagonal().clamp(min=0).sqrt()
+    kept = [i for i in range(1, len(sizes)) if float(sizes[i]) > _TINY]
+    scale = sizes[[0, *kept]]
+    unit = gram[[0, *kept]][:, [0, *kept]] / torch.outer(scale, scale)
+    if kept:
+        left = 1 - float(unit[0, 1:] @ torch.linalg.lstsq(unit[1:, 1:], unit[1:, :1], driver="gelsd").solution[:, 0])
+        if left < LEAST:
+            return None
+        e = torch.zeros(len(scale), dtype=torch.float64)
+        e[0] = 1 / scale[0]
+        c = torch.linalg.lstsq(unit, e[:, None], driver="gelsd").solution[:, 0]
+        return Y[:, [0, *kept]] @ (c / scale)
+    return Y[:, 0] / gram[0, 0]
