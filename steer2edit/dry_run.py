@@ -15,7 +15,7 @@ from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import MatrixRole, Site
 from steer2edit.artefact.emit import artefact_folders
 from steer2edit.artefact.request import CompileRequest
-from steer2edit.capture.run import BACKGROUND_TOKENS
+from steer2edit.capture.background import BACKGROUND_TOKENS
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast

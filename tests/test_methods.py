@@ -248,7 +248,7 @@ def test_steering_pushes_by_v_on_the_typical_input(setup: Setup, sites: str, car
 @pytest.mark.parametrize("moments", ["heads", "diagonal"])
 def test_steering_takes_the_least_energy_for_its_push(setup: Setup, moments: str) -> None:
     checkpoint, spec, statistics = setup
-    options = steering.Options(sites="both", moments=moments, stable=False)  # type: ignore[arg-type]
+    options = steering.Options(sites="both", moments=moments, stable=False, background=0.5, **steering.UNSAID)  # type: ignore[arg-type]
     plan = steering.plan(Scoring(checkpoint, spec, statistics), options)
     generator = torch.Generator().manual_seed(0)
     for edit in plan.edits:

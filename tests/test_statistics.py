@@ -13,7 +13,7 @@ import torch
 from conftest import ROWS
 
 from steer2edit.architecture import read_spec
-from steer2edit.capture.populations import POPULATIONS
+from steer2edit.capture.populations import OTHERS, POPULATIONS
 from steer2edit.capture.run import capture
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
@@ -36,7 +36,9 @@ def encoded(loaded: LoadedModel) -> list[Encoded]:
         for label in LABELS
     ]
     background = [Encoded(tuple(range(4, 12 + i)), 1, "background", i) for i in range(3)]
-    return [*encode(examples, loaded.tokenizer), *background]
+    chats = [Encoded(tuple(range(20, 30 + i)), 4, "chat", i) for i in range(2)]
+    keep = [Encoded(tuple(range(9, 16 + i)), 2, "keep", i) for i in range(2)]
+    return [*encode(examples, loaded.tokenizer), *background, *chats, *keep]
 
 
 def close(a: Statistics, b: Statistics) -> bool:
@@ -70,7 +72,7 @@ def test_moments_are_those_of_a_plain_loop(loaded: LoadedModel, encoded: list[En
         assert torch.allclose(found.mean("attn_out.1", "input", population), mean, atol=1e-6)
         assert torch.allclose(found.moments["attn_out.1", "input", population].m2, m2, atol=1e-6)
     heads = loaded.spec.site("attn_out.1").components
-    for source, populations in (("contrast", LABELS), ("background", ("background",))):
+    for source, populations in (("contrast", LABELS), *((other, (other,)) for other in OTHERS)):
         rows = [x.view(len(x), heads, -1) for population in populations for x in inputs[population]]
         blocks = torch.stack([torch.einsum("thi,thj->hij", x, x) / len(x) for x in rows]).mean(0)
         assert torch.allclose(found.block_moments("attn_out.1", source).double(), blocks, atol=1e-5)  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ def test_the_stream_is_the_embedding_plus_what_the_writers_wrote(loaded: LoadedM
 
 def test_merging_halves_gives_the_whole(loaded: LoadedModel, encoded: list[Encoded]) -> None:
     whole = capture(loaded, encoded)
-    assert close(capture(loaded, encoded[:5]).merge(capture(loaded, encoded[5:])), whole)
+    assert close(capture(loaded, encoded[::2]).merge(capture(loaded, encoded[1::2])), whole)
 
 
 def test_statistics_of_other_models_do_not_merge(loaded: LoadedModel, encoded: list[Encoded]) -> None:

@@ -21,6 +21,7 @@ from steer2edit.architecture import Site
 from steer2edit.architecture.routers import Router
 from steer2edit.capture import evidence
 from steer2edit.capture.accumulator import Accumulator
+from steer2edit.capture.background import answers_hash, chats, own_chat, prose
 from steer2edit.capture.populations import SCOPES, Scope, Side, routing_key
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
 from steer2edit.capture.statistics import Statistics
@@ -29,7 +30,8 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.prompts import prompt_digest
-from steer2edit.data.tokens import Encoded, windows
+from steer2edit.data.tokens import Encoded
+from steer2edit.engines.own_answers import OwnAnswer
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.by_layer import Layers
@@ -227,15 +229,13 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
         yield
 
 
-BACKGROUND_TOKENS = 8192
-
-
 def capture_statistics(
     loaded: LoadedModel,
     checkpoint: Checkpoint,
     behavior: Behavior,
     *,
     background: str | Sequence[str] | None = None,
+    chat: Sequence[OwnAnswer] | None = None,
     batch_tokens: int = 4096,
     world: World = ALONE,
     keep: Path | None = None,
@@ -243,14 +243,17 @@ def capture_statistics(
     layers: Layers | None = None,
     progress: Progress = silent,
 ) -> Statistics:
-    """Run the model over the behaviour's examples and ``background`` text once; the result remembers of what it is.
+    """Run the model over the behaviour's examples and the background once; the result remembers of what it is.
 
-    The background stands for everything else the model may read; without one the packaged English text is taken. Without
-    examples it is captured alone, for vectors from elsewhere.
+    The background stands for everything else the model may read and write. It has two formats: ``background`` is running text,
+    the packaged English one where there is none; ``chat`` are answers under the model's template, its own to the packaged
+    prompts where there are none, which are generated first. Without examples it is captured alone, for vectors from elsewhere.
     ``world``, ``keep``, ``keep_every`` and ``layers`` are those of :func:`capture.capture`.
     """
     texts = contrast.background_text() if background is None else background
     texts = [texts] if isinstance(texts, str) else list(texts)
+    if chat is None:
+        chat = own_chat(loaded, checkpoint.fingerprint, world, behavior.chat_template_kwargs, progress)
     source = {
         "name": behavior.name,
         "data": contrast.data_hash(behavior.examples),
@@ -258,6 +261,7 @@ def capture_statistics(
         "span": behavior.span,
         **({"chat_template_kwargs": dict(arguments)} if (arguments := behavior.chat_template_kwargs) else {}),
         "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
+        "chat": answers_hash(chat) if chat else None,
         "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
         **({"distinct_prompts": evidence.distinct_prompts(behavior.examples)} if behavior.examples else {}),
         "fingerprint": checkpoint.fingerprint,
@@ -269,8 +273,7 @@ def capture_statistics(
         found = behavior.encode(loaded.tokenizer, loaded.context)
         if found:
             found = evidence.checked(behavior.examples, found)
-        read = windows(loaded.tokenizer, texts, BACKGROUND_TOKENS, min(256, loaded.context))
-        return found + [Encoded(tuple(ids), 1, "background", row) for row, ids in enumerate(read)]
+        return found + prose(loaded, texts, "background") + chats(chat, "chat")
 
     examples = world.together(encoded)
     return capture(

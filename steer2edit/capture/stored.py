@@ -15,6 +15,7 @@ from steer2edit.files.schema import TEXT
 FORMAT = "steer2edit.statistics.3"
 WITHOUT_CHAT = "steer2edit.statistics.2"
 """The format before the background had chats in it; its files are read too."""
+_OPTIONAL = ("chat", "keep")
 _STORED = {"background": "neutral"}
 """How files name what has another name here: once the background text was called neutral."""
 
@@ -30,18 +31,29 @@ def read_name(stored: str) -> str:
 
 
 def stored_counts(counts: Mapping[Population, int]) -> dict[str, int]:
-    """Counts by population as files hold them."""
-    return {stored_name(population): count for population, count in counts.items()}
+    """Counts by population as files hold them: without chats and texts to keep where there are none."""
+    return {stored_name(p): count for p, count in counts.items() if count or p not in _OPTIONAL}
 
 
-_COUNTS: Any = {f"{stored_name(p)}{'?' if p in ('chat', 'keep') else ''}": int for p in POPULATIONS}
+_COUNTS: Any = {f"{stored_name(p)}{'?' if p in _OPTIONAL else ''}": int for p in POPULATIONS}
 DESCRIBED: Any = {
     "examples": _COUNTS,
     "tokens": _COUNTS,
     "source": {
         **{
             f"{name}?": TEXT
-            for name in ("name", "data", "system", "span", "background", "chat", "keep", "fingerprint", "model", "dtype")
+            for name in (
+                "name",
+                "data",
+                "system",
+                "span",
+                "background",
+                "chat",
+                "keep",
+                "fingerprint",
+                "model",
+                "dtype",
+            )
         },
         "prompts?": [str],
         "distinct_prompts?": dict.fromkeys(LABELS, int),

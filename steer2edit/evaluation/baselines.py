@@ -115,8 +115,9 @@ def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
 
     Raises PlanError where the method that made the plan is not known.
     """
-    method = dict(plan.method)
-    module = load(str(method.get("name")))
+    module = load(str(plan.method.get("name")))
+    # plans of older versions do not hold all options
+    method = {**getattr(module, "UNSAID", {}), **plan.method}
     known = module.Options.__dataclass_fields__
     options = {key: value for key, value in method.items() if key in known}
     if isinstance(options.get("layers"), list):

@@ -74,12 +74,15 @@ def own_strength(options: Any) -> float | None:
     return strength
 
 
+_DESCRIBED = ("name", "data", "system", "span", "background", "chat", "keep", "prompts")
+
+
 def describe_data(statistics: Statistics) -> dict[str, Any]:
     """What a plan says of the data behind it. Plans are published: of texts they hold digests only."""
     from steer2edit.capture.stored import stored_counts
     from steer2edit.data.prompts import prompt_digest
 
-    described = {key: statistics.source.get(key) for key in ("name", "data", "system", "span", "background", "prompts")}
+    described = {key: statistics.source.get(key) for key in _DESCRIBED}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
     if "vectors" in statistics.source:

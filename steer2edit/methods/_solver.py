@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EPS = 0.01
 """Of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much."""
+SILENT_SHARE = 0.01
+"""Of a block's energy on the texts to keep, what the space of a hard --keep may hold."""
 _TINY = 1e-12
 LEAST = 1e-6
 """Of the typical input, in the metric of S⁻¹, what must be left beside the inputs that get no push."""
@@ -50,12 +52,49 @@ class Energy:
         by_block = columns.view(len(self.moments), -1, columns.shape[1])
         return torch.linalg.solve(self.moments, by_block).reshape(columns.shape)
 
-    def of_functional(self, a: torch.Tensor) -> float:
-        """``aᵀ S a``."""
-        if self.moments.ndim == 1:
-            return float((self.moments * a.square()).sum())
-        by_block = a.view(len(self.moments), -1)
-        return float((by_block * (self.moments @ by_block[:, :, None])[:, :, 0]).sum())
+
+@dataclass(frozen=True)
+class SilentSpace:
+    """Where some texts' inputs have hardly any energy, as in AlphaEdit (arXiv 2410.02355) and AlphaSteer (2506.07022).
+
+    The columns ``inside`` [blocks, d] of ``basis`` [blocks, d, d] span it. For single columns there is no basis, and ``inside``
+    is [in].
+    """
+
+    basis: torch.Tensor | None
+    inside: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: torch.Tensor, share: float = SILENT_SHARE) -> SilentSpace:
+        """The eigenvectors of ``moments`` with the smallest eigenvalues, which hold ``share`` of a block's energy together."""
+        import torch
+
+        if moments.ndim == 1:
+            order = moments.argsort()
+            inside = torch.zeros_like(moments, dtype=torch.bool)
+            inside[order] = moments[order].cumsum(0) <= share * moments.sum()
+            return cls(None, inside)
+        values, vectors = torch.linalg.eigh(moments.double())
+        values = values.clamp(min=0)
+        return cls(vectors, values.cumsum(dim=1) <= share * values.sum(dim=1, keepdim=True))
+
+    def inverse(self, energy: Energy) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``U (Uᵀ S U)⁻¹ Uᵀ`` on columns [in, m], where U spans this space."""
+        import torch
+
+        S, inside = energy.moments, self.inside
+        if self.basis is None or S.ndim == 1:
+            return lambda columns: energy.inverse(columns) * inside.reshape(-1, 1)
+        V = self.basis
+        both = inside[:, :, None] & inside[:, None, :]
+        turned = torch.where(both, V.mT @ S @ V, torch.eye(S.shape[1], dtype=S.dtype))
+
+        def apply(columns: torch.Tensor) -> torch.Tensor:
+            by_block = V.mT @ columns.view(len(S), -1, columns.shape[1]) * inside[:, :, None]
+            found = V @ (torch.linalg.solve(turned, by_block) * inside[:, :, None])
+            return found.reshape(columns.shape)
+
+        return apply
 
 
 def least_energy(
