@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from steer2edit.capture.background import BACKGROUND_TOKENS
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
-from steer2edit.data.tokens import windows
+from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.templates import render_prompts, templated
+from steer2edit.data.tokens import token_ids, windows
+from steer2edit.engines.own_answers import ANSWER_TOKENS
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -34,7 +37,8 @@ NEUTRAL_TOKENS = 4096
 class DryRun:
     """A compile in numbers. ``matrices`` may be edited at most, ``read`` are their bytes; ``model`` is the running model's.
 
-    ``tokens`` are those of the capture, ``examples`` the data's. ``capture`` and ``search`` are seconds, from the rate at
+    ``tokens`` are those of the capture, ``examples`` the data's; ``own_answers`` are tokens that the base writes for the
+    capture's background, at most, where no earlier run has kept them. ``capture`` and ``search`` are seconds, from the rate at
     which this device multiplies matrices of this model's width; None where the model runs on none that can be timed here.
     """
 
@@ -45,6 +49,7 @@ class DryRun:
     memory_free: int | None
     examples: int
     tokens: int
+    own_answers: int
     capture: float | None
     search: float | None
     targets: tuple[DiskUse, ...]
@@ -89,7 +94,7 @@ def dry_run(request: CompileRequest) -> DryRun:
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
     device = pick_device(request.runtime.device)
     dtype = _dtype(request.runtime, device)
-    examples, tokens = _tokens(checkpoint, request)
+    examples, tokens, own = _tokens(checkpoint, request)
     rate = _multiplications(spec.hidden_size, dtype, device) if request.runtime.device_map is None else None
     active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
     passes = 1 if request.fixed_strength is not None else SEARCH_PASSES
@@ -109,7 +114,8 @@ def dry_run(request: CompileRequest) -> DryRun:
         memory_free=memory_free(),
         examples=examples,
         tokens=tokens,
-        capture=None if rate is None else tokens * active / rate,
+        own_answers=own,
+        capture=None if rate is None else (tokens + own) * active / rate,
         search=None if rate is None else (1 + passes) * NEUTRAL_TOKENS * (active + 2 * head) / rate,
         targets=tuple(written),
     )
@@ -157,16 +163,21 @@ def _dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _tokens(checkpoint: Checkpoint, request: CompileRequest) -> tuple[int, int]:
-    """Examples, and the tokens that a capture runs over."""
+def _tokens(checkpoint: Checkpoint, request: CompileRequest) -> tuple[int, int, int]:
+    """Examples, the tokens that a capture runs over, and those of them, at most, that the base writes."""
     if request.behavior is None:
-        return sum(request.statistics.examples.values()) if request.statistics is not None else 0, 0
+        return sum(request.statistics.examples.values()) if request.statistics is not None else 0, 0, 0
     behavior = request.behavior
     tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
     texts = contrast.background_text() if request.background is None else request.background
     read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
     encoded = behavior.encode(tokenizer) if behavior.examples else []
-    return len(behavior.examples), sum(map(len, read)) + sum(len(one.ids) for one in encoded)
+    asked: Sequence[Sequence[int]] = ()
+    if templated(tokenizer):
+        prompts = dict.fromkeys(everyday_prompts("background"), "everyday prompts")
+        asked = token_ids(tokenizer, list(render_prompts(prompts, tokenizer).values()), False)
+    own = len(asked) * ANSWER_TOKENS
+    return len(behavior.examples), sum(map(len, [*read, *asked])) + sum(len(one.ids) for one in encoded) + own, own
 
 
 def _active(checkpoint: Checkpoint, spec: ModelSpec) -> float:

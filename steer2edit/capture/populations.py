@@ -9,16 +9,20 @@ from steer2edit.data.answers import LABELS
 
 Population = Literal["positive", "negative", "background", "chat", "keep"]
 Source = Literal["contrast", "background", "chat", "keep"]
+Other = Literal["background", "chat", "keep"]
+"""What is both a class of examples and a source: all but the contrast data."""
 Side = Literal["input", "output"]
 Kind = Literal["bootstrap", "shuffled"]
 Scope = Literal["prompt", "response", "all"]
 SCOPES: tuple[Scope, ...] = ("prompt", "response", "all")
 SOURCES: tuple[Source, ...] = ("contrast", "background", "chat", "keep")
 """The contrast data; running prose; the base's own answers under its template; texts that the edit is to leave alone."""
-OTHERS: tuple[Literal["background", "chat", "keep"], ...] = ("background", "chat", "keep")
+OTHERS: tuple[Other, ...] = ("background", "chat", "keep")
 POPULATIONS: tuple[Population, ...] = (*LABELS, *OTHERS)
 RESAMPLES: Mapping[Kind, int] = {"bootstrap": 32, "shuffled": 8}
-SOURCE_OF: Mapping[Population, Source] = {"positive": "contrast", "negative": "contrast"} | {one: one for one in OTHERS}
+SOURCE_OF: Mapping[Population, Source] = {
+    "positive": "contrast", "negative": "contrast", "background": "background", "chat": "chat", "keep": "keep",
+}  # fmt: skip
 
 
 def routing_key(what: str, scope: Scope, layer: int) -> str:

@@ -253,7 +253,7 @@ def capture_statistics(
     texts = contrast.background_text() if background is None else background
     texts = [texts] if isinstance(texts, str) else list(texts)
     if chat is None:
-        chat = own_chat(loaded, checkpoint.fingerprint, world, behavior.chat_template_kwargs, progress)
+        chat = own_chat(loaded, loaded.fingerprint, world, behavior.chat_template_kwargs, progress)
     source = {
         "name": behavior.name,
         "data": contrast.data_hash(behavior.examples),

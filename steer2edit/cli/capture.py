@@ -145,11 +145,17 @@ def capture(
         return
     result = {
         "statistics": str(out),
-        "examples": dict(statistics.examples),
-        "tokens": dict(statistics.tokens),
+        "examples": {kind: count for kind, count in statistics.examples.items() if count or kind in _ALWAYS},
+        "tokens": {
+            kind: count for kind, count in statistics.tokens.items() if statistics.examples[kind] or kind in _ALWAYS
+        },
         "processes": world.size,
     }
     print_result(result, printed.as_json, lambda result: _render(result, model))
+
+
+_ALWAYS = ("positive", "negative", "background")
+"""Kinds of text that are counted even where there are none."""
 
 
 def _render(result: dict[str, Any], model: str) -> str:

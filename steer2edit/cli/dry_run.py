@@ -67,9 +67,10 @@ def _render(result: Mapping[str, Any]) -> str:
     from steer2edit.dry_run import NEUTRAL_TOKENS, SEARCH_PASSES
 
     free = f", {_size(result['memory_free'])} free" if result["memory_free"] is not None else ""
+    own = f", of which the base writes {result['own_answers']:,} at most, once" if result["own_answers"] else ""
     rows = {
         "Memory": f"{_size(result['memory'])} needed{free}; the running model alone takes {_size(result['model'])}",
-        "Capture": f"{result['examples']:,} examples, {result['tokens']:,} tokens{_about(result['capture'])}",
+        "Capture": f"{result['examples']:,} examples, {result['tokens']:,} tokens{own}{_about(result['capture'])}",
         "Plan": f"at most {result['matrices']} matrices; reads {_size(result['read'])} once",
         "Strength": f"1 to {SEARCH_PASSES} passes over {NEUTRAL_TOKENS:,} tokens of neutral text{_about(result['search'])}",
     }

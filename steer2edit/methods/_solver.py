@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from steer2edit.capture.populations import Source
+
 EPS = 0.01
 """Of the moments' mean diagonal: keeps a direction that was nearly silent in the data from carrying much."""
 SILENT_SHARE = 0.01
@@ -32,7 +34,7 @@ class Energy:
     moments: torch.Tensor
 
     @classmethod
-    def of(cls, parts: Mapping[str, torch.Tensor], weights: Mapping[str, float], eps: float = EPS) -> Energy:
+    def of(cls, parts: Mapping[Source, torch.Tensor], weights: Mapping[Source, float], eps: float = EPS) -> Energy:
         """The weighted sum of ``parts``, with ``eps`` of its mean diagonal on the diagonal."""
         import torch
 
@@ -50,7 +52,8 @@ class Energy:
         if self.moments.ndim == 1:
             return columns / self.moments[:, None]
         by_block = columns.view(len(self.moments), -1, columns.shape[1])
-        return torch.linalg.solve(self.moments, by_block).reshape(columns.shape)
+        found: torch.Tensor = torch.linalg.solve(self.moments, by_block)
+        return found.reshape(columns.shape)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class SilentSpace:
 
         def apply(columns: torch.Tensor) -> torch.Tensor:
             by_block = V.mT @ columns.view(len(S), -1, columns.shape[1]) * inside[:, :, None]
-            found = V @ (torch.linalg.solve(turned, by_block) * inside[:, :, None])
+            found: torch.Tensor = V @ (torch.linalg.solve(turned, by_block) * inside[:, :, None])
             return found.reshape(columns.shape)
 
         return apply
@@ -123,5 +126,6 @@ def least_energy(
         e = torch.zeros(len(scale), dtype=torch.float64)
         e[0] = 1 / scale[0]
         c = torch.linalg.lstsq(unit, e[:, None], driver="gelsd").solution[:, 0]
-        return Y[:, [0, *kept]] @ (c / scale)
+        a: torch.Tensor = Y[:, [0, *kept]] @ (c / scale)
+        return a
     return Y[:, 0] / gram[0, 0]

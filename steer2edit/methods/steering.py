@@ -31,7 +31,7 @@ from steer2edit.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from steer2edit.capture.populations import Source
+    from steer2edit.capture.populations import Other, Source
     from steer2edit.capture.statistics import Statistics
     from steer2edit.plan import EditPlan
     from steer2edit.scoring.scores import Scoring, SiteScores
@@ -137,7 +137,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 class _Terms:
     """The sum that is minimised: ``weights`` of the sources' moments, and the sources that get no mean push."""
 
-    def __init__(self, weights: Mapping[Source, float], silent: tuple[Source, ...], hard: bool) -> None:
+    def __init__(self, weights: Mapping[Source, float], silent: tuple[Other, ...], hard: bool) -> None:
         self.weights, self.silent, self.hard = weights, silent, hard
 
     @classmethod
@@ -154,7 +154,7 @@ class _Terms:
             weights = {name: weight / left for name, weight in weights.items()} if left else {"contrast": 1.0}
         # without contrast data the typical input is the background's own
         known = bool(statistics.examples["positive"] and statistics.examples["negative"])
-        wanted: dict[Source, bool] = {
+        wanted: dict[Other, bool] = {
             "background": options.zero_push in ("prose", "both"),
             "chat": options.zero_push in ("chat", "both"),
             "keep": True,
@@ -187,7 +187,7 @@ class _Terms:
         carrying[reliability.topk(max(1, round(options.carriers * site.components))).indices] = 1
         carrying = carrying * (reliability > 0)
         carries = carrying.repeat_interleave(site.in_features // site.components)
-        silent = [statistics.mean(site.key, "input", source) * carries for source in self.silent]  # type: ignore[arg-type]
+        silent = [statistics.mean(site.key, "input", source) * carries for source in self.silent]
         if not bool((x * carries).any()):
             return torch.zeros_like(one.x_bar)
         a = least_energy(inverse, x * carries, silent)
