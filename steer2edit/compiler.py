@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer2edit.architecture import read_spec
+from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
-from steer2edit.artefact.request import CompileRequest
+from steer2edit.artefact.request import CompileRequest, Protected
+from steer2edit.capture.protect import protected
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
-from steer2edit.capture.vectors import substituted
-from steer2edit.checkpoint import open_checkpoint
+from steer2edit.capture.vectors import Vectors, substituted
+from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.dry_run import check_rooms
 from steer2edit.evaluation.assess import prove
 from steer2edit.evaluation.evaluate import Evaluation
@@ -21,7 +22,7 @@ from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
-from steer2edit.runtime.model import load_model
+from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.settle import neutral_text, settle_strength
 
@@ -70,7 +71,8 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         assert statistics is not None  # one of the two was given
         if request.vectors is not None:
             statistics = substituted(request.vectors, statistics, checkpoint, spec)
-        scoring = Scoring(checkpoint, spec, statistics)
+        others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
+        scoring = Scoring(checkpoint, spec, protected(statistics, others))
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
         text = neutral_text(loaded, request.neutral, progress)
         plan = settle_strength(
@@ -93,3 +95,19 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         evaluation = prove(loaded, scoring, plan, text, request.questions, folders, progress)
         write_pages(plan, evaluation, folders.values())
         return Compiled(plan, statistics, folders, lowerings, evaluation)
+
+
+def _directions(
+    one: Protected,
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    statistics: Statistics,
+    progress: Progress,
+) -> Statistics:
+    """Statistics whose class differences are a direction to protect; a behaviour's are captured, without a background."""
+    if isinstance(one, Vectors):
+        return substituted(one, statistics, checkpoint, spec)
+    if isinstance(one, Statistics):
+        return one
+    return capture_statistics(loaded, checkpoint, one, background="", chat=(), progress=progress)

@@ -17,13 +17,17 @@ from steer2edit.lowering import Writing
 from steer2edit.methods import METHOD, own_strength
 from steer2edit.runtime.model import Runtime
 
+Protected = Behavior | Statistics | Vectors
+"""Where a direction to protect comes from."""
+
 
 @dataclass(frozen=True)
 class CompileRequest:
     """What to compile into ``model``, how strongly, and where the artefacts go.
 
     Give ``behavior`` or ``statistics`` of an earlier capture. ``vectors`` from elsewhere take the place of the captured
-    difference; a behaviour without examples is then enough. ``options`` are the method's own Options. ``strength`` multiplies
+    difference; a behaviour without examples is then enough. The edit does not write along the directions to ``protect``, which
+    are behaviours, statistics or vectors of the same model. ``options`` are the method's own Options. ``strength`` multiplies
     the method's edit; without it the largest strength is taken whose mean KL on neutral text (nats per token) is within
     ``kl_budget``, 0.05 unless given; ``class_budgets`` bound attention and MLPs apart. With one target ``out`` is its folder,
     with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page.
@@ -36,6 +40,7 @@ class CompileRequest:
     behavior: Behavior | None = None
     statistics: Statistics | None = None
     vectors: Vectors | None = None
+    protect: Sequence[Protected] = ()
     to: Sequence[str] = ("checkpoint",)
     revision: str | None = None
     method: str = METHOD

@@ -166,11 +166,15 @@ class Statistics:
         prompts = self.source.get("prompts")
         return min(self.distinct.values(), default=len(prompts) if prompts else None)
 
+    @property
+    def directions(self) -> frozenset[str]:
+        """The places, writers and blocks, at which the classes' outputs differ by a steering vector."""
+        keys = {key for key, side, population in self.moments if side == "output" and population == "positive"}
+        return frozenset(key for key in keys if "." in key and not key.startswith(_ROUTING))
+
     def check_contrast(self) -> None:
         """Raise PlanError where the classes differ nowhere by more than rounding."""
-        keys = {key for key, side, population in self.moments if side == "output" and population == "positive"}
-        keys = {key for key in keys if "." in key and not key.startswith(_ROUTING)}
-        if keys and not any(bool(self.difference(key).any()) for key in keys):
+        if self.directions and not any(bool(self.difference(key).any()) for key in self.directions):
             raise PlanError(
                 "both classes have the same mean activations, up to rounding, at every layer: there is no behaviour to compile; "
                 "are their responses the same?"

@@ -56,6 +56,7 @@ DESCRIBED: Any = {
             )
         },
         "prompts?": [str],
+        "protect?": [str],
         "distinct_prompts?": dict.fromkeys(LABELS, int),
         "chat_template_kwargs?": dict,
     },

@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.compose import PlansFlags, WeightsCommand, compile_plans
-from steer2edit.cli.data_options import CaptureFlags, StatsFlags, VectorsFlags
+from steer2edit.cli.data_options import CaptureFlags, ProtectFlags, StatsFlags, VectorsFlags
 from steer2edit.cli.dry_run import dry_run_compile
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
@@ -59,6 +59,7 @@ class ReportFlags(FlagGroup):
     data=CaptureFlags,
     stats=StatsFlags,
     vectors=VectorsFlags,
+    protect=ProtectFlags,
     method=MethodFlags,
     strength=StrengthFlags,
     model_flags=ModelFlags,
@@ -76,6 +77,7 @@ def compile(
     data: CaptureFlags,
     stats: StatsFlags,
     vectors: VectorsFlags,
+    protect: ProtectFlags,
     method: MethodFlags,
     strength: StrengthFlags,
     model_flags: ModelFlags,
@@ -96,6 +98,10 @@ def compile(
     from steer2edit.compiler import compile as compile_model
 
     if plans.plans:
+        if protect.protect:
+            raise click.UsageError(
+                "--protect clears vectors, and the plans of --plan are made: give it where they are planned"
+            )
         compile_plans(
             model, plans, data, stats, vectors, method, strength, model_flags, report.questions, report.no_report,
             output.out, targets.to, writing, force.force, printed.as_json,
@@ -114,6 +120,7 @@ def compile(
         behavior=data.read_behavior(steering) if statistics is None else None,
         statistics=statistics,
         vectors=steering,
+        protect=protect.read(data),
         to=targets.to,
         revision=model_flags.revision,
         method=method.method,

@@ -181,6 +181,40 @@ class VectorsFlags(FlagGroup):
         return None if self.vectors_file is None else read_vectors(self.vectors_file, Reading(edited=layers))
 
 
+@dataclass(frozen=True)
+class ProtectFlags(FlagGroup):
+    """Directions that the edit leaves alone."""
+
+    heading: ClassVar[str] = "Data"
+
+    protect: tuple[str, ...] = option(
+        (),
+        "Direction that the edit does not write along: a built-in behaviour, a statistics file or steering vectors. Repeatable.",
+        metavar="DIRECTION",
+    )
+
+    def read(self, data: TemplateFlags) -> tuple[Behavior | Statistics | Vectors, ...]:
+        """The directions' sources. Raises UsageError for what is neither a behaviour nor a file."""
+        from steer2edit.capture.statistics import Statistics
+        from steer2edit.data.behavior import Behavior
+        from steer2edit.data.contrast import behaviors
+        from steer2edit.importers import read_vectors
+
+        found: list[Behavior | Statistics | Vectors] = []
+        for name in self.protect:
+            if name in behaviors() and not Path(name).exists():
+                found.append(Behavior.builtin(name, data.system, chat_template_kwargs=data.template_arguments))
+            elif not Path(name).expanduser().exists():
+                raise click.UsageError(
+                    f"--protect {name}: there is no such file, and the built-in behaviours are {', '.join(behaviors())}"
+                )
+            elif name.endswith(".stats.safetensors"):
+                found.append(Statistics.load(name))
+            else:
+                found.append(read_vectors(name))
+        return tuple(found)
+
+
 def _json_or_text(value: str) -> Any:
     try:
         return parse_json(value.strip().encode("utf-8", "surrogateescape"))

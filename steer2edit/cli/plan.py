@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import click
 
 from steer2edit.cli.command import command
-from steer2edit.cli.data_options import VectorsFlags
+from steer2edit.cli.data_options import ProtectFlags, TemplateFlags, VectorsFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.options import (
@@ -25,6 +25,9 @@ from steer2edit.cli.output import print_result
 from steer2edit.options import option
 
 if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.checkpoint import Checkpoint
     from steer2edit.plan import EditPlan
 
 
@@ -75,6 +78,7 @@ class BaseFlags(ModelFlags):
 @command(
     source=PlanSource,
     vectors=VectorsFlags,
+    protect=ProtectFlags,
     method=MethodFlags,
     strength=StrengthFlags,
     model_flags=ModelFlags,
@@ -87,6 +91,7 @@ def plan(
     model: str,
     source: PlanSource,
     vectors: VectorsFlags,
+    protect: ProtectFlags,
     method: MethodFlags,
     strength: StrengthFlags,
     model_flags: ModelFlags,
@@ -95,6 +100,7 @@ def plan(
     printed: JsonFlags,
 ) -> None:
     """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
+    from steer2edit.capture.protect import protected
     from steer2edit.capture.statistics import Statistics
     from steer2edit.capture.vectors import substituted
     from steer2edit.methods import make_plan
@@ -107,7 +113,7 @@ def plan(
     statistics, steering = Statistics.load(source.stats), vectors.read(getattr(options, "layers", None))
     if steering is not None:
         statistics = substituted(steering, statistics, checkpoint, spec)
-    scoring = Scoring(checkpoint, spec, statistics)
+    scoring = Scoring(checkpoint, spec, protected(statistics, _directions(protect, statistics, checkpoint, spec)))
     edits = make_plan(scoring, method=method.method, options=options, progress=progress_bar())
     if strength.measured:
         loaded = model_flags.load(checkpoint, spec)
@@ -123,6 +129,27 @@ def plan(
         edits = edits.at_strength(strength.strength)
     edits.save(output.out)
     print_plan(edits, output.out, printed.as_json)
+
+
+def _directions(
+    protect: ProtectFlags, statistics: Statistics, checkpoint: Checkpoint, spec: ModelSpec
+) -> list[Statistics]:
+    """Statistics of the directions to protect; no model is run for them."""
+    from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vectors import Vectors, substituted
+
+    found = []
+    for name, one in zip(protect.protect, protect.read(TemplateFlags()), strict=True):
+        if isinstance(one, Vectors):
+            found.append(substituted(one, statistics, checkpoint, spec))
+        elif isinstance(one, Statistics):
+            found.append(one)
+        else:
+            raise click.UsageError(
+                f"plan runs no model, and the direction of {name} is captured: steer2edit capture MODEL --behavior {name} "
+                f"-o {name}.stats.safetensors, and --protect {name}.stats.safetensors"
+            )
+    return found
 
 
 @command(shown=ShowFlags, replace=ReplaceFlags, printed=JsonFlags)

@@ -85,6 +85,5 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
     described = {key: statistics.source.get(key) for key in _DESCRIBED}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
-    if "vectors" in statistics.source:
-        described["vectors"] = statistics.source["vectors"]
+    described |= {key: statistics.source[key] for key in ("vectors", "protect") if key in statistics.source}
     return {**described, "examples": stored_counts(statistics.examples), "tokens": stored_counts(statistics.tokens)}
