@@ -41,9 +41,9 @@ class Compiled:
 def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
     """Compile a behaviour into a model's weights, as ``request`` says.
 
-    With held-out questions the edit is also measured, beside activation steering and a random direction, and each artefact
-    gets the evaluation and a report page. No other run can write the folders meanwhile. Raises a Steer2EditError for whatever
-    is wrong with the input.
+    With held-out questions the edit is also measured, beside activation steering, random directions and an instruction, and
+    each artefact gets the evaluation and a report page. No other run can write the folders meanwhile. Raises a Steer2EditError
+    for whatever is wrong with the input.
     """
     folders = artefact_folders(request.out, request.to, request.force, [request.model])
     with claimed(folders.values()):
@@ -92,7 +92,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         }
         if request.questions is None:
             return Compiled(plan, statistics, folders, lowerings)
-        evaluation = prove(loaded, scoring, plan, text, request.questions, folders, progress)
+        evaluation = prove(loaded, scoring, plan, text, request.questions, folders, progress, told=request.told)
         write_pages(plan, evaluation, folders.values())
         return Compiled(plan, statistics, folders, lowerings, evaluation)
 

@@ -23,6 +23,7 @@ from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.summary import summary
 from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
@@ -68,7 +69,7 @@ class Composed:
             "format": FORMAT,
             "plans": [part["name"] for part in self.plan.method["plans"]],
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
-            "evaluations": {name: found.described() for name, found in self.evaluations.items()},
+            "evaluations": {name: summary(found) for name, found in self.evaluations.items()},
         }
 
 

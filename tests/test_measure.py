@@ -47,7 +47,7 @@ def compiled(tiny_llama: Path, files: Path) -> Path:
 def test_a_compile_with_questions_brings_its_proof(tiny_llama: Path, compiled: Path) -> None:
     for target in ("checkpoint", "lora"):
         found = Evaluation.load(compiled / target / EVALUATION)
-        assert [row.kind for row in found.rows] == ["base", "edit", "steering", "random"]
+        assert [row.kind for row in found.rows] == ["base", "edit", "steering", "random", "random", "random"]
         page = (compiled / target / REPORT).read_text()
         assert page.count("<svg") >= 2 and "margin" in page
     sent = run("push", compiled / "lora", "user/name", "--dry-run")

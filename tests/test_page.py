@@ -144,7 +144,8 @@ def test_any_text_at_all_is_escaped(text: str) -> None:
 def test_verdict_says_what_was_found() -> None:
     said = verdict(make_report())
     assert re.match(r"Length falls by [\d.]+ tokens \[[\d.]+, [\d.]+\] at a KL of 0\.0\d+ nats/token; ", said)
-    assert "the best of 3 random directions at equal KL" in said
+    assert "beyond random directions (mean of 3): −" in said
+    assert "That is more than whole matrices, random directions (mean of 3) and shuffled labels (one) give." in said
     assert "not distinguishable" not in said
 
 
@@ -158,7 +159,7 @@ def test_verdict_names_activation_steering_where_it_costs_as_much() -> None:
         dearer = dataclasses.replace(kl, values=tuple(share * value for value in kl.values))
         row = dataclasses.replace(steering, note="at equal KL", samples={**steering.samples, "KL": dearer})
         said = verdict(make_report(evaluation=dataclasses.replace(whole, rows=(*rest, row))))
-        assert ("activation steering at equal KL: −" in said) == named
+        assert ("beyond activation steering: −" in said) == named
 
 
 def test_a_study_without_a_report_shows_its_front_and_says_where_it_was_chosen() -> None:
@@ -174,14 +175,15 @@ def test_a_study_without_a_report_shows_its_front_and_says_where_it_was_chosen()
 
 def test_verdict_says_when_chance_does_the_same() -> None:
     said = verdict(make_report(evaluation=make_evaluation(random=-0.45)))
-    assert "not distinguishable from a random direction." in said
+    assert "not distinguishable from random directions (mean of 3)." in said
+    assert "Not steerable here: length differs by" in said
     assert "not distinguishable from no change" not in said
 
 
 def test_verdict_says_when_chance_does_better() -> None:
-    assert "The edit does worse than a random direction." in verdict(
-        make_report(evaluation=make_evaluation(edit=-0.2, random=-0.7))
-    )
+    said = verdict(make_report(evaluation=make_evaluation(edit=-0.2, random=-0.7)))
+    assert "The edit does worse than random directions (mean of 3)" in said
+    assert said.endswith("that is the wrong direction.")
 
 
 def test_verdict_says_when_nothing_changed() -> None:

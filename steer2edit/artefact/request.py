@@ -30,7 +30,8 @@ class CompileRequest:
     are behaviours, statistics or vectors of the same model. ``options`` are the method's own Options. ``strength`` multiplies
     the method's edit; without it the largest strength is taken whose mean KL on neutral text (nats per token) is within
     ``kl_budget``, 0.05 unless given; ``class_budgets`` bound attention and MLPs apart. With one target ``out`` is its folder,
-    with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page.
+    with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page; ``told`` is an
+    instruction that asks for the same behaviour: the edit is compared with it.
 
     Raises DataError unless exactly one of behaviour and statistics is given.
     """
@@ -53,6 +54,7 @@ class CompileRequest:
     runtime: Runtime = field(default_factory=Runtime)
     batch_tokens: int = 4096
     questions: Sequence[Question] | None = None
+    told: str | None = None
     force: bool = False
     writing: Writing = field(default_factory=Writing)
 

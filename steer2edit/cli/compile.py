@@ -51,6 +51,12 @@ class ReportFlags(FlagGroup):
     questions: tuple[str, ...] = option(
         (), "Held-out questions; a built-in behaviour has its own. With --plan, one file for each plan.", "--eval"
     )
+    told: str | None = option(
+        None,
+        "Compare with the base under this instruction; 'none' for no such row.",
+        metavar="TEXT",
+        shown_default="that of the built-in behaviour",
+    )
     no_report: bool = option(False, "Measure nothing but the KL, and make no report page.")
 
 
@@ -96,6 +102,7 @@ def compile(
     from steer2edit.artefact.request import CompileRequest
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
+    from steer2edit.evaluation.summary import summary
 
     if plans.plans:
         if protect.protect:
@@ -133,6 +140,7 @@ def compile(
         runtime=model_flags.runtime(),
         batch_tokens=data.batch_tokens,
         questions=None if report.no_report or writing.dry_run else held_out(report.questions, data.behavior),
+        told=instruction_of(report.told, data.behavior),
         force=force.force,
         writing=writing.writing(),
     )
@@ -146,7 +154,7 @@ def compile(
         "changed": len(compiled.plan.edits),
         "method": dict(compiled.plan.method),
         "measured": compiled.plan.measured.to_json(),
-        "evaluation": compiled.evaluation and compiled.evaluation.described(),
+        "evaluation": compiled.evaluation and summary(compiled.evaluation),
     }
     print_result(result, printed.as_json, lambda _: _render(compiled, model, model_flags.revision))
 
@@ -160,10 +168,19 @@ def held_out(sources: tuple[str, ...], behaviors: tuple[str, ...]) -> Any:
     return [question for name in behaviors for question in builtin_questions(name) or []] or None
 
 
+def instruction_of(told: str | None, behaviors: tuple[str, ...]) -> str | None:
+    """The instruction of --told, or that of the built-in behaviours; None for none."""
+    from steer2edit.data.behavior import instruction
+
+    if told == "none":
+        return None
+    return told or instruction(behaviors)
+
+
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     from steer2edit.files.layout import REPORT
     from steer2edit.report.plan_text import cost_line, plan_line, strength_line
-    from steer2edit.report.tables import effect_line, render_evaluation
+    from steer2edit.report.tables import effect_line, render_evaluation, steerable_lines
 
     plan = compiled.plan
     summary = {
@@ -179,4 +196,7 @@ def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     lines += ["", "Written:", *artefact_lines(compiled.artefacts, exactness)]
     pages = [folder / REPORT for folder in compiled.artefacts.values() if (folder / REPORT).is_file()]
     lines += [f"  report page  {page}" for page in pages[:1]]
-    return "\n".join([*lines, "", *closing_lines(compiled.artefacts, model, revision)])
+    lines += ["", *closing_lines(compiled.artefacts, model, revision)]
+    if compiled.evaluation is not None and (judged := steerable_lines(compiled.evaluation)):
+        lines += ["", *judged]
+    return "\n".join(lines)

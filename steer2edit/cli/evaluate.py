@@ -30,6 +30,12 @@ class BaselineFlags(FlagGroup):
     baselines: bool = option(
         False, "Evaluate the baselines too: control edits of the same size, and activation steering."
     )
+    told: str | None = option(
+        None,
+        "Compare with the base under this instruction; 'none' for no such row.",
+        metavar="TEXT",
+        shown_default="that of the built-in behaviour",
+    )
     strengths: str = option("", "Strengths of activation steering to evaluate, such as 0.25,0.5,1,2.", metavar="LIST")
     match: Literal["kl", "norm"] = option("kl", "Bring the baselines to the first plan's KL, or to its Frobenius norm.")
     draws: int = option(3, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
@@ -96,8 +102,9 @@ def evaluate(
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.baselines import steering
     from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.summary import summary
     from steer2edit.evaluation.work import baselines_work, work_of
-    from steer2edit.report.tables import render_evaluation
+    from steer2edit.report.tables import render_evaluation, steerable_lines
 
     replacing.check(output.out, "evaluation")
     strengths = numbers(compared.strengths, "--strengths")
@@ -112,6 +119,12 @@ def evaluate(
     suite = asked.suite(loaded, questions, data)
     if engine.engine == "vllm":
         suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
+    if (compared.told or compared.baselines) and chosen:
+        from steer2edit.cli.compile import instruction_of
+        from steer2edit.evaluation.baselines import instructed
+
+        if text := instruction_of(compared.told, data.behavior):
+            chosen += instructed(chosen[0], loaded, text)
     if compared.baselines or strengths:
         scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
         if compared.baselines:
@@ -143,7 +156,9 @@ def evaluate(
         evaluation.save(output.out)
     written = [] if output.out is None else ["", f"Written: {output.out}"]
     print_result(
-        evaluation.described(), printed.as_json, lambda _: "\n".join([render_evaluation(evaluation), *written])
+        summary(evaluation),
+        printed.as_json,
+        lambda _: "\n".join([render_evaluation(evaluation), *steerable_lines(evaluation), *written]),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,3 +82,10 @@ class Behavior:
             context=context,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+
+
+def instruction(names: Sequence[str]) -> str | None:
+    """What a model is told to get built-in behaviours without an edit; None where one of them has no instruction."""
+    file = importlib.resources.files("steer2edit") / "behaviors" / "instructions.json"
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return " ".join(known[name] for name in names) if names and all(name in known for name in names) else None

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.data.questions import Question, Split, builtin_questions, refuse_seen
-from steer2edit.evaluation.baselines import Match, baselines, neutral_kl, steering, steering_at
+from steer2edit.evaluation.baselines import (
+    Match,
+    baselines,
+    instructed,
+    neutral_kl,
+    random_directions,
+    steering,
+    steering_at,
+)
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.layout import EVALUATION
@@ -67,12 +75,13 @@ def prove(
     questions: Sequence[Question],
     folders: Mapping[str, Path],
     progress: Progress = silent,
+    *,
+    told: str | None = None,
 ) -> Evaluation:
-    """Evaluate the edit of a compile beside activation steering and a random direction.
+    """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
-    All of them have the KL of the edit.
-
-    Writes the evaluation into each artefact's folder.
+    With an instruction ``told`` the base is also measured under it, and the edit too. Writes the evaluation into each
+    artefact's folder.
     """
     source = scoring.statistics.source
     suite = Suite(
@@ -85,13 +94,15 @@ def prove(
     )
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
-    controls = baselines(loaded, scoring, plan, neutral, draws=1, only=("random",), kl=kl, progress=progress)
+    controls = random_directions(loaded, plan, neutral, kl)
     context = {
         "model": scoring.checkpoint.name,
         "fingerprint": scoring.checkpoint.fingerprint,
         "behavior": source.get("name"),
     }
     candidates = [named, steering_at(loaded, scoring, neutral, kl), *controls]
+    if told:
+        candidates += instructed(named, loaded, told)
     evaluation = assess(loaded, suite, candidates, context=context, progress=progress)
     for folder in folders.values():
         evaluation.save(folder / EVALUATION)

@@ -1,4 +1,4 @@
-"""The baselines: activation steering, and control edits of the same size (random direction, shuffled labels, flipped sign, …).
+"""The baselines: activation steering, an instruction, and control edits of the same size (random direction, …).
 
 Each baseline is a candidate like any other. Edits are made as large as the plan (``match="norm"``: each tensor's ‖ΔW‖ is the
 plan's) or brought to the KL that the plan reaches (``match="kl"``), so that what a random direction gives as well is seen.
@@ -6,6 +6,7 @@ plan's) or brought to the KL that the plan reaches (``match="kl"``), so that wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,9 @@ import torch
 
 from steer2edit.capture.populations import RESAMPLES
 from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.evaluation.comparison import BOTH, EQUAL_COST, INSTRUCTED
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
+from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
@@ -94,6 +97,39 @@ def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl:
     return replace(_steering(loaded, vectors, strength), note="at equal KL")
 
 
+def random_directions(
+    loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, draws: int = LEAST_DIRECTIONS
+) -> list[Candidate]:
+    """Random directions at a KL; those after the first are measured in brief.
+
+    Directions of one size cost nearly the same: each begins at the first one's strength, and takes few passes.
+    """
+    candidates: list[Candidate] = []
+    strength = 1.0
+    for i in range(draws):
+        name, drawn = f"random direction {i + 1}", random_direction(plan, seed=i)
+        if not i:
+            settled = to_kl(loaded, drawn, neutral, kl, name)
+            strength = settled.norm / drawn.norm if drawn.norm else 1.0
+        else:
+            settled = _near_kl(loaded, drawn, neutral, kl, strength, name)
+        candidates.append(replace(plan_candidate(loaded, name, settled, "random", "at equal KL"), brief=i > 0))
+    return candidates
+
+
+def instructed(edit: Candidate, loaded: LoadedModel, instruction: str) -> list[Candidate]:
+    """The base told how to behave, and the edit told so too. Their cost is not measured: a prompt leaves the model as it is."""
+
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        yield loaded
+
+    note = f"told: {instruction}"
+    alone = Candidate("instruction", enter, INSTRUCTED, note, told=instruction)
+    both = replace(edit, name=f"{edit.name} and instruction", kind=BOTH, note=note, told=instruction)
+    return [alone, both]
+
+
 def random_direction(plan: EditPlan, seed: int) -> EditPlan:
     """The plan with every output direction drawn at random; every ‖ΔW‖ stays."""
     generator = torch.Generator().manual_seed(seed)
@@ -161,6 +197,20 @@ def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, 
         return plan.scaled(meet(partial(edited, loaded, plan), neutral, kl, name).strength)
     except Steer2EditError as error:
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
+
+
+def _near_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, start: float, name: str) -> EditPlan:
+    """The plan within half of ``EQUAL_COST`` of a KL, by the square law from ``start``; searched for where that fails."""
+    apply = partial(edited, loaded, plan)
+    strength = start
+    for _ in range(3):
+        reached = at(apply, neutral, strength, name).divergence.kl
+        if not (math.isfinite(reached) and reached > 0):
+            break
+        if abs(reached - kl) <= EQUAL_COST / 2 * kl:
+            return plan.scaled(strength)
+        strength *= math.sqrt(kl / reached)
+    return to_kl(loaded, plan, neutral, kl, name)
 
 
 def _steering(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Candidate:

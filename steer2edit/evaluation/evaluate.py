@@ -18,7 +18,9 @@ from steer2edit import targets
 from steer2edit.artefact.receipt import read_receipt
 from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listing, shown
+from steer2edit.evaluation.instructed import brief, told
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
@@ -33,7 +35,7 @@ from steer2edit.runtime.model import LoadedModel, Runtime, load_weights
 FORMAT = "steer2edit.evaluation.1"
 _ROW: Any = {
     **{"name": str, "kind": str, "note": str, "strength": MAYBE, "answers": [str], "seconds": NUMBER},
-    "samples": {str: {"values": [NUMBER], "weights": ([NUMBER], None)}},
+    "samples": {str: {"values": [NUMBER], "weights": ([NUMBER], None), "groups?": ([str], None)}},
 }
 _METRIC: Any = {"name": str, "role": str, "goal": str, "unit": str, "exponential": bool}
 _DESCRIBED: Any = {"metrics": [_METRIC], "rows": [_ROW], "context": {}, "prompts": [str]}
@@ -44,7 +46,8 @@ class Candidate:
     """A way to change the model: within ``enter()`` the yielded model is changed.
 
     ``kind`` is base, edit, or the name of a baseline; ``note`` says in words what it is; ``seen`` are digests of the prompts
-    that it was made or chosen by.
+    that it was made or chosen by. ``told`` is an instruction that stands before every prompt. ``brief`` asks for the cost and
+    the attribute alone, by likelihood where it can be had so.
     """
 
     name: str
@@ -53,11 +56,16 @@ class Candidate:
     note: str = ""
     strength: float | None = None
     seen: frozenset[str] = frozenset()
+    told: str = ""
+    brief: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one candidate gave: samples by metric name, answers in the questions' order, seconds taken."""
+    """What one candidate gave: samples by metric name, answers in the questions' order, seconds taken.
+
+    A candidate that was measured in brief, or that a metric says nothing of, lacks some of the metrics.
+    """
 
     name: str
     kind: str
@@ -92,6 +100,17 @@ class Evaluation:
         """A row's metric against the base's, paired by question."""
         return row.samples[name].change(self.rows[0].samples[name], self.metric(name))
 
+    def difference(self, row: Row, other: Row | Sequence[Row], name: str) -> Estimate:
+        """A row's metric minus another's, or minus the mean of several others, paired by question, with its interval.
+
+        It is the ratio where the metric is exponential. Questions of one prompt are resampled together. Raises KeyError where
+        one of the rows lacks the metric.
+        """
+        others = [other] if isinstance(other, Row) else list(other)
+        columns = zip(*(one.samples[name].values for one in others), strict=True)
+        mean = Sample(tuple(sum(values) / len(others) for values in columns))
+        return row.samples[name].change(mean, self.metric(name))
+
     def described(self) -> dict[str, Any]:
         """The numbers in plain values, without single questions."""
         rows = [
@@ -104,6 +123,7 @@ class Evaluation:
                 "metrics": {
                     m.name: {**asdict(self.estimate(row, m.name)), "change": asdict(self.change(row, m.name))}
                     for m in self.metrics
+                    if m.name in row.samples
                 },
             }
             for row in self.rows
@@ -168,9 +188,12 @@ def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = si
     answers: tuple[str, ...] = ()
     started = time.perf_counter()
     with candidate.enter() as model:
-        for task in tasks:
-            outcome = task.measure(model, _named(progress, candidate.name))
-            samples |= outcome.samples
+        for task in brief(tasks) if candidate.brief else tasks:
+            asked = told(task, candidate.told, model) if candidate.told else task
+            if asked is None:
+                continue  # an instruction has no part in it
+            outcome = asked.measure(model, _named(progress, candidate.name))
+            samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in outcome.samples.items()}
             answers = answers or outcome.answers
     seconds = time.perf_counter() - started
     return Row(candidate.name, candidate.kind, samples, candidate.note, candidate.strength, answers, seconds)
@@ -252,8 +275,19 @@ def _named(progress: Progress, name: str) -> Progress:
     return lambda stage, total: progress(f"{name}: {stage}", total)
 
 
+def _groups(task: Task, sample: Sample) -> tuple[str, ...] | None:
+    """Digests of the prompts behind a sample's values; None where no prompt occurs twice, or they are not questions."""
+    asked: Sequence[Question] = getattr(task, "questions", ())
+    answered = [question for question in asked if question.answers]
+    for questions in (asked, answered):
+        if len(questions) == len(sample.values):
+            digests = tuple(question.digest for question in questions)
+            return digests if len(set(digests)) < len(digests) else None
+    return None
+
+
 def _check_counts(found: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every row has a value for each of the base's questions, and there are rows."""
+    """Raise ValueError unless the base has every metric, and each row as many values of a metric as the base."""
     if not found["rows"]:
         raise ValueError("it holds no rows")
     base = found["rows"][0]["samples"]
@@ -263,6 +297,8 @@ def _check_counts(found: Mapping[str, Any]) -> None:
             raise ValueError(f"the metric {shown(name)} has an unknown goal or role")
         for row in found["rows"]:
             sample = row["samples"].get(name)
+            if sample is None and row is not found["rows"][0]:
+                continue
             counts = {len(base[name]["values"])} if name in base else set()
             counts |= {len(one) for one in (sample or {}).values() if one is not None}
             if sample is None or len(counts) != 1 or not min(counts):
@@ -270,5 +306,9 @@ def _check_counts(found: Mapping[str, Any]) -> None:
 
 
 def _sample(given: Mapping[str, Any]) -> Sample:
-    weights = given["weights"]
-    return Sample(tuple(given["values"]), None if weights is None else tuple(weights))
+    weights, groups = given["weights"], given.get("groups")
+    return Sample(
+        tuple(given["values"]),
+        None if weights is None else tuple(weights),
+        None if groups is None else tuple(groups),
+    )

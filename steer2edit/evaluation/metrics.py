@@ -48,19 +48,23 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sample:
-    """A metric's values, one for each question; with ``weights`` the metric is ``Σ values / Σ weights``."""
+    """A metric's values, one for each question; with ``weights`` the metric is ``Σ values / Σ weights``.
+
+    ``groups`` name each question's prompt, where a prompt occurs more than once: such questions are not independent.
+    """
 
     values: tuple[float, ...]
     weights: tuple[float, ...] | None = None
+    groups: tuple[str, ...] | None = None
 
     def estimate(self, metric: Metric) -> Estimate:
         """The metric and its interval."""
-        return estimate(self.values, self.weights, exponential=metric.exponential)
+        return estimate(self.values, self.weights, groups=self.groups, exponential=metric.exponential)
 
     def change(self, base: Sample, metric: Metric) -> Estimate:
         """What became of ``base``, question by question: the mean difference, or the ratio where the metric is exponential."""
         differences = [a - b for a, b in zip(self.values, base.values, strict=True)]
-        return estimate(differences, self.weights, exponential=metric.exponential)
+        return estimate(differences, self.weights, groups=self.groups, exponential=metric.exponential)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steer2edit.bootstrap import DRAWS, LEAST_DRAWS
+from steer2edit.bootstrap import DRAWS, LEAST_DRAWS, Estimate
+from steer2edit.evaluation.comparison import Comparison, compared_rows, comparisons, direction
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
-from steer2edit.formatting import cut, interval, pairs, plain_interval, plain_value, ratio
+from steer2edit.formatting import cut, interval, pairs, plain_interval, plain_value
 from steer2edit.plan import EditPlan
+from steer2edit.report.differences import WORDS, losses, signed
 from steer2edit.report.markup import Html, fact_list, folded, joined, table, tag
 from steer2edit.report.tradeoff import chosen_row
-from steer2edit.report.verdict import direction
 
 _SHOWN = 6  # answers
 
@@ -28,16 +29,24 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
         count = _count(evaluation, metric)
         heads.append(joined(metric.name, tag("small", f"{unit}{metric.goal} is better, n = {count}")))
     rows: list[list[object]] = []
+    lost: list[str] = []
+    edits = compared_rows(evaluation)
     for row in evaluation.rows:
         note = "chosen edit" + (f", {row.note}" if row.note else "") if row is chosen else row.note
         name = joined(row.name, tag("small", note) if note else "")
         rows.append([name, *(_cell(evaluation, row, metric) for metric in evaluation.metrics)])
+        for one in comparisons(evaluation, row) if row in edits else []:
+            beyond = joined("" if one.row is row else one.row.name, "beyond", one.against)
+            rows.append([beyond, *(_difference(one, metric) for metric in evaluation.metrics)])
+            lost += losses(evaluation, [one])
     sentences = [
+        *lost,
         f"Each cell: the value with its 95 % interval, then the change against {evaluation.rows[0].name}, paired by question"
         + (" (a ratio for perplexity)" if any(m.exponential for m in evaluation.metrics) else "")
         + ". A change is called better or worse where its whole interval has one sign "
         f"and there are at least {LEAST_DRAWS} questions. A change without a "
-        "word may be zero."
+        "word may be zero.",
+        "A row that begins with beyond: the edit minus that baseline at equal cost, paired by question.",
     ]
     shown = {key: str(value)[:12] if key == "fingerprint" else value for key, value in evaluation.context.items()}
     if context := pairs(shown):
@@ -158,12 +167,19 @@ def _cell(evaluation: Evaluation, row: Row, metric: Metric) -> str:
         return "–"
     estimate = interval(evaluation.estimate(row, metric.name))
     # the base's own divergence is 0: the change would say the same again
-    if row is evaluation.rows[0] or metric.name == "KL":
+    if row is evaluation.rows[0] or metric.name.startswith("KL"):
         return estimate
-    change = evaluation.change(row, metric.name)
-    word = {0: "", 1: "better", -1: "worse"}[direction(metric, change)]
-    shown = ratio(change) if metric.exponential else interval(change, signed=True)
-    return joined(estimate, tag("small", joined(shown, tag("span", word, class_=word) if word else "")))
+    return joined(estimate, tag("small", _worded(metric, evaluation.change(row, metric.name))))
+
+
+def _difference(comparison: Comparison, metric: Metric) -> str:
+    change = comparison.changes.get(metric.name)
+    return "–" if change is None else tag("small", _worded(metric, change))
+
+
+def _worded(metric: Metric, change: Estimate) -> str:
+    word = WORDS[direction(metric, change)]
+    return joined(signed(metric, change), tag("span", word, class_=word) if word else "")
 
 
 def _front(front: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Html:

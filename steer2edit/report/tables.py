@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from steer2edit.evaluation.comparison import compared_rows, comparisons
+from steer2edit.evaluation.steerability import steerability
+from steer2edit.report.differences import cell, change_cell, losses
+
 if TYPE_CHECKING:
     from steer2edit.artefact.verify import Verification
     from steer2edit.evaluation.evaluate import Evaluation
@@ -15,13 +19,29 @@ if TYPE_CHECKING:
 
 
 def render_evaluation(found: Evaluation) -> str:
-    """A table of every candidate: each metric with its interval, and the counts below."""
-    table = [
-        [row.name, row.note, *(str(found.estimate(row, metric.name)) for metric in found.metrics)] for row in found.rows
-    ]
+    """A table of every candidate, each metric with its interval, and the counts below.
+
+    Under each edit stand its change from the base and what it does beyond each baseline, losses first.
+    """
+    edits, table, lost = compared_rows(found), [], []
+    for row in found.rows:
+        values = (str(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in found.metrics)
+        table.append([row.name, row.note, *values])
+        if row in edits:
+            table.append(["  change", "", *(change_cell(found, row, metric) for metric in found.metrics)])
+            beside = comparisons(found, row)
+            for one in beside:
+                name = "  beyond" if one.row is row else f"  {one.row.name} beyond"
+                table.append([name, one.against, *(cell(one, metric) for metric in found.metrics)])
+            lost += losses(found, beside)
     headers = ["", "", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in found.metrics)]
     context = found.context
-    lines = [tabulate(table, headers=headers, disable_numparse=True), "", _measured_on(found)]
+    lines = [*lost, *([""] if lost else []), tabulate(table, headers=headers, disable_numparse=True), ""]
+    lines.append(_measured_on(found))
+    if edits:
+        lines.append(
+            "Changes and differences are paired by question; better and worse: the whole interval has that sign."
+        )
     for name, results in (context.get("lm_eval") or {}).items():
         lines += ["", f"lm-eval, {name}", tabulate(results, headers="keys", floatfmt=".4g")]
     return "\n".join(lines)
@@ -41,15 +61,26 @@ def effect_line(found: Evaluation) -> str:
     return "; ".join(told)
 
 
+def steerable_lines(found: Evaluation) -> list[str]:
+    """Whether each edit moves its behaviour more than random directions do; a warning where it does not."""
+    lines = []
+    for row in compared_rows(found):
+        judged = steerability(found, row)
+        if judged is not None:
+            lines.append(str(judged) + ("" if judged.steerable else " Do not publish it as an edit of this behaviour."))
+    return lines
+
+
 def _measured_on(found: Evaluation) -> str:
     """What the numbers of a table are means over."""
     names: dict[tuple[bool, int], list[str]] = {}
     for metric in found.metrics:
         count = found.estimate(found.rows[0], metric.name).count
-        names.setdefault((metric.name in ("KL", "perplexity"), count), []).append(metric.name)
+        text = metric.name.startswith(("KL", "perplexity"))
+        names.setdefault((text, count), []).append(metric.name)
     told = [
-        f"{', '.join(metrics)} over {count} {'windows of neutral text' if neutral else 'questions'}"
-        for (neutral, count), metrics in names.items()
+        f"{', '.join(metrics)} over {count} {'windows of text' if text else 'questions'}"
+        for (text, count), metrics in names.items()
     ]
     split = found.context.get("split")
     half = f" (the half that tune {'reports on' if split == 'report' else 'selects on'})" if split else ""

@@ -18,6 +18,7 @@ from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
 from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.summary import summary
 from steer2edit.evaluation.work import baselines_work, work_of
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -48,7 +49,7 @@ class Study:
     def described(self) -> dict[str, Any]:
         """Plain values, for a program to read."""
         found = {"folder": str(self.folder), "front": list(self.result.front), "knee": self.result.knee}
-        return {**self.result.described(), **found, "report": self.evaluation and self.evaluation.described()}
+        return {**self.result.described(), **found, "report": self.evaluation and summary(self.evaluation)}
 
 
 def run_study(
