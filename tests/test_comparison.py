@@ -221,7 +221,8 @@ def test_an_instruction_stands_before_every_prompt(tmp_path: Path) -> None:
     assert isinstance(inside, Preference) and inside.questions[0].prompt[0].content == "you are a cat .\n\nbe brief ."
     text = NeutralText(loaded, TEXT)
     assert told(Neutral(text), "be brief .", loaded) is None
-    loaded.tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    loaded.tokenizer.chat_template = refusing + "{{ m.content }}{% endfor %}"
     refused = told(task, "be brief .", loaded)
     assert isinstance(refused, Preference) and refused.system is None
     assert refused.questions[0].prompt[-1].content.startswith("be brief .\n\n")
