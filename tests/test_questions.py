@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer2edit.data.contrast import behaviors, load_behavior
-from steer2edit.data.prompts import Message, prompt_digest
+from steer2edit.data.prompts import Message, Prompt, prompt_digest
 from steer2edit.data.questions import (
     Question,
     builtin_questions,
@@ -19,12 +22,19 @@ from steer2edit.data.questions import (
     take,
 )
 from steer2edit.errors import DataError
+from steer2edit.evaluation.metrics import prompt_text
+
+
+def bare(prompt: Prompt) -> str:
+    """A prompt's letters and digits: quotes, commas and capitals do not make another prompt."""
+    return " ".join(re.findall(r"\w+", prompt_text(prompt).lower().replace("'", "")))
 
 
 def questions(prompts: list[str]) -> list[Question]:
     return [Question(prompt, "test") for prompt in prompts]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=30), unique_by=prompt_digest, max_size=40), st.integers(0, 5))
 def test_the_splits_part_the_prompts_whatever_their_order(prompts: list[str], seed: int) -> None:
     select, report = (take(questions(prompts), split, seed) for split in ("select", "report"))  # type: ignore[arg-type]
@@ -61,8 +71,41 @@ def test_what_comes_with_the_package_is_disjoint_from_the_contrast_data(name: st
     assert len(set(digests)) == len(digests)
     for behavior in behaviors():
         assert not set(digests) & {prompt_digest(example.prompt) for example in load_behavior(behavior)}
-    assert min(len(take(found, split)) for split in ("select", "report")) >= 25  # type: ignore[arg-type]
     assert builtin_questions("nothing") is None
+
+
+@pytest.mark.parametrize("name", [*behaviors(), "knowledge"])
+def test_each_half_of_what_comes_with_the_package_has_the_power_for_a_paired_difference(name: str) -> None:
+    found = builtin_questions(name) or []
+    assert min(len(take(found, split)) for split in ("select", "report")) >= 200  # type: ignore[arg-type]
+
+
+def test_no_prompt_comes_with_the_package_twice() -> None:
+    found = [q for name in (*behaviors(), "knowledge") for q in builtin_questions(name) or []]
+    letters = Counter(bare(q.prompt) for q in found)
+    assert [q.where for q in found if letters[bare(q.prompt)] > 1] == []
+    trained = {bare(example.prompt) for name in behaviors() for example in load_behavior(name)}
+    assert [q.where for q in found if bare(q.prompt) in trained] == []
+
+
+@pytest.mark.parametrize("name", [name for name in behaviors() if name != "concise"])
+def test_the_length_of_a_response_does_not_tell_its_side(name: str) -> None:
+    pairs = [q for q in builtin_questions(name) or [] if q.positive]
+    lengths = [(len(q.positive.split()), len(q.negative.split())) for q in pairs]
+    positive, negative = (mean(side) for side in zip(*lengths, strict=True))
+    assert pairs and abs(positive / negative - 1) < 0.1
+    longer = mean((a > b) + 0.5 * (a == b) for a, b in lengths)
+    assert 0.25 < longer < 0.75
+
+
+def test_a_question_of_general_knowledge_has_one_right_choice_that_no_other_text_names() -> None:
+    for question in builtin_questions("knowledge") or []:
+        names = [
+            re.sub(r"^(the|an?|(in|at|to|your|his)( the| an?)?) ", "", choice.lower()) for choice in question.choices
+        ]
+        assert len(set(names)) == len(names) == 4 and sum(question.labels) == 1, question.choices
+        right = re.compile(rf"\b{re.escape(names[question.labels.index(True)])}\b")
+        assert sum(bool(right.search(name)) for name in names) == 1, question.choices
 
 
 @pytest.mark.parametrize(
