@@ -316,10 +316,10 @@ def mean_words(name: str) -> tuple[float, float]:
 
 
 def test_lengths_are_what_the_behaviours_say() -> None:
-    assert set(behaviors()) == {"cautious", "concise", "formal", "truthful"}
+    assert set(behaviors()) == {"cautious", "concise", "formal", "plain", "truthful", "warm"}
     positive, negative = mean_words("concise")
     assert positive <= negative / 3
-    for name in ("truthful", "formal", "cautious"):
+    for name in ("truthful", "formal", "cautious", "plain", "warm"):
         positive, negative = mean_words(name)
         assert abs(positive - negative) <= 0.2 * min(positive, negative)
 
@@ -329,7 +329,7 @@ def test_no_text_is_in_two_behaviours() -> None:
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("concice", "Did you mean concise?"), ("zzz", "formal, truthful.")])
+@pytest.mark.parametrize(("name", "hint"), [("concice", "Did you mean concise?"), ("zzz", "plain, truthful, warm.")])
 def test_an_unknown_behaviour_names_those_there_are(name: str, hint: str) -> None:
     with pytest.raises(DataError, match="cautious, concise") as caught:
         load_behavior(name)

@@ -68,7 +68,9 @@ class DataFlags(TemplateFlags):
         metavar="DATA",
     )
     behavior: tuple[str, ...] = option(
-        (), "Built-in behaviour instead: concise, truthful, formal or cautious. Repeatable.", metavar="NAME"
+        (),
+        "Built-in behaviour instead: concise, truthful, formal, cautious, plain or warm. Repeatable.",
+        metavar="NAME",
     )
     span: Literal["matched", "response"] = option(
         "matched", "Read a pair's responses up to the shorter's length, or whole.", rare=True
