@@ -24,7 +24,7 @@ HEADER = """\
 def resolved(python: str) -> tuple[str, dict[str, str]]:
     """An interpreter's version, such as 3.11, and the release of every package that it would install."""
     options = ["--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    command = [python, "-m", "pip", "install", *options, PYTORCH, f"{ROOT}[plots,test,dev]"]
+    command = [python, "-m", "pip", "install", *options, PYTORCH, f"{ROOT}[plots,test,dev,train]"]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     packages = (item["metadata"] for item in report["install"])
     releases = {one["name"].lower().replace("_", "-"): one["version"].partition("+")[0] for one in packages}

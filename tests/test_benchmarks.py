@@ -13,7 +13,9 @@ SCRIPTS = sorted(
     path for folder in ("benchmarks", "benchmarks/engines", "examples") for path in (ROOT / folder).glob("*.py")
 )
 # what the scripts share
-PARTS = {"synthetic.py", "timing.py", "records.py", "control_vector.py"}
+PARTS = {
+    *("synthetic.py", "timing.py", "records.py", "control_vector.py", "costs.py", "power_cells.py", "power_table.py"),
+}
 
 
 def start(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -27,7 +27,8 @@ from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
 from steer2edit.strength.kl import NeutralText
-from steer2edit.strength.meet import at, meet
+from steer2edit.strength.line_search import Strength
+from steer2edit.strength.meet import Apply, at, meet
 
 Match = Literal["norm", "kl"]
 KINDS = ("random", "shuffled", "flipped", "whole", "ablation")
@@ -112,7 +113,7 @@ def random_directions(
             settled = to_kl(loaded, drawn, neutral, kl, name)
             strength = settled.norm / drawn.norm if drawn.norm else 1.0
         else:
-            settled = _near_kl(loaded, drawn, neutral, kl, strength, name)
+            settled = drawn.scaled(near(partial(edited, loaded, drawn), neutral, kl, strength, name).strength)
         candidates.append(replace(plan_candidate(loaded, name, settled, "random", "at equal KL"), brief=i > 0))
     return candidates
 
@@ -199,18 +200,21 @@ def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, 
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 
 
-def _near_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, start: float, name: str) -> EditPlan:
-    """The plan within half of ``EQUAL_COST`` of a KL, by the square law from ``start``; searched for where that fails."""
-    apply = partial(edited, loaded, plan)
-    strength = start
-    for _ in range(3):
-        reached = at(apply, neutral, strength, name).divergence.kl
+def near(apply: Apply, neutral: NeutralText, kl: float, start: float | None = None, name: str = "") -> Strength:
+    """A strength whose KL is within half of ``EQUAL_COST`` of ``kl``, by the square law from ``start`` in few passes.
+
+    Where that fails, or without a ``start``, it is searched for (``strength.meet``). Raises Steer2EditError where none is found.
+    """
+    strength = 0.0 if start is None else start
+    for _ in range(3 if strength > 0 else 0):
+        found = at(apply, neutral, strength, name)
+        reached = found.divergence.kl
         if not (math.isfinite(reached) and reached > 0):
             break
         if abs(reached - kl) <= EQUAL_COST / 2 * kl:
-            return plan.scaled(strength)
+            return found
         strength *= math.sqrt(kl / reached)
-    return to_kl(loaded, plan, neutral, kl, name)
+    return meet(apply, neutral, kl, name)
 
 
 def _steering(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Candidate:
