@@ -27,7 +27,8 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.methods import make_plan
 from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import neutral_texts
+from steer2edit.strength.settle import settle_strength
 
 METHODS = ["steering", "component"]
 
@@ -63,7 +64,7 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     spec = read_spec(checkpoint)
     loaded = load_model(checkpoint, spec, Runtime(dtype=options.dtype))
-    neutral = neutral_text(loaded)
+    neutral = neutral_texts(loaded)
     behavior = Behavior.builtin(options.behavior, span=options.span)
     scoring = Scoring(checkpoint, spec, capture_statistics(loaded, checkpoint, behavior))
     suite = Suite(

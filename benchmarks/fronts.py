@@ -31,8 +31,7 @@ from steer2edit.methods import make_plan, steering
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.pareto import front_of
-from steer2edit.strength.kl import NeutralText
-from steer2edit.strength.settle import neutral_text
+from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
 
 BUDGETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 SEEDS = range(5)
@@ -41,7 +40,7 @@ GOALS = ("more", "more")
 Passed = tuple[torch.Tensor, torch.Tensor]
 
 
-def candidates(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText) -> dict[str, Callable[[float], Candidate]]:
+def candidates(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts) -> dict[str, Callable[[float], Candidate]]:
     """By method, what it is at a KL."""
     edit = make_plan(scoring)
     plans = {
@@ -124,7 +123,7 @@ def main() -> None:
             loaded, checkpoint, demo_behavior(behavior), background=neutral_documents(seed=2)
         )
         scoring = Scoring(checkpoint, loaded.spec, statistics)
-        neutral = neutral_text(loaded, neutral_documents())
+        neutral = neutral_texts(loaded, neutral_documents())
         tasks = invented_world.tasks(behavior)
         base = passed(loaded, tasks)
         measured: dict[str, list[Passed]] = {}

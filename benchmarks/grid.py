@@ -19,7 +19,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.contrast import Example, load_behavior
+from steer2edit.data.contrast import Example, load_behavior, neutral_text
 from steer2edit.data.questions import builtin_questions
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
@@ -30,7 +30,9 @@ from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.grid import PAPER_GRID
 from steer2edit.search.tune import Search
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
+from steer2edit.strength.settle import settle_strength
 
 
 def main() -> None:
@@ -59,7 +61,8 @@ def main() -> None:
         f"scores {scored:.2f} s, then {len(plans)} plans: {planned:.2f} s in all ({min(edited_sites)}-{max(edited_sites)} sites)"
     )
 
-    neutral = neutral_text(loaded)
+    neutral = NeutralTexts(NeutralText(loaded, neutral_text()))
+    text = neutral.budget
     pairs = encode(load_behavior(options.behavior)[: 2 * options.choices], loaded.tokenizer, span="response")
     asked = [q for q in builtin_questions("knowledge") or [] if q.choices][: options.choices]
     rows_of = [Example(q.prompt, text, "positive", q.where, i) for i, q in enumerate(asked) for text in q.choices]
@@ -74,14 +77,14 @@ def main() -> None:
 
     def kl() -> None:
         with edited(loaded, plan):
-            neutral.measure()
+            text.measure()
 
     def likelihoods(examples: list[Encoded], share: bool) -> None:
         with edited(loaded, plan):
             response_log_probabilities(loaded, examples, share=share)
 
     variants = {
-        "bare pass, text": lambda: bare(neutral.rows, 2048),
+        "bare pass, text": lambda: bare(text.rows, 2048),
         "KL on neutral text": kl,
         "bare pass, pairs": lambda: bare([example.ids for example in pairs], 4096),
         "pairs, one by one": lambda: likelihoods(pairs, share=False),

@@ -33,7 +33,8 @@ from steer2edit.plan import EditPlan, merge
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import neutral_texts
+from steer2edit.strength.settle import settle_strength
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     checkpoint = open_checkpoint(model_folder())
     spec = read_spec(checkpoint)
     loaded = load_model(checkpoint, spec, RUNTIME)
-    neutral, background = neutral_text(loaded, neutral_documents()), neutral_documents(seed=2)
+    neutral, background = neutral_texts(loaded, neutral_documents()), neutral_documents(seed=2)
 
     def compiled(name: str) -> EditPlan:
         statistics = capture_statistics(loaded, checkpoint, demo_behavior(name), background=background)
@@ -65,7 +66,7 @@ def main() -> None:
                     rates = rates_of(tasks, answers_to(loaded, tasks))
                 row.append(f"{rates['attribute']:.0%}, {rates['utility']:.0%}")
             with edited(loaded, both):
-                row.append(f"{neutral.measure().kl:.4f}")
+                row.append(f"{neutral.budget.measure().kl:.4f}")
             rows.append(row)
     heads = [
         "pair",

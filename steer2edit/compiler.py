@@ -24,7 +24,8 @@ from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
 from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import neutral_texts
+from steer2edit.strength.settle import settle_strength
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
         scoring = Scoring(checkpoint, spec, protected(statistics, others))
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
-        text = neutral_text(loaded, request.neutral, progress)
+        arguments = statistics.source.get("chat_template_kwargs")
+        texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)
         plan = settle_strength(
             loaded,
             plan,
             strength=request.fixed_strength,
             kl_budget=request.kl_budget,
             class_budgets=request.class_budgets,
-            neutral=text,
+            neutral=texts,
         )
 
         lowerings = {
@@ -92,7 +94,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         }
         if request.questions is None:
             return Compiled(plan, statistics, folders, lowerings)
-        evaluation = prove(loaded, scoring, plan, text, request.questions, folders, progress, told=request.told)
+        evaluation = prove(loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told)
         write_pages(plan, evaluation, folders.values())
         return Compiled(plan, statistics, folders, lowerings, evaluation)
 

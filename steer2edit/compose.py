@@ -18,6 +18,7 @@ import torch
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question, builtin_questions
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
@@ -30,8 +31,8 @@ from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan, LowRank, Measured, merge
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
-from steer2edit.strength.kl import NeutralText
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
+from steer2edit.strength.settle import settle_strength
 
 FORMAT = "steer2edit.interference.1"
 
@@ -83,7 +84,7 @@ def compose(
     revision: str | None = None,
     strength: float | None = None,
     kl_budget: float | None = None,
-    neutral: str | Sequence[str] | None = None,
+    neutral: OwnNeutral | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008
     questions: Sequence[Sequence[Question] | None] | None = None,
     measure: bool = True,
@@ -108,11 +109,11 @@ def compose(
     evaluations: dict[str, Evaluation] = {}
     if measure or settled:
         loaded = load_model(checkpoint, spec, runtime)
-        text = neutral_text(loaded, neutral, progress)
-        plan = settle_strength(loaded, plan, strength=strength if settled else 1.0, kl_budget=kl_budget, neutral=text)
+        texts = neutral_texts(loaded, neutral, progress)
+        plan = settle_strength(loaded, plan, strength=strength if settled else 1.0, kl_budget=kl_budget, neutral=texts)
         if measure:
             known = [builtin_questions(name) for name in names(plans)] if questions is None else list(questions)
-            evaluations = _measure(loaded, parts, plan, known, text, progress)
+            evaluations = _measure(loaded, parts, plan, known, texts, progress)
     lowerings = {
         target: emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
         for target, folder in folders.items()
@@ -130,7 +131,7 @@ def rescale(
     kl_budget: float | None = None,
     class_budgets: Mapping[MatrixRole, float] | None = None,
     loaded: LoadedModel | None = None,
-    neutral: NeutralText | None = None,
+    neutral: NeutralTexts | None = None,
 ) -> EditPlan:
     """The plan at ``factor`` times its present strength, or at the largest strength within a KL budget, measured on ``loaded``.
 
@@ -190,7 +191,7 @@ def _measure(
     parts: Sequence[EditPlan],
     plan: EditPlan,
     questions: Sequence[Sequence[Question] | None],
-    text: NeutralText,
+    neutral: NeutralTexts,
     progress: Progress,
 ) -> dict[str, Evaluation]:
     """On each behaviour's questions: the base, each part alone at the strength it has in the composition, all together."""
@@ -204,7 +205,7 @@ def _measure(
     found = {}
     for name, asked in zip(called, questions, strict=True):
         if asked:
-            suite = Suite(asked, builtin_questions("knowledge") or [], text, limit=PROOF)
+            suite = Suite(asked, builtin_questions("knowledge") or [], neutral, limit=PROOF)
             found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
     return found
 

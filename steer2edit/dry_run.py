@@ -20,17 +20,21 @@ from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
 from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.neutral import NeutralChats
+from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import render_prompts, templated
 from steer2edit.data.tokens import token_ids, windows
 from steer2edit.engines.own_answers import ANSWER_TOKENS
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.plan.measured import TextKind
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
+from steer2edit.strength.kl import MAX_TOKENS
+from steer2edit.strength.neutral_texts import CHAT_TOKENS, USER_ANSWER_TOKENS, packaged_prompts
 
 # a search for the strength seldom takes more; each is a pass over the neutral text
 SEARCH_PASSES = 8
-NEUTRAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,10 @@ class DryRun:
     """A compile in numbers. ``matrices`` may be edited at most, ``read`` are their bytes; ``model`` is the running model's.
 
     ``tokens`` are those of the capture, ``examples`` the data's; ``own_answers`` are tokens that the base writes for the
-    capture's background, at most, where no earlier run has kept them. ``capture`` and ``search`` are seconds, from the rate at
-    which this device multiplies matrices of this model's width; None where the model runs on none that can be timed here.
+    capture's background, at most, where no earlier run has kept them. A pass of the search for a strength compares ``neutral``
+    tokens at most, of the kind ``neutral_kind``, of which the base writes ``neutral_own`` once. ``capture`` and ``search`` are
+    seconds, from the rate at which this device multiplies matrices of this model's width; None where the model runs on none
+    that can be timed here.
     """
 
     matrices: int
@@ -50,6 +56,9 @@ class DryRun:
     examples: int
     tokens: int
     own_answers: int
+    neutral: int
+    neutral_kind: TextKind
+    neutral_own: int
     capture: float | None
     search: float | None
     targets: tuple[DiskUse, ...]
@@ -94,7 +103,9 @@ def dry_run(request: CompileRequest) -> DryRun:
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
     device = pick_device(request.runtime.device)
     dtype = _dtype(request.runtime, device)
-    examples, tokens, own = _tokens(checkpoint, request)
+    tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
+    examples, tokens, own = _tokens(tokenizer, request)
+    kind, read, compared, written_for_it = _neutral(tokenizer, request)
     rate = _multiplications(spec.hidden_size, dtype, device) if request.runtime.device_map is None else None
     active, head = _active(checkpoint, spec), spec.embedding.in_features * spec.hidden_size
     passes = 1 if request.fixed_strength is not None else SEARCH_PASSES
@@ -115,8 +126,13 @@ def dry_run(request: CompileRequest) -> DryRun:
         examples=examples,
         tokens=tokens,
         own_answers=own,
+        neutral=compared,
+        neutral_kind=kind,
+        neutral_own=written_for_it,
         capture=None if rate is None else (tokens + own) * active / rate,
-        search=None if rate is None else (1 + passes) * NEUTRAL_TOKENS * (active + 2 * head) / rate,
+        search=None
+        if rate is None
+        else (written_for_it * (active + head) + (1 + passes) * (read * active + compared * 2 * head)) / rate,
         targets=tuple(written),
     )
 
@@ -163,21 +179,39 @@ def _dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _tokens(checkpoint: Checkpoint, request: CompileRequest) -> tuple[int, int, int]:
+def _tokens(tokenizer: Any, request: CompileRequest) -> tuple[int, int, int]:
     """Examples, the tokens that a capture runs over, and those of them, at most, that the base writes."""
     if request.behavior is None:
         return sum(request.statistics.examples.values()) if request.statistics is not None else 0, 0, 0
     behavior = request.behavior
-    tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
     texts = contrast.background_text() if request.background is None else request.background
     read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
     encoded = behavior.encode(tokenizer) if behavior.examples else []
     asked: Sequence[Sequence[int]] = ()
     if templated(tokenizer):
-        prompts = dict.fromkeys(everyday_prompts("background"), "everyday prompts")
-        asked = token_ids(tokenizer, list(render_prompts(prompts, tokenizer).values()), False)
+        asked = _asked(tokenizer, everyday_prompts("background"))
     own = len(asked) * ANSWER_TOKENS
     return len(behavior.examples), sum(map(len, [*read, *asked])) + sum(len(one.ids) for one in encoded) + own, own
+
+
+def _neutral(tokenizer: Any, request: CompileRequest) -> tuple[TextKind, int, int, int]:
+    """The text of the KL budget: its kind, the tokens that are read and compared, and those that the base writes, at most."""
+    own = request.neutral
+    if isinstance(own, NeutralChats):
+        prompts = [one.prompt for one in own.chats]
+        answers = sum(USER_ANSWER_TOKENS if one.answer else ANSWER_TOKENS for one in own.chats)
+        compared, written = min(answers, CHAT_TOKENS), sum(not one.answer for one in own.chats) * ANSWER_TOKENS
+    elif own is not None or not templated(tokenizer):
+        return "prose", MAX_TOKENS, MAX_TOKENS, 0
+    else:
+        prompts = packaged_prompts()
+        compared = written = len(prompts) * ANSWER_TOKENS
+    return "chat", compared + sum(map(len, _asked(tokenizer, prompts))), compared, written
+
+
+def _asked(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    texts = render_prompts(dict.fromkeys(prompts, "a prompt that the base answers"), tokenizer)
+    return token_ids(tokenizer, list(texts.values()), not templated(tokenizer))
 
 
 def _active(checkpoint: Checkpoint, spec: ModelSpec) -> float:

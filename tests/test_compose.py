@@ -130,7 +130,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
     for name in ("one", "two"):
         rows = described["evaluations"][name]["rows"]
         assert [row["name"] for row in rows] == ["base", "one", "two", "together"]
-        assert rows[-1]["metrics"]["KL"]["value"] == pytest.approx(0.02, rel=0.2)
+        assert rows[-1]["metrics"]["KL on prose"]["value"] == pytest.approx(0.02, rel=0.2)
     plan = EditPlan.load(tmp_path / "out" / PLAN)
     assert 0.9 * 0.02 <= plan.measured.kl <= 0.02
 

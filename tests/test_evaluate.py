@@ -37,6 +37,7 @@ from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 from steer2edit.strength.settle import settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
@@ -54,17 +55,17 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def neutral(loaded: LoadedModel) -> NeutralText:
-    return NeutralText(loaded, TEXT, window=20)
+def neutral(loaded: LoadedModel) -> NeutralTexts:
+    return NeutralTexts(NeutralText(loaded, TEXT, window=20))
 
 
 @pytest.fixture(scope="module")
-def plan(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText) -> EditPlan:
+def plan(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts) -> EditPlan:
     return settle_strength(loaded, make_plan(scoring), kl_budget=0.05, neutral=neutral)
 
 
 @pytest.fixture(scope="module")
-def suite(neutral: NeutralText) -> Suite:
+def suite(neutral: NeutralTexts) -> Suite:
     knowledge = [replace(q, positive="", negative="") for q in QUESTIONS]
     return Suite(QUESTIONS, knowledge, neutral, max_new_tokens=6)
 
@@ -202,7 +203,7 @@ def test_a_plan_gives_the_same_numbers_as_hooks_as_checkpoint_and_as_adapter(
     for metric in found.metrics:
         for row in others:
             assert row.samples[metric.name].values == pytest.approx(hooks.samples[metric.name].values, abs=2e-3)
-    assert found.estimate(hooks, "KL").value == pytest.approx(plan.measured.kl, rel=1e-3)
+    assert found.estimate(hooks, "KL on prose").value == pytest.approx(plan.measured.kl, rel=1e-3)
     assert found.change(base, "margin").high == 0.0
 
 
@@ -249,7 +250,7 @@ def test_a_file_holds_the_evaluation_whole(loaded: LoadedModel, plan: EditPlan, 
 
 
 def test_baselines_are_as_large_as_the_plan_or_cost_as_much(
-    loaded: LoadedModel, scoring: Scoring, plan: EditPlan, neutral: NeutralText
+    loaded: LoadedModel, scoring: Scoring, plan: EditPlan, neutral: NeutralTexts
 ) -> None:
     for other in (random_direction(plan, 0), whole_matrices(scoring, plan)):
         assert [edit.tensor for edit in other.edits] == [edit.tensor for edit in plan.edits]
@@ -263,7 +264,7 @@ def test_baselines_are_as_large_as_the_plan_or_cost_as_much(
     assert len(found) == 2 + 2 + 3
     for name, candidate in found.items():
         with candidate.enter():
-            kl = neutral.measure().kl
+            kl = neutral.budget.measure().kl
         if name != "sign flipped":
             assert kl == pytest.approx(plan.measured.kl, rel=0.06), name
     at_norm = baselines(loaded, scoring, plan, neutral, match="norm", draws=1)
@@ -272,7 +273,7 @@ def test_baselines_are_as_large_as_the_plan_or_cost_as_much(
 
 
 def test_an_edit_beats_edits_without_a_point(
-    loaded: LoadedModel, scoring: Scoring, plan: EditPlan, neutral: NeutralText, suite: Suite
+    loaded: LoadedModel, scoring: Scoring, plan: EditPlan, neutral: NeutralTexts, suite: Suite
 ) -> None:
     """At equal KL the plan moves the margin of its own pairs more than random directions and shuffled labels do."""
     tasks = [Preference(QUESTIONS)]
@@ -282,9 +283,9 @@ def test_an_edit_beats_edits_without_a_point(
     assert mine > 0 and all(mine > other for other in others)
 
 
-def test_the_task_of_neutral_text_is_its_divergence(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> None:
-    task = Neutral(neutral)
+def test_the_task_of_neutral_text_is_its_divergence(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts) -> None:
+    task = Neutral(neutral.budget)
     with edited(loaded, plan):
-        sample, divergence = task.measure(loaded).samples, neutral.measure()
-    assert sample["KL"].estimate(task.metrics[0]).value == pytest.approx(divergence.kl)
+        sample, divergence = task.measure(loaded).samples, neutral.budget.measure()
+    assert sample["KL on prose"].estimate(task.metrics[0]).value == pytest.approx(divergence.kl)
     assert sample["perplexity"].estimate(task.metrics[1]).value == pytest.approx(divergence.perplexity)

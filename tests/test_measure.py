@@ -86,8 +86,8 @@ def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, 
     ]  # fmt: skip
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names)
-    assert {"KL", "perplexity", "margin", "accuracy", "length", "/the/"} <= set(rows[0]["metrics"])
-    kl = [row["metrics"]["KL"]["value"] for row in rows[1:4]]
+    assert {"KL on prose", "perplexity", "margin", "accuracy", "length", "/the/"} <= set(rows[0]["metrics"])
+    kl = [row["metrics"]["KL on prose"]["value"] for row in rows[1:4]]
     assert kl[1:] == pytest.approx([kl[0], kl[0]], rel=0.05)
     again = run("eval", tiny_llama, *settings, "--utility", "none")
     assert again.exit_code == 0 and "tune reports on" in again.stdout
@@ -122,9 +122,9 @@ def test_eval_with_baselines_says_before_how_much_work_it_is(
     candidates, questions, answers, tokens, about, neutral = map(int, said.groups())
     assert (candidates, questions, answers, tokens) == (len(found["rows"]), 2, 2, 4)
     # four windows of 128 tokens, each of which predicts 127
-    assert neutral == found["context"]["neutral_tokens"] == 4 * 127
+    assert neutral == found["context"]["neutral_tokens"]["prose"] == 4 * 127
     assert 0.4 * about <= sum(passes) <= about
-    assert "random direction 1: KL on neutral text, pass 1 of about 5: 508 done in" in result.stderr
+    assert "random direction 1: KL on prose, pass 1 of about 5: 508 done in" in result.stderr
     assert len(set(result.stderr.splitlines())) == len(result.stderr.splitlines())
 
 

@@ -82,6 +82,15 @@ _COST: dict[str, Any] = {
 }  # fmt: skip
 
 
+_TWO = {key: value for key, value in _COST.items() if key != "quadratic"}
+_COSTS = {"chat": {**_TWO, "kl": 0.19, "tokens": 9000}, "prose": _TWO}
+
+
+def _kl_of(described: dict[str, Any]) -> float | None:
+    costs = described.get("costs")
+    return None if costs is None else float(costs[described["budget_text"]]["kl"])
+
+
 @pytest.mark.parametrize(
     "described",
     [
@@ -102,14 +111,17 @@ _COST: dict[str, Any] = {
         },
         {"strength": 3.1, "kl": 0.1, "trial": 0, "params": {"method": "steering"}, "selected_on": ["a"], **_COST},
         {**_COST, "strength": 1.0, "of another version": [1]},
+        {"strength": 0.83, "kl_budget": 0.2, "budget_text": "chat", "costs": _COSTS, "steps": [[0.83, 0.19]]},
+        {"strength": 1.0, "budget_text": "prose", "costs": {"prose": _COSTS["prose"]}},
     ],
 )
 def test_what_was_measured_is_read_and_written_as_it_was(described: dict[str, Any]) -> None:
     """Key by key and in their order: a plan's hash, which its receipts hold, is over these bytes."""
     again = Measured.from_json(json.loads(json.dumps(described)))
     assert json.dumps(again.to_json()) == json.dumps(described)
-    assert again.strength == described.get("strength") and again.kl == described.get("kl")
-    assert replace(again, divergence=None).kl is None and "kl" not in replace(again, divergence=None).to_json()
+    assert again.strength == described.get("strength") and again.kl == described.get("kl", _kl_of(described))
+    bare = replace(again, costs={})
+    assert bare.kl is None and not {"kl", "costs"} & bare.to_json().keys()
 
 
 @pytest.mark.parametrize(
@@ -123,6 +135,11 @@ def test_what_was_measured_is_read_and_written_as_it_was(described: dict[str, An
         {"strength": 1.0, **_COST, "steps": 7},
         {"strength": 1.0, **_COST, "classes": {"attn": 0.1}},
         {"strength": 1.0, **_COST, "params": []},
+        {"strength": 1.0, **_COST, "costs": _COSTS, "budget_text": "chat"},
+        {"strength": 1.0, "costs": _COSTS},
+        {"strength": 1.0, "costs": _COSTS, "budget_text": "verse"},
+        {"strength": 1.0, "costs": {"prose": _COSTS["prose"]}, "budget_text": "chat"},
+        {"strength": 1.0, "costs": {"chat": {"kl": 0.1}}, "budget_text": "chat"},
     ],
 )
 def test_a_plan_with_a_damaged_cost_is_refused(tmp_path: Path, damaged: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength, find_strength, quadratic_start
 from steer2edit.strength.meet import at, estimate, meet
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
+from steer2edit.strength.settle import settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 
@@ -132,14 +133,14 @@ def test_every_window_begins_with_the_bos(loaded: LoadedModel) -> None:
 
     tokenizer = copy.deepcopy(loaded.tokenizer)  # the child process of the shared one has its state from before
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    windows = NeutralText(replace(loaded, tokenizer=tokenizer), TEXT, window=20)._windows
+    windows = NeutralText(replace(loaded, tokenizer=tokenizer), TEXT, window=20)._rows
     assert len(windows) > 2 and all(window[0] == 1 and 1 not in window[1:] for window in windows)
 
 
 @pytest.mark.parametrize(("limit", "count"), [(None, 9), (1000, 9), (6, 6), (1, 4)])
 def test_a_limit_bounds_the_neutral_text_too(loaded: LoadedModel, limit: int | None, count: int) -> None:
     long = "the old cat sees a small bird . " * 140
-    assert len(neutral_text(loaded, long, limit=limit).rows) == count
+    assert len(neutral_texts(loaded, long, limit=limit).budget.rows) == count
 
 
 def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
@@ -148,7 +149,7 @@ def test_too_little_text_is_refused(loaded: LoadedModel) -> None:
 
 
 def test_the_search_gets_close_to_the_budget_and_not_over(loaded: LoadedModel, plan: EditPlan) -> None:
-    settled = settle_strength(loaded, plan, kl_budget=0.03, neutral=NeutralText(loaded, TEXT, window=20))
+    settled = settle_strength(loaded, plan, kl_budget=0.03, neutral=NeutralTexts(NeutralText(loaded, TEXT, window=20)))
     assert 0.0285 <= settled.measured.kl <= 0.03
     assert len(settled.measured.steps or ()) <= 4
     cost = settled.measured.divergence
@@ -240,14 +241,14 @@ def test_classes_keep_their_own_budgets(
 ) -> None:
     scoring = Scoring(open_checkpoint(tiny_llama), loaded.spec, statistics_of(tiny_llama))
     both = make_plan(scoring, options=steering.Options(sites="both"))
-    neutral = neutral_text(loaded, TEXT)
+    neutral = neutral_texts(loaded, TEXT)
     settled = settle_strength(
         loaded, both, class_budgets={MatrixRole.ATTN_OUT: 0.02, MatrixRole.MLP_OUT: 0.005}, neutral=neutral
     )
     for role, budget in (("self_attn", 0.02), ("mlp", 0.005)):
         part = replace(settled, edits=tuple(edit for edit in settled.edits if role in edit.tensor))
         with edited(loaded, part):
-            assert 0.94 * budget <= neutral.measure().kl <= budget
+            assert 0.94 * budget <= neutral.budget.measure().kl <= budget
     bounded = settle_strength(
         loaded,
         both,

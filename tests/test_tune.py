@@ -29,6 +29,7 @@ from steer2edit.search.journal import Trial
 from steer2edit.search.pareto import front_of, knee_of, spread
 from steer2edit.search.tune import Search, StudyResult, _stale, plan_of, tune
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
@@ -77,7 +78,7 @@ def test_grids_are_read_and_the_papers_has_125_points() -> None:
 @pytest.fixture(scope="module")
 def suite(loaded: LoadedModel) -> Suite:
     questions = [Question(row["prompt"], "test", row["positive"], row["negative"]) for row in HELD]
-    return Suite(questions, [], NeutralText(loaded, TEXT, window=20), max_new_tokens=4)
+    return Suite(questions, [], NeutralTexts(NeutralText(loaded, TEXT, window=20)), max_new_tokens=4)
 
 
 SEARCH = Search(methods=("steering", "component"), trials=14, kl_range=(0.005, 0.1), allow_degenerate=True)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from steer2edit import targets
 from steer2edit.files.layout import CARD
 from steer2edit.files.untrusted import read_bytes
-from steer2edit.formatting import pairs
+from steer2edit.formatting import divergence, pairs
 from steer2edit.lowering import HubEntry, Place, Snippet
 from steer2edit.plan import Base, Measured
+from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
 
 if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def model_card(
     ``repository`` is where it goes, once that is known. ``sections`` are further paragraphs, such as those of
     ``report.card_section.tradeoff``.
     """
-    base, target, cost = receipt["base"], receipt["target"], Measured.from_json(receipt["measured"]).divergence
+    base, target, measured = receipt["base"], receipt["target"], Measured.from_json(receipt["measured"])
     behaviour = receipt["data"].get("name") or "a steering vector"
     total = sum((change["norm"] or 0.0) ** 2 for change in receipt["changed"]) ** 0.5
     changed = f"{len(receipt['changed'])}" + (f", ‖ΔW‖ = {total:.4g} in all" if total else "")
@@ -58,10 +59,11 @@ def model_card(
         ("Exactness", receipt["exactness"]),
         ("Plan, SHA-256", receipt["plan"]["sha256"]),
     ]
-    if cost is not None:
-        kl = f"{cost.kl:.4f} nats a token over {cost.tokens} tokens"
-        perplexity = f"{cost.base_perplexity:.3f} before, {cost.perplexity:.3f} after"
-        rows += [("KL from the base on neutral text", kl), ("Perplexity on neutral text", perplexity)]
+    for kind, cost in measured.costs.items():
+        kl = f"{divergence(cost.estimate)} from the base, over {cost.tokens} tokens of {TEXT_NAMES[kind]}"
+        rows.append((KL_NAMES[kind], kl))
+    if prose := measured.costs.get("prose"):
+        rows.append(("Perplexity of prose", f"{prose.base_perplexity:.3f} before, {prose.perplexity:.3f} after"))
     rows.append(("Made with", pairs(receipt["versions"])))
     title = f"{inline(base['name'])}, edited: {inline(behaviour)}"
     parts = [

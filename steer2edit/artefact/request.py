@@ -11,6 +11,7 @@ from steer2edit.architecture import MatrixRole
 from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vectors import Vectors
 from steer2edit.data.behavior import Behavior
+from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question
 from steer2edit.errors import DataError
 from steer2edit.lowering import Writing
@@ -29,9 +30,10 @@ class CompileRequest:
     difference; a behaviour without examples is then enough. The edit does not write along the directions to ``protect``, which
     are behaviours, statistics or vectors of the same model. ``options`` are the method's own Options. ``strength`` multiplies
     the method's edit; without it the largest strength is taken whose mean KL on neutral text (nats per token) is within
-    ``kl_budget``, 0.05 unless given; ``class_budgets`` bound attention and MLPs apart. With one target ``out`` is its folder,
-    with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page; ``told`` is an
-    instruction that asks for the same behaviour: the edit is compared with it.
+    ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given; ``class_budgets`` bound attention and MLPs apart.
+    ``neutral`` is a text of the user's, which then carries the budget (``strength/neutral_texts.py``). With one target ``out``
+    is its folder, with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page;
+    ``told`` is an instruction that asks for the same behaviour: the edit is compared with it.
 
     Raises DataError unless exactly one of behaviour and statistics is given.
     """
@@ -49,7 +51,7 @@ class CompileRequest:
     strength: float | None = None
     kl_budget: float | None = None
     class_budgets: Mapping[MatrixRole, float] | None = None
-    neutral: str | Sequence[str] | None = None
+    neutral: OwnNeutral | None = None
     background: str | Sequence[str] | None = None
     runtime: Runtime = field(default_factory=Runtime)
     batch_tokens: int = 4096

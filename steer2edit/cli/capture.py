@@ -161,9 +161,11 @@ _ALWAYS = ("positive", "negative", "background")
 def _render(result: dict[str, Any], model: str) -> str:
     import shlex
 
+    from steer2edit.strength.settle import KL_BUDGETS
+
     counts = [f"{result['examples'][kind]} {kind} ({result['tokens'][kind]} tokens)" for kind in result["examples"]]
     name, plan = result["statistics"], result["statistics"].removesuffix(".stats.safetensors") + ".plan.safetensors"
-    command = (
-        f"steer2edit plan {shlex.quote(model)} --stats {shlex.quote(name)} --kl-budget 0.05 -o {shlex.quote(plan)}"
-    )
+    # the background of a chat model has chats in it
+    budget = KL_BUDGETS["chat" if result["examples"].get("chat") else "prose"]
+    command = f"steer2edit plan {shlex.quote(model)} --stats {shlex.quote(name)} --kl-budget {budget:g} -o {shlex.quote(plan)}"
     return "\n".join([f"Examples: {', '.join(counts)}.", "", f"Written: {name}", "", "Next:", f"  {command}"])

@@ -64,15 +64,18 @@ def dry_run_compile(request: CompileRequest, as_json: bool) -> None:
 
 
 def _render(result: Mapping[str, Any]) -> str:
-    from steer2edit.dry_run import NEUTRAL_TOKENS, SEARCH_PASSES
+    from steer2edit.dry_run import SEARCH_PASSES
+    from steer2edit.plan.measured import TEXT_NAMES
 
     free = f", {_size(result['memory_free'])} free" if result["memory_free"] is not None else ""
     own = f", of which the base writes {result['own_answers']:,} at most, once" if result["own_answers"] else ""
+    text = f"{result['neutral']:,} tokens of {TEXT_NAMES[result['neutral_kind']]}"
+    text += ", which are written once" if result["neutral_own"] else ""
     rows = {
         "Memory": f"{_size(result['memory'])} needed{free}; the running model alone takes {_size(result['model'])}",
         "Capture": f"{result['examples']:,} examples, {result['tokens']:,} tokens{own}{_about(result['capture'])}",
         "Plan": f"at most {result['matrices']} matrices; reads {_size(result['read'])} once",
-        "Strength": f"1 to {SEARCH_PASSES} passes over {NEUTRAL_TOKENS:,} tokens of neutral text{_about(result['search'])}",
+        "Strength": f"1 to {SEARCH_PASSES} passes over {text}{_about(result['search'])}",
     }
     lines = columns(rows)
     for one in result["targets"]:

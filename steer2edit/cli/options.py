@@ -20,6 +20,7 @@ from steer2edit.options import option
 if TYPE_CHECKING:
     from steer2edit.architecture import MatrixRole, ModelSpec
     from steer2edit.checkpoint import Checkpoint
+    from steer2edit.data.neutral import NeutralChats
     from steer2edit.lowering import Writing
     from steer2edit.runtime.model import LoadedModel, Runtime
 
@@ -82,17 +83,21 @@ class ModelFlags(RevisionFlags):
             raise click.BadParameter(f"it is not a JSON object: {error}", param_hint="--device-map") from None
 
 
+NEUTRAL = "Neutral text for the KL budget, prose or chats (.jsonl), in place of the packaged text of its kind."
+"""The help text of --neutral."""
+
+
 @dataclass(frozen=True)
 class NeutralFlags(FlagGroup):
     """The text that the KL is measured on."""
 
     heading: ClassVar[str] = "Strength"
 
-    neutral: Path | None = option(None, "Text to measure the KL on, in place of the packaged one.")
+    neutral: Path | None = option(None, NEUTRAL)
 
-    def read_neutral(self) -> str | None:
-        """The text of --neutral."""
-        return read_text(self.neutral, "--neutral")
+    def read_neutral(self) -> str | NeutralChats | None:
+        """The text or the chats of --neutral."""
+        return read_own_neutral(self.neutral)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ class BudgetFlags(NeutralFlags):
 
     kl_budget: float | None = option(
         None,
-        "Largest mean KL from the base on neutral text, in nats per token; the strength is the largest within it.",
-        shown_default="0.05",
+        "Largest mean KL from the base, in nats per token, in chat (on prose without a chat template); the strength is the "
+        "largest within it.",
+        shown_default="0.2 in chat, 0.05 on prose",
     )
     kl_budget_attn: float | None = option(None, "KL budget of attention's edits alone.", rare=True)
     kl_budget_mlp: float | None = option(None, "KL budget of the MLPs' edits alone.", rare=True)
@@ -247,6 +253,13 @@ def quieten_transformers() -> None:
     for handler in logging.getLogger("transformers").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)
+
+
+def read_own_neutral(path: Path | None) -> str | NeutralChats | None:
+    """The text or the chats of --neutral; None without a path."""
+    from steer2edit.data.neutral import read_neutral
+
+    return None if path is None else read_neutral(path)
 
 
 def read_text(path: Path | None, flag: str) -> str | None:

@@ -105,7 +105,8 @@ def plan(
     from steer2edit.capture.vectors import substituted
     from steer2edit.methods import make_plan
     from steer2edit.scoring.scores import Scoring
-    from steer2edit.strength.settle import neutral_text, settle_strength
+    from steer2edit.strength.neutral_texts import neutral_texts
+    from steer2edit.strength.settle import settle_strength
 
     options = method.options()
     replace.check(output.out, "plan")
@@ -123,7 +124,12 @@ def plan(
             strength=strength.strength,
             kl_budget=strength.kl_budget,
             class_budgets=strength.class_budgets,
-            neutral=neutral_text(loaded, strength.read_neutral(), progress_bar()),
+            neutral=neutral_texts(
+                loaded,
+                strength.read_neutral(),
+                progress_bar(),
+                chat_template_kwargs=statistics.source.get("chat_template_kwargs"),
+            ),
         )
     elif strength.strength is not None:
         edits = edits.at_strength(strength.strength)
@@ -189,7 +195,7 @@ def scale(
 ) -> None:
     """Give a plan another strength: a factor of its present one, or the largest that a KL budget allows."""
     from steer2edit.compose import rescale
-    from steer2edit.strength.settle import neutral_text
+    from steer2edit.strength.neutral_texts import neutral_texts
 
     replace.check(output.out, "plan")
     edits = read_plan(plan_file)
@@ -205,9 +211,9 @@ def scale(
         checkpoint, spec = model_flags.open(model_flags.model)
         edits.check_base(checkpoint)
         loaded = model_flags.load(checkpoint, spec)
-        text = neutral_text(loaded, budgets.read_neutral(), progress_bar())
+        texts = neutral_texts(loaded, budgets.read_neutral(), progress_bar())
         scaled = rescale(
-            edits, kl_budget=budgets.kl_budget, class_budgets=budgets.class_budgets, loaded=loaded, neutral=text
+            edits, kl_budget=budgets.kl_budget, class_budgets=budgets.class_budgets, loaded=loaded, neutral=texts
         )
     scaled.save(output.out)
     print_plan(scaled, output.out, printed.as_json)

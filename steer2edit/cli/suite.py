@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.data_options import DataFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import ModelFlags, progress_bar, read_text
+from steer2edit.cli.options import NEUTRAL, ModelFlags, progress_bar, read_own_neutral
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class SuiteFlags(FlagGroup):
     )
     limit: int | None = option(
         None,
-        "Use at most N questions of each kind, and N windows of 128 tokens of neutral text (but at least 4).",
+        "Use at most N questions of each kind, N windows of 128 tokens of neutral prose, and N of the base's own answers "
+        "(but at least 4 of these).",
         minimum=1,
     )
     max_new_tokens: int = option(160, "Length of an answer in tokens, at most.", minimum=1)
@@ -51,7 +52,7 @@ class SuiteFlags(FlagGroup):
     function: str | None = option(
         None, "Score answers by your own Python function of (prompt, answer).", metavar="FILE.PY:NAME"
     )
-    neutral: Path | None = option(None, "Text to measure the KL on, in place of the packaged one.")
+    neutral: Path | None = option(None, NEUTRAL)
     split_seed: int = option(0, "Seed that deals the questions out to the two splits.", rare=True)
 
     def read_questions(self, data: DataFlags) -> Sequence[Question]:
@@ -70,14 +71,20 @@ class SuiteFlags(FlagGroup):
         from steer2edit.data.questions import builtin_questions, read_questions
         from steer2edit.evaluation.suite import Suite
         from steer2edit.evaluation.user_scores import check_patterns, load_function
-        from steer2edit.strength.settle import neutral_text
+        from steer2edit.strength.neutral_texts import neutral_texts
 
         check_patterns(self.patterns)
         useful = self.useful
         return Suite(
             questions,
             [] if useful == "none" else read_questions(useful) if useful else builtin_questions("knowledge") or [],
-            neutral_text(loaded, read_text(self.neutral, "--neutral"), progress_bar(), limit=self.limit),
+            neutral_texts(
+                loaded,
+                read_own_neutral(self.neutral),
+                progress_bar(),
+                limit=self.limit,
+                chat_template_kwargs=data.template_arguments,
+            ),
             patterns=self.patterns,
             function=load_function(self.function) if self.function else None,
             max_new_tokens=self.max_new_tokens,

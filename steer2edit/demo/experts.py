@@ -42,7 +42,8 @@ from steer2edit.runtime.model import LoadedModel, load_model, load_weights
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.meet import at
-from steer2edit.strength.settle import neutral_text, settle_strength
+from steer2edit.strength.neutral_texts import NeutralTexts
+from steer2edit.strength.settle import settle_strength
 
 TOP = 4
 DRAWS = 5
@@ -69,7 +70,7 @@ def run(
         }
         checkpoint = replace(open_checkpoint(mixture_folder()), name="embedded-mixture")
         loaded = load_model(checkpoint, read_spec(checkpoint), RUNTIME)
-        neutral = neutral_text(loaded, neutral_documents(), progress)
+        neutral = NeutralTexts(NeutralText(loaded, neutral_documents(), progress=progress))
         background = neutral_documents(seed=2)
         results = {}
         for name, behavior in chosen.items():
@@ -87,7 +88,7 @@ class _Behavior:
         checkpoint: Checkpoint,
         loaded: LoadedModel,
         statistics: Statistics,
-        neutral: NeutralText,
+        neutral: NeutralTexts,
         name: str,
         progress: Progress,
     ) -> None:
@@ -107,7 +108,7 @@ class _Behavior:
         checked = verify(folder, self.checkpoint.path, runtime=RUNTIME, progress=self.progress)
         before = answers_to(loaded, self.tasks)
         after = answers_to(replace(loaded, model=load_weights(folder, RUNTIME)), self.tasks)
-        kl = at(partial(edited, loaded, plan), self.neutral).divergence.kl
+        kl = at(partial(edited, loaded, plan), self.neutral.budget).divergence.kl
         rows = [
             {"model": "base", **rates_of(self.tasks, before), "kl": 0.0},
             {"model": f"the attribute's {TOP} experts off (checkpoint)", **rates_of(self.tasks, after), "kl": kl},
@@ -144,7 +145,7 @@ class _Behavior:
         apply = partial(edited, self.loaded, plan)
         with apply(1.0):
             rates = rates_of(self.tasks, answers_to(self.loaded, self.tasks))
-        return {**rates, "kl": at(apply, self.neutral).divergence.kl}
+        return {**rates, "kl": at(apply, self.neutral.budget).divergence.kl}
 
     def random_masks(self, taken: set[Pair]) -> dict[str, Any]:
         """As many experts at random, none of those that were ``taken``: the mean over draws, and each draw."""

@@ -33,6 +33,7 @@ from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weig
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.meet import at
+from steer2edit.strength.neutral_texts import NeutralTexts
 from steer2edit.strength.settle import settle_strength
 
 KL_BUDGET = 0.0025
@@ -90,7 +91,7 @@ def _run_all(out: Path, behaviors: Sequence[str], force: bool, progress: Progres
     checkpoint = replace(open_checkpoint(model_folder()), name="embedded-model")
     loaded = load_model(checkpoint, read_spec(checkpoint), RUNTIME)
     # small batches of this model's activations stay in a core's cache
-    neutral = NeutralText(loaded, neutral_documents(), batch_tokens=1024, progress=progress)
+    neutral = NeutralTexts(NeutralText(loaded, neutral_documents(), batch_tokens=1024, progress=progress))
     return {
         name: _run_one(checkpoint, loaded, behavior, neutral, folders[name], force, progress)
         for name, behavior in chosen.items()
@@ -101,7 +102,7 @@ def _run_one(
     checkpoint: Checkpoint,
     loaded: LoadedModel,
     behavior: Behavior,
-    neutral: NeutralText,
+    neutral: NeutralTexts,
     folders: dict[str, Path],
     force: bool,
     progress: Progress,
@@ -135,7 +136,7 @@ def _run_one(
         apply = partial(steered, loaded, vectors)
         with apply(strength):
             rates = rates_of(tasks, answers_to(loaded, tasks))
-        kl = at(apply, neutral, strength).divergence.kl
+        kl = at(apply, neutral.budget, strength).divergence.kl
         rows.append({"model": f"steering × {strength:g}", **rates, "kl": kl})
     samples = changed_answers(tasks, before, after)
     plots, note = [], ""

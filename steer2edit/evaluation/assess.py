@@ -23,7 +23,7 @@ from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 PROOF = 32
 """Questions of each kind behind a compile's own report: enough to see an effect, and a matter of minutes on a CPU."""
@@ -71,7 +71,7 @@ def prove(
     loaded: LoadedModel,
     scoring: Scoring,
     plan: EditPlan,
-    neutral: NeutralText,
+    neutral: NeutralTexts,
     questions: Sequence[Question],
     folders: Mapping[str, Path],
     progress: Progress = silent,
@@ -80,8 +80,8 @@ def prove(
 ) -> Evaluation:
     """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
-    With an instruction ``told`` the base is also measured under it, and the edit too. Writes the evaluation into each
-    artefact's folder.
+    The KL is that on the text which budgets are on. With an instruction ``told`` the base is also measured under it, and the
+    edit too. Writes the evaluation into each artefact's folder.
     """
     source = scoring.statistics.source
     suite = Suite(

@@ -22,13 +22,14 @@ from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
+from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
-from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength
 from steer2edit.strength.meet import Apply, at, meet
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 Match = Literal["norm", "kl"]
 KINDS = ("random", "shuffled", "flipped", "whole", "ablation")
@@ -39,7 +40,7 @@ def baselines(
     loaded: LoadedModel,
     scoring: Scoring,
     plan: EditPlan,
-    neutral: NeutralText,
+    neutral: NeutralTexts,
     *,
     match: Match = "kl",
     draws: int = 3,
@@ -76,7 +77,7 @@ def baselines(
         for name, kind, other in edits:
             note, settled = "at equal ‖ΔW‖", other
             if match == "kl" and kl is not None and kind != "flipped":
-                note, settled = "at equal KL", to_kl(loaded, other, neutral, kl, name)
+                note, settled = _equal(neutral), to_kl(loaded, other, neutral, kl, name)
             candidates.append(plan_candidate(loaded, name, settled, kind, note))
             advance(1)
     return candidates
@@ -91,15 +92,15 @@ def steering(
     return [_steering(loaded, vectors, strength) for strength in strengths]
 
 
-def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText, kl: float) -> Candidate:
+def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, kl: float) -> Candidate:
     """Activation steering at the strength that meets a KL."""
     vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
-    strength = meet(partial(steered, loaded, vectors), neutral, kl, "steering").strength
-    return replace(_steering(loaded, vectors, strength), note="at equal KL")
+    strength = meet(partial(steered, loaded, vectors), neutral.budget, kl, "steering").strength
+    return replace(_steering(loaded, vectors, strength), note=_equal(neutral))
 
 
 def random_directions(
-    loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, draws: int = LEAST_DIRECTIONS
+    loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts, kl: float, draws: int = LEAST_DIRECTIONS
 ) -> list[Candidate]:
     """Random directions at a KL; those after the first are measured in brief.
 
@@ -114,7 +115,7 @@ def random_directions(
             strength = settled.norm / drawn.norm if drawn.norm else 1.0
         else:
             settled = drawn.scaled(near(partial(edited, loaded, drawn), neutral, kl, strength, name).strength)
-        candidates.append(replace(plan_candidate(loaded, name, settled, "random", "at equal KL"), brief=i > 0))
+        candidates.append(replace(plan_candidate(loaded, name, settled, "random", _equal(neutral)), brief=i > 0))
     return candidates
 
 
@@ -187,34 +188,38 @@ def of_norm(plan: EditPlan, norm: float) -> EditPlan:
     return plan.scaled(norm / plan.norm) if plan.norm else plan
 
 
-def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText) -> float:
-    """The KL that a plan reaches on the neutral text."""
-    return at(partial(edited, loaded, plan), neutral).divergence.kl
+def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts) -> float:
+    """The KL that a plan reaches on the text that budgets are on."""
+    return at(partial(edited, loaded, plan), neutral.budget).divergence.kl
 
 
-def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralText, kl: float, name: str = "") -> EditPlan:
+def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts, kl: float, name: str = "") -> EditPlan:
     """The plan at the strength that meets a KL. Raises PlanError where none does; ``name`` is for the progress."""
     try:
-        return plan.scaled(meet(partial(edited, loaded, plan), neutral, kl, name).strength)
+        return plan.scaled(meet(partial(edited, loaded, plan), neutral.budget, kl, name).strength)
     except Steer2EditError as error:
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 
 
-def near(apply: Apply, neutral: NeutralText, kl: float, start: float | None = None, name: str = "") -> Strength:
+def near(apply: Apply, neutral: NeutralTexts, kl: float, start: float | None = None, name: str = "") -> Strength:
     """A strength whose KL is within half of ``EQUAL_COST`` of ``kl``, by the square law from ``start`` in few passes.
 
     Where that fails, or without a ``start``, it is searched for (``strength.meet``). Raises Steer2EditError where none is found.
     """
     strength = 0.0 if start is None else start
     for _ in range(3 if strength > 0 else 0):
-        found = at(apply, neutral, strength, name)
+        found = at(apply, neutral.budget, strength, name)
         reached = found.divergence.kl
         if not (math.isfinite(reached) and reached > 0):
             break
         if abs(reached - kl) <= EQUAL_COST / 2 * kl:
             return found
         strength *= math.sqrt(kl / reached)
-    return meet(apply, neutral, kl, name)
+    return meet(apply, neutral.budget, kl, name)
+
+
+def _equal(neutral: NeutralTexts) -> str:
+    return f"at equal {KL_NAMES[neutral.budget.kind]}"
 
 
 def _steering(loaded: LoadedModel, vectors: Mapping[str, torch.Tensor], strength: float) -> Candidate:

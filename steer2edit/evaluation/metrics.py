@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from steer2edit.data.tokens import encode, texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError
 from steer2edit.evaluation.likelihood import response_log_probabilities
+from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.kl import NeutralText
@@ -256,20 +257,28 @@ class Choice:
 
 @dataclass(frozen=True)
 class Neutral:
-    """Divergence from the base on neutral text, over all its tokens; the sampling unit is a window of text."""
+    """Divergence from the base on one neutral text, over all its tokens; the sampling unit is a window, or an answer.
+
+    The perplexity is that of prose.
+    """
 
     text: NeutralText
-    metrics: tuple[Metric, ...] = field(
-        default=(
-            Metric("KL", "utility", "less", "nats/token"),
-            Metric("perplexity", "utility", "less", exponential=True),
-        )
-    )
+
+    @property
+    def kl(self) -> Metric:
+        """The KL on this text."""
+        return Metric(KL_NAMES[self.text.kind], "utility", "less", "nats/token")
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        prose = self.text.kind == "prose"
+        return self.kl, *([Metric("perplexity", "utility", "less", exponential=True)] if prose else [])
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         found = self.text.windows(loaded, progress=progress)
         weights = tuple(map(float, found.tokens))
-        return Outcome({"KL": Sample(found.kl, weights), "perplexity": Sample(found.loss, weights)})
+        samples = {self.kl.name: Sample(found.kl, weights), "perplexity": Sample(found.loss, weights)}
+        return Outcome({metric.name: samples[metric.name] for metric in self.metrics})
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -21,7 +21,7 @@ from steer2edit.evaluation.metrics import (
     prompt_text,
     through_transformers,
 )
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 SAMPLES = 16
 
@@ -37,7 +37,7 @@ class Suite:
 
     attribute: Sequence[Question]
     utility: Sequence[Question]
-    neutral: NeutralText
+    neutral: NeutralTexts
     patterns: Sequence[str] = ()
     function: Callable[[str, str], float] | None = None
     max_new_tokens: int = 160
@@ -52,7 +52,7 @@ class Suite:
         asked, useful = self.questions(split), take(self.utility, split, self.seed)[: self.limit]
         if not asked:
             raise DataError(f"no question falls into the split {split}; give more questions, or another --split-seed")
-        found: list[Task] = [Neutral(self.neutral)]
+        found: list[Task] = [Neutral(text) for text in self.neutral]
         if pairs := [q for q in asked if q.positive]:
             found.append(Preference(pairs, **self._rendering))
         if choices := [q for q in asked if q.choices]:
@@ -102,7 +102,7 @@ class Suite:
             "split_seed": self.seed,
             "questions": len(self.questions(split)),
             "utility_questions": len(take(self.utility, split, self.seed)[: self.limit]),
-            "neutral_tokens": self.neutral.tokens,
+            "neutral_tokens": {text.kind: text.tokens for text in self.neutral},
             "max_new_tokens": self.max_new_tokens,
             "system": self.system,
             **arguments,

@@ -16,7 +16,8 @@ from steer2edit.strength.line_search import USUAL_PASSES
 class Work:
     """``candidates`` (the base is one) on ``questions`` each, ``answers`` of which are written in up to ``answer_tokens``.
 
-    ``passes`` are runs over the whole neutral text of ``tokens`` predictions, those that bring baselines to a KL included.
+    ``passes`` are runs over the whole text that budgets are on, of ``tokens`` predictions, those that bring baselines to a KL
+    included.
     """
 
     candidates: int
@@ -38,7 +39,7 @@ def work_of(suite: Suite, split: Split, candidates: int, passes: int = 0) -> Wor
     context = suite.context(split)
     asked = context["questions"] + context["utility_questions"]
     total = candidates + 1
-    return Work(total, asked, suite.answers(split), suite.max_new_tokens, total + passes, suite.neutral.tokens)
+    return Work(total, asked, suite.answers(split), suite.max_new_tokens, total + passes, suite.neutral.budget.tokens)
 
 
 def baselines_work(match: Match, draws: int, strengths: Sequence[float] = ()) -> tuple[int, int]:

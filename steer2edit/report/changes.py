@@ -12,6 +12,7 @@ from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.formatting import divergence, number, pairs, plain_value
 from steer2edit.lowering import Snippet
 from steer2edit.plan import EditPlan, LowRank, Measured, Scores
+from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
 from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
@@ -139,15 +140,15 @@ def _merged(method: Mapping[str, Any], prefix: str = "") -> list[list[object]]:
 
 def _measured(measured: Measured) -> list[tuple[str, object]]:
     facts: list[tuple[str, object]] = []
-    cost = measured.divergence
     if measured.strength is not None:
         facts.append(("Strength", number(measured.strength)))
-    if cost is not None:
-        facts.append(("KL from the base", f"{divergence(cost.estimate)} over {cost.tokens:,} tokens of neutral text"))
+    for kind, cost in measured.costs.items():
+        told = f"{divergence(cost.estimate)} from the base, over {cost.tokens:,} tokens of {TEXT_NAMES[kind]}"
+        facts.append((KL_NAMES[kind], told))
     if measured.kl_budget is not None:
-        facts.append(("KL budget", f"{number(measured.kl_budget)} nats/token"))
-    if cost is not None:
-        facts.append(("Perplexity", f"{number(cost.base_perplexity)} → {number(cost.perplexity)}"))
+        facts.append(("KL budget", f"{number(measured.kl_budget)} nats/token of {KL_NAMES[measured.budget_text]}"))
+    if prose := measured.costs.get("prose"):
+        facts.append(("Perplexity of prose", f"{number(prose.base_perplexity)} → {number(prose.perplexity)}"))
     return facts
 
 

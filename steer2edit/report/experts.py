@@ -11,7 +11,7 @@ from steer2edit.errors import Steer2EditError
 from steer2edit.experts.ranking import ExpertTable, Ranked
 from steer2edit.files.atomic import write_bytes
 from steer2edit.plan import Measured
-from steer2edit.report.plan_text import expert_lines
+from steer2edit.report.plan_text import cost_line, expert_lines
 
 _HEADERS = {
     "layer": "layer",
@@ -79,11 +79,8 @@ def render_ranking(table: ExpertTable, ranked: Sequence[Ranked]) -> str:
 def render_masks(method: Mapping[str, Any], measured: Measured) -> str:
     """What a plan does with experts: the grades, each expert, and the measured cost."""
     lines = [str(method["grade"]), *(f"  {line}" for line in expert_lines(method))]
-    if (cost := measured.divergence) is not None:
-        lines.append(
-            f"KL {cost.kl:.4f} nats a token on neutral text; perplexity {cost.base_perplexity:.2f} before, "
-            f"{cost.perplexity:.2f} after"
-        )
+    if measured.costs:
+        lines.append(cost_line(measured))
     return "\n".join(lines)
 
 

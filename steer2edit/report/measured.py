@@ -11,6 +11,7 @@ from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
 from steer2edit.formatting import cut, interval, pairs, plain_interval, plain_value
 from steer2edit.plan import EditPlan
+from steer2edit.plan.measured import KL_NAMES, is_kl
 from steer2edit.report.differences import WORDS, losses, signed
 from steer2edit.report.markup import Html, fact_list, folded, joined, table, tag
 from steer2edit.report.tradeoff import chosen_row
@@ -129,9 +130,9 @@ def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
     if evaluation is not None:
         counts = ", ".join(f"{m.name} {_count(evaluation, m)}" for m in evaluation.metrics)
         sentences.append(
-            f"Intervals are 95 % bootstraps ({DRAWS} draws) over questions, or over windows of neutral text: {counts}. They say "
-            "how far another sample of the same kind of questions would move the numbers. They say nothing about other "
-            "questions."
+            f"Intervals are 95 % bootstraps ({DRAWS} draws) over questions, over the base's answers or over windows of prose: "
+            f"{counts}. They say how far another sample of the same kind of questions would move the numbers. They say nothing "
+            "about other questions."
         )
         if split := evaluation.context.get("split"):
             sentences.append(f"Everything in the table of candidates is on the {split} split.")
@@ -145,10 +146,15 @@ def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
         sentences.append(
             "The behaviour was not measured. Nothing on this page shows that the edit has the wanted effect."
         )
-    if plan.measured.divergence is not None:
+    if plan.measured.costs.keys() == {"prose"}:
         sentences.append(
             "KL is measured on neutral prose. It is not the cost on other text: in a chat the same edit can cost several times "
             "as much."
+        )
+    elif plan.measured.costs:
+        sentences.append(
+            "KL in chat is measured on the base's own answers to everyday prompts, KL on prose on running English text. Neither "
+            "is the cost on other text, such as long chats or another language."
         )
     if any(site.interval is not None for site in plan.scores.values()):
         sentences.append("Intervals of g are over resampled contrast examples, component by component.")
@@ -167,7 +173,7 @@ def _cell(evaluation: Evaluation, row: Row, metric: Metric) -> str:
         return "–"
     estimate = interval(evaluation.estimate(row, metric.name))
     # the base's own divergence is 0: the change would say the same again
-    if row is evaluation.rows[0] or metric.name.startswith("KL"):
+    if row is evaluation.rows[0] or is_kl(metric.name):
         return estimate
     return joined(estimate, tag("small", _worded(metric, evaluation.change(row, metric.name))))
 
@@ -189,12 +195,14 @@ def _front(front: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> H
         joined(names[role], tag("small", f"{objective['goal']} is better") if objective.get("goal") else "")
         for role, objective in objectives.items()
     ]
-    apart = names["utility"] != "KL"
+    apart = not is_kl(names["utility"])
+    others = [name for name in KL_NAMES.values() if any(name in (one.get("checks") or {}) for one in front)]
     rows: list[list[object]] = []
     for trial in front:
         name = joined(trial["number"], tag("small", "the knee") if trial.get("knee") else "")
         kl = [plain_value(trial.get("kl"))] if apart else []
+        kl += [plain_value((trial.get("checks") or {}).get(one)) for one in others]
         estimates = [plain_interval(trial.get(role)) for role in names]
         rows.append([name, *estimates, *kl, pairs(trial.get("params") or {})])
-    columns = ["trial", *heads, *(["KL"] if apart else []), "parameters"]
+    columns = ["trial", *heads, *(["KL"] if apart else []), *others, "parameters"]
     return table("The front, on the selection split", columns, rows)

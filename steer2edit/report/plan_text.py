@@ -12,6 +12,7 @@ from steer2edit import methods
 from steer2edit.formatting import divergence, number, pairs
 from steer2edit.options import options_of
 from steer2edit.plan import EditPlan, Measured
+from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
 
 _KINDS = {
     "attn_out": "head",
@@ -129,24 +130,24 @@ def strength_line(measured: Measured) -> str:
         ]
         return f"{', '.join(told)}; all together × {number(measured.strength or 1.0)}"
     if measured.strength is None:
-        return "1, the method's own; no KL was measured" if measured.divergence is None else ""
+        return "" if measured.costs else "1, the method's own; no KL was measured"
     if measured.kl_budget is None:
         return f"{number(measured.strength)} times the method's edit"
     return (
-        f"{number(measured.strength)} times the method's edit, the largest within the KL budget of "
-        f"{number(measured.kl_budget)} nats per token"
+        f"{number(measured.strength)} times the method's edit, the largest whose {KL_NAMES[measured.budget_text]} is within the "
+        f"budget of {number(measured.kl_budget)} nats per token"
     )
 
 
 def cost_line(measured: Measured) -> str:
-    """The KL from the base and the perplexities, with the text that they were measured on."""
-    cost = measured.divergence
-    if cost is None:
-        return ""
-    return (
-        f"KL {divergence(cost.estimate)} from the base, on {cost.tokens:,} tokens of neutral text; "
-        f"perplexity there {number(cost.base_perplexity)} before, {number(cost.perplexity)} after"
-    )
+    """The KL from the base on each text, with its tokens, and the perplexities of prose."""
+    told = [
+        f"{KL_NAMES[kind]} {divergence(cost.estimate)}, over {cost.tokens:,} tokens of {TEXT_NAMES[kind]}"
+        for kind, cost in measured.costs.items()
+    ]
+    if prose := measured.costs.get("prose"):
+        told.append(f"perplexity of prose {number(prose.base_perplexity)} before, {number(prose.perplexity)} after")
+    return "; ".join(told)
 
 
 def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:

@@ -10,12 +10,20 @@ from tabulate import tabulate
 
 from steer2edit.evaluation.comparison import compared_rows, comparisons
 from steer2edit.evaluation.steerability import steerability
+from steer2edit.plan.measured import KL_NAMES
 from steer2edit.report.differences import cell, change_cell, losses
 
 if TYPE_CHECKING:
     from steer2edit.artefact.verify import Verification
     from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.search.study import Study
+
+
+_UNITS = {
+    KL_NAMES["chat"]: "of the base's own answers",
+    **dict.fromkeys((KL_NAMES["prose"], "KL", "perplexity"), "windows of neutral prose"),
+}
+"""What the metrics are means over that are not means over questions."""
 
 
 def render_evaluation(found: Evaluation) -> str:
@@ -73,15 +81,12 @@ def steerable_lines(found: Evaluation) -> list[str]:
 
 def _measured_on(found: Evaluation) -> str:
     """What the numbers of a table are means over."""
-    names: dict[tuple[bool, int], list[str]] = {}
+    names: dict[tuple[str, int], list[str]] = {}
     for metric in found.metrics:
         count = found.estimate(found.rows[0], metric.name).count
-        text = metric.name.startswith(("KL", "perplexity"))
-        names.setdefault((text, count), []).append(metric.name)
-    told = [
-        f"{', '.join(metrics)} over {count} {'windows of text' if text else 'questions'}"
-        for (text, count), metrics in names.items()
-    ]
+        unit = _UNITS.get(metric.name, "questions")
+        names.setdefault((unit, count), []).append(metric.name)
+    told = [f"{', '.join(metrics)} over {count} {unit}" for (unit, count), metrics in names.items()]
     split = found.context.get("split")
     half = f" (the half that tune {'reports on' if split == 'report' else 'selects on'})" if split else ""
     return f"Means: {'; '.join(told)}{half}. In brackets: 95 % intervals from resampling these."
@@ -91,12 +96,15 @@ def render_study(done: Study) -> str:
     """The front on the selection split, what the knee is, and the report's table."""
     settings, result = done.result.settings, done.result
     attribute, utility = settings["attribute"]["name"], settings["utility"]["name"]
+    front = [trial for trial in result.trials if trial.number in result.front]
+    others = [name for name in KL_NAMES.values() if front and all(name in trial.checks for trial in front)]
     rows = []
     for trial in sorted(result.trials, key=lambda trial: trial.kl):
         if trial.number in result.front and trial.attribute is not None and trial.utility is not None:
             a, u = (f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in (trial.attribute, trial.utility))
             params = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in trial.params.items())
-            rows.append([trial.number, a, u, params, "knee" if trial.number == result.knee else ""])
+            costs = [f"{trial.checks[name]:.3g}" for name in others]
+            rows.append([trial.number, a, u, *costs, params, "knee" if trial.number == result.knee else ""])
     states = [trial.state for trial in result.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     base = settings["base"]
@@ -105,7 +113,7 @@ def render_study(done: Study) -> str:
         "",
         "The front (plans that no other plan beats in both metrics), on the questions for selection:",
         "",
-        tabulate(rows, headers=["trial", attribute, utility, "", ""], disable_numparse=True),
+        tabulate(rows, headers=["trial", attribute, utility, *others, "", ""], disable_numparse=True),
     ]
     if done.evaluation is not None:
         parts += ["", "On the questions for reporting:", "", render_evaluation(done.evaluation)]

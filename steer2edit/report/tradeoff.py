@@ -9,6 +9,7 @@ from typing import Any
 from steer2edit.bootstrap import Estimate
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric
+from steer2edit.plan.measured import is_kl
 from steer2edit.report.drawing import BLUE, GREY, INK, ORANGE, WIDTH, Drawing, canvas, one_line
 
 # label, colour, marker, size; control edits are grey
@@ -87,7 +88,7 @@ def _caption(x: Metric, y: Metric, trials: int, measured: bool) -> str:
 
 
 def objectives(evaluation: Evaluation | None, settings: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
-    """(utility, attribute): those of the study where they were measured, else KL and the first attribute."""
+    """(utility, attribute): those of the study where they were measured, else the first of each role: KL is the first cost."""
     attribute, utility = (settings.get(role) or {} for role in ("attribute", "utility"))
     if evaluation is None:
         if not (attribute.get("name") and utility.get("name")):
@@ -96,7 +97,7 @@ def objectives(evaluation: Evaluation | None, settings: Mapping[str, Any]) -> tu
             Metric(utility["name"], "utility", utility.get("goal", "more")),
             Metric(attribute["name"], "attribute", attribute.get("goal", "more")),
         )
-    x = _measured(evaluation, "utility", utility.get("name") or "KL")
+    x = _measured(evaluation, "utility", utility.get("name"))
     y = _measured(evaluation, "attribute", attribute.get("name"))
     return None if x is None or y is None else (x, y)
 
@@ -195,7 +196,7 @@ def _scale_x(axis: Any, values: Sequence[float], x: Metric) -> None:
     # the base's may also be rounding, of either sign
     noise = 1e-4 * max(values, default=0.0)
     positive = sorted(value for value in values if value > noise)
-    if x.name != "KL" or min(values, default=0.0) < -noise or not positive or positive[-1] <= 30 * positive[0]:
+    if not is_kl(x.name) or min(values, default=0.0) < -noise or not positive or positive[-1] <= 30 * positive[0]:
         return
     first = math.floor(math.log10(positive[0]))
     last = math.ceil(math.log10(positive[-1]))

@@ -12,6 +12,7 @@ from steer2edit.evaluation.metrics import Metric
 from steer2edit.evaluation.steerability import steerability
 from steer2edit.formatting import divergence, interval, number, ratio
 from steer2edit.plan import EditPlan
+from steer2edit.plan.measured import KL_NAMES
 from steer2edit.report.differences import signed
 from steer2edit.report.tradeoff import chosen_row, objectives
 
@@ -37,8 +38,9 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
 
 def _unmeasured(plan: EditPlan) -> str:
     text = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
-    if plan.measured.divergence is not None:
-        text += f", and moves the model by {divergence(plan.measured.divergence.estimate)} on neutral text"
+    if plan.measured.costs:
+        costs = (f"{KL_NAMES[kind]} {divergence(cost.estimate)}" for kind, cost in plan.measured.costs.items())
+        text += f", and moves the model from the base ({', '.join(costs)})"
     if plan.measured.selected_on:
         return f"{text}. It was chosen on the selection split. Its effect on other questions was not measured."
     return f"{text}. Its effect on the behaviour was not measured."

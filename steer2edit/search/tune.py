@@ -36,7 +36,7 @@ from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.journal import Journal, Params, Trial
 from steer2edit.search.pareto import front_of, knee_of
-from steer2edit.strength.meet import at, estimate
+from steer2edit.strength.meet import estimate
 
 FORMAT = "steer2edit.study.1"
 _ESTIMATE: Any = ({"value": NUMBER, "low?": NUMBER, "high?": NUMBER}, None)
@@ -57,7 +57,7 @@ class Search:
     method's options, all combinations of which are tried at ``strength`` times what the method gives. A plan whose KL is
     above ``max_kl`` is not evaluated further, and one whose answers repeat themselves or say nothing more than the base's do
     is kept from the front unless ``allow_degenerate``. The search ends after ``trials``, or after ``patience`` trials that left
-    the front as it was.
+    the front as it was. The utility "KL" is that on the text which budgets are on, as ``kl_range`` and ``max_kl`` are.
     """
 
     methods: tuple[str, ...] = ("steering",)
@@ -167,7 +167,8 @@ def plan_of(scoring: Scoring, loaded: LoadedModel, suite: Suite, trial: Trial, s
     plan = _with_strength(_make(scoring, trial.params, search), float(trial.checks["strength"]))
     measured = Measured(
         strength=trial.checks["strength"],
-        divergence=at(partial(edited, loaded, plan), suite.neutral).divergence,
+        budget_text=suite.neutral.budget.kind,
+        costs=suite.neutral.costs(partial(edited, loaded, plan)),
         trial=trial.number,
         params=dict(trial.params),
         selected_on=tuple(suite.digests("select")),
@@ -194,20 +195,20 @@ class _Bench:
             return Trial(number, params, "refused", note=str(error))
         if not plan.edits:
             return Trial(number, params, "empty", note="no component is over its threshold")
-        neutral = next(task for task in self.tasks if isinstance(task, Neutral))
+        neutral = [task for task in self.tasks if isinstance(task, Neutral)]
         strength = self.search.strength
         if "kl" in params:
-            strength = estimate(partial(edited, self.loaded, plan), neutral.text, params["kl"])
+            strength = estimate(partial(edited, self.loaded, plan), neutral[0].text, params["kl"])
         candidate = plan_candidate(self.loaded, f"trial {number}", _with_strength(plan, strength))
-        quick = measure(candidate, [neutral], self.progress)
-        kl = quick.samples["KL"].estimate(_metric(self.tasks, "KL")).value
-        checks = {"strength": strength}
-        if not kl <= self.search.max_kl:
-            note = f"its KL is above {self.search.max_kl:g}"
-            return Trial(number, params, "over", kl, checks=checks, note=note, seconds=quick.seconds)
-        rest = measure(candidate, [task for task in self.tasks if task is not neutral], self.progress)
+        quick = measure(candidate, neutral, self.progress)
+        kl, *others = ((task.kl.name, quick.samples[task.kl.name].estimate(task.kl).value) for task in neutral)
+        checks = {"strength": strength, **dict(others)}
+        if not kl[1] <= self.search.max_kl:
+            note = f"its {kl[0]} is above {self.search.max_kl:g}"
+            return Trial(number, params, "over", kl[1], checks=checks, note=note, seconds=quick.seconds)
+        rest = measure(candidate, [task for task in self.tasks if task not in neutral], self.progress)
         row = replace(rest, samples={**quick.samples, **rest.samples}, seconds=quick.seconds + rest.seconds)
-        return self._judged(number, params, kl, row, checks)
+        return self._judged(number, params, kl[1], row, checks)
 
     def _judged(self, number: int, params: Params, kl: float, row: Row, checks: dict[str, float]) -> Trial:
         found = [asdict(row.samples[m.name].estimate(m)) for m in self.objectives]
@@ -293,7 +294,9 @@ def _objectives(tasks: Sequence[Task], search: Search) -> tuple[Metric, Metric]:
     metrics = [metric for task in tasks for metric in task.metrics]
     attributes = [metric for metric in metrics if metric.role == "attribute"]
     chosen = attributes[0] if search.attribute is None else _metric(tasks, search.attribute)
-    return chosen, _metric(tasks, search.utility)
+    # "KL" is that on the text which budgets are on
+    costs = [task.kl for task in tasks if isinstance(task, Neutral)]
+    return chosen, costs[0] if search.utility == "KL" else _metric(tasks, search.utility)
 
 
 def _metric(tasks: Sequence[Task], name: str) -> Metric:

@@ -1,8 +1,7 @@
-"""The KL of an edit from the base on neutral text.
+"""The KL of an edit from the base on neutral text, which has nothing to do with the behaviour.
 
-Neutral text has nothing to do with the behaviour.
-
-The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
+Neutral text is prose, or a chat model's own answers to prompts; of answers only their own tokens count, under the prompt before
+them. The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
 state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are not an
 affine function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
 """
@@ -17,9 +16,10 @@ import torch
 
 from steer2edit.bootstrap import estimate
 from steer2edit.data.tokens import windows
+from steer2edit.engines.own_answers import OwnAnswer
 from steer2edit.errors import DataError
 from steer2edit.notices import notice
-from steer2edit.plan import Divergence
+from steer2edit.plan.measured import KL_NAMES, Divergence, TextKind
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.model import LoadedModel
@@ -29,11 +29,12 @@ MAX_TOKENS = 4096
 WINDOW = 128
 _CHUNK = 256
 _GLANCE = 512
+_FEWEST = 16
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What was measured of each window of the text: sums over its predictions, in nats; see :class:`Divergence`."""
+    """What was measured of each window or answer: sums over its predictions, in nats; see :class:`Divergence`."""
 
     tokens: tuple[int, ...]
     kl: tuple[float, ...]
@@ -42,7 +43,7 @@ class Windows:
     quadratic: tuple[float, ...] | None = None
 
     def divergence(self) -> Divergence:
-        """The text's divergence; tokens of one window are not independent draws, so the interval is over windows."""
+        """The text's divergence; tokens of one row are not independent draws, so the interval is over windows or answers."""
         kl = estimate(self.kl, self.tokens)
         count = sum(self.tokens)
         base, now = (math.exp(min(sum(losses) / count, 700)) for losses in (self.base_loss, self.loss))
@@ -53,13 +54,14 @@ class Windows:
 class NeutralText:
     """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it.
 
-    ``text`` is one running text, or several documents that are read each by itself, in windows of ``window`` tokens.
+    ``text`` is one running text, or several documents that are read each by itself, in windows of ``window`` tokens and at most
+    ``max_tokens`` in all; or answers, which are read whole. ``kind`` says which of both, prose or chat.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | Sequence[OwnAnswer],
         *,
         max_tokens: int = MAX_TOKENS,
         window: int = WINDOW,
@@ -68,33 +70,39 @@ class NeutralText:
     ) -> None:
         self._loaded = loaded
         self._progress = progress
-        texts = [text] if isinstance(text, str) else text
-        self._windows = windows(loaded.tokenizer, texts, max_tokens, min(window, loaded.context))
-        if self.tokens < 16:
+        answers = [] if isinstance(text, str) else [one for one in text if isinstance(one, OwnAnswer)]
+        self.kind: TextKind = "chat" if answers else "prose"
+        self.stage = KL_NAMES[self.kind]
+        if answers:
+            self._rows = [list(one.ids) for one in answers]
+            self._starts = [one.start for one in answers]
+        else:
+            texts = [text] if isinstance(text, str) else [one for one in text if isinstance(one, str)]
+            self._rows = windows(loaded.tokenizer, texts, max_tokens, min(window, loaded.context))
+            self._starts = [1] * len(self._rows)
+        if self.tokens < _FEWEST:
             raise DataError(f"the neutral text has {self.tokens} tokens; expected at least a few hundred")
-        loaded.check_tokens(self._windows)
-        self._batches = batches([len(one) for one in self._windows], batch_tokens)
-        self._targets = torch.cat([torch.tensor(self._windows[i][1:]) for batch in self._batches for i in batch])
+        loaded.check_tokens(self._rows)
+        self._batches = self._ordered(batch_tokens)
         order = [i for batch in self._batches for i in batch]
-        self._owners = torch.tensor([i for i in order for _ in self._windows[i][1:]])
+        self._targets = torch.cat([torch.tensor(self._rows[i][self._starts[i] :]) for i in order])
+        self._owners = torch.tensor([i for i in order for _ in range(self._count(i))])
         self._base, self._reference = self._look(progress)
 
     @property
     def rows(self) -> list[tuple[int, ...]]:
-        """The windows' token ids."""
-        return [tuple(window) for window in self._windows]
+        """The token ids of each window, or of each prompt with its answer."""
+        return [tuple(row) for row in self._rows]
 
     @property
     def tokens(self) -> int:
         """Predictions that are compared."""
-        return sum(len(window) - 1 for window in self._windows)
+        return sum(map(self._count, range(len(self._rows))))
 
-    def measure(
-        self, loaded: LoadedModel | None = None, *, glance: bool = False, stage: str = "KL on neutral text"
-    ) -> Divergence:
+    def measure(self, loaded: LoadedModel | None = None, *, glance: bool = False, stage: str = "") -> Divergence:
         """Compare the model, with whatever hooks are on it, with the base; or another model, of the same tokens.
 
-        A ``glance`` takes the last few windows alone, some 500 tokens. ``stage`` is the name that progress shows.
+        A ``glance`` takes a few windows or answers alone, some 500 tokens. ``stage`` is the name that progress shows.
         """
         return self.windows(loaded, glance=glance, stage=stage).divergence()
 
@@ -103,19 +111,19 @@ class NeutralText:
         loaded: LoadedModel | None = None,
         *,
         glance: bool = False,
-        stage: str = "KL on neutral text",
+        stage: str = "",
         progress: Progress | None = None,
     ) -> Windows:
         """The same, window by window. ``progress`` stands in for the text's own."""
         progress = silent if glance else self._progress if progress is None else progress
         loaded = self._loaded if loaded is None else loaded
         chosen = self._glanced() if glance else self._batches
-        at = self.tokens - sum(len(self._windows[i]) - 1 for batch in chosen for i in batch)
+        at = self.tokens - sum(self._count(i) for batch in chosen for i in batch)
         reference = None if glance else self._reference
         if reference is not None and loaded.model is not self._loaded.model:
             reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
-        sums = torch.zeros(len(self._windows), 4, dtype=torch.float64)
-        for hidden in self._hidden(stage, loaded, chosen, progress):
+        sums = torch.zeros(len(self._rows), 4, dtype=torch.float64)
+        for hidden in self._hidden(stage or self.stage, loaded, chosen, progress):
             for now in torch.split(hidden, _CHUNK):
                 rows = slice(at, at + len(now))
                 at = rows.stop
@@ -128,7 +136,7 @@ class NeutralText:
                 sums.index_add_(0, self._owners[rows], found.double().cpu())
         kept = sorted(i for batch in chosen for i in batch)
         kl, base_loss, loss, quadratic = (tuple(column.tolist()) for column in sums[kept].T)
-        tokens = tuple(len(self._windows[i]) - 1 for i in kept)
+        tokens = tuple(map(self._count, kept))
         return Windows(tokens, kl, base_loss, loss, quadratic if glance else None)
 
     def _look(self, progress: Progress) -> tuple[torch.Tensor, Reference | None]:
@@ -137,7 +145,7 @@ class NeutralText:
         parts: list[Reference] = []
         unembedding: Affine | None = None
         at = 0
-        for hidden in self._hidden("base on neutral text", self._loaded, self._batches, progress):
+        for hidden in self._hidden(f"base, {self.stage}", self._loaded, self._batches, progress):
             if not states:
                 unembedding = affine(self._loaded, hidden)
                 if unembedding is None:
@@ -152,16 +160,31 @@ class NeutralText:
                 at += len(now)
         return torch.cat(states), Reference.join(parts) if parts else None
 
+    def _count(self, row: int) -> int:
+        """Predictions of a row that are compared: those of the tokens from its start on."""
+        return len(self._rows[row]) - self._starts[row]
+
+    def _ordered(self, batch_tokens: int) -> list[list[int]]:
+        """Batches of rows, longest first. Of answers, those of a quick look are in the last one, and of all lengths."""
+        every = range(len(self._rows))
+        fewest = max(1, round(_GLANCE * len(self._rows) / self.tokens))
+        quick = list(every[:: max(1, len(self._rows) // fewest)])[:fewest] if self.kind == "chat" else []
+        rest = [i for i in every if i not in quick]
+        chosen = [[rest[i] for i in batch] for batch in batches([len(self._rows[i]) for i in rest], batch_tokens)]
+        return [*chosen, *([quick] if quick else [])]
+
     def _glanced(self) -> list[list[int]]:
-        """The last windows of the last batch.
+        """The last rows of the last batch.
 
         They are taken from its end, so that they stand at the end of the base's states too.
         """
         last = self._batches[-1]
+        if self.kind == "chat":
+            return [last]
         count, tokens = 0, 0
         while count < len(last) and tokens < _GLANCE:
             count += 1
-            tokens += len(self._windows[last[-count]])
+            tokens += len(self._rows[last[-count]])
         return [last[-count:]]
 
     def _hidden(
@@ -169,11 +192,11 @@ class NeutralText:
     ) -> Iterator[torch.Tensor]:
         """Batch by batch, the final hidden states [predictions, hidden] that predict a next token."""
         pad = loaded.padding
-        total = sum(len(self._windows[i]) - 1 for batch in chosen_batches for i in batch)
+        total = sum(self._count(i) for batch in chosen_batches for i in batch)
         with progress(stage, total=total) as advance, torch.inference_mode():
             for chosen in chosen_batches:
-                texts = [self._windows[i] for i in chosen]
-                ids, mask = pad_right(texts, pad, loaded.device)
+                ids, mask = pad_right([self._rows[i] for i in chosen], pad, loaded.device)
                 states = loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-                yield torch.cat([row[: len(one) - 1] for row, one in zip(states, texts, strict=True)])
-                advance(sum(map(len, texts)) - len(texts))
+                places = [slice(self._starts[i] - 1, len(self._rows[i]) - 1) for i in chosen]
+                yield torch.cat([row[place] for row, place in zip(states, places, strict=True)])
+                advance(sum(map(self._count, chosen)))

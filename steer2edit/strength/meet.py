@@ -1,6 +1,4 @@
-"""Measure the KL of an edit at a strength, or find the strength for a KL budget.
-
-The KL is that on neutral text.
+"""Measure the KL of an edit at a strength, or find the strength for a KL budget, on one neutral text.
 
 All that changes a model by a number comes here: a plan, one part of it, a baseline, activation steering.
 """
@@ -22,7 +20,7 @@ Apply = Callable[[float], AbstractContextManager[Any]]
 
 def at(apply: Apply, text: NeutralText, strength: float = 1.0, name: str = "") -> Strength:
     """The divergence at one strength: one pass over the neutral text. ``name`` is the candidate's, for the progress."""
-    return Strength(strength, _measure(apply, text, strength, _stage(name)), ())
+    return Strength(strength, _measure(apply, text, strength, _stage(text, name)), ())
 
 
 def meet(apply: Apply, text: NeutralText, budget: float, name: str = "") -> Strength:
@@ -35,7 +33,7 @@ def meet(apply: Apply, text: NeutralText, budget: float, name: str = "") -> Stre
     def measure(strength: float) -> Divergence:
         number = next(passes)
         about = f" of about {USUAL_PASSES}" if number <= USUAL_PASSES else ""
-        return _measure(apply, text, strength, f"{_stage(name)}, pass {number}{about}")
+        return _measure(apply, text, strength, f"{_stage(text, name)}, pass {number}{about}")
 
     return find_strength(measure, budget, start=estimate(apply, text, budget))
 
@@ -45,12 +43,10 @@ def estimate(apply: Apply, text: NeutralText, budget: float) -> float:
     return quadratic_start(lambda strength: _measure(apply, text, strength, glance=True), budget)
 
 
-def _measure(
-    apply: Apply, text: NeutralText, strength: float, stage: str = "KL on neutral text", glance: bool = False
-) -> Divergence:
+def _measure(apply: Apply, text: NeutralText, strength: float, stage: str = "", glance: bool = False) -> Divergence:
     with apply(strength):
         return text.measure(glance=glance, stage=stage)
 
 
-def _stage(name: str) -> str:
-    return f"{name}: KL on neutral text" if name else "KL on neutral text"
+def _stage(text: NeutralText, name: str) -> str:
+    return f"{name}: {text.stage}" if name else text.stage

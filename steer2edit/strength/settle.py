@@ -1,26 +1,23 @@
-"""Settling a plan's strength: at a given value, or at the largest within a KL budget."""
+"""Settling a plan's strength: at a given value, or at the largest within a KL budget, and what it costs on each neutral text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from steer2edit.architecture import MatrixRole
-from steer2edit.data import contrast
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.plan import EditPlan
 from steer2edit.plan.edit_plan import check_strength
-from steer2edit.plan.measured import ClassStrength
-from steer2edit.progress import Progress, silent
+from steer2edit.plan.measured import ClassStrength, TextKind
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
-from steer2edit.strength.kl import MAX_TOKENS, WINDOW, NeutralText
 from steer2edit.strength.meet import at, meet
+from steer2edit.strength.neutral_texts import NeutralTexts
 
-KL_BUDGET = 0.05
-LEAST_WINDOWS = 4
-"""Windows of neutral text below which a KL's interval, which is over windows, says nothing."""
+KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.2, "prose": 0.05}
+"""The budget where none is asked for, by the kind of text that it is on, in nats per token."""
 
 
 def settle_strength(
@@ -30,10 +27,11 @@ def settle_strength(
     strength: float | None = None,
     kl_budget: float | None = None,
     class_budgets: Mapping[MatrixRole, float] | None = None,
-    neutral: NeutralText,
+    neutral: NeutralTexts,
 ) -> EditPlan:
     """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it.
 
+    The budget is on the first text, and the cost on the other one is measured once, at the strength that is settled.
     ``class_budgets`` give attention and MLPs each a KL of their own, measured with the other class switched off; a budget
     of 0 leaves a class out. ``kl_budget`` then bounds them together, where it is given. Raises PlanError where the plan
     edits a class that has no budget.
@@ -46,29 +44,32 @@ def settle_strength(
             "--top-heads/--top-neurons, give more examples, or --all-components"
         )
     classes: dict[str, ClassStrength] = {}
+    text = neutral.budget
     if class_budgets is not None:
         plan, classes = _settle_classes(loaded, plan, class_budgets, neutral)
     elif kl_budget is None and strength is None:
-        kl_budget = KL_BUDGET
+        kl_budget = KL_BUDGETS[text.kind]
     apply = partial(edited, loaded, plan)
     if strength is not None or kl_budget is None:
         kl_budget = None
-        settled = at(apply, neutral, 1.0 if strength is None else strength)
+        settled = at(apply, text, 1.0 if strength is None else strength)
     else:
-        settled = meet(apply, neutral, kl_budget)
+        settled = meet(apply, text, kl_budget)
+    others = {one.kind: at(apply, one, settled.strength).divergence for one in neutral if one is not text}
     measured = replace(
         plan.measured,
         strength=settled.strength,
         kl_budget=kl_budget,
+        budget_text=text.kind,
         classes=classes,
-        divergence=settled.divergence,
+        costs={text.kind: settled.divergence, **others},
         steps=settled.steps,
     )
     return replace(plan.scaled(settled.strength), measured=measured)
 
 
 def _settle_classes(
-    loaded: LoadedModel, plan: EditPlan, budgets: Mapping[MatrixRole, float], neutral: NeutralText
+    loaded: LoadedModel, plan: EditPlan, budgets: Mapping[MatrixRole, float], neutral: NeutralTexts
 ) -> tuple[EditPlan, dict[str, ClassStrength]]:
     roles = {name: site.role.kind for name, site in loaded.spec.owners.items()}
     classes: dict[str, ClassStrength] = {}
@@ -80,25 +81,9 @@ def _settle_classes(
         strengths[role] = 0.0
         if budgets[role] > 0:
             part = replace(plan, edits=tuple(edit for edit in plan.edits if roles.get(edit.tensor) is role))
-            settled = meet(partial(edited, loaded, part), neutral, budgets[role])
+            settled = meet(partial(edited, loaded, part), neutral.budget, budgets[role])
             strengths[role] = settled.strength
             classes[name] = ClassStrength(settled.strength, budgets[role], settled.divergence.kl)
     tensors = {tensor: strengths.get(role, 1.0) for tensor, role in roles.items()}
     keys = {site.key: strengths.get(site.role.kind, 1.0) for site in loaded.spec.sites}
     return plan.reweighted(tensors, keys), classes
-
-
-def neutral_text(
-    loaded: LoadedModel,
-    text: str | Sequence[str] | None = None,
-    progress: Progress = silent,
-    *,
-    limit: int | None = None,
-) -> NeutralText:
-    """The text on which the KL is measured; the packaged one if there is none.
-
-    ``limit`` bounds it to that many windows of ``WINDOW`` tokens, but to no fewer than ``LEAST_WINDOWS``.
-    """
-    tokens = MAX_TOKENS if limit is None else min(MAX_TOKENS, WINDOW * max(limit, LEAST_WINDOWS))
-    texts = contrast.neutral_text() if text is None else text
-    return NeutralText(loaded, texts, max_tokens=tokens, progress=progress)
