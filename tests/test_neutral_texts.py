@@ -15,18 +15,29 @@ from conftest import ROWS, run, save_chat_model
 
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.receipt import read_receipt
+from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.answers import LABELS
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.contrast import Example
 from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.neutral import NeutralChats, read_neutral
+from steer2edit.data.questions import Question
 from steer2edit.engines.own_answers import OwnAnswer, own_answers
 from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import Neutral
+from steer2edit.evaluation.suite import Suite
 from steer2edit.files.layout import EVALUATION, REPORT
 from steer2edit.notices import collected
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.measured import Measured
+from steer2edit.report.measured import selection
+from steer2edit.report.tables import render_study
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, load_model
+from steer2edit.scoring.scores import Scoring
+from steer2edit.search.study import Study
+from steer2edit.search.tune import Search, plan_of, tune
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.meet import estimate
 from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
@@ -271,3 +282,30 @@ def test_a_dry_run_names_the_text_of_the_budget(folder: Path, tmp_path: Path) ->
     ):
         result = run("compile", folder, "--data", data, "-o", tmp_path / "out", "--dry-run", *given)
         assert result.exit_code == 0 and line in result.stdout, result.output
+
+
+def test_a_study_keeps_both_costs_of_each_trial(
+    talker: LoadedModel, texts: NeutralTexts, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    examples = [Example(row["prompt"], row[label], label, "test", i) for i, row in enumerate(ROWS) for label in LABELS]
+    checkpoint = open_checkpoint(folder)
+    statistics = capture_statistics(talker, checkpoint, Behavior("rows", examples))
+    questions = [
+        Question(f"{row['prompt']} {word}", word, row["positive"], row["negative"]) for row in ROWS for word in "ab"
+    ]
+    suite = Suite(questions, [], texts, max_new_tokens=2)
+    search = Search(trials=2, kl_range=(0.01, 0.05), allow_degenerate=True)
+    result = tune(talker, Scoring(checkpoint, talker.spec, statistics), suite, search, storage=tmp_path / "journal")
+    assert result.settings["utility"] == {"name": "KL in chat", "goal": "less"}
+    for trial in result.trials:
+        assert trial.checks["KL on prose"] > 0 and 0.003 < trial.kl < 0.15
+        assert trial.utility is not None and trial.utility["value"] == trial.kl
+    table = render_study(Study(tmp_path, result))
+    assert "KL in chat" in table and "KL on prose" in table
+    page = "".join(map(str, selection(result.described()["trials"], result.settings, None)))
+    assert "KL in chat" in page and "KL on prose" in page
+    assert result.knee is not None
+    chosen = plan_of(Scoring(checkpoint, talker.spec, statistics), talker, suite, result.trials[result.knee], search)
+    assert chosen.measured.costs.keys() == {"chat", "prose"} and chosen.measured.budget_text == "chat"
+    assert chosen.measured.kl == pytest.approx(result.trials[result.knee].kl, rel=1e-3)
