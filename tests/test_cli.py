@@ -40,7 +40,7 @@ def test_compile_to_both_targets_and_verify(tiny_llama_bf16: Path, data: Path, n
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert 0 < printed["measured"]["kl"] <= 0.02
+    assert 0 < printed["measured"]["costs"]["prose"]["kl"] <= 0.02
     for target in ("checkpoint", "lora"):
         verified = run("verify", out / target, "--base", tiny_llama_bf16, "--json")
         assert verified.exit_code == 0, verified.output

@@ -257,9 +257,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Neutral:
-    """Divergence from the base on one neutral text, over all its tokens; the sampling unit is a window, or an answer.
+    """Divergence from the base on one neutral text, over all its tokens, and the perplexity of prose.
 
-    The perplexity is that of prose.
+    The sampling unit is a window of prose, or an answer.
     """
 
     text: NeutralText

@@ -88,7 +88,7 @@ def _caption(x: Metric, y: Metric, trials: int, measured: bool) -> str:
 
 
 def objectives(evaluation: Evaluation | None, settings: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
-    """(utility, attribute): those of the study where they were measured, else the first of each role: KL is the first cost."""
+    """(utility, attribute): those of the study where they were measured, else the first of each role."""
     attribute, utility = (settings.get(role) or {} for role in ("attribute", "utility"))
     if evaluation is None:
         if not (attribute.get("name") and utility.get("name")):

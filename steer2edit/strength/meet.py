@@ -1,4 +1,4 @@
-"""Measure the KL of an edit at a strength, or find the strength for a KL budget, on one neutral text.
+"""Measure the KL of an edit at a strength, or find the strength for a budget.
 
 All that changes a model by a number comes here: a plan, one part of it, a baseline, activation steering.
 """

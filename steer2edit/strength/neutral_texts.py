@@ -67,8 +67,9 @@ def neutral_texts(
     limit: int | None = None,
     chat_template_kwargs: TemplateArguments | None = None,
 ) -> NeutralTexts:
-    """The texts on which the KL is measured; ``own`` takes the place of the packaged text of its kind, and has the budget.
+    """The texts on which the KL is measured: the packaged ones, or the user's ``own``.
 
+    ``own`` takes the place of the packaged text of its kind, and has the budget.
     ``limit`` bounds each to so many windows of ``WINDOW`` tokens or answers, but to no fewer than ``LEAST_ROWS``. The model's
     answers are generated once and kept (``engines/own_answers.py``); no hook may be on it. Raises DataError for chats of the
     user's that cannot be used.

@@ -1,4 +1,4 @@
-"""Settling a plan's strength: at a given value, or at the largest within a KL budget, and what it costs on each neutral text."""
+"""Settling a plan's strength, at a given value or at the largest within a KL budget, and its cost there."""
 
 from __future__ import annotations
 
