@@ -195,7 +195,7 @@ def _tokens(tokenizer: Any, request: CompileRequest) -> tuple[int, int, int]:
 
 
 def _neutral(tokenizer: Any, request: CompileRequest) -> tuple[TextKind, int, int, int]:
-    """Of the KL budget's text: its kind, and how many tokens are read, compared, and written by the base, at most."""
+    """Of the budget's text: its kind, and how many tokens are read, compared and written by the base."""
     own = request.neutral
     if isinstance(own, NeutralChats):
         prompts = [one.prompt for one in own.chats]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import run
 
 from steer2edit.cli.app import main
-from steer2edit.data.contrast import neutral_text
+from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.questions import builtin_questions
 from steer2edit.evaluation.metrics import prompt_text
 from steer2edit.files.layout import REPORT
@@ -44,11 +44,12 @@ def made(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """What a compile printed, with its report on a dozen of the packaged questions."""
     folder = tmp_path_factory.mktemp("real")
     rows = [{"prompt": prompt_text(q.prompt)} for q in (builtin_questions("concise") or [])[:24]]
-    (folder / "neutral.txt").write_text(neutral_text()[:6000])
+    asked = [{"prompt": prompt_text(prompt)} for prompt in everyday_prompts("neutral")[::8]]
+    (folder / "neutral.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(
         "compile", smollm2, "--behavior", "concise", "--eval", folder / "held.jsonl", "--neutral",
-        folder / "neutral.txt", "--dtype", "bfloat16", "--to", "checkpoint", "--to", "lora", "--out", folder / "concise",
+        folder / "neutral.jsonl", "--dtype", "bfloat16", "--to", "checkpoint", "--to", "lora", "--out", folder / "concise",
         "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -58,8 +59,9 @@ def made(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 @pytest.fixture(scope="module")
 def compiled(made: dict[str, Any]) -> Path:
     measured = made["measured"]
-    assert 0.8 * measured["kl_budget"] <= measured["costs"]["prose"]["kl"] <= measured["kl_budget"]
-    assert measured["perplexity"] < 1.1 * measured["base_perplexity"]
+    chat, prose = (measured["costs"][kind] for kind in ("chat", "prose"))
+    assert 0.8 * measured["kl_budget"] <= chat["kl"] <= measured["kl_budget"]
+    assert prose["perplexity"] < 1.1 * prose["base_perplexity"]
     out: Path = made["out"]
     return out
 
