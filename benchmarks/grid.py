@@ -2,14 +2,16 @@
 
     python benchmarks/grid.py MODEL
 
-The bare pass runs the same batches of neutral text, held-out pairs and choices through the unedited model with its logits; the
-candidate runs them with the plan's hooks and also computes what is measured (KL against the base, log-probabilities). Seconds
-are of the processor: with one thread, what an idle machine would take.
+The base's own answers are generated anew. The bare pass runs the same batches of neutral texts, held-out pairs and choices
+through the unedited model with its logits; the candidate runs them with the plan's hooks and also computes what is measured (KL
+against the base, log-probabilities). Seconds are of the processor: with one thread, what an idle machine would take.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -21,9 +23,12 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example, load_behavior, neutral_text
 from steer2edit.data.questions import builtin_questions
+from steer2edit.data.templates import templated
 from steer2edit.data.tokens import Encoded, encode
+from steer2edit.engines.own_answers import own_answers
 from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.methods import component, make_plan
+from steer2edit.plan.measured import KL_NAMES
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import Runtime, load_model
@@ -31,7 +36,7 @@ from steer2edit.scoring.scores import Scoring
 from steer2edit.search.grid import PAPER_GRID
 from steer2edit.search.tune import Search
 from steer2edit.strength.kl import NeutralText
-from steer2edit.strength.neutral_texts import NeutralTexts
+from steer2edit.strength.neutral_texts import NeutralTexts, packaged_prompts
 from steer2edit.strength.settle import settle_strength
 
 
@@ -61,8 +66,13 @@ def main() -> None:
         f"scores {scored:.2f} s, then {len(plans)} plans: {planned:.2f} s in all ({min(edited_sites)}-{max(edited_sites)} sites)"
     )
 
-    neutral = NeutralTexts(NeutralText(loaded, neutral_text()))
-    text = neutral.budget
+    began = time.process_time()
+    answers = own_answers(loaded, packaged_prompts(), fingerprint=None) if templated(loaded.tokenizer) else []
+    generated = time.process_time() - began
+    began = time.process_time()
+    prose = NeutralText(loaded, neutral_text())
+    neutral = NeutralTexts(NeutralText(loaded, answers), prose) if answers else NeutralTexts(prose)
+    print(f"{len(answers)} own answers {generated:.1f} s, the base on both texts {time.process_time() - began:.1f} s")
     pairs = encode(load_behavior(options.behavior)[: 2 * options.choices], loaded.tokenizer, span="response")
     asked = [q for q in builtin_questions("knowledge") or [] if q.choices][: options.choices]
     rows_of = [Example(q.prompt, text, "positive", q.where, i) for i, q in enumerate(asked) for text in q.choices]
@@ -75,7 +85,7 @@ def main() -> None:
                 ids, mask = pad_right([rows[i] for i in chosen], 0, loaded.device)
                 loaded.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    def kl() -> None:
+    def kl(text: NeutralText) -> None:
         with edited(loaded, plan):
             text.measure()
 
@@ -83,9 +93,11 @@ def main() -> None:
         with edited(loaded, plan):
             response_log_probabilities(loaded, examples, share=share)
 
-    variants = {
-        "bare pass, text": lambda: bare(text.rows, 2048),
-        "KL on neutral text": kl,
+    variants: dict[str, Callable[[], None]] = {}
+    for text in neutral:
+        variants[f"bare pass, {text.kind}"] = partial(bare, text.rows, 2048)
+        variants[KL_NAMES[text.kind]] = partial(kl, text)
+    variants |= {
         "bare pass, pairs": lambda: bare([example.ids for example in pairs], 4096),
         "pairs, one by one": lambda: likelihoods(pairs, share=False),
         "pairs, prompts shared": lambda: likelihoods(pairs, share=True),

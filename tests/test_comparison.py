@@ -35,6 +35,7 @@ from steer2edit.report.tables import render_evaluation, steerable_lines
 from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 from steer2edit.strength.settle import settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
@@ -176,12 +177,12 @@ def test_wrong_way_is_said() -> None:
 
 
 @pytest.fixture(scope="module")
-def neutral(loaded: LoadedModel) -> NeutralText:
-    return NeutralText(loaded, TEXT, window=20)
+def neutral(loaded: LoadedModel) -> NeutralTexts:
+    return NeutralTexts(NeutralText(loaded, TEXT, window=20))
 
 
 def test_random_directions_cost_the_same_and_are_measured_in_brief(
-    loaded: LoadedModel, scoring: Scoring, neutral: NeutralText
+    loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts
 ) -> None:
     plan = settle_strength(loaded, make_plan(scoring), kl_budget=0.05, neutral=neutral)
     randoms = random_directions(loaded, plan, neutral, plan.measured.kl or 0.0)
@@ -196,11 +197,11 @@ def test_random_directions_cost_the_same_and_are_measured_in_brief(
     assert judged.beyond.value == pytest.approx(found.difference(edit, others, "margin").value)
 
 
-def test_shuffled_labels_are_not_steerable(loaded: LoadedModel, scoring: Scoring, neutral: NeutralText) -> None:
+def test_shuffled_labels_are_not_steerable(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts) -> None:
     plan = settle_strength(loaded, make_plan(scoring), kl_budget=0.05, neutral=neutral)
     kl = plan.measured.kl or 0.0
     randoms = random_directions(loaded, plan, neutral, kl)
-    tasks = [Neutral(neutral), Preference(QUESTIONS)]
+    tasks = [Neutral(neutral.budget), Preference(QUESTIONS)]
     shuffles = [to_kl(loaded, shuffled_labels(scoring, plan, i), neutral, kl) for i in range(4)]
     candidates = [plan_candidate(loaded, f"shuffled {i}", one) for i, one in enumerate(shuffles)]
     found = evaluate(loaded, tasks, [*candidates, *randoms])
@@ -229,7 +230,7 @@ def test_an_instruction_stands_before_every_prompt(tmp_path: Path) -> None:
 
     found = evaluate(loaded, [Neutral(text), task], instructed(plan_candidate(loaded, "edit", empty()), loaded, "x"))
     assert [row.kind for row in found.rows] == ["base", "instructed", "edit and instruction"]
-    assert "KL" not in found.rows[1].samples
+    assert not any(name.startswith("KL") for name in found.rows[1].samples)
     # an edit of nothing under an instruction is the base under it
     assert found.rows[1].samples == found.rows[2].samples != found.rows[0].samples
 
