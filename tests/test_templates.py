@@ -25,6 +25,7 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.notices import collected
 from steer2edit.runtime.model import load_model, load_tokenizer
 from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -257,7 +258,7 @@ def test_arguments_are_recorded_and_reach_every_task(tmp_path: Path) -> None:
     with_note.save(tmp_path / "statistics")
     assert Statistics.load(tmp_path / "statistics").source == with_note.source
     questions = [Question("a", "here", "yes", "no", ("one", "two"), (True, False)), Question("b", "here")]
-    neutral = NeutralText(loaded, "the river runs to the sea . " * 20)
+    neutral = NeutralTexts(NeutralText(loaded, "the river runs to the sea . " * 20))
     answers = []
     for arguments in ({"note": "hear this: "}, None):
         suite = Suite(
