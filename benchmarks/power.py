@@ -26,7 +26,6 @@ import time
 from pathlib import Path
 
 import torch
-from costs import costs_of
 from power_cells import METHODS, UNSCALED, Bench, Cell, Journal, Settings, ask, knowledge_questions
 from power_table import plain, read_tables, render
 
@@ -38,6 +37,7 @@ from steer2edit.data.contrast import behaviors
 from steer2edit.data.questions import builtin_questions
 from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.neutral_texts import neutral_texts
 
 KLS = (0.025, 0.05, 0.1, 0.2, 0.4)
 PASSES = 2.5
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
         options.train_steps,
     )
     journal = Journal(options.out, settings)
-    costs = costs_of(loaded, checkpoint.fingerprint, options.kl_rows)
+    costs = neutral_texts(loaded, limit=options.kl_rows)
     general = knowledge_questions(options.knowledge)
     names, methods = options.behavior or list(behaviors()), options.method or list(METHODS)
     for place, name in enumerate(names):
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         for method in ("base", *methods):
             for cell in bench.cells(method, journal):
                 journal.add(cell)
-                say(cell, costs.kind)
+                say(cell, costs.budget.kind)
                 if method == "base":
                     print(estimate(bench, journal, names[place:], methods, captured), file=sys.stderr, flush=True)
             if method == "base" and options.estimate:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from costs import Costs, names_right
+from right_choice import names_right
 from train_lora import Loss, train
 
 from steer2edit.data.behavior import Behavior, instruction
@@ -32,6 +32,7 @@ from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.meet import Apply
+from steer2edit.strength.neutral_texts import NeutralTexts
 
 METHODS = ("edit", "component", "steering", "random 1", "random 2", "random 3", "instruction", "sft", "dpo")
 UNSCALED = ("base", "instruction")
@@ -156,7 +157,7 @@ class Bench:
     loaded: LoadedModel
     scoring: Scoring
     behavior: Behavior
-    costs: Costs
+    costs: NeutralTexts
     asked: Asked
     general: Sequence[Question]
     settings: Settings
@@ -215,7 +216,8 @@ class Bench:
     def _cell(self, method: str, budget: float | None, apply: Apply, text: str, journal: Journal) -> Cell:
         started = time.perf_counter()
         name = self.behavior.name
-        strength, kl = None, {}
+        strength: float | None = None
+        kl: dict[str, float] = {}
         if budget is not None:
             known = [
                 (abs(math.log(cell.budget / budget)), cell)
@@ -225,14 +227,14 @@ class Bench:
             start = None
             if known:
                 nearest = min(known, key=lambda one: one[0])[1]
-                reached = nearest.kl[self.costs.kind]
+                reached = nearest.kl[self.costs.budget.kind]
                 start = (nearest.strength or 1.0) * math.sqrt(budget / reached)
             try:
                 found = near(apply, self.costs.budget, budget, start, f"{name}, {method}")
             except Steer2EditError as error:
                 return Cell(name, method, budget, failed=str(error), seconds=time.perf_counter() - started)
             strength = found.strength
-            kl[self.costs.kind] = found.divergence.kl
+            kl[self.costs.budget.kind] = found.divergence.kl
         with apply(1.0 if strength is None else strength):
             if self.costs.other is not None and budget is not None:
                 kl["prose"] = self.costs.other.measure(stage=f"{name}, {method}: KL on prose").kl

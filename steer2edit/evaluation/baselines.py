@@ -27,6 +27,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
+from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength
 from steer2edit.strength.meet import Apply, at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
@@ -114,7 +115,7 @@ def random_directions(
             settled = to_kl(loaded, drawn, neutral, kl, name)
             strength = settled.norm / drawn.norm if drawn.norm else 1.0
         else:
-            settled = drawn.scaled(near(partial(edited, loaded, drawn), neutral, kl, strength, name).strength)
+            settled = drawn.scaled(near(partial(edited, loaded, drawn), neutral.budget, kl, strength, name).strength)
         candidates.append(replace(plan_candidate(loaded, name, settled, "random", _equal(neutral)), brief=i > 0))
     return candidates
 
@@ -201,21 +202,21 @@ def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts, kl: float,
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 
 
-def near(apply: Apply, neutral: NeutralTexts, kl: float, start: float | None = None, name: str = "") -> Strength:
+def near(apply: Apply, text: NeutralText, kl: float, start: float | None = None, name: str = "") -> Strength:
     """A strength whose KL is within half of ``EQUAL_COST`` of ``kl``, by the square law from ``start`` in few passes.
 
     Where that fails, or without a ``start``, it is searched for (``strength.meet``). Raises Steer2EditError where none is found.
     """
     strength = 0.0 if start is None else start
     for _ in range(3 if strength > 0 else 0):
-        found = at(apply, neutral.budget, strength, name)
+        found = at(apply, text, strength, name)
         reached = found.divergence.kl
         if not (math.isfinite(reached) and reached > 0):
             break
         if abs(reached - kl) <= EQUAL_COST / 2 * kl:
             return found
         strength *= math.sqrt(kl / reached)
-    return meet(apply, neutral.budget, kl, name)
+    return meet(apply, text, kl, name)
 
 
 def _equal(neutral: NeutralTexts) -> str:
