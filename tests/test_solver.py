@@ -78,6 +78,19 @@ def test_the_mean_pushes_are_those_that_were_asked_for(setup: Scoring, sites: st
             assert (abs(push) < 1e-4) == (source in silent)
 
 
+def test_the_deeper_half_of_a_deep_model_carries_the_vector(setup: Scoring) -> None:
+    def layers(count: int, options: steering.Options = steering.Options(), **source: object) -> object:  # noqa: B008
+        statistics = replace(setup.statistics, source={**setup.statistics.source, **source})
+        scoring = Scoring(setup.checkpoint, replace(setup.spec, layers=count), statistics)
+        return steering.plan(scoring, options).method["layers"]
+
+    assert layers(3) == [0, 2] and layers(steering.DEEP - 1) == [0, steering.DEEP - 2]
+    assert layers(steering.DEEP) == [6, 11] and layers(19) == [9, 18]
+    assert layers(30, steering.Options(layers=(0, 29))) == [0, 29]
+    # vectors from elsewhere have their own places
+    assert layers(30, vectors={"format": "any"}) == [0, 29]
+
+
 @pytest.mark.parametrize("heads", [True, False])
 def test_no_other_functional_with_these_pushes_has_less_energy(heads: bool) -> None:
     generator = torch.Generator().manual_seed(0)
