@@ -143,6 +143,8 @@ def save_tiny(folder: Path, config: Any, dtype: torch.dtype = torch.float32, see
                 parameter.normal_(0, 1 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for layer, scale in enumerate(value for name, value in model.named_buffers() if "layer_scalar" in name):
+            scale.fill_(0.4 + 0.5 * layer)
     model.to(dtype).save_pretrained(folder, **saving)
     make_tokenizer().save_pretrained(folder)
     return folder

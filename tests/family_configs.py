@@ -35,6 +35,17 @@ SPECIAL_SETTINGS: dict[str, dict[str, Any]] = {
     **{key: {"rope_parameters": _ROPE} for key in ("apertus", "cwm")},
     **{key: {"rotary_dim": 4} for key in ("codegen", "gptj")},
     **{key: {"query_pre_attn_scalar": 16} for key in ("gemma2", "gemma3_text", "vaultgemma")},
+    # as the small ones are published: layers of two head sizes, shared keys and values, an input for each layer
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+    },
+    "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     **dict.fromkeys(("olmo_hybrid", "qwen3_5_text"), LINEAR),
     **{key: {"layer_types": ["conv", "full_attention"]} for key in ("lfm2", "lfm3")},

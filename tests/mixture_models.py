@@ -58,6 +58,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    "gemma4_text": {
+        "enable_moe_block": True, "top_k_experts": TOP_K, "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "global_head_dim": 8,
+    },
     "gpt_oss": _ROPE,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "jamba": {

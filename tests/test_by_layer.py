@@ -30,8 +30,8 @@ EXAMPLES = [
     for index, row in enumerate(ROWS)
     for label in contrast.LABELS
 ]
-# layers that differ, windows, masks without positions, tuples as answers, norms after, projections around
-DENSE = ["gemma2", "gemma3_text", "gpt2", "gpt_neo", "bloom", "mpt", "opt", "falcon", "phi3"]
+# layers that differ, windows, shared keys, masks without positions, tuples as answers, norms after, projections around
+DENSE = ["gemma2", "gemma3_text", "gemma4_text", "gpt2", "gpt_neo", "bloom", "mpt", "opt", "falcon", "phi3"]
 
 
 def by_layer(folder: Path, scratch: Path, **settings: Any) -> Any:

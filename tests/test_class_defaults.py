@@ -55,9 +55,10 @@ def test_sizes_read_from_what_is_left_are_those_of_the_class(model_type: str) ->
     heads = sizes.head_count(values, optional=True)
     if isinstance(getattr(config, "num_attention_heads", None), int) and heads:
         assert heads == config.num_attention_heads
-        width = next(
-            (getattr(config, name) for name in ("v_head_dim", "head_dim") if getattr(config, name, None)), None
-        )
+        # where layers have heads of several sizes, transformers gives the common one only in the dictionary
+        given = config.to_dict()
+        sizes_given = (given.get(name) or getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
+        width = next((size for size in sizes_given if size), None)
         assert sizes.head_size(values, hidden, heads) == (width or hidden // heads)
 
 

@@ -17,6 +17,7 @@ from family_models import Case, blocks, last_logits, renamed
 from steer2edit.architecture import MatrixRole
 from steer2edit.architecture.families import FAMILIES
 from steer2edit.architecture.refusals import REFUSED
+from steer2edit.architecture.stream import block_scale
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify
@@ -25,7 +26,12 @@ from steer2edit.plan import Bias
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.targets.lora import NO_ADAPTER
 
-CAUSAL = [name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"]
+# a mixture whose small models are dense
+DENSE_TOO = ("gemma4_text",)
+CAUSAL = [
+    *(name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"),
+    *DENSE_TOO,
+]
 # what writes to the residual stream in the two blocks of a hybrid, and of a model without attention
 _HYBRID = (("mixer_out", "mlp_out"), ("attn_out", "mlp_out"))
 BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -33,6 +39,7 @@ BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), (("mixer_out",),) * 2),
     "falcon_h1": (("mixer_out", "attn_out", "mlp_out"),) * 2,
     "xlstm": (("mixer_out", "mlp_out"),) * 2,
+    "gemma4_text": (("attn_out", "mlp_out", "per_layer_out"),) * 4,
 }
 
 
@@ -125,17 +132,19 @@ def test_after_ablation_no_block_writes_along_the_direction(case: Case, tmp_path
     emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
     r = case._statistics.difference(f"residual.{plan.method['direction_layer']}").float()
     r_hat = r / r.norm()
-    for before, after in zip(writes(case.loaded()), writes(case.loaded(tmp_path / "out")), strict=True):
+    loaded, ablated = case.loaded(), case.loaded(tmp_path / "out")
+    for before, after in zip(writes(case, loaded), writes(case, ablated), strict=True):
         assert (before @ r_hat).abs().max() > 1e-2 * before.norm(dim=-1).max()
         assert (after @ r_hat).abs().max() < 1e-5 * after.norm(dim=-1).max()
 
 
-def writes(loaded: LoadedModel) -> Iterator[torch.Tensor]:
-    """What each block adds to the residual stream."""
-    found = []
+def writes(case: Case, loaded: LoadedModel) -> Iterator[torch.Tensor]:
+    """What each block adds to the residual stream, before it multiplies the stream by a factor, if it has one."""
+    found: list[torch.Tensor] = []
 
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output) - inputs[0])
+        scale = block_scale(case.checkpoint, case.spec, len(found))
+        found.append((output[0] if isinstance(output, tuple) else output) / scale - inputs[0])
 
     with ExitStack() as stack:
         for block in blocks(loaded):

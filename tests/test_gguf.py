@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from steer2edit import targets
 from steer2edit.architecture import read_spec
+from steer2edit.architecture.stream import block_scale
 from steer2edit.artefact import emit as emitting
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
@@ -119,12 +120,15 @@ def test_the_push_follows_scaling_merging_and_files(case: Any, tmp_path: Path) -
     assert all(torch.allclose(two[layer], -one[layer], atol=1e-5) for layer in one)
 
 
-def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statistics_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma4_unified_text"])
+def test_behind_a_norm_the_push_is_what_the_stream_gets(
+    model_type: str, tmp_path: Path, statistics_of: Callable[..., Any]
+) -> None:
     from steer2edit.methods.steering import Options
     from steer2edit.runtime.hooks import steered
     from steer2edit.runtime.model import load_model
 
-    folder = save_tiny(tmp_path / "gemma", family_config("gemma3_text"))
+    folder = save_tiny(tmp_path / "gemma", family_config(model_type))
     checkpoint = open_checkpoint(folder)
     spec = read_spec(checkpoint)
     statistics = statistics_of(folder)
@@ -142,14 +146,21 @@ def test_behind_a_norm_the_push_is_what_the_stream_gets(tmp_path: Path, statisti
         with steered(loaded, {site.key: vector}, 1.0):
             loaded.model(input_ids=ids)
     handle.remove()
-    moved = (seen[1] - seen[0]).mean(dim=0)
+    moved = (seen[1] - seen[0]).mean(dim=0) * block_scale(checkpoint, spec, 0)
     assert torch.cosine_similarity(moved, predicted, dim=0) > 0.9
     assert 0.6 < float(moved.norm() / predicted.norm()) < 1.6
 
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [("gpt2", "gpt2"), ("gpt_neox", "gptneox"), ("gemma3_text", "gemma3"), ("phi", "phi2"), ("falcon", "falcon")],
+    [
+        ("gpt2", "gpt2"),
+        ("gpt_neox", "gptneox"),
+        ("gemma3_text", "gemma3"),
+        ("phi", "phi2"),
+        ("falcon", "falcon"),
+        ("gemma4_text", "gemma4"),
+    ],
 )
 def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str, architecture: str) -> None:
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", family_config(model_type)))
@@ -163,6 +174,22 @@ def test_other_families_keep_output_times_input(tmp_path: Path, model_type: str,
     assert tensors["blk.1.ffn_down.weight.lora_b"].shape == (spec.hidden_size, 1)
     result = verify(tmp_path / "out", checkpoint.path)
     assert result.ok, result.problems
+
+
+def test_block_1_multiplies_block_0s_part_of_a_control_vector(
+    tmp_path: Path, statistics_of: Callable[..., Any]
+) -> None:
+    """In Gemma 4 every block multiplies its whole stream by a number of its own."""
+    folder = save_tiny(tmp_path / "gemma", family_config("gemma4_text"))
+    checkpoint = open_checkpoint(folder)
+    spec = read_spec(checkpoint)
+    plan = make_plan(Scoring(checkpoint, spec, statistics_of(folder)))
+    parts = constant_parts(plan, checkpoint, spec)
+    emitting.emit(plan, checkpoint, spec, "gguf-vector", tmp_path / "out")
+    _, vectors = read_control_vector(tmp_path / "out" / gguf_vector.FILE)
+    scale = block_scale(checkpoint, spec, 1)
+    assert abs(scale - 1) > 0.05
+    assert torch.allclose(vectors[1], scale * parts[0] + parts[1]) and torch.allclose(vectors[2], parts[2])
 
 
 def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: Path) -> None:

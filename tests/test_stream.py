@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,12 @@ from test_families import CAUSAL
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.architecture.config import class_defaults
 from steer2edit.architecture.find_family import KNOWN, family_of
+from steer2edit.architecture.stream import block_scale, factor
+from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import ArchitectureError
-from steer2edit.runtime.model import load_weights
+from steer2edit.runtime.hooks import stream_shifted
+from steer2edit.runtime.model import LoadedModel, load_weights
 
 # settings whose names say that they multiply something
 _FACTOR = re.compile(r"multiplier|scale_depth|residual_scale|branch_scale|out_scale|layer_scale")
@@ -39,8 +42,8 @@ def factors(config: Any) -> dict[str, Any]:
     return changes
 
 
-def build(folder: Path, model_type: str) -> Path:
-    make, save = (mixture_config, save_mixture) if model_type in MIXTURE_TYPES else (family_config, save_tiny)
+def build(folder: Path, model_type: str, dense: bool = True) -> Path:
+    make, save = (family_config, save_tiny) if dense else (mixture_config, save_mixture)
     return save(folder, make(model_type, **factors(make(model_type))))
 
 
@@ -75,27 +78,37 @@ def last_module(spec: ModelSpec, site: Site) -> str:
         if mixture.norm is not None or site.norm is None:
             return experts if site.module.startswith(f"{experts}.") else site.module
     leaf = family.attn_norm if site.role.kind is MatrixRole.ATTN_OUT else family.mlp_norm
+    leaf = family.per_layer_norm if site.role is MatrixRole.PER_LAYER_OUT else leaf
     return site.module if site.norm is None else f"{block}{leaf}"
 
 
 def unexplained(folder: Path, spec: ModelSpec) -> float:
-    """The largest part of what a block adds that its writers' outputs do not explain, relative to what it adds."""
-    model = load_weights(folder)
+    """The largest part of what a block adds that its writers' outputs do not explain, relative to what it adds.
+
+    Of a block that multiplies its whole stream by a number: what it adds before that.
+    """
+    model, checkpoint = load_weights(folder), open_checkpoint(folder)
+    scales = {layer: block_scale(checkpoint, spec, layer) for layer in range(spec.layers)}
     parts = {(site.layer, last_module(spec, site)): site.multiplier for site in spec.sites}
     blocks = [f"{spec.block_modules}{layer}" for layer in range(spec.layers)]
     results = {name: (before, after) for name, before, after in outputs(model, {*blocks, *(name for _, name in parts)})}
     worst = 0.0
     for layer, block in enumerate(blocks):
         before, after = results[block]
+        after = after / scales[layer]
         terms = [results[name][1].reshape(before.shape) * f for (at, name), f in parts.items() if at == layer]
         rest = after - before - torch.stack(terms).sum(0)
         worst = max(worst, float(rest.abs().max() / (after - before).abs().max()))
     return worst
 
 
-@pytest.mark.parametrize("model_type", [*CAUSAL, *MIXTURE_TYPES])
-def test_a_block_adds_what_its_writers_output_times_their_multipliers(model_type: str, tmp_path: Path) -> None:
-    folder = build(tmp_path / "m", model_type)
+@pytest.mark.parametrize(
+    ("model_type", "dense"), [*((name, True) for name in CAUSAL), *((name, False) for name in MIXTURE_TYPES)]
+)
+def test_a_block_adds_what_its_writers_output_times_their_multipliers(
+    model_type: str, dense: bool, tmp_path: Path
+) -> None:
+    folder = build(tmp_path / "m", model_type, dense)
     spec = read_spec(open_checkpoint(folder))
     assert unexplained(folder, spec) < 1e-4
     family = family_of(model_type)
@@ -103,6 +116,40 @@ def test_a_block_adds_what_its_writers_output_times_their_multipliers(model_type
     if family.multipliers:
         plain = replace(spec, sites=tuple(replace(site, multiplier=1.0) for site in spec.sites))
         assert unexplained(folder, plain) > 1e-2
+
+
+def test_a_block_multiplies_all_that_comes_through_it_by_its_own_number(tmp_path: Path) -> None:
+    """A vector that joins the stream after block 0 leaves a silent block 1 as many times as large as that block's factor."""
+    folder = build(tmp_path / "m", "gemma4_text")
+    checkpoint = open_checkpoint(folder)
+    loaded = LoadedModel(load_weights(folder), None, read_spec(checkpoint))
+    for site in loaded.spec.sites:
+        loaded.module(site).weight.zero_()
+    block, v = f"{loaded.spec.block_modules}1", torch.randn(loaded.spec.hidden_size)
+
+    def after() -> torch.Tensor:
+        ((_, _, stream),) = outputs(loaded.model, {block})
+        return stream
+
+    before = after()
+    with stream_shifted(loaded, {0: v}):
+        moved = after() - before
+    assert torch.allclose(moved, (block_scale(checkpoint, loaded.spec, 1) * v).expand_as(moved), atol=1e-5)
+
+
+def test_a_writer_has_to_write_a_vector_divided_by_its_blocks_number(
+    tmp_path: Path, statistics_of: Callable[..., Any]
+) -> None:
+    folder = build(tmp_path / "m", "gemma4_unified_text")
+    checkpoint, statistics = open_checkpoint(folder), statistics_of(folder)
+    spec = read_spec(checkpoint)
+    vectors = Vectors({f"residual.{layer}": torch.ones(spec.hidden_size) for layer in range(spec.layers)})
+    scaled = substituted(vectors, statistics, checkpoint, spec)
+    plain = replace(spec, sites=tuple(replace(site, block_scale=None) for site in spec.sites))
+    for site in spec.sites:
+        expected = substituted(vectors, statistics, checkpoint, plain).difference(site.vector_key)
+        found = scaled.difference(site.vector_key) * factor(checkpoint, site)
+        assert torch.allclose(found, expected) and factor(checkpoint, site) != 1
 
 
 def test_a_multiplier_is_read_where_the_language_model_is_described(tmp_path: Path) -> None:

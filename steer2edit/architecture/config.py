@@ -125,6 +125,21 @@ def head_size(values: Mapping[str, Any], hidden: int, heads: int) -> int:
     return integer(values, *sizes) if sizes else hidden // heads
 
 
+def layer_values(values: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
+    """The settings as one layer has them, where layers differ (Gemma 4): ``values`` itself where they do not.
+
+    transformers writes ``per_layer_config``, the published files have ``global_head_dim`` for layers of full attention.
+    """
+    by_layer, kinds = values.get("per_layer_config"), values.get("layer_types")
+    if isinstance(by_layer, dict):
+        own = next((one for key, one in by_layer.items() if str(key).isdigit() and int(key) == layer), None)
+        return {**values, **own} if isinstance(own, dict) else values
+    size = values.get("global_head_dim")
+    if size is not None and isinstance(kinds, list) and kinds[layer : layer + 1] == ["full_attention"]:
+        return {**values, "head_dim": size}
+    return values
+
+
 @cache
 def _table() -> Mapping[str, Mapping[str, Any]]:
     table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text(encoding="utf-8"))["defaults"]

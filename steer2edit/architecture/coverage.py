@@ -37,9 +37,12 @@ def missing_in_blocks(
         by_layer[site.layer].add((site.role, _NUMBERED.sub("experts.", _leaf(site.tensor, prefix))))
     problems = []
     by_kind: dict[object, list[int]] = defaultdict(list)
+    sharing = values.get("num_kv_shared_layers")
     for layer in range(layers):
         named = kinds[layer] if isinstance(kinds, list) and len(kinds) == layers else None
-        by_kind[str(named), frozenset(by_layer[layer])].append(layer)
+        # the last layers of Gemma 4 use the keys and values of earlier ones, and have no matrices for them
+        shares = isinstance(sharing, int) and layer >= layers - sharing
+        by_kind[str(named), shares, frozenset(by_layer[layer])].append(layer)
     for alike in by_kind.values():
         # experts are compared among themselves
         named_leaves = {layer: {_NUMBERED.sub("experts.", leaf) for leaf in leaves[layer]} for layer in alike}

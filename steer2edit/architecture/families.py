@@ -60,6 +60,13 @@ FAMILIES: tuple[Family, ...] = (
         norm_offset=1.0,
     ),
     Family(
+        "gemma4_unified",
+        ("gemma4_unified_text",),
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        block_scale="layer_scalar",
+    ),
+    Family(
         "olmo2",
         ("olmo2", "olmo3", "exaone4"),
         attn_norm="post_attention_layernorm",

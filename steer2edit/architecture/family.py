@@ -22,9 +22,11 @@ class Mixture:
     (``bias_of`` scores), or is added to the logits. A config may switch the bias off by ``bias_flag``. ``input_norm`` names a
     LayerNorm with a bias whose output is the router's input: on it a row can give the same logit to every token.
 
-    ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has another name.
-    ``shared`` names the experts that every token passes through, and ``norm`` a norm after the experts' sum that dense
-    blocks lack.
+    ``block`` is the module that holds the ``experts`` module in transformers, where the file's folder has another name; it is
+    empty where the block itself does. ``shared`` names the experts that every token passes through, and ``norm`` a norm after
+    the experts' sum that dense blocks lack. ``routed_norm`` and ``shared_norm`` are norms that each of the two has for itself,
+    before they are summed. ``router_input`` is the module that is given what the router's matrix is multiplied by, where that
+    is not the router's own input.
     """
 
     output: str = "mlp.experts.{e}.down_proj.weight"
@@ -38,8 +40,11 @@ class Mixture:
     input_norm: str | None = None
     shared: str | None = None
     norm: str | None = None
+    routed_norm: str | None = None
+    shared_norm: str | None = None
     block: str = "mlp"
     router_module: str = "gate"
+    router_input: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class Family:
     ``multipliers`` are factors of the config on what each kind of writer adds to the stream. ``final_norm`` is the norm after
     the last block (None where it has no weight), ``head`` the unembedding, both as the file names them; ``may_lack`` are
     tensors that some blocks do not have.
+
+    ``per_layer_out`` is Gemma 4's third writer, which puts an embedding of the token for this layer into the stream, and
+    ``per_layer_norm`` the norm after it. ``block_scale`` is a tensor of one number by which a block multiplies its whole
+    stream at its end.
     """
 
     name: str
@@ -97,6 +106,9 @@ class Family:
     final_norm: str | None = "norm"
     head: str = "lm_head"
     may_lack: tuple[str, ...] = ()
+    per_layer_out: str | None = None
+    per_layer_norm: str | None = None
+    block_scale: str | None = None
 
     def module(self, leaf: str) -> str:
         """The path inside a block of the module that a tensor ``leaf`` belongs to."""

@@ -205,6 +205,28 @@ MIXTURES: tuple[Family, ...] = (
             router_module="router",
         ),
     ),
+    # one type is dense or a mixture; in the mixture the dense MLP runs beside the experts
+    Family(
+        "gemma4",
+        ("gemma4_text",),
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        mixture=Mixture(
+            output="experts.down_proj",
+            layout="out_in",
+            fused_inputs=("experts.gate_up_proj", "router.per_expert_scale"),
+            router="router.proj.weight",
+            shared="mlp.down_proj",
+            routed_norm="post_feedforward_layernorm_2",
+            shared_norm="post_feedforward_layernorm_1",
+            block="",
+            router_module="router",
+            router_input="router.proj",
+        ),
+        per_layer_out="per_layer_projection",
+        per_layer_norm="post_per_layer_input_norm",
+        block_scale="layer_scalar",
+    ),
     Family(
         "mistral4",
         ("mistral4",),

@@ -18,6 +18,7 @@ from steer2edit.architecture.config import (
     head_size,
     integer,
     layer_count,
+    layer_values,
     number,
     text_config,
 )
@@ -130,10 +131,22 @@ class _Reader:
         # in granite's mixtures the shared expert has the place of a dense model's MLP
         if not (routed and family.mixture and family.mixture.shared == family.mlp_out):
             self._writer(layer, MatrixRole.MLP_OUT, family.mlp_out, mlp_norm, optional=routed or family.partial)
+        # configs switch the per-layer inputs off by a size of 0
+        if family.per_layer_out is not None and self.values.get("hidden_size_per_layer_input") != 0:
+            self._writer(layer, MatrixRole.PER_LAYER_OUT, family.per_layer_out, family.per_layer_norm)
         if len(self.sites) == before and family.partial:
             self.problems.append(f"layer {layer}: no writer was found")
 
-    def _writer(self, layer: int, role: MatrixRole, leaf: str, norm: str | None, *, optional: bool = False) -> None:
+    def _writer(
+        self,
+        layer: int,
+        role: MatrixRole,
+        leaf: str,
+        norm: str | None,
+        *,
+        first_norm: str | None = None,
+        optional: bool = False,
+    ) -> None:
         base, family = f"{self.prefix}{layer}.", self.family
         info = self.checkpoint.tensors.get(f"{base}{leaf}.weight")
         if info is None:
@@ -146,7 +159,7 @@ class _Reader:
             # one name for attention and for what stands in its place: only the widths tell them apart
             role, heads = (
                 (MatrixRole.ATTN_OUT, heads)
-                if width == self.heads * self._head_size()
+                if width == self.heads * self._head_size(layer)
                 else (MatrixRole.MIXER_OUT, None)
             )
         bias = f"{base}{leaf}.bias"
@@ -160,8 +173,9 @@ class _Reader:
             in_features=width,
             heads=heads,
             bias=bias if bias in self.checkpoint.tensors else None,
-            norm=self._norm(layer, leaf, norm),
+            norm=self._norm(layer, leaf, norm, first_norm),
             multiplier=self._multiplier(role),
+            block_scale=self._block_scale(layer),
         )
         self._keep(site, info)
 
@@ -204,31 +218,45 @@ class _Reader:
                 out_features=self.hidden,
                 in_features=_in_features(part_of(info, part), orientation),
                 bias=output_bias if output_bias in self.checkpoint.tensors else None,
-                norm=self._norm(layer, "the experts", norm),
+                norm=self._norm(layer, "the experts", norm, mixture.routed_norm),
                 expert=expert,
                 part=part,
                 multiplier=self._multiplier(MatrixRole.EXPERT_OUT),
+                block_scale=self._block_scale(layer),
             )
             self._keep(site, info)
         if mixture.shared is not None:
-            self._writer(layer, MatrixRole.SHARED_EXPERT_OUT, mixture.shared, norm, optional=True)
+            role, first = MatrixRole.SHARED_EXPERT_OUT, mixture.shared_norm
+            self._writer(layer, role, mixture.shared, norm, first_norm=first, optional=True)
         return True
 
-    def _norm(self, layer: int, leaf: str, norm: str | None) -> Norm | None:
+    def _norm(self, layer: int, leaf: str, norm: str | None, first: str | None = None) -> Norm | None:
         if norm is None:
             return None
+        earlier = None if first is None else self._vector(layer, first, f"the first norm after {leaf}")
         name = f"{self.prefix}{layer}.{norm}.weight"
         other = f"{self.prefix}{layer}.{self.family.norm_aliases.get(norm, norm)}.weight"
         if name not in self.checkpoint.tensors and other in self.checkpoint.tensors:
             name = other
         if name not in self.checkpoint.tensors:
             self.problems.append(f"layer {layer}: {name} is missing (the norm after {leaf})")
-        return Norm(name, self.family.norm_offset)
+        return Norm(name, self.family.norm_offset, earlier)
+
+    def _block_scale(self, layer: int) -> str | None:
+        scale = self.family.block_scale
+        return None if scale is None else self._vector(layer, scale, "the factor of the whole block", suffix="")
+
+    def _vector(self, layer: int, leaf: str, what: str, suffix: str = ".weight") -> str:
+        name = f"{self.prefix}{layer}.{leaf}{suffix}"
+        problem = f"layer {layer}: {name} is missing ({what})"
+        if name not in self.checkpoint.tensors and problem not in self.problems:
+            self.problems.append(problem)
+        return name
 
     def _keep(self, site: Site, info: TensorInfo) -> None:
         self.claimed.add(info.name)
         self.sites.append(site)
-        self.problems += _check_matrix(site, self.checkpoint, self._head_size())
+        self.problems += _check_matrix(site, self.checkpoint, self._head_size(site.layer))
 
     def _multiplier(self, role: MatrixRole) -> float:
         """What the family multiplies a writer's output by."""
@@ -239,8 +267,8 @@ class _Reader:
         factor = number(self.values, multiplier.key, multiplier.item)
         return factor / math.sqrt(layer_count(self.values)) if multiplier.by_depth else factor
 
-    def _head_size(self) -> int:
-        return head_size(self.values, self.hidden, self.heads)
+    def _head_size(self, layer: int) -> int:
+        return head_size(layer_values(self.values, layer), self.hidden, self.heads)
 
 
 def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
@@ -269,7 +297,8 @@ def _key_shapes(checkpoint: Checkpoint, text: TextConfig, prefix: str, layers: i
     own = values.get("num_key_value_heads") is not None
     groups = integer(values, "num_key_value_heads") if own else heads
     rows = groups * head_size(values, integer(values, *HIDDEN), heads)
-    names = [f"{prefix}{layer}.self_attn.{leaf}_proj.weight" for layer in range(layers) for leaf in "kv"]
+    alike = [layer for layer in range(layers) if layer_values(values, layer) is values]
+    names = [f"{prefix}{layer}.self_attn.{leaf}_proj.weight" for layer in alike for leaf in "kv"]
     shapes = {name: checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors}
     return [
         f"{name} has the shape {list(shape)}; expected {rows} rows: config.json gives no num_key_value_heads, which "

@@ -19,7 +19,6 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
     **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are not a plain residual stream"),
-    **dict.fromkeys(("gemma4", "gemma4_text"), "a factor per layer rescales its whole residual stream"),
     **dict.fromkeys(
         (
             *("openai-gpt", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),

@@ -19,7 +19,8 @@ class Router:
     alone, or with ``bias_of`` "logits" is added to the logits. With ``groups`` over 1 the experts are ranked by group
     first, and ``top_groups`` groups are kept. ``folder`` is the prefix on disk of the tensors that each expert has for itself,
     ``fused`` those that hold a part for each expert along their first axis. ``input_norm`` is a LayerNorm with a bias before
-    the router. ``experts_module`` and ``router_module`` are modules of transformers.
+    the router. ``experts_module`` and ``router_module`` are modules of transformers, and so is ``input_module``, whose input
+    the rows of ``tensor`` are multiplied by.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class Router:
     fused: tuple[str, ...]
     experts_module: str
     router_module: str
+    input_module: str
     bias: str | None = None
     bias_of: Literal["scores", "logits"] = "scores"
     groups: int = 1
@@ -70,7 +72,7 @@ def read_router(
     if problems:
         return None, problems
     groups, top_groups = _groups(text)
-    block = f"{module}{mixture.block}"
+    block = f"{module}{mixture.block}." if mixture.block else module
     result = Router(
         layer=layer,
         experts=count,
@@ -78,8 +80,9 @@ def read_router(
         tensor=router,
         folder=base + mixture.output.partition("{e}")[0] if mixture.layout == "separate" else None,
         fused=_fused(checkpoint, mixture, base),
-        experts_module=f"{block}.experts",
-        router_module=f"{block}.{mixture.router_module}",
+        experts_module=f"{block}experts",
+        router_module=f"{block}{mixture.router_module}",
+        input_module=f"{block}{mixture.router_input or mixture.router_module}",
         bias=bias,
         bias_of=mixture.bias_of,
         groups=groups,

@@ -22,6 +22,7 @@ class MatrixRole(str, Enum):
     MLP_OUT = "mlp_out"
     EXPERT_OUT = "expert_out"
     SHARED_EXPERT_OUT = "shared_expert_out"
+    PER_LAYER_OUT = "per_layer_out"
     ROUTER = "router"
     EMBED = "embed"
 
@@ -35,10 +36,14 @@ class MatrixRole(str, Enum):
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm between a writer's output and the stream; its gain is ``offset`` + the tensor's values."""
+    """A norm between a writer's output and the stream; its gain is ``offset`` + the tensor's values.
+
+    ``first`` is the tensor of another norm between the writer and this one.
+    """
 
     tensor: str
     offset: float
+    first: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Site:
     ``in_features`` and ``out_features`` are those of ``y = W x`` whatever the file's ``orientation``. ``heads`` is the
     number of attention heads, each a block of ``in_features / heads`` input columns, and None elsewhere, where the
     components are single input columns. ``multiplier`` is what the model multiplies the output by (after the norm, if there is
-    one) before it joins the stream. ``expert`` is the expert's number. Where a tensor holds several experts, ``part``
+    one) before it joins the stream. ``block_scale`` is the tensor of one number by which the block multiplies its whole
+    stream, this output included, at its end. ``expert`` is the expert's number. Where a tensor holds several experts, ``part``
     is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the experts.
     """
 
@@ -65,6 +71,7 @@ class Site:
     expert: int | None = None
     part: tuple[int, int] | None = None
     multiplier: float = 1.0
+    block_scale: str | None = None
 
     @property
     def key(self) -> str:

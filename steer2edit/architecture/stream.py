@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steer2edit.architecture import MatrixRole, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 
 # what these write reaches the stream at some tokens only, or weighted by a router
@@ -15,4 +15,23 @@ def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
     """The gain of the norm between a site and the stream, float32 ``[out]``; ones where there is none."""
     if site.norm is None:
         return torch.ones(site.out_features)
-    return checkpoint.read(site.norm.tensor).float() + site.norm.offset
+    gains = [checkpoint.read(name).float() + site.norm.offset for name in (site.norm.first, site.norm.tensor) if name]
+    return torch.stack(gains).prod(dim=0)
+
+
+def factor(checkpoint: Checkpoint, site: Site) -> float:
+    """What a site's output is multiplied by, after its norm, until it leaves its block.
+
+    It is the family's multiplier, and in Gemma 4 the block's own factor on its whole stream. A later block multiplies it by
+    that block's factor, like all of the stream.
+    """
+    return site.multiplier * _number(checkpoint, site.block_scale)
+
+
+def block_scale(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> float:
+    """The number by which a block multiplies its whole stream at its end; 1 in most families."""
+    return _number(checkpoint, next(site.block_scale for site in spec.sites if site.layer == layer))
+
+
+def _number(checkpoint: Checkpoint, tensor: str | None) -> float:
+    return 1.0 if tensor is None else float(checkpoint.read(tensor).float().reshape(-1)[0])

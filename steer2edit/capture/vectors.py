@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import ModelSpec, Site
-from steer2edit.architecture.stream import gain
+from steer2edit.architecture.stream import factor, gain
 from steer2edit.capture.populations import Population, Side
 from steer2edit.capture.statistics import Moments, Statistics
 from steer2edit.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ def _at_site(
     residual = vectors.directions.get(f"residual.{site.layer}")
     if residual is None:
         return torch.zeros(site.out_features, dtype=torch.float64)
-    v = residual.double() / site.multiplier
+    v = residual.double() / factor(checkpoint, site)
     if site.norm is None:
         return v
     # the stream gets gain * y / rms(y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
-from steer2edit.architecture.stream import _CONDITIONAL, gain
+from steer2edit.architecture.stream import _CONDITIONAL, factor, gain
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
@@ -27,7 +27,7 @@ def constant_parts(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> d
         else:
             unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
             continue
-        vector = vector * gain(checkpoint, site).double() * site.multiplier
+        vector = vector * gain(checkpoint, site).double() * factor(checkpoint, site)
         parts[site.layer] = parts.get(site.layer, 0) + vector
     if unknown:
         raise TargetError(f"what these edits add to the residual stream on average is not known:\n{listing(unknown)}")

@@ -78,7 +78,6 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 def _through_norm(checkpoint: Checkpoint, site: Site, r: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if site.norm is None:
-        return torch.nn.functional.normalize(r, dim=0)
-    u = (checkpoint.read(site.norm.tensor).float() + site.norm.offset) * r
-    return torch.nn.functional.normalize(u, dim=0)
+    from steer2edit.architecture.stream import gain
+
+    return torch.nn.functional.normalize(gain(checkpoint, site) * r, dim=0)

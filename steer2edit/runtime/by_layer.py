@@ -33,6 +33,7 @@ class Layers:
         self._shelf = shelf
         self._scratch = scratch
         self._answers: dict[int, Any] = {}
+        self._shared: dict[int, dict[str, Any]] = {}
         self._running = -1
         self._batch = 0
 
@@ -88,7 +89,13 @@ class Layers:
         """What a gate gives back."""
         if layer < self._running:
             return _moved(self._answers[self._batch], self.loaded.device)
+        # layers of Gemma 4 use the keys and values of an earlier one, which the model hands from layer to layer
+        shared = kwargs.get("shared_kv_states")
+        if shared is not None:
+            shared.update(self._shared.get(self._batch, {}))
         answer = block(*args, **kwargs)
+        if shared is not None:
+            self._shared[self._batch] = dict(shared)
         self._answers[self._batch] = self._kept(answer)
         raise _Passed
 

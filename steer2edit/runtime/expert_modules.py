@@ -88,12 +88,12 @@ def combined(model: Any, router: Router, given: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def router_inputs(model: Any, router: Router, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Within the block ``see`` is called with what the router is given, [tokens, hidden]."""
+    """Within the block ``see`` is called with what the router's matrix is multiplied by, [tokens, hidden]."""
 
     def given(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
         see(args[0].flatten(0, -2))
 
-    handle = model.get_submodule(router.router_module).register_forward_pre_hook(given)
+    handle = model.get_submodule(router.input_module).register_forward_pre_hook(given)
     try:
         yield
     finally:

@@ -47,7 +47,8 @@ FILE = "adapter.gguf"
 ARCHITECTURES: Mapping[str, str] = {
     **dict.fromkeys(("llama", "mistral"), "llama"),
     **{"ministral3": "mistral3", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3"},
-    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "olmo": "olmo", "granite": "granite"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4"},
+    **{"olmo": "olmo", "granite": "granite"},
     **dict.fromkeys(("olmo2", "olmo3"), "olmo2"),
     **{"smollm3": "smollm3", "cohere": "command-r", "cohere2": "cohere2", "nemotron": "nemotron"},
     **{"stablelm": "stablelm", "ernie4_5": "ernie4_5", "hunyuan_v1_dense": "hunyuan-dense", "arcee": "arcee"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from steer2edit.architecture.stream import block_scale
 from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, read_control_vector, write_gguf
 from steer2edit.errors import TargetError
 from steer2edit.lowering import (
@@ -51,7 +52,8 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         raise TargetError("llama.cpp adds control vectors from the second block on, and this model has one")
     moved = 0 in vectors
     if moved:
-        vectors[1] = vectors.pop(0) + vectors.get(1, 0)
+        # block 1 multiplies what block 0 has written, too, by its factor
+        vectors[1] = vectors.pop(0) * block_scale(resolved.checkpoint, spec, 1) + vectors.get(1, 0)
     tensors = {f"direction.{layer}": vectors[layer] for layer in sorted(vectors)}
     fields: Fields = {f"{CONTROL_VECTOR}.model_hint": spec.model_type, f"{CONTROL_VECTOR}.layer_count": len(tensors)}
     write_gguf(folder / FILE, CONTROL_VECTOR, tensors, fields)
