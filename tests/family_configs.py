@@ -20,6 +20,7 @@ COMMON_SETTINGS: dict[str, Any] = dict(  # noqa: C408
     eos_token_id=2,
     pad_token_id=0,
 )
+_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
 LINEAR = {
@@ -61,6 +62,12 @@ SPECIAL_SETTINGS: dict[str, dict[str, Any]] = {
     "mpt": {"max_seq_len": 128, "expansion_ratio": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "xglm": {"ffn_dim": 48},
+    "ctrl": {"dff": 48},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "phi4_multimodal": {
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8, "crop_size": 16},
+        "audio_config": {**_TOWER, "num_blocks": 1},
+    },
     "youtu": {**_MLA, "head_dim": 8, "num_key_value_heads": 4, "pad_token_id": None},
 }
 

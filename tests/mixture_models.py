@@ -47,6 +47,15 @@ _LINEAR = {
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 # what a type needs beside the common settings, or instead of them
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "axk2": {**_MLA, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16},
+    "sarvam_mla": _MLA,
+    "dots3_note_text": {
+        **_MLA, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        **{f"swa_{name}": 2 * size for name, size in _MLA.items() if "rope" not in name}, "swa_num_attention_heads": 8,
+    },
+    "lara_mini": {**_LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "granitemoe_swa": {"shared_intermediate_size": 20},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "deepseek_v2", "glm4_moe_lite", "glm_moe_dsa", "axk1"), _MLA),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _LINEAR),
     "mistral4": {

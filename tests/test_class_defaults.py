@@ -53,10 +53,11 @@ def test_sizes_read_from_what_is_left_are_those_of_the_class(model_type: str) ->
     if isinstance(getattr(config, "num_hidden_layers", None), int) and "layers_block_type" not in config.to_dict():
         assert sizes.layer_count(values) == config.num_hidden_layers
     heads = sizes.head_count(values, optional=True)
-    if isinstance(getattr(config, "num_attention_heads", None), int) and heads:
-        assert heads == config.num_attention_heads
-        # where layers have heads of several sizes, transformers gives the common one only in the dictionary
-        given = config.to_dict()
+    # where layers have heads of several sizes, transformers gives the common ones only in the dictionary
+    given = config.to_dict()
+    count = given.get("num_attention_heads") or getattr(config, "num_attention_heads", None)
+    if isinstance(count, int) and heads:
+        assert heads == count
         sizes_given = (given.get(name) or getattr(config, name, None) for name in ("v_head_dim", "head_dim"))
         width = next((size for size in sizes_given if size), None)
         assert sizes.head_size(values, hidden, heads) == (width or hidden // heads)
@@ -124,6 +125,23 @@ def test_a_text_config_without_a_type_has_its_wrappers(tmp_path: Path) -> None:
 def test_a_size_given_under_another_name_is_not_a_default() -> None:
     assert sizes.integer(sizes.completed({"hidden_size": 8}, "gpt2"), *sizes.HIDDEN) == 8
     assert sizes.integer(sizes.completed({"n_embd": 8}, "gpt2"), *sizes.HIDDEN) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"global_head_dim": 8}, [(4, 16), (4, 8)]),
+        ({"swa_head_dim": 32, "swa_num_attention_heads": 2}, [(2, 32), (4, 16)]),
+        ({"per_layer_config": {"01": {"head_dim": 8}}}, [(4, 16), (4, 8)]),
+        ({"head_dim": 16}, [(4, 16), (4, 16)]),
+    ],
+)
+def test_layers_may_have_heads_of_their_own(given: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+    """As Gemma 4 and dots3 note are published, and as transformers writes such a config."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    values = {"num_attention_heads": 4, "head_dim": 16, **kinds, **given}
+    layers = [sizes.layer_values(values, layer) for layer in range(2)]
+    assert [(sizes.head_count(own), sizes.head_size(own, 64, 4)) for own in layers] == expected
 
 
 def test_layers_that_are_listed_are_counted() -> None:

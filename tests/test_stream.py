@@ -79,7 +79,7 @@ def last_module(spec: ModelSpec, site: Site) -> str:
             return experts if site.module.startswith(f"{experts}.") else site.module
     leaf = family.attn_norm if site.role.kind is MatrixRole.ATTN_OUT else family.mlp_norm
     leaf = family.per_layer_norm if site.role is MatrixRole.PER_LAYER_OUT else leaf
-    return site.module if site.norm is None else f"{block}{leaf}"
+    return site.module if site.norm is None else f"{block}{family.module(leaf or '')}"
 
 
 def unexplained(folder: Path, spec: ModelSpec) -> float:

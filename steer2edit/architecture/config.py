@@ -126,17 +126,21 @@ def head_size(values: Mapping[str, Any], hidden: int, heads: int) -> int:
 
 
 def layer_values(values: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
-    """The settings as one layer has them, where layers differ (Gemma 4): ``values`` itself where they do not.
+    """The settings as one layer has them, where layers differ: ``values`` itself where they do not.
 
-    transformers writes ``per_layer_config``, the published files have ``global_head_dim`` for layers of full attention.
+    transformers writes ``per_layer_config``. The published files have ``global_head_dim`` for layers of full attention
+    (Gemma 4), or ``swa_`` before the settings of those with a window (dots3 note).
     """
     by_layer, kinds = values.get("per_layer_config"), values.get("layer_types")
     if isinstance(by_layer, dict):
         own = next((one for key, one in by_layer.items() if str(key).isdigit() and int(key) == layer), None)
         return {**values, **own} if isinstance(own, dict) else values
-    size = values.get("global_head_dim")
-    if size is not None and isinstance(kinds, list) and kinds[layer : layer + 1] == ["full_attention"]:
-        return {**values, "head_dim": size}
+    kind = kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
+    if kind == "full_attention" and values.get("global_head_dim") is not None:
+        return {**values, "head_dim": values["global_head_dim"]}
+    windowed = {name: value for name, value in values.items() if name.startswith("swa_") and value is not None}
+    if kind == "sliding_attention" and windowed:
+        return {**values, **{name.removeprefix("swa_"): value for name, value in windowed.items()}}
     return values
 
 

@@ -71,8 +71,7 @@ def missing_around(
 ) -> list[str]:
     """The norm after the last block and the unembedding, where the model needs them and the checkpoint lacks them."""
     problems = []
-    root = prefix.removesuffix(family.blocks.rsplit(".", 1)[-1] + ".")
-    norm = f"{root}{family.final_norm}.weight"
+    norm = f"{around(prefix)}{family.final_norm}.weight"
     if family.final_norm is not None and norm not in checkpoint.tensors:
         problems.append(f"{norm} is missing (the norm after the last block)")
     if _needs_head(config, model_type) and not _has_head(checkpoint, family):
@@ -81,6 +80,11 @@ def missing_around(
             "(tie_word_embeddings), so it would be random"
         )
     return problems
+
+
+def around(prefix: str) -> str:
+    """The prefix of what is around the blocks, in a checkpoint whose blocks have this one: ``model.`` for ``model.layers.``."""
+    return "".join(prefix.removesuffix(".").rpartition(".")[:2])
 
 
 def left_over(checkpoint: Checkpoint, prefix: str, layers: int, claimed: set[str]) -> list[str]:

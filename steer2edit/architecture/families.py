@@ -44,6 +44,7 @@ LLAMA = Family(
         ),
         *("helium", "glm", "cwm", "vaultgemma", "jais2", "internlm3", "iquestcoder"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
+        *("apertus1p5_text", "cohere_compass_text", "phi4_multimodal"),
     ),
 )
 
@@ -113,13 +114,32 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gpt2",
-        ("gpt2",),
+        ("gpt2", "gpt-sw3"),
         attn_out="attn.c_proj",
         mlp_out="mlp.c_proj",
         blocks="transformer.h",
         embedding="transformer.wte",
         orientation="in_out",
         final_norm="ln_f",
+    ),
+    Family(
+        "exaone",
+        ("exaone",),
+        attn_out="attn.attention.out_proj",
+        mlp_out="mlp.c_proj",
+        prefix="transformer.h",
+        disk_embedding="wte",
+        modules={"attn.attention.out_proj": "self_attn.o_proj", "mlp.c_proj": "mlp.down_proj"},
+        final_norm="ln_f",
+    ),
+    Family(
+        "ctrl",
+        ("ctrl",),
+        attn_out="multi_head_attention.dense",
+        mlp_out="ffn.2",
+        blocks="transformer.h",
+        embedding="transformer.w",
+        final_norm="layernorm",
     ),
     Family(
         "gpt_bigcode",

@@ -81,7 +81,8 @@ class Family:
 
     ``per_layer_out`` is Gemma 4's third writer, which puts an embedding of the token for this layer into the stream, and
     ``per_layer_norm`` the norm after it. ``block_scale`` is a tensor of one number by which a block multiplies its whole
-    stream at its end.
+    stream at its end. ``depth_scaled`` is Beam's rule: the n-th addition to the stream, of which a block has two, is the
+    second and so on, gives ``sqrt((n - 1) / n)`` times the stream plus ``sqrt(1 / n)`` times what is added.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     per_layer_out: str | None = None
     per_layer_norm: str | None = None
     block_scale: str | None = None
+    depth_scaled: bool = False
 
     def module(self, leaf: str) -> str:
         """The path inside a block of the module that a tensor ``leaf`` belongs to."""

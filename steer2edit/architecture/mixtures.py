@@ -36,7 +36,7 @@ MIXTURES: tuple[Family, ...] = (
         "deepseek_v3",
         (
             *("deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
-            *("solar_open", "mimo_v2_flash"),
+            *("solar_open", "mimo_v2_flash", "axk2", "sarvam_mla", "dots3_note_text"),
         ),
         mixture=_CORRECTED,
     ),
@@ -46,6 +46,31 @@ MIXTURES: tuple[Family, ...] = (
         mixture=replace(_PER_EXPERT, shared="mlp.shared_experts.down_proj"),
     ),
     Family("axk1", ("axk1",), mixture=replace(_CORRECTED, norm="post_mlp_layernorm")),
+    Family(
+        "kolibri1",
+        ("kolibri1",),
+        attn_norm="post_attn_norm",
+        mlp_norm="post_ffn_norm",
+        mixture=replace(_CORRECTED, bias="moe.router.expert_bias", bias_of="logits"),
+        modules={"post_attn_norm": "post_self_attn_layernorm", "post_ffn_norm": "post_mlp_layernorm"},
+    ),
+    Family(
+        "sarvam_moe",
+        ("sarvam_moe",),
+        attn_out="attention.dense",
+        disk_embedding="word_embeddings",
+        mixture=replace(_CORRECTED, bias="mlp.gate.expert_bias"),
+        modules={"attention.dense": "self_attn.o_proj"},
+    ),
+    # each addition to the stream is weighed so that the stream's variance stays what it is
+    Family(
+        "beam",
+        ("beam",),
+        attn_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+        mixture=replace(_CORRECTED, shared=None),
+        depth_scaled=True,
+    ),
     Family(
         "exaone_moe",
         ("exaone_moe",),
@@ -123,6 +148,17 @@ MIXTURES: tuple[Family, ...] = (
         mixture=replace(_PER_EXPERT, shared="mlp.shared_expert.down_proj"),
     ),
     Family(
+        "lara_mini",
+        ("lara_mini",),
+        mixers=("linear_attn.out_proj",),
+        mixture=Mixture(
+            output="mlp.experts.down_proj",
+            layout="out_in",
+            fused_inputs=("mlp.experts.gate_up_proj",),
+            shared="mlp.shared_expert.down_proj",
+        ),
+    ),
+    Family(
         "lfm2_moe",
         ("lfm2_moe",),
         attn_out="self_attn.out_proj",
@@ -175,6 +211,21 @@ MIXTURES: tuple[Family, ...] = (
         mlp_out="shared_mlp.output_linear",
         mixers=("mamba.out_proj",),
         mixture=replace(_FUSED_GRANITE, shared="shared_mlp.output_linear"),
+        multipliers=GRANITE_MULTIPLIERS,
+    ),
+    Family(
+        "granitemoe_swa",
+        ("granitemoe_swa",),
+        mlp_out="shared_mlp.output_linear",
+        mixture=Mixture(
+            output="block_sparse_moe.experts.down_proj",
+            layout="out_in",
+            fused_inputs=("block_sparse_moe.experts.gate_up_proj",),
+            router="block_sparse_moe.router.weight",
+            shared="shared_mlp.output_linear",
+            block="block_sparse_moe",
+            router_module="router",
+        ),
         multipliers=GRANITE_MULTIPLIERS,
     ),
     Family(

@@ -22,7 +22,7 @@ from steer2edit.architecture.config import (
     number,
     text_config,
 )
-from steer2edit.architecture.coverage import is_tied, left_over, missing_around, missing_in_blocks
+from steer2edit.architecture.coverage import around, is_tied, left_over, missing_around, missing_in_blocks
 from steer2edit.architecture.families import WRAPPERS
 from steer2edit.architecture.family import Family, Orientation, Part
 from steer2edit.architecture.find_family import family_of, find_family
@@ -153,13 +153,13 @@ class _Reader:
             if not optional:
                 self.problems.append(f"layer {layer}: {base}{leaf}.weight is missing ({role.value})")
             return
-        heads = self.heads if role is MatrixRole.ATTN_OUT or leaf == family.attn_out else None
+        heads = self._heads(layer) if role is MatrixRole.ATTN_OUT or leaf == family.attn_out else None
         width = _in_features(info, family.orientation)
         if leaf == family.attn_out and leaf in family.mixers:
             # one name for attention and for what stands in its place: only the widths tell them apart
             role, heads = (
                 (MatrixRole.ATTN_OUT, heads)
-                if width == self.heads * self._head_size(layer)
+                if width == self._heads(layer) * self._head_size(layer)
                 else (MatrixRole.MIXER_OUT, None)
             )
         bias = f"{base}{leaf}.bias"
@@ -174,7 +174,7 @@ class _Reader:
             heads=heads,
             bias=bias if bias in self.checkpoint.tensors else None,
             norm=self._norm(layer, leaf, norm, first_norm),
-            multiplier=self._multiplier(role),
+            multiplier=self._multiplier(role, layer),
             block_scale=self._block_scale(layer),
         )
         self._keep(site, info)
@@ -221,7 +221,7 @@ class _Reader:
                 norm=self._norm(layer, "the experts", norm, mixture.routed_norm),
                 expert=expert,
                 part=part,
-                multiplier=self._multiplier(MatrixRole.EXPERT_OUT),
+                multiplier=self._multiplier(MatrixRole.EXPERT_OUT, layer),
                 block_scale=self._block_scale(layer),
             )
             self._keep(site, info)
@@ -242,7 +242,10 @@ class _Reader:
             self.problems.append(f"layer {layer}: {name} is missing (the norm after {leaf})")
         return Norm(name, self.family.norm_offset, earlier)
 
-    def _block_scale(self, layer: int) -> str | None:
+    def _block_scale(self, layer: int) -> str | float | None:
+        if self.family.depth_scaled:
+            # the block's two additions, the 2(l + 1)-th and the next, and so on: one factor on all that the block was given
+            return math.sqrt((2 * layer + 1) / (2 * layer + 3))
         scale = self.family.block_scale
         return None if scale is None else self._vector(layer, scale, "the factor of the whole block", suffix="")
 
@@ -258,8 +261,10 @@ class _Reader:
         self.sites.append(site)
         self.problems += _check_matrix(site, self.checkpoint, self._head_size(site.layer))
 
-    def _multiplier(self, role: MatrixRole) -> float:
+    def _multiplier(self, role: MatrixRole, layer: int) -> float:
         """What the family multiplies a writer's output by."""
+        if self.family.depth_scaled:
+            return 1 / math.sqrt(2 * layer + 1)
         parts: dict[MatrixRole, Part] = {MatrixRole.ATTN_OUT: "attention", MatrixRole.MIXER_OUT: "mixer"}
         multiplier = self.family.multipliers.get(parts.get(role, "mlp"))
         if multiplier is None or self.values.get(multiplier.key) is None:
@@ -268,7 +273,11 @@ class _Reader:
         return factor / math.sqrt(layer_count(self.values)) if multiplier.by_depth else factor
 
     def _head_size(self, layer: int) -> int:
-        return head_size(layer_values(self.values, layer), self.hidden, self.heads)
+        return head_size(layer_values(self.values, layer), self.hidden, self._heads(layer))
+
+    def _heads(self, layer: int) -> int:
+        own = layer_values(self.values, layer)
+        return self.heads if own is self.values else head_count(own, optional=True)
 
 
 def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
@@ -312,7 +321,7 @@ def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str,
     """The token embedding, and what is wrong with it."""
     leaf = family.embedding.removeprefix(family.blocks.rsplit(".", 1)[0] + ".")
     blocks = family.blocks.rsplit(".", 1)[-1] + "."
-    name = f"{prefix.removesuffix(blocks)}{family.disk_embedding or leaf}.weight"
+    name = f"{around(prefix)}{family.disk_embedding or leaf}.weight"
     info, problems = checkpoint.tensors.get(name), []
     if info is None or len(info.shape) != 2 or info.shape[1] != hidden:
         shape = "is missing" if info is None else f"has the shape {list(info.shape)}"

@@ -17,8 +17,27 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         ("gemma3n", "gemma3n_text"), "its AltUp streams and per-layer inputs are not a plain residual stream"
     ),
+    "dory": "a norm and a rate for each channel shrink its whole residual stream before each writer's output joins it",
+    "hrm_text": "two stacks of layers run again and again over their own streams, and an edit would act in every round",
+    "inkling_text": "a convolution over several tokens stands between its writers and its residual stream",
+    **dict.fromkeys(
+        ("inkling2_text", "inkling2_loop_text"),
+        "its layers read weighted sums of the streams of earlier layers, and a convolution over tokens follows its writers",
+    ),
+    "longcat_flash": "experts without weights copy a layer's normalised input into its residual stream",
+    "jetmoe": "its attention is a mixture of experts too: a router chooses each token's output matrices",
+    "moss_transcribe_diarize": "it transcribes speech and takes no prompts of text alone",
+    "gpt_neox_japanese": "its last block adds a bias that belongs to none of its writers",
+    "blt": "it reads bytes in patches, through three models with streams of their own",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "it drafts tokens for a Gemma 4 model out of that model's keys and values, and does not run without it",
+    ),
+    "cpmant": "its model class adds tokens of its own before the text, for which there are no labels",
     **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
-    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next"), "its hyper-connections are not a plain residual stream"),
+    **dict.fromkeys(
+        ("deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp_text"), "its hyper-connections are not a plain residual stream"
+    ),
     **dict.fromkeys(
         (
             *("openai-gpt", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),

@@ -53,9 +53,10 @@ class Site:
     ``in_features`` and ``out_features`` are those of ``y = W x`` whatever the file's ``orientation``. ``heads`` is the
     number of attention heads, each a block of ``in_features / heads`` input columns, and None elsewhere, where the
     components are single input columns. ``multiplier`` is what the model multiplies the output by (after the norm, if there is
-    one) before it joins the stream. ``block_scale`` is the tensor of one number by which the block multiplies its whole
-    stream, this output included, at its end. ``expert`` is the expert's number. Where a tensor holds several experts, ``part``
-    is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the experts.
+    one) before it joins the stream. ``block_scale`` is the number by which the block multiplies its whole stream, this output
+    included, at its end, or the tensor that holds the number. ``expert`` is the expert's number. Where a tensor holds several
+    experts, ``part`` is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the
+    experts.
     """
 
     role: MatrixRole
@@ -71,7 +72,7 @@ class Site:
     expert: int | None = None
     part: tuple[int, int] | None = None
     multiplier: float = 1.0
-    block_scale: str | None = None
+    block_scale: str | float | None = None
 
     @property
     def key(self) -> str:

@@ -22,8 +22,8 @@ def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
 def factor(checkpoint: Checkpoint, site: Site) -> float:
     """What a site's output is multiplied by, after its norm, until it leaves its block.
 
-    It is the family's multiplier, and in Gemma 4 the block's own factor on its whole stream. A later block multiplies it by
-    that block's factor, like all of the stream.
+    It is the family's multiplier, and in Gemma 4 and Beam the block's own factor on its whole stream. A later block multiplies
+    it by that block's factor, like all of the stream.
     """
     return site.multiplier * _number(checkpoint, site.block_scale)
 
@@ -33,5 +33,7 @@ def block_scale(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> float:
     return _number(checkpoint, next(site.block_scale for site in spec.sites if site.layer == layer))
 
 
-def _number(checkpoint: Checkpoint, tensor: str | None) -> float:
-    return 1.0 if tensor is None else float(checkpoint.read(tensor).float().reshape(-1)[0])
+def _number(checkpoint: Checkpoint, scale: str | float | None) -> float:
+    if isinstance(scale, str):
+        return float(checkpoint.read(scale).float().reshape(-1)[0])
+    return 1.0 if scale is None else scale

@@ -132,7 +132,9 @@ def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor,
 
 
 def _leaf(site: Site) -> str:
-    return site.module.rsplit(".", 1)[-1]
+    # CTRL's ffn.2: a bare number would also name blocks
+    *_, before, last = site.module.split(".")
+    return f"{before}.{last}" if last.isdigit() else last
 
 
 def _target_modules(targeted: list[Site], checkpoint: Checkpoint) -> list[str]:
