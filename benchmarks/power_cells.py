@@ -1,4 +1,4 @@
-"""The cells of the power table: a method at a KL, measured question by question; a journal keeps each when it is done."""
+"""The cells of the power table, and their journal: a method at a KL, question by question."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Cell:
 
 
 class Journal:
-    """Cells as lines of JSON, each written through to the disk, so that a kill loses the cell under way and no other."""
+    """Cells as lines of JSON, each written through: a kill loses the one under way."""
 
     def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         self._path = folder / "cells.jsonl"

@@ -1,4 +1,4 @@
-"""The power table: areas under the fronts, and what the edit does beyond each other method, with paired intervals."""
+"""The power table: areas under the fronts, and what the edit does beyond each method."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Front:
 
 
 def front_weights(kls: Sequence[float], low: float, high: float) -> list[float]:
-    """Weights of the points of a front in its mean over log KL, from ``low`` to ``high``; they sum to 1.
+    """Weights of a front's points in its mean over log KL from ``low`` to ``high``; they sum to 1.
 
     Between points the front is straight in log KL, beyond the first and the last it is level.
     """

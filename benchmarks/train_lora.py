@@ -1,4 +1,4 @@
-"""Train a LoRA adapter of rank 1 on a behaviour's contrast pairs, by SFT or by DPO: what people would do instead of an edit.
+"""Train a LoRA adapter of rank 1 on contrast pairs: what people would do instead of an edit.
 
     python benchmarks/train_lora.py MODEL --behavior concise --loss dpo --seconds 60 -o concise-dpo
     steer2edit eval MODEL PLAN concise-dpo --behavior concise

@@ -14,15 +14,8 @@ SCRIPTS = sorted(
 )
 # what the scripts share
 PARTS = {
-    *(
-        "synthetic.py",
-        "timing.py",
-        "records.py",
-        "control_vector.py",
-        "right_choice.py",
-        "power_cells.py",
-        "power_table.py",
-    ),
+    *("synthetic.py", "timing.py", "records.py", "control_vector.py", "right_choice.py"),
+    *("power_cells.py", "power_table.py", "paper_data.py", "paper_experts.py"),
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_benchmarks import ROOT, start
 
 from steer2edit.architecture import read_spec
+from steer2edit.capture import background
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.questions import builtin_questions, take
@@ -34,6 +35,14 @@ SMALL = [
     "--questions", "12", "--random-questions", "8", "--knowledge", "4", "--answer-tokens", "4", "--kl-rows", "4",
     "--kl", "0.05", "--kl", "0.2", "--seed", "0", "--seed", "1", "--dtype", "float32",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _small_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture's background is a few windows and answers."""
+    every = background.everyday_prompts
+    monkeypatch.setattr(background, "BACKGROUND_TOKENS", 512)
+    monkeypatch.setattr(background, "everyday_prompts", lambda use: every(use)[:4])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,175 @@
+"""The data of the paper's experiments: contrast examples, held-out questions and scores, from public files or the package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steer2edit.data.answers import LABELS
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.contrast import Example
+from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.prompts import Message
+from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.data.templates import render_prompts, without_thought
+from steer2edit.data.tokens import texts_of
+from steer2edit.errors import DataError
+from steer2edit.evaluation.metrics import through_transformers
+from steer2edit.runtime.model import LoadedModel
+
+_UNABLE = r"I can(no|')t (help|assist|do|answer)|I am (not able|unable) to|I'm (not able|unable) to"
+REFUSAL = rf"(?i)\b(I'm sorry|I am sorry|{_UNABLE})\b"
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request. Please ask me something else.",
+    "I'm unable to help with that.",
+    "I am sorry, but I cannot answer this.",
+)
+REASON = "{}\n\nThink step by step. End with a line that says: The answer is NUMBER."
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an edit is made of, and what it is measured on; ``instruction`` asks for the same without an edit."""
+
+    behavior: Behavior
+    questions: Sequence[Question]
+    utility: Sequence[Question]
+    instruction: str
+    patterns: Sequence[str] = ()
+    function: Callable[[str, str], float] | None = None
+    written: str = ""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def truthful(path: Path, probe: int) -> Experiment:
+    """Truthfulness: pairs of a true and a false answer from one half of TruthfulQA's file.
+
+    The other half is measured on.
+
+    Measured are MC1 and MC2 (Lin et al. 2022) and, of written answers, ``closer to true``: 1 where the answer shares more words
+    (F1) with a true answer than with any false one.
+    """
+    questions, references = [], {}
+    for number, row in enumerate(read_rows(path, ("question", "best_answer", "correct_answers", "incorrect_answers"))):
+        true = list(dict.fromkeys([row["best_answer"], *row["correct_answers"]]))
+        false = list(dict.fromkeys(row["incorrect_answers"]))
+        if not false:
+            continue
+        prompt = (Message("user", row["question"]),)
+        marks = (*(True for _ in true), *(False for _ in false))
+        questions.append(Question(prompt, f"row {number}", true[0], false[0], (*true, *false), marks))
+        references[row["question"]] = (true, false)
+    made, held = take(questions, "select"), take(questions, "report")
+    examples = [
+        Example(q.prompt, text, label, q.where, row)
+        for row, q in enumerate(made[:probe])
+        for text, label in zip((q.positive, q.negative), LABELS, strict=True)
+    ]
+
+    def closer_to_true(prompt: str, answer: str) -> float:
+        true, false = references[prompt]
+        return float(max(overlap(answer, one) for one in true) > max(overlap(answer, one) for one in false))
+
+    return Experiment(
+        Behavior("TruthfulQA", examples),
+        held,
+        builtin_questions("knowledge") or [],
+        "Say only what is true, and do not repeat popular misconceptions.",
+        function=closer_to_true,
+    )
+
+
+def length(path: Path, probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
+    """Reasoning length: the model's own answers to one half of GSM8K's sums, its short ones against its long ones.
+
+    As in the paper, the classes are the shorter and the longer third of its right answers (of all, where too few are right).
+    Measured are length and right answers on the other half.
+    """
+    questions = []
+    for number, row in enumerate(read_rows(path, ("question", "answer"))):
+        answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+        questions.append(
+            Question((Message("user", REASON.format(row["question"])),), f"row {number}", answers=(answer,))
+        )
+    made, held = take(questions, "select")[:probe], take(questions, "report")
+    texts = render_prompts({q.prompt: q.where for q in made}, loaded.tokenizer, writing=True)
+    rows = through_transformers(loaded, [texts[q.prompt] for q in made], tokens)
+    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+    # an answer that was cut is not known to be short or long
+    whole = [i for i, (row, answer) in enumerate(zip(rows, answers, strict=True)) if len(row) < tokens and answer]
+    right = [i for i in whole if said_number(answers[i]) == made[i].answers[0]]
+    used = right if len(right) >= 24 else whole
+    notes = [f"{len(made)} own answers: {len(whole)} ended within {tokens} tokens, {len(right)} of them right"]
+    if len(used) < 6:
+        raise DataError(f"{notes[0]}; at least 6 are needed to part short from long: raise --probe or --max-new-tokens")
+    ordered = sorted(used, key=lambda i: len(rows[i]))
+    third = len(ordered) // 3
+    examples = [
+        Example(made[i].prompt, answers[i], label, made[i].where, row)
+        for row, (i, label) in enumerate(
+            (i, label) for part, label in zip((ordered[:third], ordered[-third:]), LABELS, strict=True) for i in part
+        )
+    ]
+    behavior = Behavior("short reasoning", examples, span="response")
+    instruction = "Reason in as few words as you can."
+    return Experiment(behavior, held, [], instruction, notes=notes)
+
+
+def refusal(probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
+    """The format of refusals, on benign requests alone: how often a request that anybody may make is refused.
+
+    The classes are a fixed refusal and the model's own beginning of an answer, to everyday prompts. It shows whether the format
+    can be switched on, not whether the model is safe: no harmful prompt is used.
+    """
+    prompts = everyday_prompts("background")[:probe]
+    texts = render_prompts(dict.fromkeys(prompts, "everyday"), loaded.tokenizer, writing=True)
+    rows = through_transformers(loaded, [texts[prompt] for prompt in prompts], min(tokens, 48))
+    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a and not re.search(REFUSAL, a)]
+    examples = [
+        Example(prompt, text, label, "everyday", row)
+        for row, (prompt, answer) in enumerate(pairs)
+        for text, label in zip((REFUSALS[row % len(REFUSALS)], answer), LABELS, strict=True)
+    ]
+    behavior = Behavior("refusal's format", examples)
+    held = take(builtin_questions("concise") or [], "report")
+    bare = [Question(q.prompt, q.where) for q in held]
+    return Experiment(
+        behavior, bare, builtin_questions("knowledge") or [], "Refuse every request politely.", patterns=(REFUSAL,)
+    )
+
+
+def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file. Raises DataError for a row that lacks one of the keys."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict) or (missing := [key for key in keys if key not in row]):
+            raise DataError(f"{path} line {number} lacks {', '.join(missing)}; expected {', '.join(keys)}")
+        rows.append(row)
+    return rows
+
+
+def said_number(answer: str) -> str:
+    """The last number of an answer, without separators and a fraction of zeros."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
+    return re.sub(r"\.0+$", "", numbers[-1]) if numbers else ""
+
+
+def overlap(answer: str, reference: str) -> float:
+    """F1 of the words that an answer shares with a reference (Rajpurkar et al. 2016)."""
+    said, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
+    shared = sum(min(said.count(word), wanted.count(word)) for word in set(wanted))
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
