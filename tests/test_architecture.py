@@ -179,6 +179,13 @@ def test_unknown_types_of_another_layout_are_shown(
     assert shape is None or name.removeprefix("model.layers.1.").removesuffix(".weight") in message
 
 
+def test_an_unknown_type_is_refused_with_where_its_code_is(spec_of: Make) -> None:
+    tensors = {name.replace("o_proj", "output"): tensor for name, tensor in llama().items()}
+    config = {"model_type": "llama_next", "transformers_version": "99.1.0", "auto_map": {"AutoModel": "own.Own"}}
+    message = refusal(spec_of, tensors, **config)
+    assert "its code comes with it (auto_map" in message and "written by transformers 99.1.0, this list" in message
+
+
 @pytest.mark.parametrize(
     ("model_type", "nearest"), [("llamma", "llama"), ("gemma22", "gemma2"), ("gpt_neoxx", "gpt_neox")]
 )

@@ -96,6 +96,29 @@ def test_an_unknown_rope_type_is_named(changed: Callable[..., Path]) -> None:
         load_weights(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"transformers_version": "99.1.0.dev0"}, "was written by 99.1.0: pip install -U 'transformers>=99.1.0'"),
+        ({"transformers_version": None}, "a newer release may: pip install -U transformers"),
+        ({"transformers_version": "4.1"}, "though config.json was written by 4.1: the model's page"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}},
+            "(auto_map in config.json), and --trust-remote-code",
+        ),
+    ],
+)
+def test_a_type_that_transformers_does_not_know_is_named_with_what_to_install(
+    settings: dict[str, object], told: str, changed: Callable[..., Path]
+) -> None:
+    folder = changed(lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama_next", **settings}))
+    with pytest.raises(CheckpointError, match="does not know the model type 'llama_next'") as caught:
+        load_weights(folder)
+    assert told in str(caught.value)
+
+
 def test_a_command_ends_with_2_before_anything_is_written(changed: Callable[..., Path], tmp_path: Path) -> None:
     folder = changed(lambda tensors: tensors.pop(Q))
     rows = tmp_path / "rows.jsonl"

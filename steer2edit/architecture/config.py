@@ -144,7 +144,18 @@ def layer_values(values: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
     return values
 
 
-@cache
+def table_source() -> str:
+    """The release of transformers that the class defaults were read from, such as ``transformers 5.24.0``."""
+    about = str(_file()["about"])
+    return about.partition(" from ")[2].partition(";")[0]
+
+
 def _table() -> Mapping[str, Mapping[str, Any]]:
-    table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text(encoding="utf-8"))["defaults"]
+    table: dict[str, dict[str, Any]] = _file()["defaults"]
     return table
+
+
+@cache
+def _file() -> Mapping[str, Any]:
+    content: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))
+    return content

@@ -9,6 +9,7 @@ import difflib
 import re
 from dataclasses import replace
 
+from steer2edit.architecture.config import table_source
 from steer2edit.architecture.families import FAMILIES, GRANITE_MULTIPLIERS, LLAMA
 from steer2edit.architecture.family import Family
 from steer2edit.architecture.mixtures import MIXTURES
@@ -84,6 +85,10 @@ def _not_understood(checkpoint: Checkpoint, model_type: str, strange: set[str]) 
     block = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.)(\d+)\.(.+)$")
     inside = sorted({m.group(3) for name in checkpoint.tensors if (m := block.match(name)) and m.group(2) == "0"})
     why = f"; its vectors {', '.join(sorted(strange))} are not described" if strange else ""
+    if checkpoint.config.get("auto_map"):
+        why += "; its code comes with it (auto_map in config.json)"
+    if written := checkpoint.config.get("transformers_version"):
+        why += f"; its config.json was written by transformers {str(written)[:40]}, this list was made from {table_source()}"
     return (
         f"{checkpoint.name}: the model type {model_type!r} is not known{why}. The nearest known family is "
         f"{near[0]!r}. Tensors of layer 0:\n{listing(inside, 30)}\n"

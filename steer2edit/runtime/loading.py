@@ -29,6 +29,7 @@ _BUFFERS = re.compile(
 """What older releases and engines save and no weight depends on: tables of positions and masks, scales of a cache."""
 _PARTS = re.compile(r"(^|\.)(mtp|mtp_\w+|v_head|vision\w*|visual\w*|audio\w*|multi_modal\w*)\.")
 """Parts that a language model's class may leave out: heads of further tokens, value heads, what sees and hears."""
+_RELEASE = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
 _LAYER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
 
 
@@ -73,7 +74,29 @@ def reason(error: Exception, config: Mapping[str, Any]) -> str:
     kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, dict) else None
     if isinstance(error, KeyError) and kind is not None and error.args == (kind,):
         return f"it does not know the rope type {kind!r} of config.json"
+    if unknown := _unknown_type(config):
+        return unknown
     return f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else first_line(error)
+
+
+def _unknown_type(config: Mapping[str, Any]) -> str:
+    """That the installed transformers does not know the config's model type, and what to install; empty where it does."""
+    import transformers
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in transformers.CONFIG_MAPPING:
+        return ""
+    told = f"the installed transformers {transformers.__version__} does not know the model type {kind!r}"
+    if config.get("auto_map"):
+        return f"{told}; the code that comes with the model does (auto_map in config.json), and --trust-remote-code runs it"
+    written, installed = (
+        _RELEASE.match(str(v)) for v in (config.get("transformers_version"), transformers.__version__)
+    )
+    if written is None or installed is None:
+        return f"{told}; a newer release may: pip install -U transformers"
+    if [int(part or 0) for part in written.groups()] <= [int(part or 0) for part in installed.groups()]:
+        return f"{told}, though config.json was written by {written[0]}: the model's page should say which code runs it"
+    return f"{told}; config.json was written by {written[0]}: pip install -U 'transformers>={written[0]}'"
 
 
 def _is_past(name: str, layers: int | None) -> bool:

@@ -191,12 +191,13 @@ def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     settings = {"trust_remote_code": trust_remote_code}
+    given = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, **settings)
         with torch.device("meta"):
             return _first_that_knows(config.to_dict(), lambda kind: kind.from_config(config, **settings))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot make the model of {path}: {first_line(error)}") from None
+        raise CheckpointError(f"transformers cannot make the model of {path}: {reason(error, given)}") from None
 
 
 def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> Any:
