@@ -1,16 +1,36 @@
-"""What a model says: batched greedy generation."""
+"""What a model says: batched greedy generation.
+
+transformers' own ``generate`` takes every step. It works on rows whose answers have ended until the last one ends, so it is
+stopped now and then, and goes on from its cache with the rows that are left. A trial on the model, once, compares the two
+ways; where they differ (some caches cannot be continued), all rows stay to the end, and a notice says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from steer2edit.data.tokens import token_ids
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.batches import pad_left
+from steer2edit.runtime.cache import cache_parameter, returned_cache
 from steer2edit.runtime.model import LoadedModel
+
+_PART = 8
+"""The batch is made smaller when one of so many rows has ended: that costs about as much as one step."""
+_TRIAL_TOKENS = 16
+_TRIAL_STEPS = 2
+_FROM_THE_START = ("min_new_tokens", "begin_suppress_tokens")
+"""Settings of generation that count from where a call of ``generate`` begins."""
+_NOT_CONTINUED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a family's own code may raise where its cache cannot go on with some of the rows."""
+_dropping: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def generate(
@@ -40,25 +60,167 @@ def generate(
         notice(f"answers have at most {room} tokens and not {max_new_tokens}: the model's context is {loaded.context}")
         max_new_tokens = room
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    pad = loaded.padding
-    ends = loaded.end_tokens
-    found: dict[int, list[int]] = {}
-    with progress("generate", total=len(rows)) as advance, torch.inference_mode():
+    answers: dict[int, list[int]] = {}
+    with progress("generate", total=len(rows)) as advance, torch.inference_mode(), _contiguous(loaded.model):
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            width = max(len(rows[i]) for i in chosen)
-            # on the left, so that every row's next token is at the same place
-            ids = torch.tensor([[pad] * (width - len(rows[i])) + rows[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
-            out = loaded.model.generate(
-                input_ids=ids.to(loaded.device),
-                attention_mask=mask.to(loaded.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
+            batch = [rows[i] for i in chosen]
+            drops = len(batch) > 1 and _drops(loaded, batch)
+            for place, answer in _answers(loaded, batch, max_new_tokens, drops):
+                answers[chosen[place]] = answer
+                advance(1)
+    return [answers[index] for index in range(len(rows))]
+
+
+def _answers(
+    loaded: LoadedModel, batch: Sequence[Sequence[int]], max_new_tokens: int, drops: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Place in the batch and answer of each row, as rows end; with ``drops`` those that ended are worked on no longer."""
+    # on the left, so that every row's next token is at the same place
+    ids, mask = pad_left(batch, loaded.padding, loaded.device)
+    width, ends = ids.shape[1], torch.tensor(sorted(loaded.end_tokens), device=loaded.device)
+    places = list(range(len(batch)))
+    cache = None
+    while True:
+        left = max_new_tokens - (ids.shape[1] - width)
+        stop = [_enough_ended(width, ends)] if drops else []
+        ids, cache = _run(loaded, ids, mask, left, cache, stop)
+        ended = torch.isin(ids[:, width:], ends).any(1)
+        if not drops or ids.shape[1] - width >= max_new_tokens or bool(ended.all()):
+            break
+        yield from _cut(ids[ended][:, width:], [p for p, e in zip(places, ended.tolist(), strict=True) if e], ends)
+        alive = (~ended).nonzero()[:, 0]
+        cache.reorder_cache(alive)
+        grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
+        ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
+    yield from _cut(ids[:, width:], places, ends)
+
+
+def _run(
+    loaded: LoadedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    max_new_tokens: int,
+    cache: Any,
+    stop: Sequence[Callable[..., torch.Tensor]],
+) -> tuple[torch.Tensor, Any]:
+    """Rows grown by at most ``max_new_tokens`` or until ``stop`` says so, and the cache; ``cache`` is that of the rows so far."""
+    out = _generate(loaded, ids, mask, cache, max_new_tokens=max_new_tokens, stopping_criteria=_criteria(stop))
+    return out.sequences, returned_cache(out)
+
+
+def _generate(loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Any, **settings: Any) -> Any:
+    name = None if cache is None else cache_parameter(loaded.model.forward)
+    continued = {} if name is None else {name: cache}
+    return loaded.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        pad_token_id=loaded.padding,
+        return_dict_in_generate=True,
+        **continued,
+        **settings,
+    )
+
+
+def _criteria(stop: Sequence[Callable[..., torch.Tensor]]) -> Any:
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList(stop)
+
+
+def _enough_ended(width: int, ends: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A stopping criterion: true of all rows as soon as one of ``_PART`` has an end token behind its first ``width`` tokens."""
+    ended: torch.Tensor | None = None
+
+    def criterion(ids: torch.Tensor, _scores: Any, **_more: Any) -> torch.Tensor:
+        nonlocal ended
+        new = torch.isin(ids[:, -1], ends)
+        ended = new if ended is None else ended | new
+        enough = int(ended.sum()) * _PART >= len(ids)
+        return torch.full((len(ids),), enough, dtype=torch.bool, device=ids.device)
+
+    return criterion
+
+
+def _cut(rows: torch.Tensor, places: Sequence[int], ends: torch.Tensor) -> Iterator[tuple[int, list[int]]]:
+    """Each row up to its first end token, with its place."""
+    final = set(ends.tolist())
+    for place, row in zip(places, rows.tolist(), strict=True):
+        yield place, row[: next((at for at, token in enumerate(row) if token in final), len(row))]
+
+
+def _drops(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> bool:
+    """Whether the model goes on with some of a batch's rows, tried once for each model; a notice says why not."""
+    known = _dropping.get(loaded.model)
+    if known is None:
+        reason = _try(loaded, batch)
+        known = _dropping[loaded.model] = reason is None
+        if reason is not None:
+            kind = type(loaded.model).__name__
+            notice(
+                f"{kind} works on answers that have ended until the last one of their batch ends, which takes longer: {reason}"
             )
-            for index, row in zip(chosen, out[:, width:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(row) if token in ends), len(row))
-                found[index] = row[:end]
-            advance(len(chosen))
-    return [found[index] for index in range(len(rows))]
+    return known
+
+
+def _try(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> str | None:
+    """Drop one of three rows after two steps, and compare what follows with what follows where all stay.
+
+    The reason where that does not work, or None where both agree.
+    """
+    config = loaded.model.generation_config
+    if changed := [name for name in _FROM_THE_START if getattr(config, name, None)]:
+        return f"its generation_config sets {', '.join(changed)}"
+    if cache_parameter(loaded.model.forward) is None:
+        return "its forward takes no cache"
+    # of three lengths, the first of which has the least padding
+    longest: Sequence[int] = max(batch, key=len)
+    first = list(longest)[:_TRIAL_TOKENS]
+    rows = [first, first[-max(1, len(first) // 2) :], first[-max(1, len(first) - 1) :]]
+    ids, mask = pad_left(rows, loaded.padding, loaded.device)
+    settings = {"output_logits": True, "min_new_tokens": _TRIAL_STEPS}
+    try:
+        whole = _generate(
+            loaded, ids, mask, None, **{**settings, "max_new_tokens": 2 * _TRIAL_STEPS, "min_new_tokens": 4}
+        )
+        part = _generate(loaded, ids, mask, None, **settings, max_new_tokens=_TRIAL_STEPS)
+        cache = returned_cache(part)
+        if cache is None:
+            return "it returns no cache"
+        if all(getattr(cache, "is_linear", None) or [False]):
+            return "its cache holds states alone, which generate takes up only at the beginning"
+        staying = torch.tensor([0, 2], device=loaded.device)
+        cache.reorder_cache(staying)
+        mask = torch.cat([mask, mask.new_ones(3, _TRIAL_STEPS)], 1)[staying]
+        rest = _generate(loaded, part.sequences[staying], mask, cache, **settings, max_new_tokens=_TRIAL_STEPS)
+    except _NOT_CONTINUED as error:
+        return f"its cache cannot go on with some of the rows ({type(error).__name__}: {first_line(error)})"
+    for mine, theirs in zip(rest.logits, whole.logits[_TRIAL_STEPS:], strict=True):
+        a, b = mine.float().log_softmax(-1), theirs[staying].float().log_softmax(-1)
+        difference = float((a - b).abs().nan_to_num().mean())
+        if difference > (1e-3 if loaded.model.dtype is torch.float32 else 0.1):
+            return f"log-probabilities would differ by {difference:.2g} nats"
+        if not torch.equal(mine.argmax(-1), theirs[staying].argmax(-1)):
+            break  # a tie that rounding decides; from here on the texts differ
+    return None
+
+
+@contextmanager
+def _contiguous(model: Any) -> Iterator[None]:
+    """Within the block the unembedding reads states that lie one behind the other in memory.
+
+    The last states of all rows are a view with gaps, and for such a view torch multiplies each row by a copy of the whole
+    unembedding: gigabytes, and half the time of an answer, for a large vocabulary.
+    """
+    unembedding = model.get_output_embeddings()
+    if unembedding is None:
+        yield
+        return
+    handle = unembedding.register_forward_pre_hook(
+        lambda _module, inputs: tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()

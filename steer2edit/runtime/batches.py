@@ -28,3 +28,11 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=torch.long)
     return ids.to(device), mask.to(device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask ``[rows, longest]`` in which every row's last token is in the last column."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
