@@ -66,6 +66,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 checkpoint,
                 request.behavior,
                 background=request.background,
+                texts_to_keep=request.texts_to_keep,
                 batch_tokens=request.batch_tokens,
                 progress=progress,
             )

@@ -24,6 +24,7 @@ from steer2edit.data.neutral import NeutralChats
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import render_prompts, templated
 from steer2edit.data.tokens import token_ids, windows
+from steer2edit.engines.chats import CHAT_TOKENS, USER_ANSWER_TOKENS
 from steer2edit.engines.own_answers import ANSWER_TOKENS
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
@@ -31,7 +32,7 @@ from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.measured import TextKind
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
 from steer2edit.strength.kl import MAX_TOKENS
-from steer2edit.strength.neutral_texts import CHAT_TOKENS, USER_ANSWER_TOKENS, packaged_prompts
+from steer2edit.strength.neutral_texts import packaged_prompts
 
 # a search for the strength seldom takes more; each is a pass over the neutral text
 SEARCH_PASSES = 8
@@ -184,14 +185,23 @@ def _tokens(tokenizer: Any, request: CompileRequest) -> tuple[int, int, int]:
     if request.behavior is None:
         return sum(request.statistics.examples.values()) if request.statistics is not None else 0, 0, 0
     behavior = request.behavior
-    texts = contrast.background_text() if request.background is None else request.background
-    read = windows(tokenizer, [texts] if isinstance(texts, str) else list(texts), BACKGROUND_TOKENS)
+    chats = [one for one in (request.background, request.texts_to_keep) if isinstance(one, NeutralChats)]
+    texts = [one for one in (request.background, request.texts_to_keep) if not isinstance(one, NeutralChats | None)]
+    if request.background is None or isinstance(request.background, NeutralChats):
+        texts.append(contrast.background_text())
+    read = [
+        window
+        for one in texts
+        for window in windows(tokenizer, [one] if isinstance(one, str) else list(one), BACKGROUND_TOKENS)
+    ]
     encoded = behavior.encode(tokenizer) if behavior.examples else []
     asked: Sequence[Sequence[int]] = ()
-    if templated(tokenizer):
+    if templated(tokenizer) and not isinstance(request.background, NeutralChats):
         asked = _asked(tokenizer, everyday_prompts("background"))
-    own = len(asked) * ANSWER_TOKENS
-    return len(behavior.examples), sum(map(len, [*read, *asked])) + sum(len(one.ids) for one in encoded) + own, own
+    own = len(asked) * ANSWER_TOKENS + sum(_compared_and_written(one)[1] for one in chats)
+    asked = [*asked, *(row for one in chats for row in _asked(tokenizer, [chat.prompt for chat in one.chats]))]
+    answered = len(asked) * ANSWER_TOKENS
+    return len(behavior.examples), sum(map(len, [*read, *asked])) + sum(len(one.ids) for one in encoded) + answered, own
 
 
 def _neutral(tokenizer: Any, request: CompileRequest) -> tuple[TextKind, int, int, int]:
@@ -199,14 +209,19 @@ def _neutral(tokenizer: Any, request: CompileRequest) -> tuple[TextKind, int, in
     own = request.neutral
     if isinstance(own, NeutralChats):
         prompts = [one.prompt for one in own.chats]
-        answers = sum(USER_ANSWER_TOKENS if one.answer else ANSWER_TOKENS for one in own.chats)
-        compared, written = min(answers, CHAT_TOKENS), sum(not one.answer for one in own.chats) * ANSWER_TOKENS
+        compared, written = _compared_and_written(own)
     elif own is not None or not templated(tokenizer):
         return "prose", MAX_TOKENS, MAX_TOKENS, 0
     else:
         prompts = packaged_prompts()
         compared = written = len(prompts) * ANSWER_TOKENS
     return "chat", compared + sum(map(len, _asked(tokenizer, prompts))), compared, written
+
+
+def _compared_and_written(own: NeutralChats) -> tuple[int, int]:
+    """Tokens of a user's chats that are read as answers, and those that the base writes, at most."""
+    answers = sum(USER_ANSWER_TOKENS if one.answer else ANSWER_TOKENS for one in own.chats)
+    return min(answers, CHAT_TOKENS), sum(not one.answer for one in own.chats) * ANSWER_TOKENS
 
 
 def _asked(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -28,12 +28,13 @@ class CompileRequest:
 
     Give ``behavior`` or ``statistics`` of an earlier capture. ``vectors`` from elsewhere take the place of the captured
     difference; a behaviour without examples is then enough. The edit does not write along the directions to ``protect``, which
-    are behaviours, statistics or vectors of the same model. ``options`` are the method's own Options. ``strength`` multiplies
-    the method's edit; without it the largest strength is taken whose mean KL on neutral text (nats per token) is within
-    ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given; ``class_budgets`` bound attention and MLPs apart.
-    ``neutral`` is a text of the user's, which then carries the budget (``strength/neutral_texts.py``). With one target ``out``
-    is its folder, with several a folder for each inside. Held-out ``questions`` ask for an evaluation and a report page;
-    ``told`` is an instruction that asks for the same behaviour: the edit is compared with it.
+    are behaviours, statistics or vectors of the same model, and it has no mean push on ``texts_to_keep``. ``options`` are the
+    method's own Options. ``strength`` multiplies the method's edit; without it the largest strength is taken whose mean KL on
+    neutral text (nats per token) is within ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given;
+    ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
+    (``strength/neutral_texts.py``). With one target ``out`` is its folder, with several a folder for each inside. Held-out
+    ``questions`` ask for an evaluation and a report page; ``told`` is an instruction that asks for the same behaviour: the edit
+    is compared with it.
 
     Raises DataError unless exactly one of behaviour and statistics is given.
     """
@@ -52,7 +53,8 @@ class CompileRequest:
     kl_budget: float | None = None
     class_budgets: Mapping[MatrixRole, float] | None = None
     neutral: OwnNeutral | None = None
-    background: str | Sequence[str] | None = None
+    background: OwnNeutral | None = None
+    texts_to_keep: OwnNeutral | None = None
     runtime: Runtime = field(default_factory=Runtime)
     batch_tokens: int = 4096
     questions: Sequence[Question] | None = None

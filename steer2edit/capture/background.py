@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.neutral import NeutralChats, OwnNeutral
 from steer2edit.data.templates import TemplateArguments, templated
 from steer2edit.data.tokens import Encoded, windows
+from steer2edit.engines.chats import chat_answers
 from steer2edit.engines.own_answers import OwnAnswer, own_answers
 from steer2edit.errors import DataError, first_line
 from steer2edit.notices import notice
@@ -35,6 +37,15 @@ def prose(loaded: LoadedModel, texts: Sequence[str], label: Literal["background"
 def chats(answers: Sequence[OwnAnswer], label: Literal["chat", "keep"]) -> list[Encoded]:
     """Answers as examples whose span is the answer."""
     return [Encoded(one.ids, one.start, label, row) for row, one in enumerate(answers)]
+
+
+def texts_to_keep(
+    loaded: LoadedModel, texts: OwnNeutral, arguments: TemplateArguments | None = None, progress: Progress = silent
+) -> list[Encoded]:
+    """Texts on which the edit is to have no push: windows of prose, or chats, of which the answers count."""
+    if isinstance(texts, NeutralChats):
+        return chats(chat_answers(loaded, texts, "--keep", chat_template_kwargs=arguments, progress=progress), "keep")
+    return prose(loaded, [texts] if isinstance(texts, str) else list(texts), "keep")
 
 
 def own_chat(
@@ -72,7 +83,7 @@ def own_chat(
     return world.together(lambda: first if world.rank == 0 else answers())
 
 
-def answers_hash(answers: Sequence[OwnAnswer]) -> str:
+def answers_hash(answers: Sequence[OwnAnswer] | Sequence[Encoded]) -> str:
     """SHA-256 over the tokens of prompts and answers."""
     rows = [[one.start, *one.ids] for one in answers]
     return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()

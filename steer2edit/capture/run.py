@@ -22,6 +22,7 @@ from steer2edit.architecture.routers import Router
 from steer2edit.capture import evidence
 from steer2edit.capture.accumulator import Accumulator
 from steer2edit.capture.background import answers_hash, chats, own_chat, prose
+from steer2edit.capture.background import texts_to_keep as kept_examples
 from steer2edit.capture.populations import SCOPES, Scope, Side, routing_key
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
 from steer2edit.capture.statistics import Statistics
@@ -29,8 +30,10 @@ from steer2edit.capture.stored import stored_name
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
+from steer2edit.data.neutral import NeutralChats, OwnNeutral
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.tokens import Encoded
+from steer2edit.engines.chats import chat_answers
 from steer2edit.engines.own_answers import OwnAnswer
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
@@ -234,8 +237,9 @@ def capture_statistics(
     checkpoint: Checkpoint,
     behavior: Behavior,
     *,
-    background: str | Sequence[str] | None = None,
+    background: OwnNeutral | None = None,
     chat: Sequence[OwnAnswer] | None = None,
+    texts_to_keep: OwnNeutral | None = None,
     batch_tokens: int = 4096,
     world: World = ALONE,
     keep: Path | None = None,
@@ -245,23 +249,33 @@ def capture_statistics(
 ) -> Statistics:
     """Run the model over the behaviour's examples and the background once; the result remembers of what it is.
 
-    The background stands for everything else the model may read and write. It has two formats: ``background`` is running text,
-    the packaged English one where there is none; ``chat`` are answers under the model's template, its own to the packaged
-    prompts where there are none, which are generated first. Without examples it is captured alone, for vectors from elsewhere.
+    The background stands for everything else the model may read and write. It has two formats: running text, the packaged
+    English one where ``background`` is none; and answers under the model's template, its own to the packaged prompts where
+    neither ``chat`` nor ``background`` are any. Answers are generated first. Without examples the background is captured alone,
+    for vectors from elsewhere. On ``texts_to_keep`` the edit is to have no push.
     ``world``, ``keep``, ``keep_every`` and ``layers`` are those of :func:`capture.capture`.
     """
+    arguments = behavior.chat_template_kwargs
+    if isinstance(background, NeutralChats):
+        given, background = background, None
+        chat = world.together(
+            lambda: chat_answers(loaded, given, "--background", chat_template_kwargs=arguments, progress=progress)
+        )
     texts = contrast.background_text() if background is None else background
     texts = [texts] if isinstance(texts, str) else list(texts)
     if chat is None:
-        chat = own_chat(loaded, loaded.fingerprint, world, behavior.chat_template_kwargs, progress)
+        chat = own_chat(loaded, loaded.fingerprint, world, arguments, progress)
+    keeping = texts_to_keep
+    kept = [] if keeping is None else world.together(lambda: kept_examples(loaded, keeping, arguments, progress))
     source = {
         "name": behavior.name,
         "data": contrast.data_hash(behavior.examples),
         "system": behavior.system,
         "span": behavior.span,
-        **({"chat_template_kwargs": dict(arguments)} if (arguments := behavior.chat_template_kwargs) else {}),
+        **({"chat_template_kwargs": dict(arguments)} if arguments else {}),
         "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
         "chat": answers_hash(chat) if chat else None,
+        **({"keep": answers_hash(kept)} if kept else {}),
         "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
         **({"distinct_prompts": evidence.distinct_prompts(behavior.examples)} if behavior.examples else {}),
         "fingerprint": checkpoint.fingerprint,
@@ -273,7 +287,7 @@ def capture_statistics(
         found = behavior.encode(loaded.tokenizer, loaded.context)
         if found:
             found = evidence.checked(behavior.examples, found)
-        return found + prose(loaded, texts, "background") + chats(chat, "chat")
+        return found + prose(loaded, texts, "background") + chats(chat, "chat") + kept
 
     examples = world.together(encoded)
     return capture(

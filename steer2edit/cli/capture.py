@@ -110,7 +110,7 @@ def capture(
             checkpoint, spec = model_flags.open(model)
             # the data first: it is quickly known to be bad
             behavior = Behavior("background", ()) if background.background_only else data.read_behavior()
-            text = data.read_background()
+            text, keep = data.read_background(), data.read_keep()
             runtime = model_flags.runtime()
             runtime = replaced(runtime, device=own_device(runtime.device))
             if tensor_parallel:
@@ -120,10 +120,10 @@ def capture(
             if by_layer:
                 place = large.scratch if large.scratch is not None else out.absolute().parent
                 layers = stack.enter_context(opened_by_layer(checkpoint, spec, runtime, place))
-                return checkpoint, behavior, text, layers.loaded, layers
-            return checkpoint, behavior, text, load_model(checkpoint, spec, runtime), None
+                return checkpoint, behavior, text, keep, layers.loaded, layers
+            return checkpoint, behavior, text, keep, load_model(checkpoint, spec, runtime), None
 
-        checkpoint, behavior, text, loaded, layers = world.together(ready)
+        checkpoint, behavior, text, texts_to_keep, loaded, layers = world.together(ready)
         # with divided matrices every process has all the data, and they go in step: one alone cannot resume
         keep = None if tensor_parallel else partial_path(out, world.rank, world.size)
         statistics = capture_statistics(
@@ -131,6 +131,7 @@ def capture(
             checkpoint,
             behavior,
             background=text,
+            texts_to_keep=texts_to_keep,
             batch_tokens=data.batch_tokens,
             world=ALONE if tensor_parallel else world,
             keep=keep,

@@ -137,6 +137,7 @@ def compile(
         class_budgets=strength.class_budgets,
         neutral=strength.read_neutral(),
         background=data.read_background(),
+        texts_to_keep=data.read_keep(),
         runtime=model_flags.runtime(),
         batch_tokens=data.batch_tokens,
         questions=None if report.no_report or writing.dry_run else held_out(report.questions, data.behavior),

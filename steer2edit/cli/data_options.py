@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import click
 
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import ModelFlags, progress_bar, read_text
+from steer2edit.cli.options import ModelFlags, progress_bar, read_own_neutral
 from steer2edit.files.untrusted import parse_json
 from steer2edit.options import option
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steer2edit.capture.vectors import Vectors
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.data.behavior import Behavior
+    from steer2edit.data.neutral import NeutralChats
     from steer2edit.runtime.model import LoadedModel
 
 
@@ -79,7 +80,13 @@ class DataFlags(TemplateFlags):
         2048, "Longest example in tokens: a longer prompt is refused, a longer response is cut.", minimum=16, rare=True
     )
     background_file: Path | None = option(
-        None, "Text unlike the behaviour, in place of the packaged one.", "--background", rare=True
+        None,
+        "Text unlike the behaviour, prose or chats (.jsonl), in place of the packaged text of its kind.",
+        "--background",
+        rare=True,
+    )
+    keep_file: Path | None = option(
+        None, "Texts on which the edit has no mean push: prose, or chats (.jsonl) of which the answers count.", "--keep"
     )
     batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
 
@@ -114,9 +121,13 @@ class DataFlags(TemplateFlags):
         behavior = Behavior.joined(parts)
         return behavior if self.most_rows is None else behavior.limited(self.most_rows)
 
-    def read_background(self) -> str | None:
-        """The text of --background."""
-        return read_text(self.background_file, "--background")
+    def read_background(self) -> str | NeutralChats | None:
+        """The text or the chats of --background."""
+        return read_own_neutral(self.background_file)
+
+    def read_keep(self) -> str | NeutralChats | None:
+        """The text or the chats of --keep."""
+        return read_own_neutral(self.keep_file)
 
     def capture(
         self, checkpoint: Checkpoint, spec: ModelSpec, model: ModelFlags, loaded: LoadedModel | None = None
@@ -124,12 +135,13 @@ class DataFlags(TemplateFlags):
         """The data's statistics; the model is loaded once the data is known to be good."""
         from steer2edit.capture.run import capture_statistics
 
-        behavior, background = self.read_behavior(), self.read_background()
+        behavior, background, keep = self.read_behavior(), self.read_background(), self.read_keep()
         return capture_statistics(
             model.load(checkpoint, spec) if loaded is None else loaded,
             checkpoint,
             behavior,
             background=background,
+            texts_to_keep=keep,
             batch_tokens=self.batch_tokens,
             progress=progress_bar(),
         )
@@ -161,6 +173,8 @@ class StatsFlags(FlagGroup):
         """Raise UsageError where data is named too."""
         if self.stats is not None and data.any:
             raise click.UsageError("--stats stands in place of --data and --behavior; give one of the three")
+        if self.stats is not None and data.keep_file is not None:
+            raise click.UsageError("--keep is captured, and --stats are captured already: give --keep to capture")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def make_plan(
     statistics.check_model(checkpoint)
     statistics.check_contrast()
     module = load(method)
+    if statistics.examples["keep"] and not hasattr(module.Options, "keep_as"):
+        notice(f"the method {method} does not know the texts of --keep: its edit may push on them")
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
     if scoring.untested is not None:
         if not plan.edits:
@@ -74,7 +76,7 @@ def own_strength(options: Any) -> float | None:
     return strength
 
 
-_DESCRIBED = ("name", "data", "system", "span", "background", "chat", "keep", "prompts")
+_DESCRIBED = ("name", "data", "system", "span", "background", "chat", "prompts")
 
 
 def describe_data(statistics: Statistics) -> dict[str, Any]:
@@ -85,5 +87,5 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
     described = {key: statistics.source.get(key) for key in _DESCRIBED}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
-    described |= {key: statistics.source[key] for key in ("vectors", "protect") if key in statistics.source}
+    described |= {key: statistics.source[key] for key in ("keep", "vectors", "protect") if key in statistics.source}
     return {**described, "examples": stored_counts(statistics.examples), "tokens": stored_counts(statistics.tokens)}

@@ -172,7 +172,9 @@ class _Terms:
             "chat": options.zero_push in ("chat", "both"),
             "keep": True,
         }
-        silent = tuple(name for name, there in wanted.items() if there and known and statistics.examples[name])
+        silent = tuple(
+            name for name, there in wanted.items() if there and statistics.examples[name] and (known or name == "keep")
+        )
         kept = bool(statistics.examples["keep"])
         if kept and options.keep_as == "soft":
             weights["keep"] = options.keep_weight

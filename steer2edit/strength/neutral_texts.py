@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from steer2edit.data import contrast
-from steer2edit.data.contrast import Example
 from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.neutral import NeutralChats, OwnNeutral
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import TemplateArguments, templated
-from steer2edit.data.tokens import encode
-from steer2edit.engines.own_answers import ANSWER_TOKENS, OwnAnswer, own_answers
+from steer2edit.engines.chats import chat_answers
+from steer2edit.engines.own_answers import own_answers
 from steer2edit.errors import DataError, first_line
 from steer2edit.notices import notice
 from steer2edit.plan import Divergence
@@ -30,8 +29,6 @@ LEAST_ROWS = 4
 """Windows or answers below which a KL's interval, which is over them, says nothing."""
 PROMPTS = 64
 """Packaged prompts that the base answers."""
-CHAT_TOKENS, USER_ANSWER_TOKENS = 16384, 256
-"""Of a user's chats so many tokens of answers are read, and of one answer."""
 
 
 @dataclass(frozen=True)
@@ -113,27 +110,5 @@ def _user_chat(
     progress: Progress,
 ) -> NeutralText:
     """The user's own chats; the base answers those that end in a question."""
-    chats = own.chats[:limit]
-    asked = [one.prompt for one in chats if not one.answer][: CHAT_TOKENS // ANSWER_TOKENS]
-    examples = [Example(one.prompt, one.answer, "positive", one.where, i) for i, one in enumerate(chats) if one.answer]
-    answers = (
-        own_answers(loaded, asked, fingerprint=loaded.fingerprint, chat_template_kwargs=arguments, progress=progress)
-        if asked
-        else []
-    )
-    encoded = encode(
-        examples, loaded.tokenizer, span="response", context=loaded.context, chat_template_kwargs=arguments
-    )
-    answers += [OwnAnswer(one.ids[: one.start + USER_ANSWER_TOKENS], one.start, True) for one in encoded]
-    used: list[OwnAnswer] = []
-    tokens = 0
-    for answer in answers:
-        tokens += len(answer.ids) - answer.start
-        if tokens > CHAT_TOKENS:
-            break
-        used.append(answer)
-    if len(used) < len(chats):
-        notice(
-            f"the KL is measured on {len(used)} of the {len(chats)} chats of --neutral: at most {CHAT_TOKENS} tokens are read"
-        )
+    used = chat_answers(loaded, own, "--neutral", limit=limit, chat_template_kwargs=arguments, progress=progress)
     return NeutralText(loaded, used, progress=progress)
