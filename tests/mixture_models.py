@@ -55,6 +55,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lara_mini": {**_LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "granitemoe_swa": {"shared_intermediate_size": 20},
+    "minimax_m3_vl_text": {
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "dense_intermediate_size": 40, "shared_intermediate_size": 20,
+        "intermediate_size": WIDTH, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"],
+    },
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "deepseek_v2", "glm4_moe_lite", "glm_moe_dsa", "axk1"), _MLA),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _LINEAR),
@@ -117,8 +122,13 @@ def save_mixture(folder: Path, config: Any, dtype: torch.dtype = torch.float32, 
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    # Mistral 4 is known as a part of its multimodal model alone
-    auto = AutoModelForImageTextToText if config.model_type == "mistral4" else AutoModelForCausalLM
+    # Mistral 4 is known as a part of its multimodal model alone, and MiniMax M3 published so
+    wrapped = config.model_type in ("mistral4", "minimax_m3_vl_text")
+    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+    if config.model_type == "minimax_m3_vl_text":
+        tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {"vision_config": tower, "projector_hidden_size": 16}
+        config = config_class("minimax_m3_vl")(text_config=config.to_dict(), **sizes)
     model = auto.from_config(config)
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:

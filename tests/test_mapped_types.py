@@ -18,7 +18,7 @@ from steer2edit.architecture.find_family import KNOWN
 from steer2edit.architecture.refusals import REFUSED
 
 # neither described nor refused yet: the list only gets shorter
-PENDING_TEXT = {"minimax_m3_vl_text"}
+PENDING_TEXT: set[str] = set()
 PENDING_WRAPPERS = {
     *("apertus1p5", "aria", "blip", "blip-2", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge"),
     *("cosmos3_omni", "deepseek_ocr2", "deepseek_vl_hybrid", "diffusion_gemma", "dots3_note", "emu3"),

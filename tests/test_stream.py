@@ -113,9 +113,26 @@ def test_a_block_adds_what_its_writers_output_times_their_multipliers(
     assert unexplained(folder, spec) < 1e-4
     family = family_of(model_type)
     assert family is not None
-    if family.multipliers:
+    if family.multipliers.keys() - {"experts"}:
         plain = replace(spec, sites=tuple(replace(site, multiplier=1.0) for site in spec.sites))
         assert unexplained(folder, plain) > 1e-2
+
+
+def test_experts_may_have_a_factor_of_their_own(tmp_path: Path) -> None:
+    """MiniMax M3 multiplies what its routed experts write, and not what the shared one does."""
+    folder = build(tmp_path / "m", "minimax_m3_vl_text", dense=False)
+    spec = read_spec(open_checkpoint(folder))
+    assert {site.multiplier for site in spec.sites if site.role is not MatrixRole.EXPERT_OUT} == {1.0}
+    for router in spec.routers:
+        block = router.experts_module.rpartition(".")[0]
+        shared = spec.site(f"shared_expert_out.{router.layer}").module
+        given = {
+            name: after for name, _, after in outputs(load_weights(folder), {block, shared, router.experts_module})
+        }
+        experts = given[router.experts_module].view_as(given[block])
+        factor = spec.site(f"expert_out.{router.layer}.0").multiplier
+        assert factor != 1
+        assert torch.allclose(given[block], given[shared].view_as(experts) + factor * experts, atol=1e-5)
 
 
 def test_a_block_multiplies_all_that_comes_through_it_by_its_own_number(tmp_path: Path) -> None:

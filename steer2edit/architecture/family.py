@@ -59,7 +59,7 @@ class Multiplier:
     by_depth: bool = False
 
 
-Part = Literal["attention", "mixer", "mlp"]
+Part = Literal["attention", "mixer", "mlp", "experts"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Family:
     transformers; ``modules`` gives a module's name where the file's differs, ``prefix`` the file's ``blocks``, and
     ``disk_embedding`` the last part of its embedding's name.
 
-    ``multipliers`` are factors of the config on what each kind of writer adds to the stream. ``final_norm`` is the norm after
+    ``multipliers`` are factors of the config on what each kind of writer adds to the stream; routed experts have the MLP's
+    unless they have one of their own. ``final_norm`` is the norm after
     the last block (None where it has no weight), ``head`` the unembedding, both as the file names them; ``may_lack`` are
     tensors that some blocks do not have.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from steer2edit.architecture.families import GRANITE_MULTIPLIERS
-from steer2edit.architecture.family import Family, Mixture
+from steer2edit.architecture.family import Family, Mixture, Multiplier
 
 _PER_EXPERT = Mixture()
 _CORRECTED = Mixture(bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts.down_proj")
@@ -120,6 +120,17 @@ MIXTURES: tuple[Family, ...] = (
         "minimax_m2",
         ("minimax_m2",),
         mixture=replace(_SPARSE_BLOCK, bias="block_sparse_moe.e_score_correction_bias", bias_flag="use_routing_bias"),
+    ),
+    Family(
+        "minimax_m3",
+        ("minimax_m3_vl_text",),
+        mixture=replace(
+            _SPARSE_BLOCK,
+            bias="block_sparse_moe.e_score_correction_bias",
+            shared="block_sparse_moe.shared_experts.down_proj",
+        ),
+        modules={"block_sparse_moe.shared_experts.down_proj": "mlp.shared_experts.down_proj"},
+        multipliers={"experts": Multiplier("routed_scaling_factor")},
     ),
     Family(
         "kimi_linear",

@@ -265,7 +265,11 @@ class _Reader:
         """What the family multiplies a writer's output by."""
         if self.family.depth_scaled:
             return 1 / math.sqrt(2 * layer + 1)
-        parts: dict[MatrixRole, Part] = {MatrixRole.ATTN_OUT: "attention", MatrixRole.MIXER_OUT: "mixer"}
+        parts: dict[MatrixRole, Part] = {
+            MatrixRole.ATTN_OUT: "attention",
+            MatrixRole.MIXER_OUT: "mixer",
+            MatrixRole.EXPERT_OUT: "experts" if "experts" in self.family.multipliers else "mlp",
+        }
         multiplier = self.family.multipliers.get(parts.get(role, "mlp"))
         if multiplier is None or self.values.get(multiplier.key) is None:
             return 1.0
