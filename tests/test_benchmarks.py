@@ -14,7 +14,7 @@ SCRIPTS = sorted(
 )
 # what the scripts share
 PARTS = {
-    *("synthetic.py", "timing.py", "records.py", "control_vector.py", "right_choice.py"),
+    *("synthetic.py", "timing.py", "records.py", "control_vector.py", "right_choice.py", "solver_experiments.py"),
     *("power_cells.py", "power_table.py", "paper_data.py", "paper_experts.py"),
 }
 

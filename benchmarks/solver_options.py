@@ -1,0 +1,209 @@
+"""What each option of the default method does, at equal cost and on the selection half of the questions.
+
+    python benchmarks/solver_options.py MODEL --behavior formal --behavior cautious --kl 0.1 0.2 --out options.jsonl
+
+Every option set is brought to each KL on the model's own chat answers (on prose for a model without a chat template). A line of
+the output has the option set, the strength, both KLs, and a value for every question: the margin, or the length in tokens where a
+behaviour has prompts alone. With --knowledge N, answers to N knowledge questions are marked too. Lines that are there already are
+not measured again, so that an interrupted run goes on. The table shows paired differences to activation steering, with their
+bootstrap 95 % interval over questions.
+
+Sets whose name begins with "try:" are not options of the method; solver_experiments.py makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import solver_experiments
+from right_choice import names_right
+from tabulate import tabulate
+
+from steer2edit.architecture import read_spec
+from steer2edit.bootstrap import estimate
+from steer2edit.capture.run import capture_statistics
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.evaluation.baselines import random_direction
+from steer2edit.evaluation.metrics import Answers, Preference
+from steer2edit.methods import component, make_plan, steering
+from steer2edit.plan import EditPlan
+from steer2edit.runtime.hooks import edited, steered
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import Apply, meet
+from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
+
+STEERING = "activation steering"
+TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with one behaviour: its scores, the questions of the selection half, and the texts of the cost."""
+
+    loaded: LoadedModel
+    scoring: Scoring
+    behavior: Behavior
+    questions: list[Question]
+    knowledge: list[Question]
+    texts: NeutralTexts
+
+    @property
+    def layers(self) -> int:
+        return self.scoring.spec.layers
+
+
+def option_sets(case: Case) -> dict[str, Callable[[], Apply]]:
+    """By name, what applies the candidate at a strength."""
+    last = case.layers - 1
+    everywhere, deeper = (0, last), (case.layers // 2, last)
+    sets: dict[str, steering.Options] = {
+        "default": steering.Options(),
+        "contrast .5, prose .25, chat .25": steering.Options(background=0.25, chat=0.25),
+        "contrast .8, prose .1, chat .1": steering.Options(background=0.1, chat=0.1),
+        "no contrast in the moments": steering.Options(background=0.5, chat=0.5),
+        "more prose: .2, .6, .2": steering.Options(background=0.6, chat=0.2),
+        "no zero push": steering.Options(zero_push="none"),
+        "zero push on prose": steering.Options(zero_push="prose"),
+        "zero push on chat": steering.Options(zero_push="chat"),
+        "all layers": steering.Options(layers=everywhere),
+        "layers from a third": steering.Options(layers=(round(case.layers / 3), last)),
+        "layers from two thirds": steering.Options(layers=(round(case.layers * 2 / 3), last)),
+        "a third to five sixths": steering.Options(layers=(round(case.layers / 3), round(case.layers * 5 / 6) - 1)),
+        "MLPs too": steering.Options(sites="both"),
+        "MLPs alone": steering.Options(sites="mlp"),
+        "unstable components too": steering.Options(stable=False),
+        "columns apart": steering.Options(moments="diagonal"),
+        "older default": steering.Options(background=0.5, layers=everywhere, **steering.UNSAID),
+        "older default, deeper half": steering.Options(background=0.5, layers=deeper, **steering.UNSAID),
+    }
+
+    def made(options: Any, method: str = "steering") -> Apply:
+        return applied(make_plan(case.scoring, method=method, options=options))
+
+    def applied(plan: EditPlan) -> Apply:
+        return partial(edited, case.loaded, plan)
+
+    def vectors(first: int) -> Apply:
+        sites = [site for site in case.scoring.spec.sites if site.layer >= first]
+        each = {site.key: case.scoring.statistics.difference(site.vector_key).float() for site in sites}
+        return partial(steered, case.loaded, each)
+
+    found: dict[str, Callable[[], Apply]] = {STEERING: lambda: vectors(0)}
+    found["activation steering, deeper half"] = lambda: vectors(deeper[0])
+    found |= {name: partial(made, options) for name, options in sets.items()}
+    found["random direction"] = lambda: applied(random_direction(make_plan(case.scoring), 0))
+    found["components"] = lambda: made(component.Options(), "component")
+    found["components, deeper half"] = lambda: made(component.Options(layers=deeper), "component")
+    experiments = solver_experiments.plans(case.loaded, case.scoring, case.behavior)
+    found |= {f"try: {name}": lambda make=make: applied(make()) for name, make in experiments.items()}  # type: ignore[misc]
+    return found
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """Values by question of the model as it is now, and what it costs on the other text."""
+    pairs = [question for question in case.questions if question.positive]
+    result: dict[str, Any] = {f"KL, {text.kind}": text.measure().kl for text in case.texts}
+    if pairs:
+        result["values"] = list(Preference(pairs).measure(case.loaded).samples["margin"].values)
+    else:
+        answers = Answers(case.questions, max_new_tokens=TOKENS).measure(case.loaded)
+        result["values"] = [-length for length in answers.samples["length"].values]
+    if case.knowledge:
+        said = Answers(case.knowledge, max_new_tokens=TOKENS).measure(case.loaded)
+        result["right"] = [float(names_right(a, q)) for a, q in zip(said.answers, case.knowledge, strict=True)]
+        result["repetition"] = estimate(said.samples["repetition"].values).value
+        result["length"] = estimate(said.samples["length"].values).value
+    return result
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """The behaviours one by one, on one loaded model."""
+    checkpoint = open_checkpoint(options.model)
+    loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
+    texts = neutral_texts(loaded, limit=options.rows)
+    knowledge = [q for q in take(builtin_questions("knowledge") or [], "select") if q.choices]
+    for name in options.behavior:
+        behavior = Behavior.builtin(name)
+        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
+        questions = take(builtin_questions(name) or [], "select")[: options.questions]
+        yield Case(loaded, scoring, behavior, questions, knowledge[: options.knowledge], texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--behavior", action="append", required=True)
+    parser.add_argument("--kl", nargs="+", type=float, default=[0.1, 0.2])
+    parser.add_argument("--only", action="append", help="name of an option set (default: all but those to try)")
+    parser.add_argument("--questions", type=int, default=70, help="questions of a behaviour (default %(default)s)")
+    parser.add_argument("--knowledge", type=int, default=0, help="knowledge questions to mark (default none)")
+    parser.add_argument("--rows", type=int, default=30, help="answers or windows of the KL (default %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file of JSON lines; what it holds is not measured again"
+    )
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
+    done = {tuple(line["key"]): line for line in lines}
+
+    def keep(key: tuple[Any, ...], result: dict[str, Any]) -> None:
+        done[key] = {"key": list(key), **result}
+        with options.out.open("a") as file:
+            file.write(json.dumps(done[key]) + "\n")
+
+    for case in cases(options):
+        name, budget_text = case.behavior.name, case.texts.budget
+        if (options.model, name, "base", 0.0) not in done:
+            keep((options.model, name, "base", 0.0), measured(case))
+        sets = option_sets(case)
+        chosen = options.only or [one for one in sets if not one.startswith("try:")]
+        for one in dict.fromkeys([STEERING, *chosen]):
+            todo = [kl for kl in options.kl if (options.model, name, one, kl) not in done]
+            apply = sets[one]() if todo else None
+            for kl in todo:
+                assert apply is not None
+                strength = at_cost(apply, budget_text, kl)
+                with apply(strength):
+                    keep((options.model, name, one, kl), {"strength": strength, **measured(case)})
+        print(table(done, options.model, name), flush=True)
+
+
+def at_cost(apply: Apply, text: NeutralText, kl: float) -> float:
+    """The strength that meets a KL."""
+    return meet(apply, text, kl).strength
+
+
+def table(done: dict[tuple[Any, ...], dict[str, Any]], model: str, behavior: str) -> str:
+    """Each option set's mean, and its paired difference to activation steering at the same KL."""
+    rows = []
+    for (owner, name, one, kl), line in done.items():
+        if (owner, name) != (model, behavior):
+            continue
+        reference = done.get((model, behavior, STEERING, kl))
+        paired = "" if reference is None or one == STEERING else str(difference(line["values"], reference["values"]))
+        right = line.get("right", [])
+        rows.append(
+            [one, kl, str(estimate(line["values"])), paired, f"{line.get('KL, prose', 0):.3f}",
+             f"{sum(right)} of {len(right)}" if right else "", f"{line.get('repetition', 0):.3f}"]
+        )  # fmt: skip
+    heads = [behavior, "KL", "value", "minus activation steering", "KL on prose", "right", "repetition"]
+    return str(tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True))
+
+
+def difference(values: list[float], others: list[float]) -> Any:
+    """The mean of paired differences, with its interval."""
+    return estimate([a - b for a, b in zip(values, others, strict=True)])
+
+
+if __name__ == "__main__":
+    main()
