@@ -48,7 +48,13 @@ def main() -> None:
         for _ in range(given.runs):
             for mode, options in MODES.items():
                 command = ["capture", str(model), "--data", str(data), "--background", str(background)]
-                command += ["--batch-tokens", str(given.batch_tokens), "-o", str(given.work / "x.stats.safetensors")]
+                command += [
+                    "--batch-tokens",
+                    str(given.batch_tokens),
+                    "-o",
+                    str(given.work / "x.stats.safetensors"),
+                    "--force",
+                ]
                 runs[mode].append(_measured([*command, *options]))
         ratio = statistics.median(slow[0] / fast[0] for fast, slow in zip(runs["plain"], runs["by layer"], strict=True))
         for mode, measured in runs.items():

@@ -45,7 +45,7 @@ def units(checkpoint: Checkpoint, loaded: LoadedModel, statistics: Statistics, p
         site = next(site for site in loaded.spec.sites if site.tensor == edit.tensor)
         v = statistics.difference(site.key).float()
         x_bar, energy = statistics.x_bar(site.key).float(), statistics.energy(site.key).float()
-        found = analyse(checkpoint, site, v / v.norm())
+        found = analyse(checkpoint, site, (v / v.norm())[None])
         blocks = site.components
 
         def by_component(values: torch.Tensor, blocks: int = blocks) -> torch.Tensor:

@@ -1,0 +1,100 @@
+"""Every benchmark that needs no other engine runs through on a model of a few kilobytes, and prints its table."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_chat_model
+from test_benchmarks import PARTS, ROOT, start
+
+from steer2edit.capture import background
+from steer2edit.demo import invented_world
+
+BENCHMARKS = ROOT / "benchmarks"
+RUNS = {
+    "attributes.py": "MODEL --behavior formal --limit 3 --max-new-tokens 3 --kl-budget 0.05 --dtype float32 --random",
+    "capture_speed.py": "MODEL --runs 1 --limit 4 --behavior formal",
+    "chat_cost.py": "MODEL --behavior formal --dtype float32",
+    "fp8_rounding.py": "--rows 256 --columns 256",
+    "fuzz.py": "--target show --seconds 0.5",
+    "generation_speed.py": "MODEL --runs 1 --answers 2 --max-new-tokens 3",
+    "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
+    "plan_content.py": "MODEL",
+    "plan_speed.py": "MODEL --runs 1",
+    "scale_units.py": "MODEL --behavior formal --tokens 200 --dtype float32",
+}
+IN_PROCESSES = {
+    "experts_mask.py": "--work WORK --size 0.002 --experts 2 --runs 1 --remove",
+    "layerwise.py": "--work WORK --sizes 0.001 --runs 1 --rows 2",
+    "streaming.py": "--work WORK --size 0.002 --shard 0.001 --runs 1 --warm 0",
+}
+"""They start a process for each run, which takes half a minute."""
+ELSEWHERE = {
+    "emit_speed.py": "its stages: test_benchmarks.py",
+    "power.py": "test_power.py",
+    "train_lora.py": "test_power.py",
+    "paper.py": "test_paper.py",
+    "interference.py": "below, with two behaviours",
+    "fronts.py": "below, with two budgets",
+    "experts_families.py": "the demo's mixture of each family takes minutes",
+    "experts_vllm.py": "needs vLLM",
+    "vllm_greedy.py": "needs vLLM",
+    "peers.py": "needs other tools",
+    "faults.py": "kills processes for minutes: test_faults.py has its laws",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts of backgrounds and costs are short, and the threads stay as they are."""
+    from steer2edit.strength import neutral_texts
+
+    every = background.everyday_prompts
+    for module in (background, neutral_texts):
+        monkeypatch.setattr(module, "everyday_prompts", lambda use: every(use)[:4])
+    monkeypatch.setattr(background, "BACKGROUND_TOKENS", 512)
+    monkeypatch.setattr(neutral_texts, "MAX_TOKENS", 512)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
+
+
+def test_every_benchmark_runs_here_or_says_why_not() -> None:
+    scripts = {path.name for path in BENCHMARKS.glob("*.py")} - PARTS
+    parts = [*RUNS, *IN_PROCESSES, *ELSEWHERE]
+    assert sorted(scripts) == sorted(parts)
+
+
+@pytest.mark.parametrize("script", [*RUNS, *(pytest.param(one, marks=pytest.mark.real) for one in IN_PROCESSES)])
+def test_it_runs_through(
+    script: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"MODEL": str(model), "WORK": str(tmp_path / "work")}
+    start(BENCHMARKS / script, monkeypatch, *(places.get(word, word) for word in (RUNS | IN_PROCESSES)[script].split()))
+    assert len(capsys.readouterr().out.splitlines()) >= 1
+
+
+@pytest.mark.parametrize("script", ["interference.py", pytest.param("fronts.py", marks=pytest.mark.real)])
+def test_it_runs_through_on_the_demos_model(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With two of the demo's behaviours, and few of their tasks."""
+    every = invented_world.tasks
+    monkeypatch.setattr(invented_world, "BEHAVIORS", invented_world.BEHAVIORS[:2])
+    monkeypatch.setattr(invented_world, "tasks", lambda name: every(name)[::18])
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "fronts.py":
+        monkeypatch.setattr(module, "BUDGETS", (0.002, 0.01))
+        monkeypatch.setattr(module, "SEEDS", range(2))
+        monkeypatch.setattr(module, "DRAWS", 20)
+    monkeypatch.setattr(sys, "argv", [script])
+    module.main()
+    assert len(capsys.readouterr().out.splitlines()) >= 4
