@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,10 @@ IN_PROCESSES = {
     "streaming.py": "--work WORK --size 0.002 --shard 0.001 --runs 1 --warm 0",
 }
 """They start a process for each run, which takes half a minute."""
+SLOW = [
+    pytest.mark.real,
+    pytest.mark.skipif("STEER2EDIT_MODELS" not in os.environ, reason="half a minute: with the real model's tests"),
+]
 ELSEWHERE = {
     "emit_speed.py": "its stages: test_benchmarks.py",
     "power.py": "test_power.py",
@@ -72,7 +77,7 @@ def test_every_benchmark_runs_here_or_says_why_not() -> None:
     assert sorted(scripts) == sorted(parts)
 
 
-@pytest.mark.parametrize("script", [*RUNS, *(pytest.param(one, marks=pytest.mark.real) for one in IN_PROCESSES)])
+@pytest.mark.parametrize("script", [*RUNS, *(pytest.param(one, marks=SLOW) for one in IN_PROCESSES)])
 def test_it_runs_through(
     script: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +86,7 @@ def test_it_runs_through(
     assert len(capsys.readouterr().out.splitlines()) >= 1
 
 
-@pytest.mark.parametrize("script", ["interference.py", pytest.param("fronts.py", marks=pytest.mark.real)])
+@pytest.mark.parametrize("script", ["interference.py", pytest.param("fronts.py", marks=SLOW)])
 def test_it_runs_through_on_the_demos_model(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
