@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-SINCE = {"aria_text": "5.18", "nemotron_h": "5.16"}
+SINCE = {"aria_text": "5.18", "nemotron_h": "5.16", "minimax_m3_vl_text": "5.24"}
 """Types whose module or names are others before."""
 
 

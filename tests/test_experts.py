@@ -90,11 +90,16 @@ def test_a_gain_multiplies_what_an_expert_writes(build: Callable[[str], Case], t
     assert largest(a, b) <= 1e-6
 
 
-def test_fewer_experts_per_token_are_a_line_in_the_config(build: Callable[[str], Case], tmp_path: Path) -> None:
-    case = build("qwen3_moe")
+@pytest.mark.parametrize(
+    ("model_type", "setting"), [("qwen3_moe", "num_experts_per_tok"), ("gemma4_text", "top_k_experts")]
+)
+def test_fewer_experts_per_token_are_a_line_in_the_config(
+    build: Callable[[str], Case], tmp_path: Path, model_type: str, setting: str
+) -> None:
+    case = build(model_type)
     plan = lower_experts(case.checkpoint, case.spec, Request.of(top_k=1))
     artefact(case, plan, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[setting] == 1
     result = verify(tmp_path / "out", base=case.folder)
     assert result.ok and result.numbers["effect"] > 1e-2, result.problems
 

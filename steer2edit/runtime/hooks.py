@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
+from steer2edit.architecture.config import TOP_K
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, Scale
 from steer2edit.runtime.expert_modules import Routed, Visit, experts_module, routing_tensor, visiting, without
@@ -156,20 +157,24 @@ def _routing_set(loaded: LoadedModel, site: Site, edits: Sequence[Edit]) -> Iter
 
 @contextmanager
 def _experts_per_token(loaded: LoadedModel, top_k: int) -> Iterator[None]:
-    held = []
+    held: list[tuple[Any, str]] = []
     for router in loaded.spec.routers:
         block = loaded.model.get_submodule(router.experts_module.rpartition(".")[0])
-        held += [module for module in block.modules() if isinstance(getattr(module, "top_k", None), int)]
+        own = [(module, "top_k") for module in block.modules() if isinstance(getattr(module, "top_k", None), int)]
+        # Gemma 4's routers ask their config in every pass
+        config = getattr(loaded.model.get_submodule(router.router_module), "config", None)
+        asked = [(config, name) for name in TOP_K if isinstance(getattr(config, name, None), int)]
+        held += own or asked
     if not held:
         raise ArchitectureError(f"transformers' {type(loaded.model).__name__} keeps no number of experts per token")
-    before = [module.top_k for module in held]
+    before = [getattr(holder, name) for holder, name in held]
     try:
-        for module in held:
-            module.top_k = top_k
+        for holder, name in held:
+            setattr(holder, name, top_k)
         yield
     finally:
-        for module, value in zip(held, before, strict=True):
-            module.top_k = value
+        for (holder, name), value in zip(held, before, strict=True):
+            setattr(holder, name, value)
 
 
 def _linear_hook(site: Site, edits: list[Edit], strength: float, device: torch.device) -> Callable[..., torch.Tensor]:
