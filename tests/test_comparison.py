@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.architecture import read_spec
+from steer2edit.artefact.emit import emit
 from steer2edit.bootstrap import estimate
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import instruction
@@ -20,7 +21,7 @@ from steer2edit.data.contrast import behaviors
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.evaluation.assess import assess
-from steer2edit.evaluation.baselines import instructed, random_directions, shuffled_labels, to_kl
+from steer2edit.evaluation.baselines import adapter_at, instructed, random_directions, shuffled_labels, to_kl
 from steer2edit.evaluation.comparison import comparisons, equally_costly
 from steer2edit.evaluation.evaluate import Evaluation, Row, evaluate, plan_candidate
 from steer2edit.evaluation.instructed import told
@@ -243,6 +244,21 @@ def test_every_built_in_behaviour_has_an_instruction() -> None:
     assert all(instruction([name]) for name in behaviors())
     assert instruction(["concise", "formal"]) == f"{instruction(['concise'])} {instruction(['formal'])}"
     assert instruction(["concise", "of my own"]) is None and instruction([]) is None
+
+
+def test_another_adapter_is_scaled_to_the_same_kl(
+    loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, tmp_path: Path
+) -> None:
+    plan = settle_strength(loaded, make_plan(scoring), kl_budget=0.05, neutral=neutral)
+    emit(plan.scaled(0.3), scoring.checkpoint, scoring.spec, "lora", tmp_path / "weak")
+    other = adapter_at(loaded, tmp_path / "weak", neutral, plan.measured.kl or 0.0)
+    found = evaluate(
+        loaded, [Neutral(neutral.budget), Preference(QUESTIONS)], [plan_candidate(loaded, "e", plan), other]
+    )
+    _, edit, scaled = found.rows
+    assert scaled.strength == pytest.approx(1 / 0.3, rel=0.05)
+    (one,) = comparisons(found, edit)
+    assert one.against == scaled.name and abs(one.changes["margin"].value) < 0.02
 
 
 def test_compile_ends_with_the_judgement(tiny_llama: Path, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ class BaselineFlags(FlagGroup):
         metavar="TEXT",
         shown_default="that of the built-in behaviour",
     )
+    against: tuple[Path, ...] = option(
+        (),
+        "Folder of a LoRA adapter to compare with, scaled to the first candidate's KL. Repeatable.",
+        metavar="ADAPTER",
+    )
     strengths: str = option("", "Strengths of activation steering to evaluate, such as 0.25,0.5,1,2.", metavar="LIST")
     match: Literal["kl", "norm"] = option("kl", "Bring the baselines to the first plan's KL, or to its Frobenius norm.")
     draws: int = option(3, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
@@ -119,6 +124,14 @@ def evaluate(
     suite = asked.suite(loaded, questions, data)
     if engine.engine == "vllm":
         suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
+    if compared.against:
+        from steer2edit.evaluation.baselines import adapter_at
+
+        if not chosen:
+            raise click.UsageError("--against is compared with a plan, adapter or checkpoint; name one")
+        with chosen[0].enter() as changed:
+            kl = suite.neutral.budget.measure(changed).kl
+        chosen += [adapter_at(loaded, folder, suite.neutral, kl) for folder in compared.against]
     if (compared.told or compared.baselines) and chosen:
         from steer2edit.cli.compile import instruction_of
         from steer2edit.evaluation.baselines import instructed
@@ -165,7 +178,12 @@ def evaluate(
 def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates: tuple[str, ...]) -> Suite:
     from steer2edit.engines.vllm_engine import VllmEngine
 
-    if compared.baselines or compared.strengths or any(Path(where).is_file() for where in candidates):
+    if (
+        compared.baselines
+        or compared.strengths
+        or compared.against
+        or any(Path(where).is_file() for where in candidates)
+    ):
         raise click.UsageError(
             "vLLM runs checkpoints and adapters: emit plans first (steer2edit emit PLAN MODEL --to lora), and leave "
             "baselines to --engine transformers"

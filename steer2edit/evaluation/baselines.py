@@ -11,19 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from steer2edit.capture.populations import RESAMPLES
 from steer2edit.errors import PlanError, Steer2EditError
-from steer2edit.evaluation.comparison import BOTH, EQUAL_COST, INSTRUCTED
+from steer2edit.evaluation.comparison import ADAPTER, BOTH, EQUAL_COST, INSTRUCTED
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
+from steer2edit.runtime.adapters import adapted
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import TINY, Scoring, analyse
@@ -98,6 +100,27 @@ def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, kl
     vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
     strength = meet(partial(steered, loaded, vectors), neutral.budget, kl, "steering").strength
     return replace(_steering(loaded, vectors, strength), note=_equal(neutral))
+
+
+def adapter_at(loaded: LoadedModel, folder: Path, neutral: NeutralTexts, kl: float) -> Candidate:
+    """Another LoRA adapter of the model, such as a trained one, scaled until it meets a KL.
+
+    Raises PlanError where PEFT cannot scale it, and CheckpointError for what is not an adapter.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    with adapted(loaded.model, folder) as adapter:
+        try:
+            strength = meet(partial(rescale_adapter_scale, adapter), neutral.budget, kl, folder.name).strength
+        except ValueError as error:
+            raise PlanError(f"{folder} cannot be brought to the edit's KL: {error}") from None
+
+    @contextmanager
+    def enter() -> Iterator[LoadedModel]:
+        with adapted(loaded.model, folder) as adapter, rescale_adapter_scale(adapter, strength):
+            yield loaded
+
+    return Candidate(f"{folder.name} × {strength:.3g}", enter, ADAPTER, _equal(neutral), strength)
 
 
 def random_directions(

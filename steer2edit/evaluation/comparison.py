@@ -13,7 +13,7 @@ from steer2edit.evaluation.metrics import Metric
 EQUAL_COST = 0.15
 """Candidates whose KLs differ by no more than this part are said to cost the same."""
 EDITS = ("edit", "knee")
-INSTRUCTED, BOTH = "instructed", "edit and instruction"
+INSTRUCTED, BOTH, ADAPTER = "instructed", "edit and instruction", "adapter"
 _NAMES = {
     "steering": "activation steering",
     "random": "random directions",
@@ -21,6 +21,7 @@ _NAMES = {
     "whole": "whole matrices",
     "ablation": "ablation",
     INSTRUCTED: "the instruction",
+    ADAPTER: "another adapter",
 }
 
 
@@ -57,7 +58,8 @@ def comparisons(evaluation: Evaluation, row: Row) -> list[Comparison]:
     for kind in kinds:
         others = equally_costly(evaluation, row, kind)
         if kind in _NAMES and others:
-            found.append(_compared(evaluation, row, kind, others))
+            groups = [[other] for other in others] if kind == ADAPTER else [others]
+            found += [_compared(evaluation, row, kind, group) for group in groups]
     both = [other for other in evaluation.rows if other.kind == BOTH]
     instructed = [other for other in evaluation.rows if other.kind == INSTRUCTED]
     if both and instructed and row.kind in EDITS:
@@ -122,7 +124,7 @@ def _compared(evaluation: Evaluation, row: Row, kind: str, others: Sequence[Row]
         for metric in evaluation.metrics
         if metric.name in row.samples and all(metric.name in other.samples for other in others)
     }
-    name = _NAMES[kind]
+    name = others[0].name if kind == ADAPTER else _NAMES[kind]
     if kind in ("random", "shuffled"):
         name = f"{name} (mean of {len(others)})" if len(others) > 1 else f"{name} (one)"
     return Comparison(row, name, kind, tuple(others), changes)
