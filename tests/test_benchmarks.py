@@ -14,8 +14,11 @@ SCRIPTS = sorted(
 )
 # what the scripts share
 PARTS = {
-    *("synthetic.py", "timing.py", "records.py", "control_vector.py", "right_choice.py", "solver_experiments.py"),
-    *("power_cells.py", "power_table.py", "paper_data.py", "paper_experts.py"),
+PARTS = {
+    *("control_vector.py", "paper_data.py", "paper_experts.py", "power_cells.py", "power_table.py"),
+    *("records.py", "right_choice.py", "solver_experiments.py", "synthetic.py", "timing.py"),
+    *("torchvision_operators.py",),
+}
 }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_tokenizer, save_tiny
-from family_configs import COMMON_SETTINGS, LINEAR, family_config
+from conftest import make_tokenizer
+from family_configs import COMMON_SETTINGS, LINEAR
 from family_models import renamed
 from releases import config_class
 
@@ -35,6 +35,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "aya_vision": _around({"model_type": "cohere2"}, _SIGLIP),
     "deepseek_vl": _around({"model_type": "llama"}, _SIGLIP),
     "exaone4_5": _around({"model_type": "exaone4"}, _VIT),
+    "gemma3": _around({"model_type": "gemma3_text", "query_pre_attn_scalar": 16}, VISION, mm_tokens_per_image=4),
     "glm4v": _around(_MROPE, _VIT),
     "got_ocr2": _around({"model_type": "qwen2"}, {**VISION, "mlp_dim": 16, "output_channels": 16}),
     "idefics3": _around({"model_type": "llama"}, VISION),
@@ -60,17 +61,24 @@ WRAPPED: dict[str, dict[str, Any]] = {
 """What the config of each multimodal model needs: its language model beside the common settings, and its towers."""
 
 
-def wrapper(folder: Path, model_type: str) -> Path:
-    """A multimodal wrapper around a tiny language model."""
+def wrapper(folder: Path, model_type: str, **changes: Any) -> Path:
+    """A multimodal wrapper around a tiny language model; ``changes`` go over its config, part by part."""
     from transformers import AutoModelForImageTextToText
 
-    settings = {"tie_word_embeddings": False, **WRAPPED[model_type]}
-    settings["text_config"] = {**COMMON_SETTINGS, **settings["text_config"]}
     torch.manual_seed(0)
-    config = config_class(model_type)(**settings)
+    config = config_class(model_type)(**wrapper_settings(model_type, **changes))
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def wrapper_settings(model_type: str, **changes: Any) -> dict[str, Any]:
+    """What the config of a multimodal model is made of."""
+    settings = {"tie_word_embeddings": False, **WRAPPED[model_type]}
+    settings["text_config"] = {**COMMON_SETTINGS, **settings["text_config"]}
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return settings
 
 
 def qwen2_vl_flat(folder: Path) -> Path:
@@ -81,20 +89,15 @@ def qwen2_vl_flat(folder: Path) -> Path:
     return folder
 
 
-def gemma3(folder: Path) -> Path:
-    """The multimodal wrapper, as transformers saves it: ``language_model.model.layers``."""
-    from transformers import Gemma3Config
-
-    text = family_config("gemma3_text", rope_parameters=None).to_dict()
-    return save_tiny(folder, Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4))
-
-
 def gemma3_nested(folder: Path) -> Path:
-    """The same with the module's names on disk: ``model.language_model.layers``."""
-    return renamed(gemma3(folder), lambda name: name.replace("language_model.model.", "model.language_model."))
+    """Gemma 3 with the module's names on disk: ``model.language_model.layers``."""
+    return renamed(
+        wrapper(folder, "gemma3"), lambda name: name.replace("language_model.model.", "model.language_model.")
+    )
 
 
 WRAPPERS: dict[str, Callable[[Path], Path]] = {
     **{name: lambda folder, name=name: wrapper(folder, name) for name in WRAPPED},  # type: ignore[misc]
+    "gemma3-nested": gemma3_nested,
     "qwen2_vl-flat": qwen2_vl_flat,
 }

@@ -39,6 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from conftest import save_tiny
 from family_configs import family_config
 from mixture_models import mixture_config, save_mixture
+from wrapper_models import WRAPPED, wrapper
 
 FAMILIES = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2"),
@@ -50,6 +51,11 @@ FAMILIES = (
 MIXTURES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "gpt_oss"),
     *("hunyuan_v1_moe", "phimoe", "exaone_moe", "deepseek_v2", "deepseek_v3"),
+)
+# multimodal models, whose language model is edited in its place; asked without pictures
+WRAPPERS = (
+    *("aya_vision", "gemma3", "glm4v", "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
+    *("llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
 )
 # large enough for every engine's kernels: vLLM's CPU attention wants heads of at least 32
 SIZE = {
@@ -82,6 +88,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.25},
     "cohere2": {"rotary_pct": 1.0},
 }
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+PECULIAR_WRAPPERS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"vision_config": {"hidden_size": SIZE["hidden_size"]}},
+}
 WEIGHTS = (1.0, -0.5)
 EMBEDDED = (
     "bram asks : could you lift the veiled mask ? A :",
@@ -103,7 +113,7 @@ def main() -> None:
     folders = {name: Path(folder) for name, folder in (one.split("=", 1) for one in given.model)}
     folders["embedded"] = model_folder()
     path = given.work / "cases.json"
-    for name in (*folders, *(f"tiny {family}" for family in (*FAMILIES, *MIXTURES))):
+    for name in (*folders, *(f"tiny {family}" for family in (*FAMILIES, *MIXTURES, *WRAPPERS))):
         if given.only and name not in given.only:
             continue
         key = name.replace(" ", "-")
@@ -121,23 +131,42 @@ def main() -> None:
 
 def _tiny(folder: Path, family: str) -> Path:
     """A random model of a family, in float32."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if family in WRAPPERS:
+        return _named_rows(wrapper(folder, family, **_wrapper_changes(family)))
     make = mixture_config if family in MIXTURES else family_config
     kind = type(make(family))
     known = {*kind().to_dict(), *kind.attribute_map}
-    shutil.rmtree(folder, ignore_errors=True)
     settings = {name: value for name, value in SIZE.items() if name in known}
     # tied as published models of the family are
     settings["tie_word_embeddings"] = kind().tie_word_embeddings
     config = make(family, **{**settings, **PECULIAR.get(family, {})})
     (save_mixture if family in MIXTURES else save_tiny)(folder, config)
+    _named_rows(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED.get(family, {})}))
+    return folder
+
+
+def _wrapper_changes(model_type: str) -> dict[str, Any]:
+    """The sizes that every engine runs, over a multimodal model's config."""
+    text, vision = (WRAPPED[model_type][f"{part}_config"] for part in ("text", "vision"))
+    changes: dict[str, Any] = {"text_config": {**SIZE, **(_SECTIONS if "rope_parameters" in text else {})}}
+    if "layer_types" in text:
+        changes["text_config"]["num_hidden_layers"] = len(text["layer_types"])
+    if "out_hidden_size" in vision:
+        changes["vision_config"] = {"out_hidden_size": SIZE["hidden_size"]}
+    return {**changes, **PECULIAR_WRAPPERS.get(model_type, {})}
+
+
+def _named_rows(folder: Path) -> Path:
+    """The folder, whose tokenizer has a name for every row of the embedding."""
     # converters expect a name for every row of the embedding
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {f"w{number}": number for number in range(len(vocabulary), SIZE["vocab_size"])}
     path.write_text(json.dumps(tokenizer))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED.get(family, {})}))
     return folder
 
 
@@ -187,6 +216,7 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
         "name": name,
         "base": str(folder),
         "model_type": spec.model_type,
+        "multimodal": any(name in checkpoint.config for name in ("vision_config", "audio_config")),
         "tokens": tokens,
         "weights": WEIGHTS,
         "artefacts": artefacts,

@@ -7,6 +7,9 @@ Adapters are switched for each request, and mixed in a batch.
 ``--slots`` is vLLM's ``max_loras``. With as many slots as adapters its CPU engine (0.32.0) gives requests for the base the
 adapter in the last slot when they share a batch with an adapter's: one slot more than adapters keeps that slot empty.
 
+Of a multimodal model, which is asked without pictures, the first adapter also runs under the other names that its tensors could
+have (``LAYOUTS``): does vLLM apply it, refuse it, or load it and ignore it?
+
 One model a process: an engine gives its memory back only at its end. ``run.sh`` goes through all of them.
 """
 
@@ -14,10 +17,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
 from records import TOP, Record, cases, cell, compare, keep, reference
+
+OURS = "model.language_model."
+LAYOUTS = {"language_model.model": "language_model.model.", "model": "model."}
+"""What stands before ``layers`` in an adapter's names, beside ``OURS``: a file's and vLLM's own name, and a plain model's."""
 
 
 def main(work: Path, key: str, slots: int) -> None:
@@ -31,7 +39,7 @@ def main(work: Path, key: str, slots: int) -> None:
     artefacts = case["artefacts"]
 
     def merged() -> dict[str, Any]:
-        engine = _engine(artefacts["first checkpoint"])
+        engine = _engine(artefacts["first checkpoint"], case)
         found = compare(_ask(engine, case, [None] * len(case["prompts"])), expected["merged"])
         del engine
         gc.collect()
@@ -39,7 +47,7 @@ def main(work: Path, key: str, slots: int) -> None:
 
     cells = {"merged": cell(merged)}
     try:
-        engine = _engine(case["base"], enable_lora=True, max_lora_rank=8, max_loras=slots)
+        engine = _engine(case["base"], case, enable_lora=True, max_lora_rank=8, max_loras=slots)
         requests = {
             label: LoRARequest(label, number, artefacts[f"{label} lora"])
             for number, label in enumerate(("first", "second", "both"), 1)
@@ -59,6 +67,8 @@ def main(work: Path, key: str, slots: int) -> None:
             return compare(found, wanted)
 
         cells["mixed batch"] = cell(batch)
+        for number, name in enumerate(LAYOUTS if case.get("multimodal") else (), 10):
+            cells |= _under_other_names(engine, case, expected, name, number)
     except Exception as error:  # of whatever an engine cannot do with a model
         reason = {"error": (str(error).strip() or type(error).__name__).splitlines()[0][:200]}
         cells |= dict.fromkeys(("base", "first", "second", "both", "mixed batch"), reason)
@@ -66,9 +76,33 @@ def main(work: Path, key: str, slots: int) -> None:
     print(case["name"], {name: one.get("largest", one.get("error")) for name, one in cells.items()}, flush=True)
 
 
-def _engine(folder: str, **adapters: Any) -> Any:
+def _under_other_names(engine: Any, case: dict[str, Any], expected: Any, name: str, number: int) -> dict[str, Any]:
+    """Two cells: the first adapter, with its tensors renamed, against the edited model, and against the unedited one."""
+    from safetensors.numpy import load_file, save_file
+    from vllm.lora.request import LoRARequest
+
+    source = Path(case["artefacts"]["first lora"])
+    folder = source.with_name(f"{source.name}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "adapter_model.safetensors")
+    renamed = {key.replace(OURS, LAYOUTS[name], 1): value for key, value in tensors.items()}
+    if renamed.keys() == tensors.keys():
+        return {}
+    save_file(renamed, folder / "adapter_model.safetensors", {"format": "pt"})
+    request = LoRARequest(name, number, str(folder))
+
+    def against(label: str) -> dict[str, Any]:
+        return compare(_ask(engine, case, [request] * len(case["prompts"])), expected[label])
+
+    return {f"as {name}": cell(lambda: against("first")), f"as {name}, against base": cell(lambda: against("base"))}
+
+
+def _engine(folder: str, case: dict[str, Any], **adapters: Any) -> Any:
     import vllm
 
+    if case.get("multimodal"):  # no picture is asked about, and none is made room for
+        adapters |= {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
     return vllm.LLM(
         folder,
         dtype="float32",
@@ -76,7 +110,7 @@ def _engine(folder: str, **adapters: Any) -> Any:
         max_model_len=128,
         max_num_seqs=9,
         max_num_batched_tokens=512,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not case.get("multimodal"),
         max_logprobs=2 * TOP,
         **adapters,
     )
