@@ -15,10 +15,11 @@ from pathlib import Path
 import click
 
 from steer2edit import importers, methods, targets
-from steer2edit.architecture.families import FAMILIES, MULTIMODAL
+from steer2edit.architecture.families import FAMILIES
 from steer2edit.architecture.family import Family, Mixture
 from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.architecture.refusals import REFUSED
+from steer2edit.architecture.wrappers import MULTIMODAL
 from steer2edit.cli.app import main as command_line
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag

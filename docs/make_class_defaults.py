@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.architecture.config import ALIASES, HEADS, HIDDEN, LAYERS, OTHERS
-from steer2edit.architecture.families import MULTIMODAL
 from steer2edit.architecture.find_family import KNOWN
+from steer2edit.architecture.wrappers import MULTIMODAL
 
 TABLE = Path(__file__).parents[1] / "steer2edit" / "architecture" / "class_defaults.json"
 _KEYS = {

@@ -57,4 +57,5 @@ def blocks(loaded: LoadedModel) -> list[Any]:
 
 def last_logits(loaded: LoadedModel) -> torch.Tensor:
     with torch.inference_mode():
-        return loaded.model(input_ids=CONTEXTS, use_cache=False).logits[:, -1]
+        logits: torch.Tensor = loaded.model(input_ids=CONTEXTS, use_cache=False).logits[:, -1]
+        return logits

@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from steer2edit.architecture.families import MULTIMODAL
 from steer2edit.architecture.find_family import KNOWN
 from steer2edit.architecture.refusals import REFUSED
+from steer2edit.architecture.wrappers import MULTIMODAL
 
 # neither described nor refused yet: the list only gets shorter
 PENDING_TEXT: set[str] = set()

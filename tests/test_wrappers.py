@@ -14,7 +14,7 @@ from mixture_models import experts_down, writing_parameters
 from wrapper_models import WRAPPED, WRAPPERS
 
 from steer2edit.architecture import MatrixRole
-from steer2edit.architecture.families import MULTIMODAL
+from steer2edit.architecture.wrappers import MULTIMODAL
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify

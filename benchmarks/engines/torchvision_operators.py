@@ -34,5 +34,6 @@ class _Declaring(MetaPathFinder):
 
 
 def install() -> None:
-    """From now on the operators are declared before torchvision is imported."""
-    sys.meta_path.insert(0, _Declaring())
+    """From now on the operators are declared before torchvision is imported. A second call changes nothing."""
+    if not any(isinstance(finder, _Declaring) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Declaring())

@@ -298,16 +298,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-WRAPPERS = frozenset({"qwen2_vl", "qwen2_5_vl"})
-"""Wrappers of a language model whose config may be flat: others say so by nesting the language model's config."""
-
-MULTIMODAL = (
-    *("aya_vision", "deepseek_vl", "exaone4_5", "gemma3", "glm4v", "got_ocr2", "idefics3", "internvl", "lfm2_vl"),
-    *("lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl"),
-    *("qwen3_5", "qwen3_vl", "smolvlm", "video_llava", "vipllava"),
-)
-"""Multimodal models whose language model is compiled in its place, each tested; others around a known family work alike."""
-
 # leaves that name a residual writer in some family: none of them may be left over in a block
 WRITER_LEAVES = frozenset(
     [

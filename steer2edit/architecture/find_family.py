@@ -13,6 +13,7 @@ from steer2edit.architecture.config import table_source
 from steer2edit.architecture.families import FAMILIES, GRANITE_MULTIPLIERS, LLAMA
 from steer2edit.architecture.family import Family
 from steer2edit.architecture.mixtures import MIXTURES
+from steer2edit.architecture.wrappers import LANGUAGE_MODULE, OTHER_MODULES, PREFIXES
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import ArchitectureError, listing
 
@@ -20,12 +21,6 @@ KNOWN = (*FAMILIES, *MIXTURES)
 """Every family that is described."""
 # unknown types may follow the common names; only llama's are free of traps of orientation and norms
 _UNKNOWN = replace(LLAMA, multipliers=GRANITE_MULTIPLIERS, final_norm=None)
-# where wrappers put the language model: (prefix on disk, prefix of the module in transformers)
-_LANGUAGE_PREFIXES = (
-    ("language_model.model.", "model.language_model."),
-    ("model.language_model.", "model.language_model."),
-    ("model.text_model.", "model.text_model."),
-)
 # the vectors of a plain pre-norm block
 _PLAIN_GAINS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 _EXPERT = re.compile(r"\bexperts\b|\bblock_sparse_moe\b|\bshared_expert")
@@ -41,12 +36,13 @@ def find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: b
     by_type = family_of(model_type)
     family = by_type or _UNKNOWN
     writers = [f"{leaf}.weight" for leaf in (family.attn_out, *family.mixers)]
-    for prefix, module in _prefixes(family, wrapped):  # noqa: B007
+    places = _prefixes(family, wrapped, str(checkpoint.config.get("model_type")))
+    for prefix, module in places:  # noqa: B007
         hits = [i for i in range(layers) if any(f"{prefix}{i}.{leaf}" in checkpoint.tensors for leaf in writers)]
         if hits:
             break
     else:
-        prefix, module = _prefixes(family, wrapped)[0]
+        prefix, module = places[0]
         hits = []
     experts = [] if family.mixture else sorted(name for name in checkpoint.tensors if _EXPERT.search(name))
     if experts:
@@ -69,12 +65,12 @@ def _gains(checkpoint: Checkpoint, prefix: str) -> set[str]:
     return {name.removesuffix(".weight") for name in names if not name.endswith(".bias")}
 
 
-def _prefixes(family: Family, wrapped: bool) -> list[tuple[str, str]]:
+def _prefixes(family: Family, wrapped: bool, outer: str) -> list[tuple[str, str]]:
     tail = family.blocks.split(".", 1)[1]
     # a wrapper's file may have the bare model's names, its modules are always nested
-    module = f"model.language_model.{tail}." if wrapped else f"{family.blocks}."
+    module = f"{OTHER_MODULES.get(outer, LANGUAGE_MODULE)}{tail}." if wrapped else f"{family.blocks}."
     prefixes = [(f"{family.prefix or family.blocks}.", module)]
-    prefixes += [(f"{on_disk}{tail}.", f"{nested}{tail}.") for on_disk, nested in _LANGUAGE_PREFIXES]
+    prefixes += [(f"{on_disk}{tail}.", f"{OTHER_MODULES.get(outer, nested)}{tail}.") for on_disk, nested in PREFIXES]
     # files saved from the bare model without its head, such as gpt2's
     return [*prefixes, (f"{tail}.", module)]
 

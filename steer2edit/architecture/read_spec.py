@@ -23,12 +23,12 @@ from steer2edit.architecture.config import (
     text_config,
 )
 from steer2edit.architecture.coverage import around, is_tied, left_over, missing_around, missing_in_blocks
-from steer2edit.architecture.families import WRAPPERS
 from steer2edit.architecture.family import Family, Orientation, Part
 from steer2edit.architecture.find_family import family_of, find_family
 from steer2edit.architecture.refusals import refuse_unfit
 from steer2edit.architecture.routers import Router, read_router
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Norm, Site, part_of
+from steer2edit.architecture.wrappers import FLAT
 from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import FP8, scale_info
 from steer2edit.errors import ArchitectureError, CheckpointError, listing
@@ -58,7 +58,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.name} normalises the whole residual stream (do_layer_norm_before is false)"
         )
 
-    family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in WRAPPERS)
+    family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)
     reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads)
     for layer in range(layers):
         reader.layer(layer)
