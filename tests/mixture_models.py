@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from conftest import make_tokenizer
-from family_configs import COMMON_SETTINGS
+from family_configs import COMMON_SETTINGS, INSIDE
 from releases import config_class
 
 from steer2edit.architecture import ModelSpec, Site, read_spec
@@ -16,13 +16,13 @@ from steer2edit.architecture.mixtures import MIXTURES
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.runtime.model import LoadedModel, load_tokenizer, load_weights
 
-MIXTURE_TYPES = [name for family in MIXTURES for name in family.model_types]
+MIXTURE_TYPES = [name for family in MIXTURES for name in family.model_types if name not in INSIDE]
 EXPERTS, TOP_K, WIDTH = 8, 2, 12
 _MLA = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
     "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
-_COUNTS = {
+EXPERT_COUNTS = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), TOP_K),
     "moe_intermediate_size": WIDTH,
@@ -112,7 +112,7 @@ def mixture_config(model_type: str, **changes: Any) -> Any:
     """A config of three layers with eight experts of which two are taken; the first is dense where the family allows it."""
     kind = config_class(model_type)
     known = {*kind().to_dict(), *kind.attribute_map}
-    common = {**COMMON_SETTINGS, "num_hidden_layers": 3, **_COUNTS}
+    common = {**COMMON_SETTINGS, "num_hidden_layers": 3, **EXPERT_COUNTS}
     settings = {name: value for name, value in common.items() if name in known}
     return kind(**{**settings, **_SPECIAL.get(model_type, {}), **changes})
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny
-from family_configs import family_config
+from family_configs import INSIDE, family_config
 from family_models import Case, blocks, last_logits, renamed
 
 from steer2edit.architecture import MatrixRole
@@ -29,7 +29,7 @@ from steer2edit.targets.lora import NO_ADAPTER
 # a mixture whose small models are dense
 DENSE_TOO = ("gemma4_text",)
 CAUSAL = [
-    *(name for family in FAMILIES for name in family.model_types if "_vl" not in name and name != "glm4v_text"),
+    *(name for family in FAMILIES for name in family.model_types if name not in INSIDE),
     *DENSE_TOO,
 ]
 # what writes to the residual stream in the two blocks of a hybrid, and of a model without attention

@@ -11,7 +11,9 @@ import torch
 from conftest import make_tokenizer
 from family_configs import COMMON_SETTINGS, LINEAR
 from family_models import renamed
+from mixture_models import EXPERT_COUNTS
 from releases import config_class
+from safetensors.torch import load_file, save_file
 
 VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -61,21 +63,113 @@ WRAPPED: dict[str, dict[str, Any]] = {
 """What the config of each multimodal model needs: its language model beside the common settings, and its towers."""
 
 
+# sizes of what sees and hears, under the names that configs give them
+_SMALL: dict[str, Any] = {
+    **VISION,
+    **dict.fromkeys(("embed_dim", "d_model", "encoder_hidden_size", "hidden_dim", "output_channels", "mlp_dim"), 16),
+    **dict.fromkeys(("encoder_ffn_dim", "projection_dim", "downsample_hidden_size", "conv_channels"), 16),
+    **dict.fromkeys(("qformer_hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), 16),
+    **dict.fromkeys(("num_heads", "num_key_value_heads", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("depth", "num_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("out_hidden_size", "output_dim"), COMMON_SETTINGS["hidden_size"]),
+    "head_dim": 8,
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+    "vocab_size": 64,
+}
+_WHOLE = {**_MROPE, "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+_SAM = {**VISION, "output_channels": 16, "mlp_dim": 16, "downsample_channels": [16, 16], "global_attn_indexes": [0]}
+_CODEBOOK = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "hidden_size": 32}
+_MLA = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    **{"num_key_value_heads": 4, "head_dim": 8},
+}
+AROUND: dict[str, dict[str, Any]] = {
+    **{key: {} for key in ("aria", "cohere2_vision", "fuyu", "granite_docling", "idefics2")},
+    **{key: {} for key in ("llava_next_video",)},
+    **{key: {} for key in ("pp_chart2table", "video_llama_3", "deepseek_vl_hybrid", "qianfan_ocr")},
+    **{key: {} for key in ("glmasr", "granite_speech", "granite_speech_plus", "omniasr")},
+    **{key: {} for key in ("qwen2_audio", "qwen3_asr", "voxtral")},
+    **{key: {"text_config": _WHOLE} for key in ("glm46v", "glmga", "glm4v_moe", "glm_ocr", "paddleocr_vl")},
+    **{key: {"text_config": _MROPE} for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen3_vl_moe")},
+    **{key: {"text_config": LINEAR} for key in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": COMMON_SETTINGS["hidden_size"], "intermediate_size": 8}},
+    "hyperclovax_vision_v2": {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
+    **{key: {"text_config": _MROPE} for key in ("cosmos3_edge", "cosmos3_omni")},
+    "granite4_vision": {
+        **{"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
+        "vision_config": {"hidden_size": 64},
+    },
+    "hunyuan_vl": {
+        "text_config": {**_MROPE, "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 1, 1]}}
+    },
+    "kimi_k25": {"text_config": {**_MLA, "first_k_dense_replace": 1}},
+    "ovis2": {name: COMMON_SETTINGS[name] for name in ("hidden_size", "vocab_size")},
+    "qwen3_5_moe": {"text_config": {**_MROPE, **LINEAR}},
+    "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 16},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {"sam_config": _SAM, "encoder_config": {**_SMALL, "max_position_embeddings": 64}},
+    },
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
+    "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "sliding_window": 32}},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}, "vq_config": _CODEBOOK},
+    "janus": {"vision_config": {"projection_dim": COMMON_SETTINGS["hidden_size"]}, "vq_config": _CODEBOOK},
+}
+"""Other multimodal models: what their parts need beside small sizes."""
+
+# what transformers 5.24 makes of published names when it saves what it loaded
+_SAVED_AS: dict[str, tuple[str, str]] = {
+    "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers."),
+    "qianfan_ocr": ("language_model.model.encoder.layers.", "language_model.model.layers."),
+}
+
+
+def _parts(model_type: str) -> dict[str, Any]:
+    """The configs of a multimodal model's parts, small, and what it needs beside them."""
+    kind, needs = config_class(model_type), dict(AROUND[model_type])
+    plain = kind()
+    for name in kind.sub_configs:
+        part = getattr(plain, name, None)
+        if part is None:
+            continue
+        known = {*part.to_dict(), *type(part).attribute_map}
+        sizes = {**COMMON_SETTINGS, **EXPERT_COUNTS} if name == "text_config" else _SMALL
+        given = {key: value for key, value in sizes.items() if key in known}
+        needs[name] = {"model_type": part.model_type, **given, **needs.get(name, {})}
+    return needs
+
+
 def wrapper(folder: Path, model_type: str, **changes: Any) -> Path:
     """A multimodal wrapper around a tiny language model; ``changes`` go over its config, part by part."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
     torch.manual_seed(0)
     config = config_class(model_type)(**wrapper_settings(model_type, **changes))
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    if model_type in _SAVED_AS:
+        saved, published = _SAVED_AS[model_type]
+        return renamed(folder, lambda name: name.replace(saved, published))
+    return _experts_transposed(folder) if model_type == "qwen3_vl_moe" else folder
+
+
+def _experts_transposed(folder: Path) -> Path:
+    """Experts as published, [experts, in, out]: transformers saves them as it holds them, [experts, out, in]."""
+    path = folder / "model.safetensors"
+    tensors = {
+        name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
     return folder
 
 
 def wrapper_settings(model_type: str, **changes: Any) -> dict[str, Any]:
     """What the config of a multimodal model is made of."""
-    settings = {"tie_word_embeddings": False, **WRAPPED[model_type]}
-    settings["text_config"] = {**COMMON_SETTINGS, **settings["text_config"]}
+    settings = {"tie_word_embeddings": False, **(WRAPPED.get(model_type) or _parts(model_type))}
+    if model_type in WRAPPED:
+        settings["text_config"] = {**COMMON_SETTINGS, **settings["text_config"]}
     for name, value in changes.items():
         settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
     return settings
@@ -97,7 +191,7 @@ def gemma3_nested(folder: Path) -> Path:
 
 
 WRAPPERS: dict[str, Callable[[Path], Path]] = {
-    **{name: lambda folder, name=name: wrapper(folder, name) for name in WRAPPED},  # type: ignore[misc]
+    **{name: lambda folder, name=name: wrapper(folder, name) for name in (*WRAPPED, *AROUND)},  # type: ignore[misc]
     "gemma3-nested": gemma3_nested,
     "qwen2_vl-flat": qwen2_vl_flat,
 }

@@ -2,7 +2,7 @@
 
 Adapters are switched for each request, and mixed in a batch.
 
-    venv-vllm/bin/python benchmarks/engines/run_vllm.py WORK CASE [--slots 4]
+    venv-vllm/bin/python benchmarks/engines/run_vllm.py WORK CASE … [--slots 4] [--adapters-only]
 
 ``--slots`` is vLLM's ``max_loras``. With as many slots as adapters its CPU engine (0.32.0) gives requests for the base the
 adapter in the last slot when they share a batch with an adapter's: one slot more than adapters keeps that slot empty.
@@ -10,7 +10,8 @@ adapter in the last slot when they share a batch with an adapter's: one slot mor
 Of a multimodal model, which is asked without pictures, the first adapter also runs under the other names that its tensors could
 have (``LAYOUTS``): does vLLM apply it, refuse it, or load it and ignore it?
 
-One model a process: an engine gives its memory back only at its end. ``run.sh`` goes through all of them.
+A model that stops the process takes those after it along: ``run.sh`` gives each a process. Small models may share one, which
+saves their starts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LAYOUTS = {"language_model.model": "language_model.model.", "model": "model."}
 """What stands before ``layers`` in an adapter's names, beside ``OURS``: a file's and vLLM's own name, and a plain model's."""
 
 
-def main(work: Path, key: str, slots: int) -> None:
+def main(work: Path, key: str, slots: int, adapters_only: bool) -> None:
     import torch
     import vllm
     from vllm.lora.request import LoRARequest
@@ -45,7 +46,7 @@ def main(work: Path, key: str, slots: int) -> None:
         gc.collect()
         return found
 
-    cells = {"merged": cell(merged)}
+    cells = {} if adapters_only else {"merged": cell(merged)}
     try:
         engine = _engine(case["base"], case, enable_lora=True, max_lora_rank=8, max_loras=slots)
         requests = {
@@ -135,7 +136,10 @@ def _ask(engine: Any, case: dict[str, Any], requests: list[Any]) -> list[Record]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("case")
+    parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--adapters-only", action="store_true", help="leave the merged checkpoint out")
     given = parser.parse_args()
-    main(given.work, given.case, given.slots)
+    for chosen in given.cases:
+        main(given.work, chosen, given.slots, given.adapters_only)
+        gc.collect()

@@ -34,21 +34,33 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llamacpp", "two with weights", ("both",)),
     ("llamacpp", "control vector", ("control vector",)),
 )
+# of multimodal models: the adapter as it is written, and under the other names that its tensors could have
+WRAPPER_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("transformers", "effect of the edit", ("effect",)),
+    ("vllm", "base", ("base",)),
+    ("vllm", "adapters", ("first", "second", "both")),
+    ("vllm", "base and two in a batch", ("mixed batch",)),
+    ("vllm", "as `language_model.model`", ("as language_model.model",)),
+    ("vllm", "as `model`", ("as model",)),
+)
 NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp"}
 
 
 def main(work: Path, chosen: Sequence[str]) -> None:
     notes: list[str] = []
     versions: dict[str, str] = {}
-    for title, engines in (
-        ("transformers and PEFT", ("transformers", "peft")),
-        ("vLLM", ("vllm",)),
-        ("llama.cpp", ("llamacpp",)),
+    for title, engines, multimodal in (
+        ("transformers and PEFT", ("transformers", "peft"), None),
+        ("vLLM", ("vllm",), False),
+        ("vLLM: multimodal models", ("transformers", "vllm"), True),
+        ("llama.cpp", ("llamacpp",), None),
     ):
-        columns = [column for column in COLUMNS if column[0] in engines]
+        columns = [column for column in (WRAPPER_COLUMNS if multimodal else COLUMNS) if column[0] in engines]
         rows = []
         for case in sorted(cases(work), key=lambda case: (case["name"].startswith("tiny"), case["name"])):
             if chosen and case["key"] not in chosen:
+                continue
+            if multimodal not in (None, bool(case.get("multimodal"))):
                 continue
             if not (work / "results" / engines[-1] / f"{case['key']}.json").is_file():
                 continue

@@ -132,7 +132,9 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _has_head(checkpoint: Checkpoint, family: Family) -> bool:
     names = {f"{head}.weight" for head in (family.head, "lm_head")}
     return any(
-        f"{inside}{name}" in checkpoint.tensors for inside in ("", "language_model.", "model.") for name in names
+        f"{inside}{name}" in checkpoint.tensors
+        for inside in ("", "language_model.", "text_model.", "model.")
+        for name in names
     )
 
 

@@ -45,17 +45,22 @@ LLAMA = Family(
         *("helium", "glm", "cwm", "vaultgemma", "jais2", "internlm3", "iquestcoder"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
         *("apertus1p5_text", "cohere_compass_text", "phi4_multimodal"),
+        *("qwen2_5_omni_text", "hunyuan_vl_text", "paddleocr_vl_text", "emu3_text_model"),
     ),
 )
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
     Family("olmo", ("olmo",), final_norm=None),
-    Family("granite", ("granite", "granite_swa"), multipliers=GRANITE_MULTIPLIERS),
+    Family(
+        "granite",
+        ("granite", "granite_swa", "granite_docling_text", "granite4_vision_text"),
+        multipliers=GRANITE_MULTIPLIERS,
+    ),
     Family("minicpm3", ("minicpm3",), multipliers=_on_every_writer(Multiplier("scale_depth", by_depth=True))),
     Family(
         "gemma2",
-        ("gemma2", "gemma3_text"),
+        ("gemma2", "gemma3_text", "muse_glimmer_text"),
         attn_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         norm_offset=1.0,
@@ -80,7 +85,25 @@ FAMILIES: tuple[Family, ...] = (
         mlp_norm="post_norm2",
         multipliers=GRANITE_MULTIPLIERS,
     ),
-    Family("glm4", ("glm4", "glm4v_text"), attn_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm"),
+    Family(
+        "glm4",
+        ("glm4", "glm4v_text", "glm_ocr_text"),
+        attn_norm="post_self_attn_layernorm",
+        mlp_norm="post_mlp_layernorm",
+    ),
+    # published in the names of diffusers
+    Family(
+        "cosmos3",
+        ("cosmos3_omni",),
+        attn_out="self_attn.to_out",
+        modules={"self_attn.to_out": "self_attn.o_proj"},
+    ),
+    Family(
+        "cosmos3_edge",
+        ("cosmos3_edge_text",),
+        attn_out="self_attn.to_out",
+        modules={"self_attn.to_out": "self_attn.o_proj", "mlp.down_proj": "mlp.fc2"},
+    ),
     Family("starcoder2", ("starcoder2",), mlp_out="mlp.c_proj"),
     Family(
         "nanochat",

@@ -33,10 +33,12 @@ def family_of(model_type: str) -> Family | None:
 
 def find_family(checkpoint: Checkpoint, model_type: str, layers: int, wrapped: bool) -> tuple[Family, str, str]:
     """The family, the prefix of its blocks on disk (``model.layers.``), and that of their modules."""
-    by_type = family_of(model_type)
+    outer = str(checkpoint.config.get("model_type"))
+    # a wrapper may rename the tensors of a known language model
+    by_type = family_of(outer) or family_of(model_type)
     family = by_type or _UNKNOWN
     writers = [f"{leaf}.weight" for leaf in (family.attn_out, *family.mixers)]
-    places = _prefixes(family, wrapped, str(checkpoint.config.get("model_type")))
+    places = _prefixes(family, wrapped, outer)
     for prefix, module in places:  # noqa: B007
         hits = [i for i in range(layers) if any(f"{prefix}{i}.{leaf}" in checkpoint.tensors for leaf in writers)]
         if hits:

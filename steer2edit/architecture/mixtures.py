@@ -23,7 +23,7 @@ _FUSED_GRANITE = Mixture(
 )
 
 MIXTURES: tuple[Family, ...] = (
-    Family("qwen_moe", ("qwen3_moe", "olmoe", "mellum"), mixture=_PER_EXPERT),
+    Family("qwen_moe", ("qwen3_moe", "olmoe", "mellum", "qwen3_omni_moe_text"), mixture=_PER_EXPERT),
     Family("qwen2_moe", ("qwen2_moe", "flint"), mixture=replace(_PER_EXPERT, shared="mlp.shared_expert.down_proj")),
     Family(
         "flex_olmo",
@@ -36,13 +36,13 @@ MIXTURES: tuple[Family, ...] = (
         "deepseek_v3",
         (
             *("deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
-            *("solar_open", "mimo_v2_flash", "axk2", "sarvam_mla", "dots3_note_text"),
+            *("solar_open", "mimo_v2_flash", "axk2", "sarvam_mla", "dots3_note_text", "glm4v_moe_text"),
         ),
         mixture=_CORRECTED,
     ),
     Family(
         "deepseek_v2",
-        ("deepseek_v2", "cohere2_moe"),
+        ("deepseek_v2", "cohere2_moe", "deepseek_ocr2_text", "unlimited_ocr_text"),
         mixture=replace(_PER_EXPERT, shared="mlp.shared_experts.down_proj"),
     ),
     Family("axk1", ("axk1",), mixture=replace(_CORRECTED, norm="post_mlp_layernorm")),
@@ -252,6 +252,39 @@ MIXTURES: tuple[Family, ...] = (
             bias_of="logits",
             router_module="router",
         ),
+    ),
+    Family(
+        "qwen3_vl_moe",
+        ("qwen3_vl_moe_text",),
+        mixture=Mixture(output="mlp.experts.down_proj", layout="in_out", fused_inputs=("mlp.experts.gate_up_proj",)),
+    ),
+    # the names are Mistral's own
+    Family(
+        "mistral_large4",
+        ("mistral_large4_text",),
+        attn_out="attention.wo",
+        mlp_out="feed_forward.w2",
+        modules={
+            "attention.wo": "self_attn.o_proj",
+            "feed_forward.w2": "mlp.down_proj",
+            "shared_experts.w2": "mlp.shared_experts.down_proj",
+        },
+        disk_embedding="tok_embeddings",
+        head="output",
+        mixture=Mixture(output="experts.{e}.w2.weight", router="gate.weight", shared="shared_experts.w2"),
+    ),
+    Family(
+        "step3p5",
+        ("step3p5",),
+        mixture=Mixture(
+            output="moe.down_proj.weight",
+            layout="out_in",
+            fused_inputs=("moe.gate_proj.weight", "moe.up_proj.weight"),
+            router="moe.gate.weight",
+            bias="moe.router_bias",
+            shared="share_expert.down_proj",
+        ),
+        modules={"share_expert.down_proj": "mlp.shared_experts.down_proj"},
     ),
     Family(
         "llama4",

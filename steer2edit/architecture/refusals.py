@@ -19,9 +19,12 @@ REFUSED: Mapping[str, str] = {
     ),
     "dory": "a norm and a rate for each channel shrink its whole residual stream before each writer's output joins it",
     "hrm_text": "two stacks of layers run again and again over their own streams, and an edit would act in every round",
-    "inkling_text": "a convolution over several tokens stands between its writers and its residual stream",
     **dict.fromkeys(
-        ("inkling2_text", "inkling2_loop_text"),
+        ("inkling_mm_model", "inkling_text"),
+        "a convolution over several tokens stands between its writers and its residual stream",
+    ),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
         "its layers read weighted sums of the streams of earlier layers, and a convolution over tokens follows its writers",
     ),
     "longcat_flash": "experts without weights copy a layer's normalised input into its residual stream",
@@ -34,14 +37,18 @@ REFUSED: Mapping[str, str] = {
         "it drafts tokens for a Gemma 4 model out of that model's keys and values, and does not run without it",
     ),
     "cpmant": "its model class adds tokens of its own before the text, for which there are no labels",
-    **dict.fromkeys(("minimax", "zaya"), "its residual stream is rescaled by learned factors in every layer"),
     **dict.fromkeys(
-        ("deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp_text"), "its hyper-connections are not a plain residual stream"
+        ("minimax", "zaya", "muse_spark", "muse_spark_text"),
+        "its residual stream is rescaled by learned factors in every layer",
+    ),
+    **dict.fromkeys(
+        ("deepseek_v4", "hy_v4", "hy_v4_vl", "hy_v4_vl_text", "glm5_next", "qwen4_exp", "qwen4_exp_text"),
+        "its hyper-connections are not a plain residual stream",
     ),
     **dict.fromkeys(
         (
             *("openai-gpt", "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
-            *("rembert", "roberta", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlnet"),
+            *("rembert", "roberta", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlnet", "git"),
         ),
         "a norm rescales its whole residual stream in every block",
     ),
@@ -52,7 +59,8 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
-            *("plbart", "prophetnet", "trocr", "whisper"),
+            *("plbart", "prophetnet", "trocr", "whisper", "blip", "florence2", "pix2struct", "pp_formulanet"),
+            *("t5gemma2", "udop", "vision-encoder-decoder"),
         ),
         "it is the decoder of an encoder-decoder model, whose blocks also write what they read from the encoder",
     ),
@@ -62,7 +70,27 @@ REFUSED: Mapping[str, str] = {
     "reformer": "its reversible layers keep two residual streams",
     **dict.fromkeys(("zamba", "zamba2"), "several of its layers share one block, in all of which an edit would act"),
     "bitnet": "its matrices are rounded to three values when it runs, which would round a small edit away",
-    **dict.fromkeys(("mllama", "mllama_text_model"), "its cross-attention writes through learned gates"),
+    **dict.fromkeys(
+        ("mllama", "mllama_text_model", "idefics", "evolla"), "its cross-attention writes through learned gates"
+    ),
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), "transformers does not run it without a picture"
+    ),
+    "voxtral_realtime": "transformers does not run it without sound",
+    "kyutai_speech_to_text": "it reads the codes of an audio codec beside every token",
+    "shieldgemma2": "transformers loads it as a classifier of pictures, which writes no text",
+    "pi0": "it writes the movements of a robot and no text",
+    **dict.fromkeys(
+        ("diffusion_gemma", "diffusion_gemma_text"),
+        "it writes a block of text at once, by diffusion, and not token by token",
+    ),
+    **dict.fromkeys(
+        ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+        "its experts for text and for pictures stand in one list under two routers, which is not described",
+    ),
+    **dict.fromkeys(
+        ("molmo2", "molmo2_text"), "its token embedding lies in two tensors, and only plain matrices are described"
+    ),
     "rwkv": "it rescales its residual stream every few layers",
     **dict.fromkeys(("diffllama", "doge"), "its attention heads are not separate blocks of input columns"),
 }

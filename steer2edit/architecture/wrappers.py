@@ -9,9 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MULTIMODAL = (
-    *("aya_vision", "deepseek_vl", "exaone4_5", "gemma3", "glm4v", "got_ocr2", "idefics3", "internvl", "lfm2_vl"),
-    *("lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl"),
-    *("qwen3_5", "qwen3_vl", "smolvlm", "video_llava", "vipllava"),
+    *("aria", "aya_vision", "cohere2_vision", "cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "deepseek_vl"),
+    *("deepseek_vl_hybrid", "emu3", "exaone4_5", "fun_asr_nano", "fuyu", "gemma3", "glm46v", "glm4v"),
+    *("glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite4_vision", "granite_docling"),
+    *("granite_speech", "granite_speech_plus", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3"),
+    *("internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next"),
+    *("llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3"),
+    *("mistral_large4", "muse_glimmer", "omniasr", "ovis2", "paddleocr_vl"),
+    *("paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio"),
+    *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl"),
+    *("qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava", "voxtral"),
 )
 """Multimodal models whose language model is compiled in its place, each tested; others around a known family work alike."""
 
@@ -25,8 +32,11 @@ PREFIXES = (
     ("language_model.model.", LANGUAGE_MODULE),
     ("model.language_model.", LANGUAGE_MODULE),
     ("model.text_model.", "model.text_model."),
+    ("text_model.model.", "model.text_model."),
 )
 """What stands before a language model's names in a wrapper: on disk, and in transformers."""
 
-OTHER_MODULES: Mapping[str, str] = {}
+OTHER_MODULES: Mapping[str, str] = {
+    "emu3": "model.text_model.",
+}
 """Wrappers whose language model is in another module of transformers than its name on disk says."""

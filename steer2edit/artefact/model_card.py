@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 _MASK = "experts"
 _LISTED = 64
 _CARD_BYTES = 4 << 20
+# the task of a base whose card names none, by a part of its config, and what loads models of a task
+_TASKS = {"vision_config": "image-text-to-text", "audio_config": "audio-text-to-text"}
+_AUTO_CLASSES = {
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "audio-text-to-text": "AutoModelForMultimodalLM",
+    "any-to-any": "AutoModelForMultimodalLM",
+}
 _PLAN = "plan"
 _PLAN_ENTRY = HubEntry(
     "A plan of steer2edit: the low-rank edits that compile a steering vector into the base's weights, from which a checkpoint "
@@ -83,8 +90,8 @@ def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a card takes over from the base: its licence, languages, and task."""
     known = base_metadata(checkpoint.path / CARD)
     if "pipeline_tag" not in known:
-        images = isinstance(checkpoint.config.get("vision_config"), dict)
-        known["pipeline_tag"] = "image-text-to-text" if images else "text-generation"
+        tasks = (task for part, task in _TASKS.items() if isinstance(checkpoint.config.get(part), dict))
+        known["pipeline_tag"] = next(tasks, "text-generation")
     return known
 
 
@@ -210,9 +217,10 @@ def place_of(
     base_folder: str | None = None,
 ) -> Place:
     """Where the artefact of a receipt and its base lie."""
-    images = (receipt.get("card") or {}).get("pipeline_tag") == "image-text-to-text"
+    task = (receipt.get("card") or {}).get("pipeline_tag")
+    kind = _AUTO_CLASSES.get(str(task), "AutoModelForCausalLM")
     base = receipt["base"]
-    return Place(Base(base["name"], base["revision"], base["fingerprint"]), repository, images, folder, base_folder)
+    return Place(Base(base["name"], base["revision"], base["fingerprint"]), repository, kind, folder, base_folder)
 
 
 def snippet_of(

@@ -42,13 +42,13 @@ class HubEntry:
 class Place:
     """Where an artefact and its base lie, for a snippet that loads them.
 
-    ``repository`` is the artefact's name on the Hub. ``images`` is whether the base reads images too. ``folder`` is the
-    artefact's, and ``base_folder`` that of a base that is not on the Hub, where these are known.
+    ``repository`` is the artefact's name on the Hub. ``auto_class`` is the automatic class of transformers that loads the
+    base. ``folder`` is the artefact's, and ``base_folder`` that of a base that is not on the Hub, where these are known.
     """
 
     base: Base
     repository: str | None = None
-    images: bool = False
+    auto_class: str = "AutoModelForCausalLM"
     folder: str | None = None
     base_folder: str | None = None
 
@@ -84,11 +84,6 @@ class Place:
         """What a loader of the base is given, as Python's arguments: its name, and the revision, if it has one."""
         revision = f", revision={json.dumps(self.base.revision)}" if self.published else ""
         return json.dumps(self.base_name, ensure_ascii=False) + revision
-
-    @property
-    def auto_class(self) -> str:
-        """The automatic class of transformers that loads the base."""
-        return "AutoModelForImageTextToText" if self.images else "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)

@@ -202,17 +202,19 @@ def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
 
 def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> Any:
     """What ``make`` gives for the first of transformers' automatic classes that knows the model's type."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
     # a language model inside a multimodal one is loaded with the rest of it, as its users load it
-    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText]
-    first, second = reversed(kinds) if config.get("vision_config") else kinds
-    try:
-        return make(first)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        return make(second)
+    if config.get("vision_config") or config.get("vq_config"):
+        kinds = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM]
+    for kind in kinds[:-1]:
+        try:
+            return make(kind)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    return make(kinds[-1])
 
 
 def _tensor_parallel() -> dict[str, Any]:

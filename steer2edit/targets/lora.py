@@ -47,6 +47,11 @@ STRUCTURE = False
 # PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
 NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
+# their modules have other names in vLLM, whose table of names lacks those of transformers
+NO_PLACE_IN_VLLM = (
+    *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
+)
+
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
@@ -87,8 +92,13 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
-    notes = ("Stored in float32: cast to bf16, an adapter loses about three digits.",)
-    return Lowering("exact", changes, notes, {"rank": rank, "target_modules": sorted(leaves)})
+    notes = ["Stored in float32: cast to bf16, an adapter loses about three digits."]
+    if resolved.checkpoint.config.get("model_type") in NO_PLACE_IN_VLLM:
+        notes.append(
+            "By its source, vLLM 0.32 loads this adapter and ignores it: it does not rename this model's modules. Serve --to "
+            "checkpoint there."
+        )
+    return Lowering("exact", changes, tuple(notes), {"rank": rank, "target_modules": sorted(leaves)})
 
 
 def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
@@ -103,7 +113,7 @@ def loadable(resolved: Resolved, folder: Path) -> PeftAdapter:
 
 def load_snippet(place: Place) -> Snippet:
     """By PEFT, which fetches the base itself where the base is on the Hub."""
-    if place.published and not place.images:
+    if place.published and place.auto_class == "AutoModelForCausalLM":
         auto = f"model = AutoPeftModelForCausalLM.from_pretrained({place.quoted})"
         return Snippet("python", ("from peft import AutoPeftModelForCausalLM", auto))
     lines = (
