@@ -20,7 +20,8 @@ from steer2edit.artefact.emit import emit
 from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.targets.lora import NO_ADAPTER
+from steer2edit.errors import TargetError
+from steer2edit.targets.lora import MISREAD_BY_PEFT
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,13 @@ def test_every_writer_is_a_module_of_the_whole_model_and_there_are_no_others(cas
 
 def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(case: Case, tmp_path: Path) -> None:
     plan = case.plan("component")
-    # no adapter carries an expert's edit
-    plain = replace(plan, edits=tuple(edit for edit in plan.edits if case.spec.owners[edit.tensor].expert is None))
-    assert plan.edits and plain.edits
-    carried = {"checkpoint": plan} if case.spec.model_type in NO_ADAPTER else {"checkpoint": plan, "lora": plain}
+    assert plan.edits
+    plain = replace(plan, edits=tuple(edit for edit in plan.edits if in_adapters(case, edit.tensor)))
+    carried = {"checkpoint": plan, "lora": plain} if plain.edits else {"checkpoint": plan}
+    if plain.edits != plan.edits:
+        with pytest.raises(TargetError, match="carries none of these"):
+            emit(plan, case.checkpoint, case.spec, "lora", tmp_path / "lora")
+    assert plain.edits or case.spec.model_type == "deepseek_ocr2_text"
     for target, edits in carried.items():
         emit(edits, case.checkpoint, case.spec, target, tmp_path / target)
         result = verify(tmp_path / target, base=case.folder)
@@ -78,3 +82,9 @@ def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(
     assert edited.tensors.keys() == case.checkpoint.tensors.keys()
     for name in edited.tensors.keys() - ours:
         assert torch.equal(edited.read(name), case.checkpoint.read(name))
+
+
+def in_adapters(case: Case, tensor: str) -> bool:
+    """Whether an adapter carries a matrix's edit: none carries an expert's."""
+    site = case.spec.owners[tensor]
+    return site.expert is None and site.role not in MISREAD_BY_PEFT.get(case.spec.model_type, ())

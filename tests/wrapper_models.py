@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,6 @@ _SMALL: dict[str, Any] = {
     "max_source_positions": 16,
     "vocab_size": 64,
 }
-_WHOLE = {**_MROPE, "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
 _SAM = {**VISION, "output_channels": 16, "mlp_dim": 16, "downsample_channels": [16, 16], "global_attn_indexes": [0]}
 _CODEBOOK = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "hidden_size": 32}
 _MLA = {
@@ -90,10 +90,18 @@ AROUND: dict[str, dict[str, Any]] = {
     **{key: {} for key in ("pp_chart2table", "video_llama_3", "deepseek_vl_hybrid", "qianfan_ocr")},
     **{key: {} for key in ("glmasr", "granite_speech", "granite_speech_plus", "omniasr")},
     **{key: {} for key in ("qwen2_audio", "qwen3_asr", "voxtral")},
-    **{key: {"text_config": _WHOLE} for key in ("glm46v", "glmga", "glm4v_moe", "glm_ocr", "paddleocr_vl")},
-    **{key: {"text_config": _MROPE} for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen3_vl_moe")},
+    **{key: {"text_config": _MROPE} for key in ("glm46v", "glmga", "glm_ocr", "paddleocr_vl")},
+    **{key: {"text_config": _MROPE} for key in ("qwen3_vl_moe",)},
     **{key: {"text_config": LINEAR} for key in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
+    # what published configs of a thinker have, and its class has no default of
+    **{
+        key: {"text_config": _MROPE, "vision_start_token_id": 5}
+        for key in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    },
+    "glm4v_moe": {
+        "text_config": {**_MROPE, "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+    },
     "fun_asr_nano": {"adaptor_config": {"hidden_size": COMMON_SETTINGS["hidden_size"], "intermediate_size": 8}},
     "hyperclovax_vision_v2": {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
     **{key: {"text_config": _MROPE} for key in ("cosmos3_edge", "cosmos3_omni")},
@@ -113,7 +121,6 @@ AROUND: dict[str, dict[str, Any]] = {
         "vision_config": {"sam_config": _SAM, "encoder_config": {**_SMALL, "max_position_embeddings": 64}},
     },
     "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
-    "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "sliding_window": 32}},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}, "vq_config": _CODEBOOK},
     "janus": {"vision_config": {"projection_dim": COMMON_SETTINGS["hidden_size"]}, "vq_config": _CODEBOOK},
 }
@@ -172,7 +179,8 @@ def wrapper_settings(model_type: str, **changes: Any) -> dict[str, Any]:
         settings["text_config"] = {**COMMON_SETTINGS, **settings["text_config"]}
     for name, value in changes.items():
         settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
-    return settings
+    # config classes complete the mappings that they are given
+    return deepcopy(settings)
 
 
 def qwen2_vl_flat(folder: Path) -> Path:

@@ -3,7 +3,7 @@
     python benchmarks/engines/table.py WORK [CASE …]
 
 A cell is the largest difference of a log-probability from transformers', over the five most likely tokens of every greedy step;
-where not all greedy tokens are the same, it says how many are.
+where not all greedy tokens are the same, it says how many are. "ignored" means that an adapter was loaded and changed nothing.
 """
 
 from __future__ import annotations
@@ -68,13 +68,24 @@ def main(work: Path, chosen: Sequence[str]) -> None:
             for engine, _, wanted in columns:
                 held = json.loads((work / "results" / engine / f"{case['key']}.json").read_text())
                 versions |= held["versions"]
-                row.append(_cell([held["cells"].get(name, {"error": "not run"}) for name in wanted], notes))
+                one = held["cells"]
+                ignored = any(
+                    _is_ignored(one[name], one.get(f"{name}, against base")) for name in wanted if name in one
+                )
+                row.append(
+                    "**ignored**" if ignored else _cell([one.get(name, {"error": "not run"}) for name in wanted], notes)
+                )
             rows.append(row)
         heads = ["model", *(what if len(engines) == 1 else f"{NAMES[engine]}: {what}" for engine, what, _ in columns)]
         print(f"### {title}\n\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
         print("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
     print(", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version) + ".\n")
     print("\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)))
+
+
+def _is_ignored(edited: dict[str, Any], base: dict[str, Any] | None) -> bool:
+    """Whether the answers are the unedited model's: at least a hundred times nearer to it than to the edited one."""
+    return base is not None and "largest" in base and 100 * base["largest"] < edited.get("largest", 0)
 
 
 def _cell(found: Sequence[dict[str, Any]], notes: list[str]) -> str:

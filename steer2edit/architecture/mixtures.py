@@ -274,19 +274,6 @@ MIXTURES: tuple[Family, ...] = (
         mixture=Mixture(output="experts.{e}.w2.weight", router="gate.weight", shared="shared_experts.w2"),
     ),
     Family(
-        "step3p5",
-        ("step3p5",),
-        mixture=Mixture(
-            output="moe.down_proj.weight",
-            layout="out_in",
-            fused_inputs=("moe.gate_proj.weight", "moe.up_proj.weight"),
-            router="moe.gate.weight",
-            bias="moe.router_bias",
-            shared="share_expert.down_proj",
-        ),
-        modules={"share_expert.down_proj": "mlp.shared_experts.down_proj"},
-    ),
-    Family(
         "llama4",
         ("llama4_text",),
         mlp_out="feed_forward.down_proj",

@@ -18,7 +18,7 @@ MULTIMODAL = (
     *("mistral_large4", "muse_glimmer", "omniasr", "ovis2", "paddleocr_vl"),
     *("paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio"),
     *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl"),
-    *("qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava", "voxtral"),
+    *("qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral"),
 )
 """Multimodal models whose language model is compiled in its place, each tested; others around a known family work alike."""
 

@@ -7,12 +7,13 @@ layer of a targeted type has a pair of tensors, which are zero where nothing is 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
+from steer2edit.architecture.config import text_config
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
@@ -47,6 +48,13 @@ STRUCTURE = False
 # PEFT's own list: kernels of these models may read the matrix past the module that an adapter wraps
 NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
+# PEFT passes an adapter's names through transformers' renaming of checkpoints, which changes these, though they are right, or
+# takes them for the experts'
+MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
+    "deepseek_ocr2_text": tuple(MatrixRole),
+    "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT),
+    "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT,),
+}
 # their modules have other names in vLLM, whose table of names lacks those of transformers
 NO_PLACE_IN_VLLM = (
     *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
@@ -131,8 +139,11 @@ def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
 
 
 def _peft_refusal(spec: ModelSpec, site: Site) -> str:
-    mamba = site.role is MatrixRole.MIXER_OUT and spec.model_type in NO_ADAPTER
-    return "a Mamba mixer, which PEFT refuses to wrap" if mamba else ""
+    if site.role is MatrixRole.MIXER_OUT and spec.model_type in NO_ADAPTER:
+        return "a Mamba mixer, which PEFT refuses to wrap"
+    if site.role in MISREAD_BY_PEFT.get(spec.model_type, ()):
+        return "PEFT takes its name for another module's"
+    return ""
 
 
 def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +159,11 @@ def _leaf(site: Site) -> str:
 
 
 def _target_modules(targeted: list[Site], checkpoint: Checkpoint) -> list[str]:
-    """Last components, unless another part of a multimodal model has modules of that name."""
+    """Last components; whole paths in a multimodal model, whose other parts may have modules of those names.
+
+    What its files call them does not tell: transformers renames a tower's tensors when it loads them.
+    """
     leaves = sorted({_leaf(site) for site in targeted})
     ours = {site.tensor for site in targeted}
     others = [n for n in checkpoint.tensors if n not in ours and any(n.endswith(f".{leaf}.weight") for leaf in leaves)]
-    return sorted(site.module for site in targeted) if others else leaves
+    return sorted(site.module for site in targeted) if others or text_config(checkpoint.config).nested else leaves
