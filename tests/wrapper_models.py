@@ -24,7 +24,10 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
-_MROPE = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_MROPE: dict[str, Any] = {
+    "head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
 _QWEN = {"depth": 1, "num_heads": 2, "patch_size": 8}
 _VIT = {**_QWEN, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 16}
 _CLIP, _SIGLIP = ({**VISION, "model_type": name} for name in ("clip_vision_model", "siglip_vision_model"))
