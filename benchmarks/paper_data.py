@@ -18,7 +18,7 @@ from steer2edit.data.questions import Question, builtin_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError
-from steer2edit.evaluation.metrics import through_transformers
+from steer2edit.evaluation.answers import through_transformers
 from steer2edit.runtime.model import LoadedModel
 
 _UNABLE = r"I can(no|')t (help|assist|do|answer)|I am (not able|unable) to|I'm (not able|unable) to"

@@ -19,7 +19,7 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.questions import Question, builtin_questions, take
 from steer2edit.data.templates import render_prompts
 from steer2edit.errors import PlanError
-from steer2edit.evaluation.metrics import through_transformers
+from steer2edit.evaluation.answers import through_transformers
 from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import expert_table, ranking
 from steer2edit.runtime.hooks import edited

@@ -22,9 +22,10 @@ from steer2edit.data.questions import Question, builtin_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError, Steer2EditError
+from steer2edit.evaluation.answers import through_transformers
 from steer2edit.evaluation.baselines import near, random_direction
 from steer2edit.evaluation.instructed import told
-from steer2edit.evaluation.metrics import Preference, through_transformers
+from steer2edit.evaluation.metrics import Preference
 from steer2edit.methods import METHOD, make_plan
 from steer2edit.progress import silent
 from steer2edit.runtime.adapters import adapted

@@ -31,8 +31,9 @@ from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.baselines import random_direction
-from steer2edit.evaluation.metrics import Answers, Preference
+from steer2edit.evaluation.metrics import Preference
 from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.hooks import edited, steered

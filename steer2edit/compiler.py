@@ -14,7 +14,7 @@ from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.dry_run import check_rooms
-from steer2edit.evaluation.assess import prove
+from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering
@@ -24,6 +24,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
 from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
+from steer2edit.search.reach import AIM_QUESTIONS, settle_by_aim
 from steer2edit.strength.neutral_texts import neutral_texts
 from steer2edit.strength.settle import settle_strength
 
@@ -78,14 +79,19 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
         arguments = statistics.source.get("chat_template_kwargs")
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)
-        plan = settle_strength(
-            loaded,
-            plan,
-            strength=request.fixed_strength,
-            kl_budget=request.kl_budget,
-            class_budgets=request.class_budgets,
-            neutral=texts,
-        )
+        if request.aim is not None:
+            assert request.questions is not None  # the request checks it
+            suite = own_suite(scoring, texts, request.questions, AIM_QUESTIONS)
+            plan = settle_by_aim(loaded, plan, suite, request.aim, largest_kl=request.kl_budget, progress=progress)
+        else:
+            plan = settle_strength(
+                loaded,
+                plan,
+                strength=request.fixed_strength,
+                kl_budget=request.kl_budget,
+                class_budgets=request.class_budgets,
+                neutral=texts,
+            )
 
         lowerings = {
             target: emit(
@@ -93,7 +99,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
             )
             for target, folder in folders.items()
         }
-        if request.questions is None:
+        if request.questions is None or not request.report:
             return Compiled(plan, statistics, folders, lowerings)
         evaluation = prove(loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told)
         write_pages(plan, evaluation, folders.values())

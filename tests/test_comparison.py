@@ -20,12 +20,13 @@ from steer2edit.data.behavior import instruction
 from steer2edit.data.contrast import behaviors
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
+from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.assess import assess
 from steer2edit.evaluation.baselines import adapter_at, instructed, random_directions, shuffled_labels, to_kl
 from steer2edit.evaluation.comparison import comparisons, equally_costly
 from steer2edit.evaluation.evaluate import Evaluation, Row, evaluate, plan_candidate
 from steer2edit.evaluation.instructed import told
-from steer2edit.evaluation.metrics import Answers, Metric, Neutral, Preference, Sample
+from steer2edit.evaluation.metrics import Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.steerability import steerability
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary

@@ -17,18 +17,11 @@ from steer2edit.artefact.emit import emit
 from steer2edit.bootstrap import estimate
 from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, DataError, PlanError
+from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import baselines, random_direction, shuffled_labels, whole_matrices
 from steer2edit.evaluation.evaluate import Evaluation, evaluate, open_candidate, plan_candidate
-from steer2edit.evaluation.metrics import (
-    Answers,
-    Choice,
-    Metric,
-    Neutral,
-    Preference,
-    Sample,
-    is_exact,
-)
+from steer2edit.evaluation.metrics import Choice, Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.user_scores import check_patterns, load_function
 from steer2edit.methods import make_plan
@@ -93,7 +86,7 @@ def test_margins_are_mean_log_probabilities_and_calibration_takes_off_what_is_li
 
 def test_mc1_and_mc2_are_truthfulqas(loaded: LoadedModel) -> None:
     found = Choice(QUESTIONS).measure(loaded).samples
-    per_token = Choice(QUESTIONS, "utility").measure(loaded).samples["accuracy"]
+    per_token = Choice(QUESTIONS, "utility").measure(loaded).samples["likeliest choice right"]
     for i, q in enumerate(QUESTIONS):
         rows = [token_log_probabilities(loaded, str(q.prompt), choice) for choice in q.choices]
         totals, means = ([float(f(row)) for row in rows] for f in (torch.sum, torch.mean))
@@ -109,31 +102,23 @@ def test_answers_are_counted_matched_and_scored(loaded: LoadedModel, tmp_path: P
     questions = [replace(q, choices=(), labels=(), answers=("no such answer",)) for q in QUESTIONS]
     outcome = Answers(questions, patterns=["e", "^$"], function=function, max_new_tokens=6).measure(loaded)
     found = outcome.samples
-    assert set(found) == {"length", "/e/", "/^$/", "vowels", "exact answers", "repetition", "empty"}
+    assert set(found) == {
+        "length",
+        "/e/",
+        "/^$/",
+        "vowels",
+        "exact answers",
+        "repetition",
+        "loops",
+        "empty",
+        "other language",
+    }
     for i, answer in enumerate(outcome.answers):
         assert found["/e/"].values[i] == float("e" in answer)
         assert found["vowels"].values[i] == sum(c in "aeiou" for c in answer)
         # words, and special tokens, which are no part of the answer's text
         assert found["length"].values[i] >= len(loaded.tokenizer(answer)["input_ids"])
         assert found["exact answers"].values[i] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("answer", "accepted", "right"),
-    [
-        ("The total is 1,234.", ("1234",), True),
-        ("first 7, so 12", ("12",), True),
-        ("12, no: 13", ("12",), False),
-        ("It is 0.50", ("0.5",), True),
-        ("  Paris. ", ("paris",), True),
-        ("Paris, France", ("Paris",), False),
-        ("none", ("7",), False),
-        ("Berlin", ("Paris", "berlin"), True),
-        ("minus -3", ("-3",), True),
-    ],
-)
-def test_exact_answers(answer: str, accepted: tuple[str, ...], right: bool) -> None:
-    assert is_exact(answer, accepted) is right
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_a_study_keeps_both_costs_of_each_trial(
         Question(f"{row['prompt']} {word}", word, row["positive"], row["negative"]) for row in ROWS for word in "ab"
     ]
     suite = Suite(questions, [], texts, max_new_tokens=2)
-    search = Search(trials=2, kl_range=(0.01, 0.05), allow_degenerate=True)
+    search = Search(trials=2, kl_range=(0.01, 0.05), allow_broken=True)
     result = tune(talker, Scoring(checkpoint, talker.spec, statistics), suite, search, storage=tmp_path / "journal")
     assert result.settings["utility"] == {"name": "KL in chat", "goal": "less"}
     for trial in result.trials:

@@ -81,7 +81,7 @@ def suite(loaded: LoadedModel) -> Suite:
     return Suite(questions, [], NeutralTexts(NeutralText(loaded, TEXT, window=20)), max_new_tokens=4)
 
 
-SEARCH = Search(methods=("steering", "component"), trials=14, kl_range=(0.005, 0.1), allow_degenerate=True)
+SEARCH = Search(methods=("steering", "component"), trials=14, kl_range=(0.005, 0.1), allow_broken=True)
 
 
 def points(result: StudyResult) -> list[Any]:
@@ -151,15 +151,29 @@ def test_another_seed_or_other_settings(
         tune(loaded, scoring, suite, replace(few, attribute="beauty"), storage=tmp_path / "other")
 
 
-def test_answers_that_degenerate_keep_a_plan_from_the_front(
-    unbroken: StudyResult, loaded: LoadedModel, scoring: Scoring, suite: Suite, tmp_path: Path
+def test_what_breaks_a_metric_is_kept_from_the_front(
+    unbroken: StudyResult,
+    loaded: LoadedModel,
+    scoring: Scoring,
+    suite: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dataclasses import replace
 
-    result = tune(loaded, scoring, suite, replace(SEARCH, allow_degenerate=False), storage=tmp_path / "journal")
-    judged = [trial for trial in result.trials if trial.state == "degenerate"]
-    assert judged and all("the base's" in trial.note for trial in judged)
-    assert not {trial.number for trial in judged} & set(result.front)
+    from steer2edit.evaluation import answers
+
+    # every change to the worse counts, on whatever number of questions
+    strict = tuple(replace(one, metric=replace(one.metric, tolerance=-0.5)) for one in answers.CHECKS)
+    monkeypatch.setattr(answers, "CHECKS", strict)
+    monkeypatch.setattr("steer2edit.evaluation.damage.LEAST_DRAWS", 1)
+    result = tune(loaded, scoring, suite, replace(SEARCH, trials=4, allow_broken=False), storage=tmp_path / "journal")
+    judged = [trial for trial in result.trials if trial.state == "broken"]
+    assert judged and all(trial.note.startswith("breaks repetition") for trial in judged)
+    assert result.front == () and result.knee is None
+    # the same trials, where they are let through
+    free = [trial for trial in unbroken.trials if trial.number in {one.number for one in judged}]
+    assert {trial.state for trial in free} == {"complete"}
 
 
 def test_patience_ends_a_search_that_finds_nothing_new() -> None:
@@ -181,7 +195,7 @@ def test_a_grid_tries_every_point_once_from_one_read(
     result = tune(loaded, scoring, suite, search, storage=tmp_path / "journal")
     tried = [tuple(trial.params[key] for key in grid) for trial in result.trials]
     assert sorted(tried) == sorted(tuple(point.values()) for point in search.points())
-    assert {trial.state for trial in result.trials} <= {"complete", "empty", "over", "degenerate"}
+    assert {trial.state for trial in result.trials} <= {"complete", "empty", "over", "broken"}
     again = tune(loaded, scoring, suite, search, storage=tmp_path / "journal")
     assert points(again) == points(result)
 
@@ -210,7 +224,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def arguments(files: dict[str, Path], model: Path, out: Path) -> list[object]:
     return [
         "tune", model, "--data", files["pairs"], "--eval", files["held"], "--utility", "none", "--neutral",
-        files["neutral"], "--max-new-tokens", 4, "--kl-range", "0.005,0.1", "--allow-degenerate", "-o", out,
+        files["neutral"], "--max-new-tokens", 4, "--kl-range", "0.005,0.1", "--allow-broken", "-o", out,
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from steer2edit.errors import DataError
 from steer2edit.lowering import Writing
 from steer2edit.methods import METHOD, own_strength
 from steer2edit.runtime.model import Runtime
+from steer2edit.strength.aim import Aim
 
 Protected = Behavior | Statistics | Vectors
 """Where a direction to protect comes from."""
@@ -33,10 +34,12 @@ class CompileRequest:
     neutral text (nats per token) is within ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given;
     ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
     (``strength/neutral_texts.py``). With one target ``out`` is its folder, with several a folder for each inside. Held-out
-    ``questions`` ask for an evaluation and a report page; ``told`` is an instruction that asks for the same behaviour: the edit
-    is compared with it.
+    ``questions`` ask for an evaluation and a report page, unless ``report`` is False; ``told`` is an instruction that asks for
+    the same behaviour: the edit is compared with it. An ``aim`` takes the weakest strength that reaches it on the selection
+    half of the questions, within ``kl_budget``.
 
-    Raises DataError unless exactly one of behaviour and statistics is given.
+    Raises DataError unless exactly one of behaviour and statistics is given, and for an aim without questions or beside another
+    strength.
     """
 
     model: str | Path
@@ -59,12 +62,18 @@ class CompileRequest:
     batch_tokens: int = 4096
     questions: Sequence[Question] | None = None
     told: str | None = None
+    report: bool = True
+    aim: Aim | None = None
     force: bool = False
     writing: Writing = field(default_factory=Writing)
 
     def __post_init__(self) -> None:
         if (self.behavior is None) == (self.statistics is None):
             raise DataError("give a behaviour or the statistics of an earlier capture, exactly one of the two")
+        if self.aim is not None and self.questions is None:
+            raise DataError(f"the aim {self.aim} takes held-out questions to measure it on (--eval FILE)")
+        if self.aim is not None and (self.strength is not None or self.class_budgets is not None):
+            raise DataError(f"the aim {self.aim} decides the strength: give no strength, and no budget for one class")
 
     @property
     def fixed_strength(self) -> float | None:

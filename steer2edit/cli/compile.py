@@ -57,6 +57,13 @@ class ReportFlags(FlagGroup):
         metavar="TEXT",
         shown_default="that of the built-in behaviour",
     )
+    aim: str | None = option(
+        None,
+        "Take the weakest strength at which a metric of the behaviour reaches a value on the questions for selection, such as "
+        "length=40 or margin=0.2, within --kl-budget.",
+        metavar="METRIC=VALUE",
+        shown_default="no aim; with one, --kl-budget is 0.5 unless given",
+    )
     no_report: bool = option(False, "Measure nothing but the KL, and make no report page.")
 
 
@@ -103,12 +110,16 @@ def compile(
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
     from steer2edit.evaluation.summary import summary
+    from steer2edit.strength.aim import Aim
 
+    aim = Aim.read(report.aim) if report.aim is not None else None
     if plans.plans:
         if protect.protect:
             raise click.UsageError(
                 "--protect clears vectors, and the plans of --plan are made: give it where they are planned"
             )
+        if aim is not None:
+            raise click.UsageError("--aim is for one behaviour, and --plan takes finished plans")
         compile_plans(
             model, plans, data, stats, vectors, method, strength, model_flags, report.questions, report.no_report,
             output.out, targets.to, writing, force.force, printed.as_json,
@@ -140,8 +151,12 @@ def compile(
         texts_to_keep=data.read_keep(),
         runtime=model_flags.runtime(),
         batch_tokens=data.batch_tokens,
-        questions=None if report.no_report or writing.dry_run else held_out(report.questions, data.behavior),
+        questions=None
+        if (report.no_report or writing.dry_run) and aim is None
+        else held_out(report.questions, data.behavior),
+        report=not report.no_report,
         told=instruction_of(report.told, data.behavior),
+        aim=aim,
         force=force.force,
         writing=writing.writing(),
     )
@@ -181,7 +196,7 @@ def instruction_of(told: str | None, behaviors: tuple[str, ...]) -> str | None:
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     from steer2edit.files.layout import REPORT
     from steer2edit.report.plan_text import cost_line, plan_line, strength_line
-    from steer2edit.report.tables import effect_line, render_evaluation, steerable_lines
+    from steer2edit.report.tables import breaks_line, effect_line, render_evaluation, steerable_lines
 
     plan = compiled.plan
     summary = {
@@ -190,6 +205,8 @@ def _render(compiled: Compiled, model: str, revision: str | None) -> str:
         "Cost": cost_line(plan.measured),
         "Effect": effect_line(compiled.evaluation) if compiled.evaluation is not None else _NO_EFFECT,
     }
+    if compiled.evaluation is not None and (breaks := breaks_line(compiled.evaluation)):
+        summary["Breaks"] = breaks
     lines = columns(summary)
     if compiled.evaluation is not None:
         lines += ["", "On held-out questions, which the edit has not seen:", "", render_evaluation(compiled.evaluation)]

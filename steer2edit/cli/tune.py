@@ -38,7 +38,9 @@ class SearchFlags(FlagGroup):
         (), "Try all combinations in place of a search: 'paper', or OPTION=V1,V2,…. Repeatable.", metavar="GRID"
     )
     strength: float = option(1.0, "Strength of a grid's plans.")
-    allow_degenerate: bool = option(False, "Let repetitive and empty answers onto the front.", rare=True)
+    allow_broken: bool = option(
+        False, "Let plans onto the front that break a metric: answers right, repetition, loops, ….", rare=True
+    )
     seed: int = option(0, "Seed of the search.", rare=True)
     storage: str | None = option(
         None,
@@ -107,7 +109,7 @@ def tune(
         strength=searched.strength,
         attribute=searched.attribute,
         utility=searched.utility,
-        allow_degenerate=searched.allow_degenerate,
+        allow_broken=searched.allow_broken,
     )
     for name in search.methods:
         methods.load(name)

@@ -28,6 +28,9 @@ from steer2edit.strength.neutral_texts import NeutralTexts
 PROOF = 32
 """Questions of each kind behind a compile's own report: enough to see an effect, and a matter of minutes on a CPU."""
 
+GENERAL = 64
+"""Questions of general use behind a compile's own report: with fewer, only the loss of many right answers is told from chance."""
+
 
 def assess(
     loaded: LoadedModel,
@@ -83,22 +86,14 @@ def prove(
     The KL is that on the text which budgets are on. With an instruction ``told`` the base is also measured under it, and the
     edit too. Writes the evaluation into each artefact's folder.
     """
-    source = scoring.statistics.source
-    suite = Suite(
-        questions,
-        builtin_questions("knowledge") or [],
-        neutral,
-        system=source.get("system"),
-        chat_template_kwargs=source.get("chat_template_kwargs"),
-        limit=PROOF,
-    )
+    suite = own_suite(scoring, neutral, questions, PROOF)
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
     controls = random_directions(loaded, plan, neutral, kl)
     context = {
         "model": scoring.checkpoint.name,
         "fingerprint": scoring.checkpoint.fingerprint,
-        "behavior": source.get("name"),
+        "behavior": scoring.statistics.source.get("name"),
     }
     candidates = [named, steering_at(loaded, scoring, neutral, kl), *controls]
     if told:
@@ -107,3 +102,17 @@ def prove(
     for folder in folders.values():
         evaluation.save(folder / EVALUATION)
     return evaluation
+
+
+def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Question], limit: int) -> Suite:
+    """What a compile measures on: ``limit`` questions of the behaviour in each half, asked as its data were captured."""
+    source = scoring.statistics.source
+    return Suite(
+        questions,
+        builtin_questions("knowledge") or [],
+        neutral,
+        system=source.get("system"),
+        chat_template_kwargs=source.get("chat_template_kwargs"),
+        limit=limit,
+        utility_limit=GENERAL,
+    )

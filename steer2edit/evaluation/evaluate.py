@@ -20,6 +20,8 @@ from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listing, shown
+from steer2edit.evaluation.answers import ANSWERS_RIGHT
+from steer2edit.evaluation.damage import Damage, damages
 from steer2edit.evaluation.instructed import brief, told
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files.atomic import write_text
@@ -37,7 +39,7 @@ _ROW: Any = {
     **{"name": str, "kind": str, "note": str, "strength": MAYBE, "answers": [str], "seconds": NUMBER},
     "samples": {str: {"values": [NUMBER], "weights": ([NUMBER], None), "groups?": ([str], None)}},
 }
-_METRIC: Any = {"name": str, "role": str, "goal": str, "unit": str, "exponential": bool}
+_METRIC: Any = {"name": str, "role": str, "goal": str, "unit": str, "exponential": bool, "tolerance?": MAYBE}
 _DESCRIBED: Any = {"metrics": [_METRIC], "rows": [_ROW], "context": {}, "prompts": [str]}
 
 
@@ -111,6 +113,10 @@ class Evaluation:
         mean = Sample(tuple(sum(values) / len(others) for values in columns))
         return row.samples[name].change(mean, self.metric(name))
 
+    def damages(self, row: Row) -> tuple[Damage, ...]:
+        """What a row breaks of the base; see evaluation/damage.py."""
+        return damages(self.metrics, row.samples, self.rows[0].samples)
+
     def described(self) -> dict[str, Any]:
         """The numbers in plain values, without single questions."""
         rows = [
@@ -120,6 +126,7 @@ class Evaluation:
                 "note": row.note,
                 "strength": row.strength,
                 "seconds": row.seconds,
+                "breaks": [asdict(damage) for damage in self.damages(row)],
                 "metrics": {
                     m.name: {**asdict(self.estimate(row, m.name)), "change": asdict(self.change(row, m.name))}
                     for m in self.metrics
@@ -169,7 +176,8 @@ def evaluate(
     Raises Steer2EditError where a candidate changed them.
     """
     base = Candidate("base", lambda: _as_it_is(loaded), "base")
-    metrics = tuple(metric for task in tasks for metric in task.metrics)
+    # what it costs the user comes first
+    metrics = tuple(sorted((m for task in tasks for m in task.metrics), key=lambda m: m.name != ANSWERS_RIGHT))
     before = checksums(loaded.model)
     rows = []
     for candidate in (base, *candidates):

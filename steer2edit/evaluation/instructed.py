@@ -10,7 +10,8 @@ from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import render_prompts
 from steer2edit.errors import DataError
-from steer2edit.evaluation.metrics import Answers, Choice, Preference, Task
+from steer2edit.evaluation.answers import Answers
+from steer2edit.evaluation.metrics import Choice, Preference, Task
 from steer2edit.runtime.model import LoadedModel
 
 

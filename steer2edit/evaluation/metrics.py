@@ -7,11 +7,9 @@ Values stay apart per question, so that intervals and differences between candid
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -20,10 +18,8 @@ from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.contrast import Example
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
-from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
-from steer2edit.data.tokens import encode, texts_of
-from steer2edit.engines.generation import generate
-from steer2edit.errors import DataError
+from steer2edit.data.templates import TemplateArguments
+from steer2edit.data.tokens import encode
 from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
@@ -38,13 +34,18 @@ CONTENT_FREE = "N/A"
 
 @dataclass(frozen=True)
 class Metric:
-    """A number's name, what it is for, which way is better, and its unit. ``exponential``: exp of the mean is shown."""
+    """A number's name, what it is for, which way is better, and its unit.
+
+    ``exponential``: exp of the mean is shown. ``tolerance`` says how much worse than the base's it may be until an edit breaks it
+    (evaluation/damage.py); None for what breaks nothing.
+    """
 
     name: str
     role: MetricRole
     goal: Goal
     unit: str = ""
     exponential: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,78 +86,6 @@ class Task(Protocol):
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         """Run the model, with whatever hooks are on it."""
-
-
-Generate = Callable[[LoadedModel, Sequence[str], int], list[list[int]]]
-
-
-def through_transformers(loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of rendered prompts by the loaded model."""
-    special = not loaded.tokenizer.chat_template
-    return generate(loaded, texts, max_new_tokens=max_new_tokens, add_special_tokens=special)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The model writes: length, patterns found, exact answers, a user's own score, and signs of degeneration.
-
-    ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
-    text and the answer and gives a number. ``repetition`` is the share of an answer's 4-grams that occurred before (rep-4,
-    Welleck et al. 2020), ``empty`` whether it holds no word.
-    """
-
-    questions: Sequence[Question]
-    role: MetricRole = "attribute"
-    patterns: Sequence[str] = ()
-    function: Callable[[str, str], float] | None = None
-    max_new_tokens: int = 160
-    system: str | None = None
-    chat_template_kwargs: TemplateArguments | None = None
-    run: Generate = through_transformers
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        exact = [Metric("exact answers", self.role, "more")] if any(q.answers for q in self.questions) else []
-        if self.role == "utility":
-            return tuple(exact)
-        own = [Metric(_name_of(self.function), "attribute", "more")] if self.function else []
-        return (
-            Metric("length", self.role, "less", "tokens"),
-            *(Metric(f"/{pattern}/", self.role, "more") for pattern in self.patterns),
-            *own,
-            *exact,
-            Metric("repetition", "check", "less"),
-            Metric("empty", "check", "less"),
-        )
-
-    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        prompts = render_prompts(
-            {q.prompt: q.where for q in self.questions},
-            loaded.tokenizer,
-            self.system,
-            self.chat_template_kwargs,
-            writing=True,
-        )
-        texts = [prompts[q.prompt] for q in self.questions]
-        with progress(f"answer {len(texts)} questions", total=len(texts)) as advance:
-            rows = self.run(loaded, texts, self.max_new_tokens)
-            advance(len(texts))
-        answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
-        found: dict[str, list[float]] = {
-            "length": [float(len(row)) for row in rows],
-            "repetition": [_repetition(row) for row in rows],
-            "empty": [float(not re.search(r"\w", answer)) for answer in answers],
-        }
-        for pattern in self.patterns:
-            found[f"/{pattern}/"] = [float(bool(re.search(pattern, answer))) for answer in answers]
-        if self.function is not None:
-            found[_name_of(self.function)] = [
-                _scored(self.function, prompt_text(q.prompt), a) for q, a in zip(self.questions, answers, strict=True)
-            ]
-        asked = zip(self.questions, answers, strict=True)
-        found["exact answers"] = [float(is_exact(answer, q.answers)) for q, answer in asked if q.answers]
-        names = {metric.name for metric in self.metrics}
-        return Outcome({name: Sample(tuple(values)) for name, values in found.items() if name in names}, tuple(answers))
 
 
 @dataclass(frozen=True)
@@ -212,7 +141,8 @@ class Choice:
 
     ``MC1`` is 1 where the best true choice (the first marked true) is likelier than every false one, by total
     log-probability; ``MC2`` is the probability of all true choices together, normalised over the choices. As a utility
-    there is ``accuracy`` alone: MC1 by log-probability per token, so that longer choices are at no disadvantage.
+    there is ``likeliest choice right`` alone: MC1 by log-probability per token, so that longer choices are at no disadvantage.
+    It reads choices and not answers: a model that learned to like short responses gains by it (``answers right`` does not).
     """
 
     questions: Sequence[Question]
@@ -223,7 +153,7 @@ class Choice:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         if self.role == "utility":
-            return (Metric("accuracy", "utility", "more"),)
+            return (Metric("likeliest choice right", "utility", "more"),)
         return (Metric("MC1", self.role, "more"), Metric("MC2", self.role, "more"))
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
@@ -242,7 +172,7 @@ class Choice:
             chat_template_kwargs=self.chat_template_kwargs,
         )
         scores = iter(response_log_probabilities(loaded, encoded, progress=progress))
-        found: dict[str, list[float]] = {"MC1": [], "MC2": [], "accuracy": []}
+        found: dict[str, list[float]] = {"MC1": [], "MC2": [], "likeliest choice right": []}
         for question in self.questions:
             rows = [next(scores) for _ in question.choices]
             totals = torch.stack([row.sum() for row in rows])
@@ -250,7 +180,7 @@ class Choice:
             true = torch.tensor(question.labels)
             best = question.labels.index(True)
             found["MC1"].append(float(totals[best] > totals[~true].max()))
-            found["accuracy"].append(float(means[best] > means[~true].max()))
+            found["likeliest choice right"].append(float(means[best] > means[~true].max()))
             found["MC2"].append(float(totals.softmax(0)[true].sum()))
         return Outcome({metric.name: Sample(tuple(found[metric.name])) for metric in self.metrics})
 
@@ -284,53 +214,6 @@ class Neutral:
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as text: the last message of a chat."""
     return prompt if isinstance(prompt, str) else prompt[-1].content
-
-
-def is_exact(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether an answer says what is accepted.
-
-    The last number of the answer counts where the accepted text is a number, else the text itself.
-
-    Case, white space and closing punctuation do not count.
-    """
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
-    for wanted in accepted:
-        value = _number(wanted)
-        if value is not None and numbers and math.isclose(float(numbers[-1]), value):
-            return True
-        if value is None and _plain(answer) == _plain(wanted):
-            return True
-    return False
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!?\"'")
-
-
-def _repetition(tokens: Sequence[int]) -> float:
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _scored(function: Callable[[str, str], float], prompt: str, answer: str) -> float:
-    try:
-        value = float(function(prompt, answer))
-    except Exception as error:  # whatever the user's function raises
-        raise DataError(f"{_name_of(function)} failed on an answer: {type(error).__name__}: {error}") from None
-    if not math.isfinite(value):
-        raise DataError(f"{_name_of(function)} gave {value} for an answer; expected a finite number")
-    return value
-
-
-def _name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _response(question: Question, label: Label) -> str:

@@ -11,16 +11,9 @@ from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
-from steer2edit.evaluation.metrics import (
-    Answers,
-    Choice,
-    Generate,
-    Neutral,
-    Preference,
-    Task,
-    prompt_text,
-    through_transformers,
-)
+from steer2edit.evaluation.answers import Answers, Generate, through_transformers
+from steer2edit.evaluation.marking import can_be_named
+from steer2edit.evaluation.metrics import Choice, Neutral, Preference, Task, prompt_text
 from steer2edit.strength.neutral_texts import NeutralTexts
 
 SAMPLES = 16
@@ -32,7 +25,8 @@ class Suite:
 
     Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
     answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
-    read. ``limit`` bounds the questions of each split.
+    read. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the questions of each
+    split, ``utility_limit`` those of general use where that is another number.
     """
 
     attribute: Sequence[Question]
@@ -44,12 +38,13 @@ class Suite:
     system: str | None = None
     chat_template_kwargs: TemplateArguments | None = None
     limit: int | None = None
+    utility_limit: int | None = None
     seed: int = 0
     run: Generate = through_transformers
 
     def tasks(self, split: Split) -> list[Task]:
         """What is run on one split, the cheapest first. Raises DataError where the split holds no question."""
-        asked, useful = self.questions(split), take(self.utility, split, self.seed)[: self.limit]
+        asked, useful = self.questions(split), self.useful(split)
         if not asked:
             raise DataError(f"no question falls into the split {split}; give more questions, or another --split-seed")
         found: list[Task] = [Neutral(text) for text in self.neutral]
@@ -61,12 +56,16 @@ class Suite:
             found.append(Choice(choices, "utility", **self._rendering))
         # with the attribute's answers first: they are what is shown
         found.append(self._answers(self.written(split)))
-        if exact := [q for q in useful if q.answers]:
-            found.append(self._answers(exact, useful=True))
+        if general := self.general(split):
+            found.append(self._answers(general, useful=True))
         names = [metric.name for task in found for metric in task.metrics]
         if len(set(names)) < len(names):
             raise DataError(f"two metrics have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
         return found
+
+    def useful(self, split: Split) -> list[Question]:
+        """The utility's questions of a split."""
+        return take(self.utility, split, self.seed)[: self.utility_limit or self.limit]
 
     def questions(self, split: Split) -> list[Question]:
         """The attribute's questions of a split."""
@@ -80,10 +79,13 @@ class Suite:
         bare = [q for q in asked if not q.positive and not q.choices]
         return bare or list(islice(asked, SAMPLES))
 
+    def general(self, split: Split) -> list[Question]:
+        """The utility's questions that the model writes an answer to: those with accepted answers or short choices."""
+        return [question for question in self.useful(split) if question.answers or can_be_named(question)]
+
     def answers(self, split: Split) -> int:
         """How many answers each candidate writes."""
-        exact = [q for q in take(self.utility, split, self.seed)[: self.limit] if q.answers]
-        return len(self.written(split)) + len(exact)
+        return len(self.written(split)) + len(self.general(split))
 
     def prompts(self, split: Split) -> list[str]:
         """The texts of their prompts."""
@@ -91,7 +93,7 @@ class Suite:
 
     def digests(self, split: Split) -> list[str]:
         """Digests of every prompt that numbers of this split rest on."""
-        both: Iterator[Question] = iter([*self.questions(split), *take(self.utility, split, self.seed)[: self.limit]])
+        both: Iterator[Question] = iter([*self.questions(split), *self.useful(split)])
         return sorted({prompt_digest(q.prompt) for q in both})
 
     def context(self, split: Split) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class Suite:
             "split": split,
             "split_seed": self.seed,
             "questions": len(self.questions(split)),
-            "utility_questions": len(take(self.utility, split, self.seed)[: self.limit]),
+            "utility_questions": len(self.useful(split)),
             "neutral_tokens": {text.kind: text.tokens for text in self.neutral},
             "max_new_tokens": self.max_new_tokens,
             "system": self.system,

@@ -71,6 +71,7 @@ _OTHER: Any = {
     "steps?": [[NUMBER]],
     "trial?": int,
     "params?": {},
+    "aim?": {"metric": str, "aim": NUMBER, "value": NUMBER, "base": NUMBER, "steps": [[NUMBER]]},
 }
 _COST: Any = {
     **dict.fromkeys(("kl", "low", "high", "base_perplexity", "perplexity"), NUMBER),
@@ -93,7 +94,7 @@ class Measured:
     ``costs`` holds the divergence on each kind of neutral text, ``kl_budget`` the largest KL that was allowed on the text
     ``budget_text`` (None for a strength that was given), ``steps`` the search's ``(strength, kl)`` in order. ``trial`` and
     ``params`` say which proposal of a study it is, and ``selected_on`` holds digests of the prompts that it was chosen by.
-    ``more`` are keys of other versions.
+    ``aim`` is what the strength was to reach: a metric, its value and the base's. ``more`` are keys of other versions.
     """
 
     strength: float | None = None
@@ -105,6 +106,7 @@ class Measured:
     trial: int | None = None
     params: Mapping[str, Any] | None = None
     selected_on: tuple[str, ...] = ()
+    aim: Mapping[str, Any] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     _keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
     _empty: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
@@ -132,6 +134,7 @@ class Measured:
             "trial": self.trial,
             "params": None if self.params is None else dict(self.params),
             "selected_on": list(self.selected_on),
+            "aim": None if self.aim is None else dict(self.aim),
             **self.more,
         }
         # a settled strength says too that it had no budget and no search, and older KLs that they have no quadratic form
@@ -153,7 +156,7 @@ class Measured:
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> Measured:
         """What :meth:`to_json` gave. Raises ValueError or TypeError for what :data:`MEASURED` does not allow."""
-        own = {key: described[key] for key in ("strength", "kl_budget", "trial", "params") if key in described}
+        own = {key: described[key] for key in ("strength", "kl_budget", "trial", "params", "aim") if key in described}
         steps = described.get("steps")
         costs: dict[TextKind, Divergence] = {}
         if "kl" in described:

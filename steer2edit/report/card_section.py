@@ -23,12 +23,16 @@ def tradeoff(evaluation: Evaluation, plot: str | None = None) -> list[str]:
     They show numbers only, never a prompt or an answer.
     """
     metrics = evaluation.metrics
-    edits, lost, judged = compared_rows(evaluation), [], []
+    edits, lost, judged, broken = compared_rows(evaluation), [], [], []
     rows: list[Sequence[object]] = [["", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]]
     for row in evaluation.rows:
         cells = [interval(evaluation.estimate(row, m.name)) if m.name in row.samples else "–" for m in metrics]
         # a candidate may be called after the file it came from
-        rows.append([re.split(r"[/\\]", row.name)[-1] if row.kind == "edit" else row.name, *cells])
+        shown = re.split(r"[/\\]", row.name)[-1] if row.kind == "edit" else row.name
+        rows.append([shown, *cells])
+        if damages := evaluation.damages(row):
+            told = inline("; ".join(map(str, damages)))
+            broken.append(f"{inline(shown)} breaks {told}, beyond the tolerance that docs/measuring.md states.")
         if row in edits:
             rows.append(["change", *(change_cell(evaluation, row, m) for m in metrics)])
             beside = comparisons(evaluation, replace(row, name="The edit"))
@@ -48,4 +52,5 @@ def tradeoff(evaluation: Evaluation, plot: str | None = None) -> list[str]:
         "Brackets are bootstrap 95 % intervals; changes and differences are paired by question."
     )
     picture = [f"![The attribute against its cost]({plot})"] if plot else []
-    return ["## The trade-off", *judged, *([" ".join(lost)] if lost else []), *picture, table(rows), remark]
+    lines = [*judged, *([" ".join(lost)] if lost else []), *broken]
+    return ["## The trade-off", *lines, *picture, table(rows), remark]

@@ -34,7 +34,9 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
     edits = compared_rows(evaluation)
     for row in evaluation.rows:
         note = "chosen edit" + (f", {row.note}" if row.note else "") if row is chosen else row.note
-        name = joined(row.name, tag("small", note) if note else "")
+        broken = "; ".join(map(str, evaluation.damages(row)))
+        mark = tag("small", tag("span", f"breaks {broken}", class_="worse")) if broken else ""
+        name = joined(row.name, tag("small", note) if note else "", mark)
         rows.append([name, *(_cell(evaluation, row, metric) for metric in evaluation.metrics)])
         for one in comparisons(evaluation, row) if row in edits else []:
             beyond = joined("" if one.row is row else one.row.name, "beyond", one.against)
@@ -49,6 +51,11 @@ def candidates(evaluation: Evaluation | None) -> list[Html]:
         "word may be zero.",
         "A row that begins with beyond: the edit minus that baseline at equal cost, paired by question.",
     ]
+    if tolerances := [f"{m.name} {plain_value(m.tolerance)}" for m in evaluation.metrics if m.tolerance is not None]:
+        sentences.append(
+            "A candidate breaks a metric where the whole interval of the change is worse by more than a tolerance: "
+            f"{', '.join(tolerances)}."
+        )
     shown = {key: str(value)[:12] if key == "fingerprint" else value for key, value in evaluation.context.items()}
     if context := pairs(shown):
         sentences.append(f"Measured on: {context}.")

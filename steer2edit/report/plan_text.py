@@ -131,6 +131,12 @@ def strength_line(measured: Measured) -> str:
         return f"{', '.join(told)}; all together × {number(measured.strength or 1.0)}"
     if measured.strength is None:
         return "" if measured.costs else "1, the method's own; no KL was measured"
+    if measured.aim is not None:
+        aim = measured.aim
+        return (
+            f"{number(measured.strength)} times the method's edit, the weakest that reaches {aim['metric']}={number(aim['aim'])} "
+            f"on the questions for selection: {number(aim['value'])} there, the base {number(aim['base'])}"
+        )
     if measured.kl_budget is None:
         return f"{number(measured.strength)} times the method's edit"
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -15,7 +15,8 @@ from steer2edit.report.differences import cell, change_cell, losses
 
 if TYPE_CHECKING:
     from steer2edit.artefact.verify import Verification
-    from steer2edit.evaluation.evaluate import Evaluation
+    from steer2edit.evaluation.evaluate import Evaluation, Row
+    from steer2edit.evaluation.metrics import Metric
     from steer2edit.search.study import Study
 
 
@@ -27,24 +28,19 @@ _UNITS = {
 
 
 def render_evaluation(found: Evaluation) -> str:
-    """A table of every candidate, each metric with its interval, and the counts below.
+    """A table of every candidate, each metric with its interval; signs of damage; what is broken; the counts below.
 
     Under each edit stand its change from the base and what it does beyond each baseline, losses first.
     """
-    edits, table, lost = compared_rows(found), [], []
-    for row in found.rows:
-        values = (str(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in found.metrics)
-        table.append([row.name, row.note, *values])
-        if row in edits:
-            table.append(["  change", "", *(change_cell(found, row, metric) for metric in found.metrics)])
-            beside = comparisons(found, row)
-            for one in beside:
-                name = "  beyond" if one.row is row else f"  {one.row.name} beyond"
-                table.append([name, one.against, *(cell(one, metric) for metric in found.metrics)])
-            lost += losses(found, beside)
-    headers = ["", "", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in found.metrics)]
+    edits, lost = compared_rows(found), []
+    for row in edits:
+        lost += losses(found, comparisons(found, row))
     context = found.context
-    lines = [*lost, *([""] if lost else []), tabulate(table, headers=headers, disable_numparse=True), ""]
+    broken = [f"{row.name} breaks {'; '.join(map(str, told))}." for row in found.rows if (told := found.damages(row))]
+    lines = [*broken, *lost, *([""] if lost or broken else [])]
+    lines += [_table(found, [metric for metric in found.metrics if metric.role != "check"], edits), ""]
+    if checks := [metric for metric in found.metrics if metric.role == "check"]:
+        lines += ["Signs of damage:", "", _table(found, checks, edits), ""]
     lines.append(_measured_on(found))
     if edits:
         lines.append(
@@ -53,6 +49,14 @@ def render_evaluation(found: Evaluation) -> str:
     for name, results in (context.get("lm_eval") or {}).items():
         lines += ["", f"lm-eval, {name}", tabulate(results, headers="keys", floatfmt=".4g")]
     return "\n".join(lines)
+
+
+def breaks_line(found: Evaluation) -> str:
+    """What the edit breaks of the base, by paired differences."""
+    edit = next((row for row in found.rows if row.kind == "edit"), None)
+    if edit is None or not any(metric.tolerance is not None for metric in found.metrics):
+        return ""
+    return "; ".join(map(str, found.damages(edit))) or "nothing that was measured"
 
 
 def effect_line(found: Evaluation) -> str:
@@ -77,6 +81,21 @@ def steerable_lines(found: Evaluation) -> list[str]:
         if judged is not None:
             lines.append(str(judged) + ("" if judged.steerable else " Do not publish it as an edit of this behaviour."))
     return lines
+
+
+def _table(found: Evaluation, metrics: Sequence[Metric], edits: Sequence[Row]) -> str:
+    """Every candidate's values of some metrics, and under each edit its change and its differences."""
+    table = []
+    for row in found.rows:
+        values = (str(found.estimate(row, m.name)) if m.name in row.samples else "–" for m in metrics)
+        table.append([row.name, row.note, *values])
+        if row in edits:
+            table.append(["  change", "", *(change_cell(found, row, metric) for metric in metrics)])
+            for one in comparisons(found, row):
+                name = "  beyond" if one.row is row else f"  {one.row.name} beyond"
+                table.append([name, one.against, *(cell(one, metric) for metric in metrics)])
+    headers = ["", "", *(f"{m.name}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]
+    return str(tabulate(table, headers=headers, disable_numparse=True))
 
 
 def _measured_on(found: Evaluation) -> str:

@@ -33,7 +33,9 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
     numbers = "; ".join([f"{_moved(attribute, change)} at {at}", *differences])
     judged = steerability(evaluation, row)
     more = [] if judged is None or judged.steerable else [str(judged)]
-    return " ".join([f"{numbers}.", *_judged(attribute, change, beside), *more])
+    broken = "; ".join(map(str, evaluation.damages(row)))
+    breaks = [f"The edit breaks {broken}."] if broken else []
+    return " ".join([f"{numbers}.", *breaks, *_judged(attribute, change, beside), *more])
 
 
 def _unmeasured(plan: EditPlan) -> str:

@@ -38,7 +38,7 @@ class Trial:
 
     @property
     def values(self) -> tuple[float, float] | None:
-        """(attribute, utility), or None where it was not measured or its answers degenerate."""
+        """(attribute, utility), or None where it was not measured or breaks a metric."""
         if self.attribute is None or self.utility is None or self.state != "complete":
             return None
         return self.attribute["value"], self.utility["value"]
@@ -80,12 +80,12 @@ class Journal:
             raise PlanError(f"{shown} holds a study with other settings: {lines}. Give another folder or study name.")
         self._bury()
 
-    def base(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The base's metrics, measured once in a study's life."""
-        known: dict[str, float] | None = self._study.user_attrs.get("base")
+    def base(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``measure`` gives of the base, in plain values; measured once in a study's life."""
+        known: dict[str, Any] | None = self._study.user_attrs.get("base_measured")
         if known is None:
             known = measure()
-            self._study.set_user_attr("base", known)
+            self._study.set_user_attr("base_measured", known)
         return known
 
     def finished(self) -> list[Trial]:

@@ -22,8 +22,9 @@ from steer2edit import methods
 from steer2edit.architecture import MatrixRole
 from steer2edit.checkpoint import read_json
 from steer2edit.errors import PlanError
+from steer2edit.evaluation.damage import damages
 from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
-from steer2edit.evaluation.metrics import Metric, Neutral, Task
+from steer2edit.evaluation.metrics import Metric, Neutral, Sample, Task
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.schema import MAYBE, NUMBER, check
@@ -46,7 +47,6 @@ _STUDY: Any = {
     "settings": {"attribute": _OBJECTIVE, "utility": _OBJECTIVE},
     "trials": [{**_TRIAL, "checks?": {str: NUMBER}, "note?": str, "front": bool, "knee": bool}],
 }
-_DEGENERATE = {"repetition": 0.1, "empty": 0.05}
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Search:
 
     ``methods`` are proposed with their layers, classes and a KL in ``kl_range`` (log-uniform); or ``grid`` gives values of a
     method's options, all combinations of which are tried at ``strength`` times what the method gives. A plan whose KL is
-    above ``max_kl`` is not evaluated further, and one whose answers repeat themselves or say nothing more than the base's do
-    is kept from the front unless ``allow_degenerate``. The search ends after ``trials``, or after ``patience`` trials that left
-    the front as it was. The utility "KL" is that on the text which budgets are on, as ``kl_range`` and ``max_kl`` are.
+    above ``max_kl`` is not evaluated further, and one that breaks a metric (evaluation/damage.py) is kept from the front unless
+    ``allow_broken``. The search ends after ``trials``, or after ``patience`` trials that left the front as it was. The utility
+    "KL" is that on the text which budgets are on, as ``kl_range`` and ``max_kl`` are.
     """
 
     methods: tuple[str, ...] = ("steering",)
@@ -70,7 +70,7 @@ class Search:
     strength: float = 1.0
     attribute: str | None = None
     utility: str = "KL"
-    allow_degenerate: bool = False
+    allow_broken: bool = False
 
     def points(self) -> list[Params]:
         """The grid's combinations, in order."""
@@ -138,12 +138,17 @@ def tune(
     settings = _settings(scoring, suite, search, attribute, utility)
     journal = Journal(storage, name, settings, goals)
 
-    def measure_base() -> dict[str, float]:
-        row = measure(plan_candidate(loaded, "base", EditPlan(Base("", None, ""), ())), tasks, progress)
-        return {m.name: row.samples[m.name].estimate(m).value for task in tasks for m in task.metrics}
+    metrics = [metric for task in tasks for metric in task.metrics]
 
-    base = journal.base(measure_base)
-    bench = _Bench(loaded, scoring, tasks, (attribute, utility), search, base, progress)
+    def measure_base() -> dict[str, Any]:
+        row = measure(plan_candidate(loaded, "base", EditPlan(Base("", None, ""), ())), tasks, progress)
+        tolerated = {m.name: list(row.samples[m.name].values) for m in metrics if m.tolerance is not None}
+        return {"values": {m.name: row.samples[m.name].estimate(m).value for m in metrics}, "samples": tolerated}
+
+    measured = journal.base(measure_base)
+    base = measured["values"]
+    samples = {name: Sample(tuple(values)) for name, values in measured["samples"].items()}
+    bench = _Bench(loaded, scoring, tasks, (attribute, utility), search, samples, progress)
     points = search.points()
     total = len(points) if search.grid else search.trials
     with progress("tune", total=total) as advance:
@@ -185,7 +190,7 @@ class _Bench:
     tasks: Sequence[Task]
     objectives: tuple[Metric, Metric]
     search: Search
-    base: Mapping[str, float]
+    base: Mapping[str, Sample]
     progress: Progress
 
     def run(self, number: int, params: Params) -> Trial:
@@ -212,12 +217,13 @@ class _Bench:
 
     def _judged(self, number: int, params: Params, kl: float, row: Row, checks: dict[str, float]) -> Trial:
         found = [asdict(row.samples[m.name].estimate(m)) for m in self.objectives]
-        state, note = "complete", ""
-        for name, slack in _DEGENERATE.items():
-            if name in row.samples:
-                checks[name] = row.samples[name].estimate(_metric(self.tasks, name)).value
-                if checks[name] > self.base[name] + slack and not self.search.allow_degenerate:
-                    state, note = "degenerate", f"{name} is {checks[name]:.2f}, the base's {self.base[name]:.2f}"
+        metrics = [metric for task in self.tasks for metric in task.metrics]
+        broken = damages(metrics, row.samples, self.base)
+        for metric in metrics:
+            if metric.tolerance is not None:
+                checks[metric.name] = row.samples[metric.name].estimate(metric).value
+        note = f"breaks {'; '.join(map(str, broken))}" if broken else ""
+        state = "broken" if broken and not self.search.allow_broken else "complete"
         return Trial(number, params, state, kl, found[0], found[1], checks, note, row.seconds)
 
 

@@ -1,0 +1,154 @@
+"""The metrics of written answers: the model writes, and each answer is read for what is right, wanted or damaged.
+
+A metric is one entry: a :class:`Reading` gives its value for one answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steer2edit.data.questions import Question
+from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
+from steer2edit.data.tokens import texts_of
+from steer2edit.engines.generation import generate
+from steer2edit.errors import DataError
+from steer2edit.evaluation.degeneration import is_empty, loops, repetition
+from steer2edit.evaluation.language import left_language
+from steer2edit.evaluation.marking import is_exact, names_right
+from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, prompt_text
+from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel
+
+Generate = Callable[[LoadedModel, Sequence[str], int], list[list[int]]]
+ANSWERS_RIGHT = "answers right"
+
+
+def through_transformers(loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of rendered prompts by the loaded model."""
+    special = not loaded.tokenizer.chat_template
+    return generate(loaded, texts, max_new_tokens=max_new_tokens, add_special_tokens=special)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a question: its tokens, its text without a thought, and whether it ended by itself."""
+
+    question: Question
+    tokens: Sequence[int]
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric of written answers; ``value`` reads one answer."""
+
+    metric: Metric
+    value: Callable[[Answer], float]
+
+
+CHECKS = (
+    Reading(Metric("repetition", "check", "less", tolerance=0.05), lambda a: repetition(a.tokens)),
+    Reading(Metric("loops", "check", "less", tolerance=0.02), lambda a: loops(a.tokens, a.ended)),
+    Reading(Metric("empty", "check", "less", tolerance=0.02), lambda a: is_empty(a.text)),
+    Reading(
+        Metric("other language", "check", "less", tolerance=0.02),
+        lambda a: left_language(prompt_text(a.question.prompt), a.text),
+    ),
+)
+"""Signs of damage, read in every written answer. All but the first are shares of the answers."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The model writes: length, patterns found, exact answers, a user's own score, and signs of damage.
+
+    ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
+    text and the answer and gives a number. As a utility there are ``answers right`` (every question has an accepted answer, or
+    choices, which the model is not shown) and the signs of damage, as those of general answers.
+    """
+
+    questions: Sequence[Question]
+    role: MetricRole = "attribute"
+    patterns: Sequence[str] = ()
+    function: Callable[[str, str], float] | None = None
+    max_new_tokens: int = 160
+    system: str | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+    run: Generate = through_transformers
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """What is read in each answer."""
+        if self.role == "utility":
+            right = Metric(ANSWERS_RIGHT, "utility", "more", tolerance=0.02)
+            general = [
+                replace(one, metric=replace(one.metric, name=f"{one.metric.name}, general answers")) for one in CHECKS
+            ]
+            return Reading(right, _is_right), *general
+        found = [Reading(Metric("length", self.role, "less", "tokens"), lambda a: len(a.tokens))]
+        found += [_pattern(pattern, self.role) for pattern in self.patterns]
+        if self.function is not None:
+            found.append(_own(self.function))
+        if any(question.answers for question in self.questions):
+            found.append(Reading(Metric("exact answers", self.role, "more"), _is_right))
+        return *found, *CHECKS
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(reading.metric for reading in self.readings)
+
+    def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
+        prompts = render_prompts(
+            {q.prompt: q.where for q in self.questions},
+            loaded.tokenizer,
+            self.system,
+            self.chat_template_kwargs,
+            writing=True,
+        )
+        texts = [prompts[q.prompt] for q in self.questions]
+        with progress(f"answer {len(texts)} questions", total=len(texts)) as advance:
+            rows = self.run(loaded, texts, self.max_new_tokens)
+            advance(len(texts))
+        written = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+        answers = [
+            Answer(question, row, text, len(row) < self.max_new_tokens)
+            for question, row, text in zip(self.questions, rows, written, strict=True)
+        ]
+        samples = {}
+        for reading in self.readings:
+            # where some questions have an accepted answer and others have none, those with one count
+            asked = [a for a in answers if a.question.answers] if reading.metric.name == "exact answers" else answers
+            samples[reading.metric.name] = Sample(tuple(float(reading.value(answer)) for answer in asked))
+        return Outcome(samples, tuple(written))
+
+
+def _is_right(answer: Answer) -> float:
+    """Whether an answer is what is accepted, or names the right choice alone."""
+    accepted = answer.question.answers
+    return is_exact(answer.text, accepted) if accepted else names_right(answer.text, answer.question)
+
+
+def _pattern(pattern: str, role: MetricRole) -> Reading:
+    return Reading(Metric(f"/{pattern}/", role, "more"), lambda a: bool(re.search(pattern, a.text)))
+
+
+def _own(function: Callable[[str, str], float]) -> Reading:
+    """A user's own score."""
+    name = str(getattr(function, "__name__", type(function).__name__))
+
+    def value(answer: Answer) -> float:
+        score: Any
+        try:
+            score = float(function(prompt_text(answer.question.prompt), answer.text))
+        except Exception as error:  # whatever the user's function raises
+            raise DataError(f"{name} failed on an answer: {type(error).__name__}: {error}") from None
+        if not math.isfinite(score):
+            raise DataError(f"{name} gave {score} for an answer; expected a finite number")
+        return float(score)
+
+    return Reading(Metric(name, "attribute", "more"), value)

@@ -1,0 +1,31 @@
+"""An aim in place of a budget: a value that a metric of the behaviour is to reach."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from steer2edit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A value that a metric of the behaviour is to reach."""
+
+    metric: str
+    value: float
+
+    @classmethod
+    def read(cls, text: str) -> Aim:
+        """An aim from ``length=40``. Raises DataError for another form."""
+        name, equals, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (equals and name.strip() and math.isfinite(number)):
+            raise DataError(f"the aim {text!r} is not of the form METRIC=VALUE, such as length=40 or margin=0.2")
+        return cls(name.strip(), number)
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.value:g}"
