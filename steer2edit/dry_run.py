@@ -26,6 +26,7 @@ from steer2edit.data.templates import render_prompts, templated
 from steer2edit.data.tokens import token_ids, windows
 from steer2edit.engines.chats import CHAT_TOKENS, USER_ANSWER_TOKENS
 from steer2edit.engines.own_answers import ANSWER_TOKENS
+from steer2edit.errors import DataError
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -225,7 +226,11 @@ def _compared_and_written(own: NeutralChats) -> tuple[int, int]:
 
 
 def _asked(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    texts = render_prompts(dict.fromkeys(prompts, "a prompt that the base answers"), tokenizer)
+    """Tokens of prompts that the base answers; none where the template rejects them, as the run itself leaves them out."""
+    try:
+        texts = render_prompts(dict.fromkeys(prompts, "a prompt that the base answers"), tokenizer)
+    except DataError:
+        return []
     return token_ids(tokenizer, list(texts.values()), not templated(tokenizer))
 
 

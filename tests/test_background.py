@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_chat_model
+from conftest import ROWS, run, save_chat_model
 
 from steer2edit.architecture import read_spec
 from steer2edit.capture import background as module
@@ -86,6 +87,18 @@ def test_other_answers_are_another_background(talker: LoadedModel, checkpoint: C
     assert (
         capture_statistics(talker, checkpoint, BEHAVIOR, background="Some text. " * 9, chat=()).source["chat"] is None
     )
+
+
+def test_a_dry_run_does_without_answers_where_the_template_rejects_prompts(tmp_path: Path) -> None:
+    folder = save_chat_model(tmp_path / "picky")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].content | length > 30 %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    )
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    result = run("compile", folder, "--data", data, "--dry-run", "--json", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["own_answers"] == 0
 
 
 def test_a_model_that_cannot_write_answers_says_so(talker: LoadedModel, loaded: LoadedModel) -> None:
