@@ -16,7 +16,7 @@ from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.meet import at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
 
-KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.2, "prose": 0.05}
+KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.1, "prose": 0.05}
 """The budget where none is asked for, by the kind of text that it is on, in nats per token."""
 
 
