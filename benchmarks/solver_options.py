@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--behavior", action="append", required=True)
     parser.add_argument("--kl", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument("--only", action="append", help="name of an option set (default: all but those to try)")
+    parser.add_argument("--experiments", action="store_true", help="the sets to try, too")
     parser.add_argument("--questions", type=int, default=70, help="questions of a behaviour (default %(default)s)")
     parser.add_argument("--knowledge", type=int, default=0, help="knowledge questions to mark (default none)")
     parser.add_argument("--rows", type=int, default=30, help="answers or windows of the KL (default %(default)s)")
@@ -167,7 +168,9 @@ def main() -> None:
         if (options.model, name, "base", 0.0) not in done:
             keep((options.model, name, "base", 0.0), measured(case))
         sets = option_sets(case)
-        chosen = options.only or [one for one in sets if not one.startswith("try:")]
+        tried = [one for one in sets if one.startswith("try:")]
+        chosen = options.only or [one for one in sets if one not in tried]
+        chosen += tried if options.experiments else []
         for one in dict.fromkeys([STEERING, *chosen]):
             todo = [kl for kl in options.kl if (options.model, name, one, kl) not in done]
             apply = sets[one]() if todo else None

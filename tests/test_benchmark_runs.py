@@ -26,6 +26,8 @@ RUNS = {
     "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
     "plan_content.py": "MODEL",
     "plan_speed.py": "MODEL --runs 1",
+    "solver_options.py": "MODEL --behavior formal --kl 0.001 --questions 2 --rows 4 --knowledge 2 --dtype float32 --out WORK "
+    "--only default --experiments",
     "scale_units.py": "MODEL --behavior formal --tokens 200 --dtype float32",
 }
 IN_PROCESSES = {
