@@ -20,8 +20,15 @@ from steer2edit.architecture.wrappers import MULTIMODAL
 # neither described nor refused yet: the list only gets shorter
 PENDING_TEXT: set[str] = set()
 PENDING_WRAPPERS = {
-    *("apertus1p5", "chameleon", "cohere_compass", "dots3_note", "fast_vlm", "gemma4", "gemma4_unified"),
-    *("kosmos-2.5", "llama4", "minimax_m3_vl", "nemotron_h_omni", "perception_lm", "step3p7", "unlimited_ocr"),
+    "apertus1p5",
+    "chameleon",
+    "fast_vlm",
+    "kosmos-2.5",
+    "llama4",
+    "nemotron_h_omni",
+    "perception_lm",
+    "step3p7",
+    "unlimited_ocr",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conftest import make_tokenizer
-from family_configs import COMMON_SETTINGS, LINEAR
+from family_configs import COMMON_SETTINGS, LINEAR, SPECIAL_SETTINGS
 from family_models import renamed
 from mixture_models import EXPERT_COUNTS
 from releases import config_class
@@ -42,6 +42,19 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "deepseek_vl": _around({"model_type": "llama"}, _SIGLIP),
     "exaone4_5": _around({"model_type": "exaone4"}, _VIT),
     "gemma3": _around({"model_type": "gemma3_text", "query_pre_attn_scalar": 16}, VISION, mm_tokens_per_image=4),
+    "gemma4": _around(
+        {"model_type": "gemma4_text", **SPECIAL_SETTINGS["gemma4_text"]},
+        {**VISION, "num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 1, "position_embedding_size": 16},
+    ),
+    "gemma4_unified": _around(
+        {"model_type": "gemma4_unified_text", **SPECIAL_SETTINGS["gemma4_unified_text"]},
+        {
+            "patch_size": 4,
+            "pooling_kernel_size": 1,
+            **dict.fromkeys(("mm_embed_dim", "mm_posemb_size"), 16),
+            "output_proj_dims": 16,
+        },
+    ),
     "glm4v": _around(_MROPE, _VIT),
     "got_ocr2": _around({"model_type": "qwen2"}, {**VISION, "mlp_dim": 16, "output_channels": 16}),
     "idefics3": _around({"model_type": "llama"}, VISION),
@@ -125,6 +138,24 @@ AROUND: dict[str, dict[str, Any]] = {
     },
     "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 3, "<image>": 4}, "vq_config": _CODEBOOK},
+    "minimax_m3_vl": {
+        "text_config": {
+            **{"dense_intermediate_size": 40, "shared_intermediate_size": 20, "intermediate_size": 12, "rotary_dim": 8},
+            **{"mlp_layer_types": ["sparse", "sparse"], "index_n_heads": 2, "index_head_dim": 16},
+        },
+        "projector_hidden_size": 16,
+    },
+    "cohere_compass": {"text_config": {**SPECIAL_SETTINGS["cohere_compass_text"], "head_dim": 8}},
+    "dots3_note": {
+        "text_config": {**_MLA, "layer_types": ["full_attention"] * 2},
+        "vision_config": {
+            "per_layer_config": {},
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 16,
+            "adapter_out_dim": 32,
+        },
+        "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 32},
+    },
     "janus": {"vision_config": {"projection_dim": COMMON_SETTINGS["hidden_size"]}, "vq_config": _CODEBOOK},
 }
 """Other multimodal models: what their parts need beside small sizes."""
