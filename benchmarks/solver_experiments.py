@@ -1,4 +1,4 @@
-"""What was tried beside the options of the default method, and not kept: plans for solver_options.py.
+"""What was tried beside the options of the default method, and is not one of them: plans for solver_options.py.
 
 - centred: second moments of prose and chat about their means.
 - floor .001 and .1: the part of the mean diagonal that is added, .01 in the method.
