@@ -57,6 +57,12 @@ WRAPPERS = (
     *("aya_vision", "gemma3", "glm4v", "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
     *("llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
 )
+# what mlx-lm alone was compared on: its class of model, and the numbers of layers that it takes for granted
+APPLE = (
+    *("helium", "internlm3", "iquestcoder", "olmo3", "gemma4_text", "gptj", "lfm2", "falcon_h1", "mamba", "mamba2"),
+    "falcon_mamba",
+)
+APPLE_MIXTURES = (*("lfm2_moe", "nemotron_h", "laguna", "qwen3_next", "mellum", "deepseek_v32", "mistral4", "afmoe"),)
 # large enough for every engine's kernels: vLLM's CPU attention wants heads of at least 32
 SIZE = {
     "vocab_size": 512,
@@ -72,13 +78,30 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_po
 # what a family's published models have, and an engine takes for granted
 PECULIAR: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 1},
+    **{family: {"moe_intermediate_size": 64} for family in ("qwen3_moe", "glm4_moe", "dots1", "exaone_moe")},
     **{
-        family: {"moe_intermediate_size": 64}
-        for family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "dots1", "exaone_moe")
+        family: {"num_key_value_heads": 4, "head_dim": 8}
+        for family in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "mistral4")
     },
-    **{family: {"num_key_value_heads": 4, "head_dim": 8} for family in ("deepseek_v2", "deepseek_v3")},
-    **{family: {"query_pre_attn_scalar": SIZE["head_dim"]} for family in ("gemma2", "gemma3_text")},
+    # with as many layers as the published pattern of layers has
+    **{family: {"num_hidden_layers": 4} for family in ("cohere2", "exaone4", "olmo3", "afmoe", "mellum")},
+    "gemma2": {"query_pre_attn_scalar": SIZE["head_dim"]},
+    "gemma3_text": {"query_pre_attn_scalar": SIZE["head_dim"], "num_hidden_layers": 6},
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "final_logit_softcapping": 30.0,
+        "vocab_size_per_layer_input": SIZE["vocab_size"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    "gpt_neox": {"intermediate_size": 4 * SIZE["hidden_size"]},
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "mlp_only_layers": [],
+    },
     "ministral3": {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "qwen2_moe": {"moe_intermediate_size": 64, "mlp_only_layers": [], "norm_topk_prob": False},
     "opt": {"word_embed_proj_dim": SIZE["hidden_size"], "ffn_dim": SIZE["intermediate_size"]},
     "phi": {"num_key_value_heads": SIZE["num_attention_heads"], "intermediate_size": 4 * SIZE["hidden_size"]},
 }
@@ -113,7 +136,10 @@ def main() -> None:
     folders = {name: Path(folder) for name, folder in (one.split("=", 1) for one in given.model)}
     folders["embedded"] = model_folder()
     path = given.work / "cases.json"
-    for name in (*folders, *(f"tiny {family}" for family in (*FAMILIES, *MIXTURES, *WRAPPERS))):
+    for name in (
+        *folders,
+        *(f"tiny {family}" for family in (*FAMILIES, *MIXTURES, *APPLE, *APPLE_MIXTURES, *WRAPPERS)),
+    ):
         if given.only and name not in given.only:
             continue
         key = name.replace(" ", "-")
@@ -134,14 +160,15 @@ def _tiny(folder: Path, family: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     if family in WRAPPERS:
         return _named_rows(wrapper(folder, family, **_wrapper_changes(family)))
-    make = mixture_config if family in MIXTURES else family_config
+    mixture = family in (*MIXTURES, *APPLE_MIXTURES)
+    make = mixture_config if mixture else family_config
     kind = type(make(family))
     known = {*kind().to_dict(), *kind.attribute_map}
     settings = {name: value for name, value in SIZE.items() if name in known}
     # tied as published models of the family are
     settings["tie_word_embeddings"] = kind().tie_word_embeddings
     config = make(family, **{**settings, **PECULIAR.get(family, {})})
-    (save_mixture if family in MIXTURES else save_tiny)(folder, config)
+    (save_mixture if mixture else save_tiny)(folder, config)
     _named_rows(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **PUBLISHED.get(family, {})}))
@@ -178,9 +205,12 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
         _random_plan(loaded, checkpoint, seed) for seed in (0, 1)
     ]
     plans = {"first": first, "second": second, "both": merge([first, second], WEIGHTS)}
+    if any(site.expert is not None for site in spec.sites):
+        plans["experts"] = _random_plan(loaded, checkpoint, 2, experts=True)
     artefacts: dict[str, str] = {}
     wanted = [("first", "checkpoint"), ("first", "gguf"), ("second", "gguf"), ("first", "gguf-vector")]
-    for label, to in (*wanted, *((label, "lora") for label in plans)):
+    wanted += [(label, "lora") for label in ("first", "second", "both")] + [(label, "mlx") for label in plans]
+    for label, to in wanted:
         out = work / "artefacts" / key / f"{label}-{to}"
         shutil.rmtree(out, ignore_errors=True)
         try:
@@ -226,14 +256,14 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     }
 
 
-def _random_plan(loaded: LoadedModel, checkpoint: Any, seed: int) -> EditPlan:
+def _random_plan(loaded: LoadedModel, checkpoint: Any, seed: int, experts: bool = False) -> EditPlan:
     """Rank 1 on every writer, each edit a twentieth of its matrix in norm: enough to change most answers."""
     generator = torch.Generator().manual_seed(seed)
     edits = []
-    for site in (site for site in loaded.spec.sites if site.expert is None):
+    for site in (site for site in loaded.spec.sites if experts or site.expert is None):
         B = torch.nn.functional.normalize(torch.randn(site.out_features, 1, generator=generator), dim=0)
         A = torch.nn.functional.normalize(torch.randn(1, site.in_features, generator=generator), dim=1)
-        size = 0.05 * float(checkpoint.read(site.tensor).float().norm())
+        size = 0.05 * float(checkpoint.read(site.locate(checkpoint)).float().norm())
         # a typical input is made up too, so that there is a mean push for the control vector
         edits.append(LowRank(site.matrix, B, size * A, torch.full((1,), 0.3)))
     base = Base(checkpoint.name, checkpoint.revision, checkpoint.fingerprint)

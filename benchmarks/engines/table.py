@@ -33,6 +33,12 @@ COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llamacpp", "adapters", ("first", "second")),
     ("llamacpp", "two with weights", ("both",)),
     ("llamacpp", "control vector", ("control vector",)),
+    ("mlx", "base", ("base",)),
+    ("mlx", "merged", ("merged",)),
+    ("mlx", "adapters", ("first", "second")),
+    ("mlx", "two with weights", ("both",)),
+    ("mlx", "with experts", ("experts",)),
+    ("mlx", "adapter over 4 bits", ("quantised",)),
 )
 # of multimodal models: the adapter as it is written, and under the other names that its tensors could have
 WRAPPER_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -43,7 +49,7 @@ WRAPPER_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm", "as `language_model.model`", ("as language_model.model",)),
     ("vllm", "as `model`", ("as model",)),
 )
-NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp"}
+NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "mlx-lm"}
 
 
 def main(work: Path, chosen: Sequence[str]) -> None:
@@ -54,6 +60,7 @@ def main(work: Path, chosen: Sequence[str]) -> None:
         ("vLLM", ("vllm",), False),
         ("vLLM: multimodal models", ("transformers", "vllm"), True),
         ("llama.cpp", ("llamacpp",), None),
+        ("mlx-lm", ("mlx",), None),
     ):
         columns = [column for column in (WRAPPER_COLUMNS if multimodal else COLUMNS) if column[0] in engines]
         rows = []
