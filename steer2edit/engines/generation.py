@@ -75,7 +75,10 @@ def generate(
 def _answers(
     loaded: LoadedModel, batch: Sequence[Sequence[int]], max_new_tokens: int, drops: bool
 ) -> Iterator[tuple[int, list[int]]]:
-    """Place in the batch and answer of each row, as rows end; with ``drops`` those that ended are worked on no longer."""
+    """Place in the batch and answer of each row, as rows end.
+
+    With ``drops`` rows that ended are worked on no longer.
+    """
     # on the left, so that every row's next token is at the same place
     ids, mask = pad_left(batch, loaded.padding, loaded.device)
     width, ends = ids.shape[1], torch.tensor(sorted(loaded.end_tokens), device=loaded.device)
@@ -83,7 +86,7 @@ def _answers(
     cache = None
     while True:
         left = max_new_tokens - (ids.shape[1] - width)
-        stop = [_enough_ended(width, ends)] if drops else []
+        stop = [_enough_ended(ends)] if drops else []
         ids, cache = _run(loaded, ids, mask, left, cache, stop)
         ended = torch.isin(ids[:, width:], ends).any(1)
         if not drops or ids.shape[1] - width >= max_new_tokens or bool(ended.all()):
@@ -104,7 +107,10 @@ def _run(
     cache: Any,
     stop: Sequence[Callable[..., torch.Tensor]],
 ) -> tuple[torch.Tensor, Any]:
-    """Rows grown by at most ``max_new_tokens`` or until ``stop`` says so, and the cache; ``cache`` is that of the rows so far."""
+    """Rows grown by at most ``max_new_tokens`` or until ``stop`` says so, and their cache.
+
+    ``cache`` is that of the rows so far.
+    """
     out = _generate(loaded, ids, mask, cache, max_new_tokens=max_new_tokens, stopping_criteria=_criteria(stop))
     return out.sequences, returned_cache(out)
 
@@ -129,8 +135,8 @@ def _criteria(stop: Sequence[Callable[..., torch.Tensor]]) -> Any:
     return StoppingCriteriaList(stop)
 
 
-def _enough_ended(width: int, ends: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A stopping criterion: true of all rows as soon as one of ``_PART`` has an end token behind its first ``width`` tokens."""
+def _enough_ended(ends: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A stopping criterion: true of all rows as soon as one of ``_PART`` has ended."""
     ended: torch.Tensor | None = None
 
     def criterion(ids: torch.Tensor, _scores: Any, **_more: Any) -> torch.Tensor:
@@ -151,7 +157,10 @@ def _cut(rows: torch.Tensor, places: Sequence[int], ends: torch.Tensor) -> Itera
 
 
 def _drops(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> bool:
-    """Whether the model goes on with some of a batch's rows, tried once for each model; a notice says why not."""
+    """Whether the model goes on with some of a batch's rows, tried once.
+
+    A notice says why not.
+    """
     known = _dropping.get(loaded.model)
     if known is None:
         reason = _try(loaded, batch)

@@ -17,7 +17,9 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def loops(tokens: Sequence[int], ended: bool) -> bool:
-    """Whether a text went round in a loop: it did not end by itself, and half of its last ``TAIL`` 4-grams occurred before.
+    """Whether a text went round in a loop.
+
+    It did not end by itself, and at least half of its last ``TAIL`` 4-grams had occurred before.
 
     A shorter text is judged by all its 4-grams, and one of fewer than 12 tokens not at all.
     """

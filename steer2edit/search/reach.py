@@ -67,9 +67,9 @@ def settle_by_aim(
     largest_kl: float | None = None,
     progress: Progress = silent,
 ) -> EditPlan:
-    """The plan at the weakest strength that reaches the aim, with what was measured, and the prompts that it was chosen by.
+    """The plan at the weakest strength that reaches the aim.
 
-    Raises what :func:`reach` raises.
+    It holds what was measured, and digests of the prompts that it was chosen by. Raises what :func:`reach` raises.
     """
     reached = reach(loaded, plan, suite, aim, largest_kl=largest_kl, progress=progress)
     settled = settle_strength(loaded, plan, strength=reached.strength, neutral=suite.neutral)
