@@ -23,6 +23,7 @@ from steer2edit.artefact import emit as emitting
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.errors import PlanError, TargetError
+from steer2edit.evaluation.evaluate import open_candidate
 from steer2edit.files.layout import ADAPTER_CONFIG, PLAN
 from steer2edit.lowering import Place, resolve
 from steer2edit.methods import make_plan
@@ -135,6 +136,15 @@ def test_it_verifies_and_is_reproduced_byte_for_byte(case: Any, tmp_path: Path) 
     assert numbers["difference"] <= 1e-4 and numbers["effect"] > 1e-2
     card = (one / "README.md").read_text()
     assert "mlx_lm.generate --model" in card and "library_name: mlx" in card
+
+
+def test_measuring_it_here_asks_for_its_plan(case: Any, tmp_path: Path) -> None:
+    scoring, plan = case
+    folder = emit(scoring.checkpoint, plan, tmp_path / "out")
+    loaded = load_model(scoring.checkpoint, scoring.spec)
+    with pytest.raises(PlanError, match=r"is for another engine \(--to mlx\).*plan.safetensors"):
+        open_candidate(loaded, scoring.checkpoint, str(folder))
+    assert open_candidate(loaded, scoring.checkpoint, str(folder / PLAN)).strength == plan.measured.strength
 
 
 def test_a_changed_adapter_is_found(case: Any, tmp_path: Path) -> None:

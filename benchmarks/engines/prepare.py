@@ -114,6 +114,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
 PECULIAR_WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": SIZE["hidden_size"]}},
+    # with as many layers as the published pattern of layers has
+    "gemma3": {"text_config": {**SIZE, "num_hidden_layers": 6, "query_pre_attn_scalar": SIZE["head_dim"]}},
+    "qwen3_5": {
+        "text_config": {
+            **SIZE,
+            **_SECTIONS,
+            "num_hidden_layers": 4,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        },
+        "vision_config": {"out_hidden_size": SIZE["hidden_size"]},
+    },
 }
 WEIGHTS = (1.0, -0.5)
 EMBEDDED = (

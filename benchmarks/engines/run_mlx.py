@@ -97,7 +97,8 @@ def _model(folder: str) -> Any:
 def _published(config: dict[str, Any]) -> dict[str, Any]:
     """Settings as published configs have them, which transformers 5 writes in one table."""
     rope = config.get("rope_parameters") or {}
-    flat = rope if "rope_type" in rope else next((one for one in rope.values() if isinstance(one, dict)), {})
+    # one table for each kind of layer: mlx-lm has a setting of its own for the sliding ones
+    flat = rope.get("full_attention") or rope
     kinds = ("rope_theta", "partial_rotary_factor")
     settings = {name: flat[name] for name in kinds if name in flat and name not in config}
     if "head_dim" not in config and "num_attention_heads" in config and "hidden_size" in config:
@@ -112,6 +113,9 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
         settings["global_head_dim"] = next(iter(config["per_layer_config"].values())).get("head_dim")
     if "rope_scaling" not in config:
         settings["rope_scaling"] = None
+    if "text_config" in config:
+        text = config["text_config"]
+        settings |= {"text_config": {**text, **_published(text)}, "vocab_size": text.get("vocab_size")}
     return {**settings, **PUBLISHED.get(config["model_type"], {})}
 
 

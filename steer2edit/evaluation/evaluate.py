@@ -26,7 +26,7 @@ from steer2edit.evaluation.instructed import brief, told
 from steer2edit.evaluation.metrics import Metric, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
-from steer2edit.files.layout import ADAPTER_CONFIG, PLAN, PLAN_FILE, RECEIPT
+from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAN, PLAN_FILE, RECEIPT
 from steer2edit.files.schema import MAYBE, NUMBER, check
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
@@ -242,6 +242,10 @@ def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runt
         plan.check_base(checkpoint)
         plan.check_content(checkpoint, loaded.spec)
         seen, note = plan.seen, f"{receipt['target']}, {receipt['exactness']}"
+        if not any((path / name).is_file() for name in (ADAPTER_WEIGHTS, "config.json")):
+            raise PlanError(
+                f"{where} is for another engine (--to {receipt['target']}), which is not run here; give its plan, {path / PLAN}"
+            )
     enter = _adapter(loaded, path) if (path / ADAPTER_CONFIG).is_file() else _weights(loaded, path, runtime)
     # the folders of one compile are called after their target
     name = f"{path.resolve().parent.name}/{path.resolve().name}" if path.name in targets.names() else name
