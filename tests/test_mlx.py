@@ -220,6 +220,7 @@ def test_modules_are_called_as_in_mlx_lm(tmp_path: Path, make: Any, key: str, na
         ("qwen3_moe", "model.layers.1.mlp.switch_mlp.down_proj"),
         ("mixtral", "model.layers.1.block_sparse_moe.switch_mlp.down_proj"),
         ("granitemoe", "model.layers.1.block_sparse_moe.switch_mlp.down_proj"),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj"),
     ],
 )
 def test_a_layers_experts_are_one_module(tmp_path: Path, model_type: str, name: str) -> None:

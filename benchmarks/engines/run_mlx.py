@@ -9,6 +9,8 @@ float32 with that adapter: what is left says how far the adapter depends on the 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,9 +91,41 @@ def _model(folder: str) -> Any:
     from mlx_lm.utils import load_model
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    model, _ = load_model(Path(folder), model_config=_published(config))
+    with tempfile.TemporaryDirectory() as scratch:
+        place = (
+            _gpt_oss_as_published(Path(folder), Path(scratch)) if config["model_type"] == "gpt_oss" else Path(folder)
+        )
+        model, _ = load_model(place, model_config=_published(config))
     model.set_dtype(mx.float32)
     return model
+
+
+def _gpt_oss_as_published(folder: Path, copy: Path) -> Path:
+    """A copy whose experts are called and laid out as in mlx-lm's own copies.
+
+    Of others it reads those in MXFP4 alone.
+    """
+    import mlx.core as mx
+
+    shutil.copyfile(folder / "config.json", copy / "config.json")
+    tensors: dict[str, Any] = {}
+    for name, value in mx.load(str(folder / "model.safetensors")).items():
+        before, _, last = name.rpartition(".")
+        matrix = not last.endswith("_bias")
+        # gate and up take turns on the last axis
+        if last.startswith("gate_up_proj"):
+            parts = {"gate_proj": value[..., ::2], "up_proj": value[..., 1::2]}
+        elif last.startswith("down_proj"):
+            parts = {"down_proj": value}
+        else:
+            tensors[name] = value
+            continue
+        for part, half in parts.items():
+            # matrices lie input x output
+            laid = half.swapaxes(-1, -2) if matrix else half
+            tensors[f"{before}.{part}.{'weight' if matrix else 'bias'}"] = mx.contiguous(laid)
+    mx.save_safetensors(str(copy / "model.safetensors"), tensors)
+    return copy
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ MODULES: Mapping[str, tuple[tuple[str, str], ...]] = {
             *("exaone4", "apertus", "lfm2", "falcon_h1", "mamba", "mamba2", "falcon_mamba"),
             # mixtures
             *("mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "mellum", "granitemoe"),
-            *("dots1", "glm4_moe", "deepseek_v3", "deepseek_v32", "mistral4", "afmoe"),
+            *("gpt_oss", "dots1", "glm4_moe", "deepseek_v3", "deepseek_v32", "mistral4", "afmoe"),
         ),
         (),
     ),
@@ -81,7 +81,7 @@ EXPERTS: Mapping[str, tuple[str, str]] = {
         ),
         (".mlp.experts", ".mlp.switch_mlp.down_proj"),
     ),
-    **dict.fromkeys(("dots1", "afmoe"), (".mlp.experts", ".mlp.experts.down_proj")),
+    **dict.fromkeys(("dots1", "afmoe", "gpt_oss"), (".mlp.experts", ".mlp.experts.down_proj")),
     **dict.fromkeys(("mixtral", "phimoe"), (".mlp.experts", ".block_sparse_moe.switch_mlp.down_proj")),
     "granitemoe": (".block_sparse_moe.experts", ".block_sparse_moe.switch_mlp.down_proj"),
     "lfm2_moe": (".feed_forward.experts", ".feed_forward.switch_mlp.down_proj"),
