@@ -28,6 +28,8 @@ OTHER_STATES = {
     *("bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "granitemoehybrid", "jamba", "lfm2_moe"),
     *("nemotron_h", "qwen3_5_text", "olmo_hybrid", "lfm2", "lfm3", "bamba", "falcon_h1", "recurrent_gemma", "mamba"),
     *("mamba2", "falcon_mamba", "qwen3_5_moe_text", "qwen3_next", "xlstm"),
+    # Gemma 4 shares keys between layers; the others keep what their token selection needs
+    *("gemma4_text", "axk2", "dots3_note_text", "lara_mini", "minimax_m3_vl_text"),
 }
 CHANGES: dict[str, dict[str, Any]] = {"minicpm3": {"num_key_value_heads": 4}}
 
