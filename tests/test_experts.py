@@ -269,7 +269,10 @@ def test_the_commands_profile_show_and_mask(build: Callable[[str], Case], tmp_pa
     )  # fmt: skip
     assert masked.exit_code == 0, masked.output
     result = json.loads(masked.stdout)
-    assert result["grade"] == "2 experts off by bias (exact, unselected)" and result["measured"]["costs"]["prose"]["tokens"] > 100
+    assert (
+        result["grade"] == "2 experts off by bias (exact, unselected)"
+        and result["measured"]["costs"]["prose"]["tokens"] > 100
+    )
     checked = run("verify", out, "--base", folder, "--json")
     assert checked.exit_code == 0, checked.output
     assert json.loads(checked.stdout)["numbers"]["experts"]["selected"] == 0
