@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import llama_config, run, save_tiny
 from family_configs import family_config
+from mixture_models import MODELS
 from safetensors.torch import load_file
 
 from steer2edit import targets
@@ -20,7 +21,7 @@ from steer2edit.artefact import emit as emitting
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.checkpoint.gguf import read_control_vector, read_gguf, write_gguf
-from steer2edit.errors import TargetError
+from steer2edit.errors import PlanError, TargetError
 from steer2edit.files.layout import PLAN
 from steer2edit.lowering import Lowering
 from steer2edit.lowering.constant_part import constant_parts
@@ -192,6 +193,64 @@ def test_block_1_multiplies_block_0s_part_of_a_control_vector(
     assert torch.allclose(vectors[1], scale * parts[0] + parts[1]) and torch.allclose(vectors[2], parts[2])
 
 
+@pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_a_layers_experts_are_one_tensor_whose_products_are_the_plan(tmp_path: Path, model_type: str) -> None:
+    checkpoint = open_checkpoint(MODELS[model_type](tmp_path / "model"))
+    spec = read_spec(checkpoint)
+    experts = [site for site in spec.sites if site.layer == 1 and site.expert is not None]
+    attention = spec.site("attn_out.1")
+    ranks = {experts[5].matrix: 2, experts[3].matrix: 1, attention.matrix: 1}
+    edits = tuple(
+        LowRank(site.matrix, torch.randn(site.out_features, rank), torch.randn(rank, site.in_features))
+        for site in (*experts, attention)
+        if (rank := ranks.get(site.matrix))
+    )
+    plan = EditPlan(Base(checkpoint.name, None, checkpoint.fingerprint), edits)
+    emitting.emit(plan, checkpoint, spec, "gguf", tmp_path / "out")
+    fields, tensors = read_gguf(tmp_path / "out" / gguf.FILE)
+    stacked = "blk.1.ffn_down_exps.weight"
+    assert set(tensors) == {
+        f"{name}.{half}" for name in (stacked, "blk.1.attn_output.weight") for half in ("lora_a", "lora_b")
+    }
+    a, b = tensors[f"{stacked}.lora_a"], tensors[f"{stacked}.lora_b"]
+    # llama.cpp checks both shapes against the base's tensor [experts, out, in], and multiplies by alpha / rank
+    assert a.shape == (len(experts), 2, experts[0].in_features)
+    assert b.shape == (len(experts), spec.hidden_size, 2)
+    assert fields["adapter.lora.alpha"] == 2
+    for site in experts:
+        edit = plan.edit_of(site.matrix)
+        dense = edit.dense() if isinstance(edit, LowRank) else torch.zeros(site.out_features, site.in_features)
+        assert site.expert is not None
+        assert torch.allclose(b[site.expert] @ a[site.expert], dense, atol=1e-5)
+    back = gguf.read_back(tmp_path / "out" / gguf.FILE, plan.base, spec)
+    for edit in edits:
+        again = back.edit_of(edit.tensor)
+        assert isinstance(again, LowRank) and torch.allclose(again.dense(), edit.dense(), atol=1e-5)
+
+
+def test_experts_that_are_not_in_the_model_are_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(MODELS["mixtral"](tmp_path / "model"))
+    spec = read_spec(checkpoint)
+    site = next(site for site in spec.sites if site.expert == 2)
+    base = Base(checkpoint.name, None, checkpoint.fingerprint)
+    edit = LowRank(site.matrix, torch.ones(site.out_features, 1), torch.ones(1, site.in_features))
+    emitting.emit(EditPlan(base, (edit,)), checkpoint, spec, "gguf", tmp_path / "out")
+    file = tmp_path / "out" / gguf.FILE
+    fields, tensors = read_gguf(file)
+    kept = {key: value for key, value in fields.items() if key != "general.architecture"}
+    write_gguf(file, fields["general.architecture"], {name: one[:-1] for name, one in tensors.items()}, kept)
+    with pytest.raises(PlanError, match=r"ffn_down_exps.weight has factors of 7 experts, expected 8"):
+        gguf.read_back(file, base, spec)
+
+
+def test_every_type_whose_experts_are_carried_has_their_tensor_in_gguf() -> None:
+    library = pytest.importorskip("gguf")
+    kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
+    for model_type in gguf.EXPERTS:
+        tensors = library.MODEL_TENSORS[kinds[gguf.ARCHITECTURES[model_type]]]
+        assert library.MODEL_TENSOR.FFN_DOWN_EXP in tensors, model_type
+
+
 def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: Path) -> None:
     _, plan = case
     unknown = replace(plan, edits=tuple(replace(e, mean_effect=None) for e in plan.edits))  # type: ignore[type-var]
@@ -211,6 +270,12 @@ def test_what_gguf_cannot_carry_is_refused_with_the_reason(case: Any, tmp_path: 
             "gguf",
             tmp_path / "out",
         )
+    mixture = open_checkpoint(MODELS["mellum"](tmp_path / "mixture"))
+    expert = next(site for site in read_spec(mixture).sites if site.expert is not None)
+    low = LowRank(expert.matrix, torch.ones(expert.out_features, 1), torch.ones(1, expert.in_features))
+    with pytest.raises(TargetError, match="an expert among several"):
+        fitting = EditPlan(Base(mixture.name, None, mixture.fingerprint), (low,))
+        emitting.emit(fitting, mixture, read_spec(mixture), "gguf", tmp_path / "out")
     for to in ("lora", "gguf", "gguf-vector"):
         with pytest.raises(TargetError, match="cannot remove experts"):
             emit(case, to, tmp_path / "out", replace(plan, structure=Structure(top_k=1)))

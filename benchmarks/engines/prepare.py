@@ -47,7 +47,7 @@ FAMILIES = (
     *("apertus", "seed_oss", "glm", "glm4", "exaone4", "starcoder2", "phi", "gpt_neox", "gpt2", "gpt_bigcode"),
     *("bloom", "falcon", "mpt", "opt"),
 )
-# edited where an adapter can reach: attention, dense MLPs and shared experts
+# the two plans edit attention, dense MLPs and shared experts; a third one edits the routed experts too
 MIXTURES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "ernie4_5_moe", "gpt_oss"),
     *("hunyuan_v1_moe", "phimoe", "exaone_moe", "deepseek_v2", "deepseek_v3"),
@@ -78,11 +78,13 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_po
 # what a family's published models have, and an engine takes for granted
 PECULIAR: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 1},
-    **{family: {"moe_intermediate_size": 64} for family in ("qwen3_moe", "glm4_moe", "dots1", "exaone_moe")},
-    **{
-        family: {"num_key_value_heads": 4, "head_dim": 8}
-        for family in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "mistral4")
-    },
+    **{family: {"moe_intermediate_size": 64} for family in ("glm4_moe", "exaone_moe")},
+    "dots1": {"moe_intermediate_size": 64, "num_key_value_heads": SIZE["num_attention_heads"]},
+    "qwen3_moe": {"moe_intermediate_size": 64, "mlp_only_layers": []},
+    "olmoe": {"norm_topk_prob": False, "num_key_value_heads": SIZE["num_attention_heads"]},
+    "ernie4_5_moe": {"moe_intermediate_size": 64, "moe_num_shared_experts": 2},
+    **{family: {"num_key_value_heads": 4, "head_dim": 8} for family in ("deepseek_v3", "deepseek_v32", "mistral4")},
+    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": 8, "norm_topk_prob": False},
     # with as many layers as the published pattern of layers has
     **{family: {"num_hidden_layers": 4} for family in ("cohere2", "exaone4", "olmo3", "afmoe", "mellum")},
     "gemma2": {"query_pre_attn_scalar": SIZE["head_dim"]},
@@ -110,6 +112,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": SIZE["max_position_embeddings"]},
     "gpt_neox": {"rotary_pct": 0.25},
     "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v2": {"scoring_func": "softmax"},
+    **{family: {"scoring_func": "sigmoid"} for family in ("deepseek_v3", "dots1", "exaone_moe")},
+    "hunyuan_v1_moe": {
+        "moe_intermediate_size": [SIZE["intermediate_size"]] * SIZE["num_hidden_layers"],
+        "num_shared_expert": [1] * SIZE["num_hidden_layers"],
+        "moe_topk": [2] * SIZE["num_hidden_layers"],
+    },
 }
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
 PECULIAR_WRAPPERS: dict[str, dict[str, Any]] = {
@@ -221,6 +230,7 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     artefacts: dict[str, str] = {}
     wanted = [("first", "checkpoint"), ("first", "gguf"), ("second", "gguf"), ("first", "gguf-vector")]
     wanted += [(label, "lora") for label in ("first", "second", "both")] + [(label, "mlx") for label in plans]
+    wanted += [("experts", "gguf")] if "experts" in plans else []
     for label, to in wanted:
         out = work / "artefacts" / key / f"{label}-{to}"
         shutil.rmtree(out, ignore_errors=True)

@@ -53,6 +53,8 @@ def _adapted(work: Path, case: dict[str, Any], expected: dict[str, list[Record]]
                 else:
                     cells[label] = compare(_ask(server, case, scales), expected[label])
             del server
+            if "experts" in expected:
+                cells |= _with_experts(model, work, case, expected["experts"])
             if "control vector" in expected:
                 cells["control vector"] = cell(lambda: _steered(model, case, expected["control vector"]))
             if not folders[0].startswith("error"):
@@ -61,6 +63,43 @@ def _adapted(work: Path, case: dict[str, Any], expected: dict[str, list[Record]]
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         cells |= {label: {"error": reason} for label in doses if label not in cells}
     return cells
+
+
+def _with_experts(model: Path, work: Path, case: dict[str, Any], expected: list[Record]) -> dict[str, dict[str, Any]]:
+    """A plan that edits every expert too; the same adapter, whose experts' factors are zero, is its base.
+
+    An engine that passed over the experts' tensors would answer from both alike.
+    """
+    folder = case["artefacts"].get("experts gguf", "error: not emitted")
+    if folder.startswith("error"):
+        return {"experts": {"error": folder.removeprefix("error: ")}}
+    without = work / "gguf" / f"{case['key']}-without.gguf"
+    try:
+        _without_experts(f"{folder}/adapter.gguf", without)
+        server = _server(model, [f"{folder}/adapter.gguf", str(without)])
+        with_them, without_them = (_ask(server, case, scales) for scales in ((1, 0), (0, 1)))
+    except Exception as error:  # of whatever an engine cannot do with an adapter
+        return {"experts": {"error": (str(error).strip() or type(error).__name__).splitlines()[-1][:200]}}
+    finally:
+        without.unlink(missing_ok=True)
+    return {"experts": compare(with_them, expected), "experts, against base": compare(with_them, without_them)}
+
+
+def _without_experts(path: str, out: Path) -> None:
+    """A copy of an adapter in which the factors of experts are zero."""
+    import gguf
+
+    reader = _reader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key in ("general.type", "adapter.type"):
+        writer.add_string(key, reader.fields[key].contents())
+    writer.add_float32("adapter.lora.alpha", reader.fields["adapter.lora.alpha"].contents())
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data * 0 if "_exps" in tensor.name else tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _steered(model: Path, case: dict[str, Any], expected: list[Record]) -> dict[str, Any]:

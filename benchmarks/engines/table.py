@@ -49,27 +49,37 @@ WRAPPER_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm", "as `language_model.model`", ("as language_model.model",)),
     ("vllm", "as `model`", ("as model",)),
 )
+# of mixtures in llama.cpp: an adapter that edits every expert too, beside the same one with experts' factors of zero
+EXPERT_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("llamacpp", "base", ("base",)),
+    ("llamacpp", "adapter with experts", ("experts",)),
+    ("llamacpp", "what the experts' factors do", ("experts, against base",)),
+)
 NAMES = {"transformers": "transformers", "peft": "PEFT", "vllm": "vLLM", "llamacpp": "llama.cpp", "mlx": "mlx-lm"}
 
 
 def main(work: Path, chosen: Sequence[str]) -> None:
     notes: list[str] = []
     versions: dict[str, str] = {}
-    for title, engines, multimodal in (
-        ("transformers and PEFT", ("transformers", "peft"), None),
-        ("vLLM", ("vllm",), False),
-        ("vLLM: multimodal models", ("transformers", "vllm"), True),
-        ("llama.cpp", ("llamacpp",), None),
-        ("mlx-lm", ("mlx",), None),
+    for title, engines, table, multimodal in (
+        ("transformers and PEFT", ("transformers", "peft"), COLUMNS, None),
+        ("vLLM", ("vllm",), COLUMNS, False),
+        ("vLLM: multimodal models", ("transformers", "vllm"), WRAPPER_COLUMNS, True),
+        ("llama.cpp", ("llamacpp",), COLUMNS, None),
+        ("llama.cpp: experts in adapters", ("llamacpp",), EXPERT_COLUMNS, None),
+        ("mlx-lm", ("mlx",), COLUMNS, None),
     ):
-        columns = [column for column in (WRAPPER_COLUMNS if multimodal else COLUMNS) if column[0] in engines]
+        columns = [column for column in table if column[0] in engines]
         rows = []
         for case in sorted(cases(work), key=lambda case: (case["name"].startswith("tiny"), case["name"])):
             if chosen and case["key"] not in chosen:
                 continue
             if multimodal not in (None, bool(case.get("multimodal"))):
                 continue
-            if not (work / "results" / engines[-1] / f"{case['key']}.json").is_file():
+            results = work / "results" / engines[-1] / f"{case['key']}.json"
+            if not results.is_file():
+                continue
+            if table is EXPERT_COLUMNS and "experts" not in json.loads(results.read_text())["cells"]:
                 continue
             row = [case["name"]]
             for engine, _, wanted in columns:

@@ -97,13 +97,13 @@ def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
     return site.locate(checkpoint, edit.tensor)
 
 
-def adapter_refusal(edit: Edit, site: Site) -> str:
-    """Why an adapter cannot carry an edit; "" where it can."""
+def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False) -> str:
+    """Why an adapter cannot carry an edit; "" where it can. ``experts``: whether it can carry those of this model's experts."""
     if site.role is MatrixRole.EMBED:
         return "the embedding"
     if site.role is MatrixRole.ROUTER:
         return "a router"
-    if site.expert is not None:
+    if site.expert is not None and not experts:
         return "an expert among several"
     if isinstance(edit, LowRank):
         return ""

@@ -2,7 +2,8 @@
 
 It works with any GGUF of the base, quantised or not (``llama-server -m base.gguf --lora adapter.gguf``). GGUF holds every
 matrix as output × input, whatever the base's own files do, so B and A are written unchanged. ``adapter.lora.alpha`` is the rank.
-llama.cpp multiplies by alpha / rank, so a user's ``--lora-scaled`` of 1 is the plan's own strength.
+llama.cpp multiplies by alpha / rank, so a user's ``--lora-scaled`` of 1 is the plan's own strength. A layer's routed experts are
+one tensor of three dimensions there, and so are their factors: ``lora_a`` [experts, r, in] and ``lora_b`` [experts, out, r].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec
+from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint.gguf import Fields, library, read_gguf, write_gguf
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.lowering import (
@@ -27,6 +28,8 @@ from steer2edit.lowering import (
     Writing,
     adapter_refusal,
     compare_with_lowered,
+    expert_factors,
+    writer_factors,
 )
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress
@@ -57,7 +60,7 @@ ARCHITECTURES: Mapping[str, str] = {
     **{"gpt_bigcode": "starcoder", "bloom": "bloom", "falcon": "falcon", "mpt": "mpt", "jais2": "jais2"},
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), "qwen2vl"),
     "qwen3_vl_text": "qwen3vl",
-    # mixtures: their attention and shared experts
+    # mixtures
     **{
         "mixtral": "llama",
         "qwen2_moe": "qwen2moe",
@@ -70,26 +73,38 @@ ARCHITECTURES: Mapping[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
 }
 
+EXPERTS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "glm4_moe", "dots1", "ernie4_5_moe"),
+    *("hunyuan_v1_moe", "exaone_moe", "deepseek_v2", "deepseek_v3"),
+)
+"""Model types whose experts' edits were run in llama.cpp, and had the plan's numbers there (docs/engines.md)."""
+
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
     spec = resolved.spec
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    refused = [f"{name}: {why}" for name, one in resolved.edits.items() if (why := adapter_refusal(*one))]
+    refused = [
+        f"{name}: {why}"
+        for name, one in resolved.edits.items()
+        if (why := adapter_refusal(*one, experts=spec.model_type in EXPERTS))
+    ]
     if refused:
         raise TargetError(
-            f"a GGUF adapter carries low-rank edits of dense writers only, and none of these:\n{listing(refused)}\n"
+            f"a GGUF adapter carries low-rank edits of writers only, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
     architecture = architecture_of(spec)
-    names = tensor_names(spec, architecture)
     edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
     rank = max(edit.B.shape[1] for edit in edits.values())
     tensors: dict[str, torch.Tensor] = {}
-    for key, edit in edits.items():
-        B, A = edit.factors(rank)
-        tensors[f"{names[key]}.lora_a"], tensors[f"{names[key]}.lora_b"] = A, B
+    for name, sites in _tensors(spec, architecture).items():
+        if not any(site.key in edits for site in sites):
+            continue
+        stacked = sites[0].expert is not None
+        B, A = expert_factors(edits, sites, rank) if stacked else writer_factors(edits[sites[0].key], sites[0], rank)
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A, B
     fields: Fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
     write_gguf(folder / FILE, architecture, tensors, fields)
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
@@ -131,16 +146,21 @@ def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:
     ]
     if wrong:
         raise PlanError(f"{path} is not this base's adapter:\n{listing(wrong)}")
-    sites = {name: spec.site(key) for key, name in tensor_names(spec, architecture).items()}
+    writers = _tensors(spec, architecture)
     edits = []
     for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
         A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
-        if name not in sites or A is None or B is None:
+        if name not in writers or A is None or B is None:
             raise PlanError(f"{path}: {name} is not a writer of this model, or half of its pair is missing")
         # alpha 0 stands for "no alpha" in llama.cpp
         alpha = float(fields.get("adapter.lora.alpha", 0.0))
-        scale = alpha / B.shape[1] if alpha else 1.0
-        edits.append(LowRank(sites[name].matrix, B, A * scale))
+        scale = alpha / B.shape[-1] if alpha else 1.0
+        sites = writers[name]
+        if sites[0].expert is None:
+            A, B = A[None], B[None]
+        if not len(A) == len(B) == len(sites):
+            raise PlanError(f"{path}: {name} has factors of {len(A)} experts, expected {len(sites)}")
+        edits += [LowRank(site.matrix, b, a * scale) for site, b, a in zip(sites, B, A, strict=True)]
     return EditPlan(base, tuple(edits))
 
 
@@ -155,14 +175,18 @@ def architecture_of(spec: ModelSpec) -> str:
 
 
 def tensor_names(spec: ModelSpec, architecture: str) -> dict[str, str]:
-    """GGUF's name of each writer's matrix, by site key, from the gguf library's own tables."""
+    """GGUF's name of each writer's matrix, by site key, from the gguf library's own tables. A layer's experts have one name."""
     gguf = library()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
         raise TargetError(f"the installed gguf library does not know the architecture {architecture}; upgrade it")
     table = gguf.get_tensor_name_map(kinds[architecture], spec.layers)
     names: dict[str, str] = {}
-    for site in (site for site in spec.sites if site.expert is None):
+    for site in spec.sites:
+        if site.expert is not None:
+            if spec.model_type in EXPERTS:
+                names[site.key] = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.FFN_DOWN_EXP].format(bid=site.layer)}.weight"
+            continue
         # inside a multimodal model the language model's modules lie one level deeper; converters leave that level out
         module = site.module.replace("model.language_model.", "model.", 1)
         name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))
@@ -170,3 +194,11 @@ def tensor_names(spec: ModelSpec, architecture: str) -> dict[str, str]:
             raise TargetError(f"gguf's table for {architecture} has no name for {module}")
         names[site.key] = name
     return names
+
+
+def _tensors(spec: ModelSpec, architecture: str) -> dict[str, list[Site]]:
+    """Every tensor that an adapter can carry, with its site, or with those of a layer's experts in their order."""
+    tensors: dict[str, list[Site]] = {}
+    for key, name in tensor_names(spec, architecture).items():
+        tensors.setdefault(name, []).append(spec.site(key))
+    return tensors

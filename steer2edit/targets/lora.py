@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.config import text_config
 from steer2edit.checkpoint import Checkpoint
@@ -30,6 +28,7 @@ from steer2edit.lowering import (
     Writing,
     adapter_refusal,
     compare_with_lowered,
+    writer_factors,
 )
 from steer2edit.plan import LowRank
 from steer2edit.progress import Progress
@@ -81,7 +80,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     targeted = [site for site in spec.sites if _leaf(site) in leaves]
     tensors = {}
     for site in targeted:
-        B, A = _factors(edits.get(site.key), site, rank)
+        B, A = writer_factors(edits.get(site.key), site, rank)
         tensors[f"base_model.model.{site.module}.lora_A.weight"] = A
         tensors[f"base_model.model.{site.module}.lora_B.weight"] = B
     save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
@@ -144,12 +143,6 @@ def _peft_refusal(spec: ModelSpec, site: Site) -> str:
     if site.role in MISREAD_BY_PEFT.get(spec.model_type, ()):
         return "PEFT takes its name for another module's"
     return ""
-
-
-def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if edit is not None:
-        return edit.factors(rank)
-    return torch.zeros(site.out_features, rank), torch.zeros(rank, site.in_features)
 
 
 def _leaf(site: Site) -> str:

@@ -32,8 +32,10 @@ from steer2edit.lowering import (
     Writing,
     adapter_refusal,
     compare_with_lowered,
+    expert_factors,
+    writer_factors,
 )
-from steer2edit.plan import Edit, EditPlan, LowRank
+from steer2edit.plan import EditPlan, LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "An adapter for mlx-lm, for any MLX copy of the base."
@@ -96,7 +98,11 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
     kind = model_kind(resolved.checkpoint)
-    refused = [f"{name}: {why}" for name, one in resolved.edits.items() if (why := _refusal(*one, kind))]
+    refused = [
+        f"{name}: {why}"
+        for name, one in resolved.edits.items()
+        if (why := adapter_refusal(*one, experts=kind in EXPERTS))
+    ]
     if refused:
         raise TargetError(
             f"an adapter for mlx-lm carries low-rank edits of writers only, and none of these:\n{listing(refused)}\n"
@@ -111,12 +117,11 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     for name, sites in _modules(spec, kind).items():
         if sites[0].layer < first or _key(name, sites[0]) not in keys:
             continue
-        factors = [_factors(edits.get(site.key), site, rank) for site in sites]
         if sites[0].expert is None:
-            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = factors[0][1].T, factors[0][0].T
+            B, A = writer_factors(edits.get(sites[0].key), sites[0], rank)
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A.T, B.T
         else:
-            tensors[f"{name}.lora_a"] = torch.stack([A for _, A in factors])
-            tensors[f"{name}.lora_b"] = torch.stack([B for B, _ in factors])
+            tensors[f"{name}.lora_b"], tensors[f"{name}.lora_a"] = expert_factors(edits, sites, rank)
     save_tensors(folder / FILE, {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "mlx"})
     config = {
         "fine_tune_type": "lora",
@@ -212,19 +217,6 @@ def _modules(spec: ModelSpec, kind: str) -> dict[str, list[Site]]:
     return modules
 
 
-def _refusal(edit: Edit, site: Site, kind: str) -> str:
-    """Why an adapter cannot carry an edit; "" where it can."""
-    if site.expert is not None and kind in EXPERTS and isinstance(edit, LowRank):
-        return ""
-    return adapter_refusal(edit, site)
-
-
 def _key(name: str, site: Site) -> str:
     """The part of a module's path that lies inside its block."""
     return name.partition(f".{site.layer}.")[2]
-
-
-def _factors(edit: LowRank | None, site: Site, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if edit is not None:
-        return edit.factors(rank)
-    return torch.zeros(site.out_features, rank), torch.zeros(rank, site.in_features)
