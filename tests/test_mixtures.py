@@ -6,6 +6,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,53 @@ def test_a_router_that_was_set_is_set_back(build: Callable[[str], Case], model_t
 
 
 def test_edits_of_experts_and_routers_are_refused_as_an_adapter(build: Callable[[str], Case], tmp_path: Path) -> None:
-    case = build("qwen3_moe")
+    case = build("mellum")
     with pytest.raises(TargetError) as caught:
         emit(random_plan(case), case.checkpoint, case.spec, "lora", tmp_path / "out")
     told = str(caught.value)
     assert "experts.0.down_proj.weight" in told and "--to checkpoint" in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe", "deepseek_v3"])
+def test_peft_applies_an_adapter_with_experts_and_dense_writers(
+    build: Callable[[str], Case], tmp_path: Path, model_type: str
+) -> None:
+    case = build(model_type)
+    others = (MatrixRole.EMBED, MatrixRole.ROUTER)
+    plan = random_plan(case)
+    low = [e for e in plan.edits if isinstance(e, LowRank) and case.spec.owners[e.tensor].role not in others]
+    # ranks 2 and 1 by turns, so that an expert's rows and columns cannot be taken for another's
+    wide = [LowRank(e.tensor, torch.cat([e.B, e.B.flip(0)], 1), torch.cat([e.A, e.A.flip(1)])) for e in low[::2]]
+    emit(replace(plan, edits=(*wide, *low[1::2])), case.checkpoint, case.spec, "lora", tmp_path / "out")
+    result = verify(tmp_path / "out", base=case.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+
+
+def test_peft_applies_an_adapter_of_experts_alone(build: Callable[[str], Case], tmp_path: Path) -> None:
+    case = build("mixtral")
+    plan = random_plan(case)
+    experts = tuple(e for e in plan.edits if isinstance(e, LowRank) and case.spec.owners[e.tensor].expert is not None)
+    emit(replace(plan, edits=experts), case.checkpoint, case.spec, "lora", tmp_path / "out")
+    result = verify(tmp_path / "out", base=case.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+
+
+def test_peft_applies_an_adapter_of_dense_and_shared_writers_beside_experts(
+    build: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """A target called down_proj is the experts' to PEFT, which would leave these out without a word."""
+    case = build("ernie4_5_moe")
+    plan = random_plan(case)
+    roles = (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT)
+    edits = tuple(edit for edit in plan.edits if case.spec.owners[edit.tensor].role in roles)
+    assert len(edits) == 3
+    emit(replace(plan, edits=edits), case.checkpoint, case.spec, "lora", tmp_path / "out")
+    result = verify(tmp_path / "out", base=case.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
 
 
 def refusal(folder: Path) -> str:

@@ -230,7 +230,7 @@ def _case(work: Path, key: str, name: str, folder: Path, files: list[str], token
     artefacts: dict[str, str] = {}
     wanted = [("first", "checkpoint"), ("first", "gguf"), ("second", "gguf"), ("first", "gguf-vector")]
     wanted += [(label, "lora") for label in ("first", "second", "both")] + [(label, "mlx") for label in plans]
-    wanted += [("experts", "gguf")] if "experts" in plans else []
+    wanted += [("experts", to) for to in ("gguf", "lora") if "experts" in plans]
     for label, to in wanted:
         out = work / "artefacts" / key / f"{label}-{to}"
         shutil.rmtree(out, ignore_errors=True)

@@ -36,7 +36,11 @@ def main(work: Path, chosen: list[str]) -> None:
             "composed": (_compose, "both"),
             "composed adapter": (_composed, "both"),
         }
+        if "experts" in expected:
+            columns["experts"] = (_with_experts, "experts")
         cells = {name: cell(partial(_compared, case, run, expected[key])) for name, (run, key) in columns.items()}
+        if "experts" in expected:
+            cells["experts, against base"] = cell(partial(_experts_alone, case))
         keep(work, "peft", case["key"], cells, {"peft": peft.__version__, "transformers": transformers.__version__})
         print(case["name"], {name: one.get("largest", one.get("error")) for name, one in cells.items()}, flush=True)
 
@@ -50,7 +54,9 @@ def _run(case: dict[str, Any], run: Any) -> list[Record]:
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime("cpu", "float32"))
     with torch.inference_mode():
         model = run(loaded, case)
-    held = LoadedModel(model, loaded.tokenizer, loaded.spec)
+    # PEFT's outer forward does not name its cache; the model inside has the adapter's layers too
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    held = LoadedModel(inner, loaded.tokenizer, loaded.spec)
     return answers(held, case["prompts"], case["tokens"])
 
 
@@ -100,6 +106,23 @@ def _compose(loaded: LoadedModel, case: dict[str, Any]) -> Any:
 
 def _composed(loaded: LoadedModel, case: dict[str, Any]) -> Any:
     return peft.PeftModel.from_pretrained(loaded.model, case["artefacts"]["both lora"]).eval()
+
+
+def _with_experts(loaded: LoadedModel, case: dict[str, Any]) -> Any:
+    return peft.PeftModel.from_pretrained(loaded.model, case["artefacts"]["experts lora"]).eval()
+
+
+def _experts_alone(case: dict[str, Any]) -> dict[str, Any]:
+    """An adapter with experts beside the same one whose experts' factors are zero: 0 where PEFT passes over them."""
+
+    def without(loaded: LoadedModel, case: dict[str, Any]) -> Any:
+        model = _with_experts(loaded, case)
+        for name, parameter in model.named_parameters():
+            if ".experts.lora_B" in name:
+                parameter.zero_()
+        return model
+
+    return compare(_run(case, _with_experts), _run(case, without))
 
 
 if __name__ == "__main__":

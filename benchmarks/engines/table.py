@@ -49,8 +49,10 @@ WRAPPER_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm", "as `language_model.model`", ("as language_model.model",)),
     ("vllm", "as `model`", ("as model",)),
 )
-# of mixtures in llama.cpp: an adapter that edits every expert too, beside the same one with experts' factors of zero
+# of mixtures: an adapter that edits every expert too, beside the same one with experts' factors of zero
 EXPERT_COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("peft", "adapter with experts", ("experts",)),
+    ("peft", "what the experts' factors do", ("experts, against base",)),
     ("llamacpp", "base", ("base",)),
     ("llamacpp", "adapter with experts", ("experts",)),
     ("llamacpp", "what the experts' factors do", ("experts, against base",)),
@@ -65,6 +67,7 @@ def main(work: Path, chosen: Sequence[str]) -> None:
         ("transformers and PEFT", ("transformers", "peft"), COLUMNS, None),
         ("vLLM", ("vllm",), COLUMNS, False),
         ("vLLM: multimodal models", ("transformers", "vllm"), WRAPPER_COLUMNS, True),
+        ("PEFT: experts in adapters", ("peft",), EXPERT_COLUMNS, None),
         ("llama.cpp", ("llamacpp",), COLUMNS, None),
         ("llama.cpp: experts in adapters", ("llamacpp",), EXPERT_COLUMNS, None),
         ("mlx-lm", ("mlx",), COLUMNS, None),

@@ -1,7 +1,9 @@
 """The LoRA target: a PEFT adapter that is exactly the plan's low-rank update.
 
 Every engine reads this layout: magnitudes inside float32 tensors, ``lora_alpha == r``, one rank, a list of target modules. Every
-layer of a targeted type has a pair of tensors, which are zero where nothing is edited.
+layer of a targeted type has a pair of tensors, which are zero where nothing is edited. A layer's routed experts are one parameter
+of three dimensions in PEFT: ``lora_A`` [experts · r, in] has an expert's rows together, ``lora_B`` [out, r · experts] its columns
+``experts`` apart.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from steer2edit.lowering import (
     Writing,
     adapter_refusal,
     compare_with_lowered,
+    expert_factors,
     writer_factors,
 )
 from steer2edit.plan import LowRank
@@ -52,8 +55,30 @@ NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
     "deepseek_ocr2_text": tuple(MatrixRole),
     "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT),
+    "laguna": (MatrixRole.SHARED_EXPERT_OUT,),
     "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT,),
 }
+# PEFT takes a target called down_proj for the fused experts' matrix, and leaves dense and shared MLPs of that name out
+MOVED_BY_PEFT = (
+    *(
+        "afmoe",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+    ),
+    *("flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "mellum", "qwen3_moe", "qwen3_next"),
+    *("sarvam_mla", "solar_open"),
+)
+# types whose experts' edits were run in PEFT, and had the plan's numbers there (docs/engines.md)
+EXPERTS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "glm4_moe", "dots1", "ernie4_5_moe"),
+    *("hunyuan_v1_moe", "exaone_moe", "deepseek_v2", "deepseek_v3"),
+)
 # their modules have other names in vLLM, whose table of names lacks those of transformers
 NO_PLACE_IN_VLLM = (
     *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
@@ -66,7 +91,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     refused = [
         f"{name}: {why}"
         for name, (edit, site) in resolved.edits.items()
-        if (why := adapter_refusal(edit, site) or _peft_refusal(spec, site))
+        if (why := adapter_refusal(edit, site, experts=spec.model_type in EXPERTS) or _peft_refusal(spec, site))
     ]
     if refused:
         raise TargetError(
@@ -76,13 +101,22 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
     edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
     rank = max(edit.B.shape[1] for edit in edits.values())
-    leaves = {_leaf(site) for site in spec.sites if site.key in edits}
-    targeted = [site for site in spec.sites if _leaf(site) in leaves]
+    leaves = {_leaf(site) for site in spec.sites if site.key in edits and site.expert is None}
+    targeted = [site for site in spec.sites if site.expert is None and _leaf(site) in leaves]
+    experts: dict[str, list[Site]] = {}
+    for site in (site for site in spec.sites if site.expert is not None):
+        experts.setdefault(site.module, []).append(site)
+    experts = {module: sites for module, sites in experts.items() if any(site.key in edits for site in sites)}
     tensors = {}
+    for module, sites in experts.items():
+        stacked_B, stacked_A = expert_factors(edits, sites, rank)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = stacked_A.flatten(0, 1)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = stacked_B.permute(1, 2, 0).flatten(1).contiguous()
     for site in targeted:
         B, A = writer_factors(edits.get(site.key), site, rank)
         tensors[f"base_model.model.{site.module}.lora_A.weight"] = A
         tensors[f"base_model.model.{site.module}.lora_B.weight"] = B
+    moved = [site for site in targeted if spec.model_type in MOVED_BY_PEFT and _leaf(site) == "down_proj"]
     save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -94,9 +128,12 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": targeted[0].orientation == "in_out",
-        "target_modules": _target_modules(targeted, resolved.checkpoint),
+        "fan_in_fan_out": bool(targeted) and targeted[0].orientation == "in_out",
+        "target_modules": _target_modules([site for site in targeted if site not in moved], resolved.checkpoint),
     }
+    parameters = [f"{module}.down_proj" for module in experts] + [f"{site.module}.weight" for site in moved]
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
     notes = ["Stored in float32: cast to bf16, an adapter loses about three digits."]
@@ -104,6 +141,14 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         notes.append(
             "By its source, vLLM 0.32 loads this adapter and ignores it: it does not rename this model's modules. Serve --to "
             "checkpoint there."
+        )
+    if experts:
+        notes.append(
+            "For PEFT, in whose layout experts' edits are. vLLM has another one, and does not apply these; it was not run."
+        )
+    elif moved:
+        notes.append(
+            "Dense MLPs are target_parameters, since PEFT takes target_modules of that name for experts. vLLM was not run."
         )
     return Lowering("exact", changes, tuple(notes), {"rank": rank, "target_modules": sorted(leaves)})
 
