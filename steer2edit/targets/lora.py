@@ -60,18 +60,8 @@ MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
 }
 # PEFT takes a target called down_proj for the fused experts' matrix, and leaves dense and shared MLPs of that name out
 MOVED_BY_PEFT = (
-    *(
-        "afmoe",
-        "beam",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "ernie4_5_moe",
-        "exaone_moe",
-    ),
-    *("flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "mellum", "qwen3_moe", "qwen3_next"),
+    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+    *("exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "qwen3_moe", "qwen3_next"),
     *("sarvam_mla", "solar_open"),
 )
 # types whose experts' edits were run in PEFT, and had the plan's numbers there (docs/engines.md)
