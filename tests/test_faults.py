@@ -136,8 +136,9 @@ def test_a_run_that_is_asked_to_end_removes_what_it_began(case: Case, tmp_path: 
     case.plan.save(tmp_path / "x.plan.safetensors")
     # where the tests run in the background, children are started with SIGINT ignored
     code = (
-        "import os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "os.fsync = lambda _: time.sleep(60); from steer2edit.cli.app import main; main()"
+        "import glob, os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"begun = lambda: bool(glob.glob({str(case.work / '.out.partial-*/*/*.safetensors')!r})); "
+        "os.fsync = lambda _: time.sleep(60 * begun()); from steer2edit.cli.app import main; main()"
     )
     command = [code, "emit", tmp_path / "x.plan.safetensors", case.base, "--to", "checkpoint", "-o", case.out]
     process = subprocess.Popen([sys.executable, "-c", *map(str, command)], stderr=subprocess.DEVNULL)

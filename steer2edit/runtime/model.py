@@ -77,10 +77,14 @@ class LoadedModel:
 
     @property
     def end_tokens(self) -> set[int]:
-        """The tokens that end an answer."""
-        ends = self.model.generation_config.eos_token_id
-        found = set(ends) if isinstance(ends, list) else {ends}
-        return {token for token in (*found, self.tokenizer.eos_token_id) if token is not None}
+        """The tokens that end an answer. Raises CheckpointError where generation_config.json names something else than ids."""
+        stored = self.model.generation_config.eos_token_id
+        ends = stored if isinstance(stored, list) else [stored]
+        if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
+            raise CheckpointError(
+                f"eos_token_id of generation_config.json is {shown(stored)}; expected a token's id or a list of ids"
+            )
+        return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
 
     @property
     def context(self) -> int:
@@ -300,6 +304,10 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         token_ids(tokenizer, ["a"])  # some of what is wrong shows only when it is used
     except Exception as error:  # whatever a damaged file makes of it: tokenizers raises plain Exception
         raise CheckpointError(f"transformers cannot load the tokenizer of {path}: {first_line(error)}") from None
+    if isinstance(tokenizer.eos_token_id, list):
+        raise CheckpointError(
+            f"the end token of the tokenizer in {path} is {shown(tokenizer.eos_token)}; expected one token, as a text"
+        )
     if not templated(tokenizer):
         tokenizer.chat_template = processor_template(path)
     return tokenizer
