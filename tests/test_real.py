@@ -52,7 +52,7 @@ def made(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     result = run(
         "compile", smollm2, "--behavior", "concise", "--eval", folder / "held.jsonl", "--neutral",
         folder / "neutral.jsonl", "--background", folder / "background.jsonl", "--kl-budget", 0.2, "--dtype", "bfloat16",
-        "--to", "checkpoint", "--to", "lora", "--out", folder / "concise", "--json",
+        "--told", "none", "--to", "checkpoint", "--to", "lora", "--out", folder / "concise", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return {"out": folder / "concise", **json.loads(result.stdout)}

@@ -30,6 +30,8 @@ PROOF = 32
 
 GENERAL = 64
 """Questions of general use behind a compile's own report: with fewer, only the loss of many right answers is told from chance."""
+GENERAL_TOKENS = 60
+"""Tokens of an answer to them: enough to name what is asked for, and a third of the time that long answers take."""
 
 
 def assess(
@@ -115,4 +117,5 @@ def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Quest
         chat_template_kwargs=source.get("chat_template_kwargs"),
         limit=limit,
         utility_limit=GENERAL,
+        utility_tokens=GENERAL_TOKENS,
     )

@@ -26,7 +26,7 @@ class Suite:
     Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
     answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
     read. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the questions of each
-    split, ``utility_limit`` those of general use where that is another number.
+    split, ``utility_limit`` those of general use where that is another number, and ``utility_tokens`` bounds their answers.
     """
 
     attribute: Sequence[Question]
@@ -39,6 +39,7 @@ class Suite:
     chat_template_kwargs: TemplateArguments | None = None
     limit: int | None = None
     utility_limit: int | None = None
+    utility_tokens: int | None = None
     seed: int = 0
     run: Generate = through_transformers
 
@@ -117,7 +118,8 @@ class Suite:
 
     def _answers(self, questions: Sequence[Question], useful: bool = False) -> Answers:
         if useful:
-            return Answers(questions, "utility", max_new_tokens=self.max_new_tokens, run=self.run, **self._rendering)
+            limit = self.utility_tokens or self.max_new_tokens
+            return Answers(questions, "utility", max_new_tokens=limit, run=self.run, **self._rendering)
         return Answers(
             questions,
             patterns=self.patterns,
