@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from steer2edit.artefact.emit import emit
 from steer2edit.bootstrap import estimate
 from steer2edit.data.questions import Question
+from steer2edit.data.user_scores import check_patterns, load_function
 from steer2edit.errors import CheckpointError, DataError, PlanError
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.assess import assess, with_baselines
@@ -23,7 +24,6 @@ from steer2edit.evaluation.baselines import baselines, random_direction, shuffle
 from steer2edit.evaluation.evaluate import Evaluation, evaluate, open_candidate, plan_candidate
 from steer2edit.evaluation.metrics import Choice, Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.suite import Suite
-from steer2edit.evaluation.user_scores import check_patterns, load_function
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan, LowRank
 from steer2edit.runtime.hooks import edited

@@ -17,9 +17,9 @@ PACKAGE = Path(steer2edit.__file__).parent
 
 LAYERS = (
     ("cli",), ("demo", "compiler", "publish"), ("compose", "dry_run"), ("report",), ("search",), ("evaluation",), ("artefact",),
-    ("experts", "importers", "diff"), ("targets",), ("lowering",), ("methods",), ("scoring",), ("strength",), ("capture",),
-    ("engines",), ("runtime",), ("data",), ("plan",), ("architecture",), ("checkpoint",), ("files",), ("formatting",),
-    ("bootstrap",), ("errors", "notices", "options", "progress"),
+    ("experts", "importers", "diff"), ("targets",), ("lowering",), ("methods",), ("scoring",), ("strength",), ("pairs",),
+    ("capture",), ("engines",), ("runtime",), ("data",), ("plan",), ("architecture",), ("checkpoint",), ("files",),
+    ("formatting",), ("bootstrap",), ("errors", "notices", "options", "progress"),
 )  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 LOWEST_WITH_TRANSFORMERS = LEVEL["runtime"]

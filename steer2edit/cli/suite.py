@@ -69,8 +69,8 @@ class SuiteFlags(FlagGroup):
     def suite(self, loaded: LoadedModel, questions: Sequence[Question], data: DataFlags) -> Suite:
         """What candidates are measured on."""
         from steer2edit.data.questions import builtin_questions, read_questions
+        from steer2edit.data.user_scores import check_patterns, load_function
         from steer2edit.evaluation.suite import Suite
-        from steer2edit.evaluation.user_scores import check_patterns, load_function
         from steer2edit.strength.neutral_texts import neutral_texts
 
         check_patterns(self.patterns)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steer2edit.data.degeneration import is_empty, loops, repetition
+from steer2edit.data.marking import is_exact, names_right
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError
-from steer2edit.evaluation.degeneration import is_empty, loops, repetition
 from steer2edit.evaluation.language import left_language
-from steer2edit.evaluation.marking import is_exact, names_right
 from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel

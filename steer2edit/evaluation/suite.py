@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from steer2edit.data.marking import can_be_named
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers, Generate, through_transformers
-from steer2edit.evaluation.marking import can_be_named
 from steer2edit.evaluation.metrics import Choice, Neutral, Preference, Task, prompt_text
 from steer2edit.strength.neutral_texts import NeutralTexts
 
