@@ -14,19 +14,21 @@ from steer2edit.data.readers import key_of, read_json
 from steer2edit.data.records import parse_rows
 from steer2edit.errors import DataError, shown
 
-Use = Literal["neutral", "background"]
+Use = Literal["neutral", "background", "pairs"]
 _COLUMNS = frozenset({"prompt", "kind", "use"})
+_USES = ", ".join(get_args(Use))
 
 
 def everyday_prompts(use: Use) -> list[Prompt]:
-    """The 120 packaged prompts of one use, each as one user message, in the file's order.
+    """The packaged prompts of one use, each as one user message, in the file's order.
 
-    The answers to "neutral" prompts measure what an edit costs in chat; second moments are measured on answers to
-    "background" prompts. No prompt has both uses, and both uses have the same kinds of prompts. Raises DataError on
-    another use.
+    The answers to the 120 "neutral" prompts measure what an edit costs in chat; second moments are measured on answers
+    to the 120 "background" prompts, which are of the same kinds. The 200 "pairs" prompts are there to be answered
+    twice, with a behaviour and without it: opinions, feelings, drafts to review and situations are among them, and no
+    request that fixes the form of the answer. No prompt has two uses. Raises DataError on another use.
     """
     if use not in get_args(Use):
-        raise DataError(f"there is no use {shown(use)} of everyday prompts; there are neutral and background")
+        raise DataError(f"there is no use {shown(use)} of everyday prompts; there are {_USES}")
     data = (importlib.resources.files("steer2edit") / "behaviors" / EVERYDAY_FILE).read_bytes()
     rows = parse_rows(data, EVERYDAY_FILE, read_json, _COLUMNS, "everyday prompts", 'expected "prompt" and "use"', _row)
     return [prompt for prompt, its_use in rows if its_use == use]
@@ -38,5 +40,5 @@ def _row(row: object, _where: str, _index: int) -> list[tuple[Prompt, str]]:
     keyed = {key_of(key): value for key, value in row.items()}
     prompt = (Message("user", read_text("prompt", keyed.get("prompt"), filled=True)),)
     if keyed.get("use") not in get_args(Use):
-        raise Fault(f"use is {shown(keyed.get('use'))}; expected neutral or background")
+        raise Fault(f"use is {shown(keyed.get('use'))}; expected one of {_USES}")
     return [(prompt, str(keyed["use"]))]
