@@ -8,6 +8,7 @@ block is not what its function gives.
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -116,6 +117,18 @@ def _targets() -> str:
     return _table(["target", "what it is", "a whole model", "can remove experts"], rows)
 
 
+def _operators() -> str:
+    """A row for each operator that the tests compare with its paper's hooks."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from operator_rows import all_rows
+
+    heads = ["system", "operator", "at run time", "command", "as weights", "carried by"]
+    rows = [
+        [row.system, row.operator, row.hook, _code(row.command), row.exactness, row.carried_text] for row in all_rows()
+    ]
+    return _table(heads, [[text.replace("|", "\\|") for text in row] for row in rows])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": _commands,
     "families.counts": _counts,
@@ -125,6 +138,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families.multimodal": lambda: f"{_names(MULTIMODAL)}.",
     "families.refused": lambda: _table(["model types", "because"], _refused()),
     "methods": _methods,
+    "operators": _operators,
     "targets": _targets,
     "formats": formats.table,
     "importers": lambda: "\n".join(f"- {importer.description}" for importer in importers.importers()),
