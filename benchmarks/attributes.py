@@ -19,7 +19,8 @@ from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.questions import knowledge_questions
 from steer2edit.evaluation.assess import assess
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
@@ -65,11 +66,11 @@ def main() -> None:
     spec = read_spec(checkpoint)
     loaded = load_model(checkpoint, spec, Runtime(dtype=options.dtype))
     neutral = neutral_texts(loaded)
-    behavior = Behavior.builtin(options.behavior, span=options.span)
+    behavior = Behavior.named(options.behavior, span=options.span)
     scoring = Scoring(checkpoint, spec, capture_statistics(loaded, checkpoint, behavior))
     suite = Suite(
         builtin_questions(options.behavior) or [],
-        [] if options.no_utility else builtin_questions("knowledge") or [],
+        [] if options.no_utility else knowledge_questions(),
         neutral,
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,

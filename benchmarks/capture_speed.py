@@ -17,7 +17,7 @@ from timing import arguments, interleaved, ratio, report
 from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.data import contrast
+from steer2edit.data.behavior_file import behavior_files, open_behavior
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.model import DTYPES, LoadedModel, Runtime, load_model
@@ -34,7 +34,7 @@ def forward(loaded: LoadedModel, examples: Sequence[Encoded], batch_tokens: int)
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--behavior", default="concise", choices=contrast.behaviors())
+    parser.add_argument("--behavior", default="concise", choices=behavior_files())
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--limit", type=int, help="use only so many examples")
@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     checkpoint = open_checkpoint(given.model)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=given.dtype))
-    examples = encode(contrast.load_behavior(given.behavior), loaded.tokenizer)[: given.limit]
+    examples = encode(open_behavior(given.behavior).read_pairs(), loaded.tokenizer)[: given.limit]
     variants: dict[str, Callable[[], object]] = {
         "forward": lambda: forward(loaded, examples, given.batch_tokens),
         "capture": lambda: capture(loaded, examples, batch_tokens=given.batch_tokens),

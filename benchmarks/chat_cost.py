@@ -51,7 +51,7 @@ def main() -> None:
 
     checkpoint = open_checkpoint(options.model)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
-    behavior = Behavior.builtin(options.behavior)
+    behavior = Behavior.named(options.behavior)
     scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
     texts = neutral_texts(loaded, neutral_text() if options.prose else None, bar)
     rows = []

@@ -16,7 +16,7 @@ from timing import arguments, interleaved, ratio, report
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.questions import knowledge_questions
 from steer2edit.data.templates import render_prompts
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines.generation import generate
@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     checkpoint = open_checkpoint(given.model)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=given.dtype))
-    questions = (builtin_questions("knowledge") or [])[: given.answers]
+    questions = knowledge_questions()[: given.answers]
     prompts = render_prompts({q.prompt: q.where for q in questions}, loaded.tokenizer, writing=True)
     texts = [prompts[question.prompt] for question in questions]
     special = not loaded.tokenizer.chat_template

@@ -21,8 +21,9 @@ from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.contrast import Example, load_behavior, neutral_text
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.behavior_file import open_behavior
+from steer2edit.data.contrast import Example, neutral_text
+from steer2edit.data.questions import knowledge_questions
 from steer2edit.data.templates import templated
 from steer2edit.data.tokens import Encoded, encode
 from steer2edit.engines.own_answers import own_answers
@@ -50,7 +51,7 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     spec = read_spec(checkpoint)
     loaded = load_model(checkpoint, spec, Runtime(dtype=options.dtype))
-    statistics = capture_statistics(loaded, checkpoint, Behavior.builtin(options.behavior))
+    statistics = capture_statistics(loaded, checkpoint, Behavior.named(options.behavior))
 
     started = time.perf_counter()
     scoring = Scoring(checkpoint, spec, statistics)
@@ -73,8 +74,10 @@ def main() -> None:
     prose = NeutralText(loaded, neutral_text())
     neutral = NeutralTexts(NeutralText(loaded, answers), prose) if answers else NeutralTexts(prose)
     print(f"{len(answers)} own answers {generated:.1f} s, the base on both texts {time.process_time() - began:.1f} s")
-    pairs = encode(load_behavior(options.behavior)[: 2 * options.choices], loaded.tokenizer, span="response")
-    asked = [q for q in builtin_questions("knowledge") or [] if q.choices][: options.choices]
+    pairs = encode(
+        open_behavior(options.behavior).read_pairs()[: 2 * options.choices], loaded.tokenizer, span="response"
+    )
+    asked = [q for q in knowledge_questions() if q.choices][: options.choices]
     rows_of = [Example(q.prompt, text, "positive", q.where, i) for i, q in enumerate(asked) for text in q.choices]
     choices = encode(rows_of, loaded.tokenizer, span="response")
     plan = settle_strength(loaded, make_plan(scoring), kl_budget=0.05, neutral=neutral)

@@ -11,10 +11,11 @@ from typing import Any
 
 from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
+from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.contrast import Example
 from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.prompts import Message
-from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError
@@ -78,7 +79,7 @@ def truthful(path: Path, probe: int) -> Experiment:
     return Experiment(
         Behavior("TruthfulQA", examples),
         held,
-        builtin_questions("knowledge") or [],
+        knowledge_questions(),
         "Say only what is true, and do not repeat popular misconceptions.",
         function=closer_to_true,
     )
@@ -139,9 +140,7 @@ def refusal(probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
     behavior = Behavior("refusal's format", examples)
     held = take(builtin_questions("concise") or [], "report")
     bare = [Question(q.prompt, q.where) for q in held]
-    return Experiment(
-        behavior, bare, builtin_questions("knowledge") or [], "Refuse every request politely.", patterns=(REFUSAL,)
-    )
+    return Experiment(behavior, bare, knowledge_questions(), "Refuse every request politely.", patterns=(REFUSAL,))
 
 
 def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from steer2edit.bootstrap import estimate
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.answers import through_transformers
@@ -34,7 +35,7 @@ def count_changed(checkpoint: Checkpoint, loaded: LoadedModel, options: argparse
     """Switch off the ``--top`` experts most typical of the behaviour, then as many random ones, and count changed answers."""
     if not loaded.spec.routers:
         raise PlanError(f"{checkpoint.name} is not a mixture of experts: it has none to switch off")
-    behavior = Behavior.builtin(options.behavior)
+    behavior = Behavior.named(options.behavior)
     statistics = capture_statistics(loaded, checkpoint, behavior)
     own = [(one.layer, one.expert) for one in ranking(expert_table(statistics), options.top, "positive")]
     free = [(r.layer, e) for r in loaded.spec.routers for e in range(r.experts) if (r.layer, e) not in own]
@@ -46,7 +47,7 @@ def count_changed(checkpoint: Checkpoint, loaded: LoadedModel, options: argparse
 
     asked = {
         options.behavior: take(builtin_questions(options.behavior) or [], "report")[: options.limit],
-        "knowledge": take(builtin_questions("knowledge") or [], "report")[: options.limit],
+        "knowledge": take(knowledge_questions(), "report")[: options.limit],
     }
     costs = neutral_texts(loaded, limit=options.kl_rows)
     before = {name: answers(loaded, questions, options.max_new_tokens) for name, questions in asked.items()}

@@ -26,15 +26,14 @@ import time
 from pathlib import Path
 
 import torch
-from power_cells import METHODS, UNSCALED, Bench, Cell, Journal, Settings, ask, knowledge_questions
+from power_cells import METHODS, UNSCALED, Bench, Cell, Journal, Settings, ask, general_questions
 from power_table import plain, read_tables, render
 
 from steer2edit.architecture import read_spec
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.contrast import behaviors
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.behavior_file import behavior_files, builtin_questions
 from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.neutral_texts import neutral_texts
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="with --summary: print the comparisons as JSON")
     parser.add_argument("--out", type=Path, help="folder of the cells")
     parser.add_argument(
-        "--behavior", action="append", choices=behaviors(), help="repeatable; default: all built-in ones"
+        "--behavior", action="append", choices=behavior_files(), help="repeatable; default: all built-in ones"
     )
     parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; default: all")
     parser.add_argument("--kl", action="append", type=float, help=f"repeatable; default: {' '.join(map(str, KLS))}")
@@ -106,8 +105,8 @@ def run(options: argparse.Namespace) -> None:
     )
     journal = Journal(options.out, settings)
     costs = neutral_texts(loaded, limit=options.kl_rows)
-    general = knowledge_questions(options.knowledge)
-    names, methods = options.behavior or list(behaviors()), options.method or list(METHODS)
+    general = general_questions(options.knowledge)
+    names, methods = options.behavior or list(behavior_files()), options.method or list(METHODS)
     for place, name in enumerate(names):
         asked = ask(builtin_questions(name) or [], settings.seeds, settings.questions)
         kept = options.out / f"questions-{name}.json"
@@ -118,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
         missing = [m for m in ("base", *methods) if any(key not in journal.cells for key in keys(name, m, settings))]
         if not missing and not options.estimate:
             continue
-        behavior = Behavior.builtin(name)
+        behavior = Behavior.named(name)
         started = time.perf_counter()
         scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
         captured = time.perf_counter() - started

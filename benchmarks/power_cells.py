@@ -18,7 +18,7 @@ from train_lora import Loss, train
 
 from steer2edit.data.behavior import Behavior, instruction
 from steer2edit.data.prompts import prompt_digest
-from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError, Steer2EditError
@@ -145,9 +145,9 @@ def ask(questions: Sequence[Question], seeds: Sequence[int], count: int) -> Aske
     return Asked(attribute, tuple(q for q, _ in kept), tuple(mine for _, mine in kept))
 
 
-def knowledge_questions(count: int) -> list[Question]:
+def general_questions(count: int) -> list[Question]:
     """General questions with short choices, from the reporting half; the model is not shown the choices."""
-    ordered = sorted(builtin_questions("knowledge") or [], key=lambda q: q.digest[::-1])
+    ordered = sorted(knowledge_questions(), key=lambda q: q.digest[::-1])
     return [q for q in take(ordered, "report") if q.choices][:count]
 
 

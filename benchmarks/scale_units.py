@@ -79,7 +79,7 @@ def cases(
                 yield str(model_folder()), demo_behavior(name), neutral_documents()
         else:
             for name in behaviors:
-                yield model, Behavior.builtin(name), contrast.neutral_text()
+                yield model, Behavior.named(name), contrast.neutral_text()
 
 
 def strength_at(loaded: LoadedModel, plan: EditPlan, text: NeutralText, budget: float) -> float:

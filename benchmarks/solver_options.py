@@ -30,7 +30,8 @@ from steer2edit.bootstrap import estimate
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.questions import Question, builtin_questions, take
+from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.baselines import random_direction
 from steer2edit.evaluation.metrics import Preference
@@ -132,9 +133,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     checkpoint = open_checkpoint(options.model)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
     texts = neutral_texts(loaded, limit=options.rows)
-    knowledge = [q for q in take(builtin_questions("knowledge") or [], "select") if q.choices]
+    knowledge = [q for q in take(knowledge_questions(), "select") if q.choices]
     for name in options.behavior:
-        behavior = Behavior.builtin(name)
+        behavior = Behavior.named(name)
         scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
         questions = take(builtin_questions(name) or [], "select")[: options.questions]
         yield Case(loaded, scoring, behavior, questions, knowledge[: options.knowledge], texts)

@@ -201,9 +201,7 @@ def main() -> None:
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
     named = options.behavior
     behavior = (
-        Behavior.from_data(named, span="response")
-        if Path(named).is_file()
-        else Behavior.builtin(named, span="response")
+        Behavior.from_data(named, span="response") if Path(named).is_file() else Behavior.named(named, span="response")
     )
     torch.manual_seed(options.seed)
     done = train(

@@ -18,8 +18,9 @@ import torch
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.neutral import OwnNeutral
-from steer2edit.data.questions import Question, builtin_questions
+from steer2edit.data.questions import Question, knowledge_questions
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
 from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
@@ -205,7 +206,7 @@ def _measure(
     found = {}
     for name, asked in zip(called, questions, strict=True):
         if asked:
-            suite = Suite(asked, builtin_questions("knowledge") or [], neutral, limit=PROOF)
+            suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF)
             found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
     return found
 

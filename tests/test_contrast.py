@@ -12,15 +12,9 @@ from typing import Any
 
 import pytest
 
-from steer2edit.data.contrast import (
-    Example,
-    Message,
-    behaviors,
-    data_hash,
-    load_behavior,
-    neutral_text,
-    read_contrast,
-)
+from steer2edit.data.behavior_file import behavior_files, open_behavior
+from steer2edit.data.contrast import Example, data_hash, neutral_text, read_contrast
+from steer2edit.data.prompts import Message
 from steer2edit.errors import DataError
 
 PAIRS = [
@@ -296,9 +290,9 @@ def test_hub_faults_are_named(hub: list[str], source: str, message: str) -> None
 # What is built in
 
 
-@pytest.mark.parametrize("name", behaviors())
+@pytest.mark.parametrize("name", behavior_files())
 def test_a_built_in_behaviour_has_enough_pairs(name: str) -> None:
-    examples = load_behavior(name)
+    examples = open_behavior(name).read_pairs()
     assert all(isinstance(e.prompt, tuple) and [m.role for m in e.prompt] == ["user"] for e in examples)
     prompts = [e.prompt[0].content.lower() for e in examples if e.label == "positive" and e.prompt]  # type: ignore[union-attr]
     assert len(prompts) >= 64
@@ -308,7 +302,7 @@ def test_a_built_in_behaviour_has_enough_pairs(name: str) -> None:
 
 
 def mean_words(name: str) -> tuple[float, float]:
-    examples = load_behavior(name)
+    examples = open_behavior(name).read_pairs()
     positive, negative = (
         fmean(len(e.response.split()) for e in examples if e.label == label) for label in ("positive", "negative")
     )
@@ -316,7 +310,7 @@ def mean_words(name: str) -> tuple[float, float]:
 
 
 def test_lengths_are_what_the_behaviours_say() -> None:
-    assert set(behaviors()) == {"cautious", "concise", "formal", "plain", "truthful", "warm"}
+    assert set(behavior_files()) == {"cautious", "concise", "formal", "plain", "truthful", "warm"}
     positive, negative = mean_words("concise")
     assert positive <= negative / 3
     for name in ("truthful", "formal", "cautious", "plain", "warm"):
@@ -325,15 +319,8 @@ def test_lengths_are_what_the_behaviours_say() -> None:
 
 
 def test_no_text_is_in_two_behaviours() -> None:
-    texts = [e.response for name in behaviors() for e in load_behavior(name)]
+    texts = [e.response for name in behavior_files() for e in open_behavior(name).read_pairs()]
     assert len(set(texts)) == len(texts)
-
-
-@pytest.mark.parametrize(("name", "hint"), [("concice", "Did you mean concise?"), ("zzz", "plain, truthful, warm.")])
-def test_an_unknown_behaviour_names_those_there_are(name: str, hint: str) -> None:
-    with pytest.raises(DataError, match="cautious, concise") as caught:
-        load_behavior(name)
-    assert str(caught.value).endswith(hint)
 
 
 def test_neutral_text_is_paragraphs() -> None:

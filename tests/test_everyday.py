@@ -10,10 +10,10 @@ from typing import get_args
 
 import pytest
 
-from steer2edit.data.contrast import EVERYDAY_FILE, behaviors, load_behavior
-from steer2edit.data.everyday import Use, everyday_prompts
+from steer2edit.data.behavior_file import behavior_files, open_behavior
+from steer2edit.data.everyday import EVERYDAY_FILE, Use, everyday_prompts
 from steer2edit.data.prompts import Message, Prompt, prompt_digest
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.questions import knowledge_questions
 from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import prompt_text
 
@@ -71,12 +71,15 @@ def test_prompts_to_make_pairs_from_are_varied() -> None:
     assert {"opinion", "feelings", "review", "situation", "other language"} <= set(found)
 
 
-@pytest.mark.parametrize("name", [*behaviors(), "knowledge"])
+@pytest.mark.parametrize("name", [*behavior_files(), "knowledge"])
 def test_no_everyday_prompt_is_in_another_packaged_file(name: str) -> None:
     everyday = set[str]().union(*map(digests, USES))
-    pairs = [example.prompt for example in load_behavior(name)] if name in behaviors() else []
-    questions = [question.prompt for question in builtin_questions(name) or []]
-    assert not everyday & {prompt_digest(prompt) for prompt in pairs + questions}
+    if name == "knowledge":
+        prompts = [question.prompt for question in knowledge_questions()]
+    else:
+        file = open_behavior(name)
+        prompts = [one.prompt for one in (*file.read_pairs(), *file.read_questions())]
+    assert not everyday & {prompt_digest(prompt) for prompt in prompts}
 
 
 def test_another_use_is_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from steer2edit.data.degeneration import TAIL, is_empty, loops, repetition
 from steer2edit.data.marking import can_be_named, is_exact, named_choices, names_right
-from steer2edit.data.questions import Question, builtin_questions
+from steer2edit.data.questions import Question, knowledge_questions
 from steer2edit.evaluation.language import FUNCTION_WORDS, language, left_language, script
 
 CITIES = ("Paris", "London", "The City of York", "New York")
@@ -76,7 +76,7 @@ def test_numbers_are_themselves_and_no_others(one: int, other: int) -> None:
 
 
 def test_every_packaged_choice_names_itself_alone() -> None:
-    asked = builtin_questions("knowledge") or []
+    asked = knowledge_questions()
     able = [question for question in asked if can_be_named(question)]
     assert len(able) > 0.95 * len(asked)
     for question in able:

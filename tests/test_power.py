@@ -18,7 +18,8 @@ from steer2edit.architecture import read_spec
 from steer2edit.capture import background
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.questions import builtin_questions, take
+from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.questions import take
 from steer2edit.errors import DataError
 from steer2edit.evaluation.evaluate import evaluate, open_candidate
 from steer2edit.evaluation.metrics import Preference
@@ -134,7 +135,7 @@ def test_training_makes_an_adapter_that_opens_and_leaves_the_base(model: Path, t
     checkpoint = open_checkpoint(model)
     loaded = load_model(checkpoint, read_spec(checkpoint))
     before = checksums(loaded.model)
-    behavior = Behavior.builtin("formal").limited(4)
+    behavior = Behavior.named("formal").limited(4)
     behavior = Behavior("formal", behavior.examples, span="response")
     done = train_lora.train(loaded, behavior, loss, 60, tmp_path / loss, steps=2, batch=4, learning_rate=1e-2)
     assert done.steps == 2 and not changed(loaded.model, before)
@@ -149,7 +150,7 @@ def test_training_makes_an_adapter_that_opens_and_leaves_the_base(model: Path, t
 def test_the_prompt_does_not_count_in_training(model: Path) -> None:
     checkpoint = open_checkpoint(model)
     loaded = load_model(checkpoint, read_spec(checkpoint))
-    behavior = Behavior.builtin("formal", span="response")
+    behavior = Behavior.named("formal", span="response")
     encoded = behavior.encode(loaded.tokenizer, loaded.context)
     rows = train_lora.learnt(encoded)
     assert len(rows) == len(encoded) / 2

@@ -12,15 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer2edit.data.contrast import behaviors, load_behavior
+from steer2edit.data.behavior_file import behavior_files, builtin_questions, open_behavior
 from steer2edit.data.prompts import Message, Prompt, prompt_digest
-from steer2edit.data.questions import (
-    Question,
-    builtin_questions,
-    read_questions,
-    refuse_seen,
-    take,
-)
+from steer2edit.data.questions import Question, knowledge_questions, read_questions, refuse_seen, take
 from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import prompt_text
 
@@ -28,6 +22,11 @@ from steer2edit.evaluation.metrics import prompt_text
 def bare(prompt: Prompt) -> str:
     """A prompt's letters and digits: quotes, commas and capitals do not make another prompt."""
     return " ".join(re.findall(r"\w+", prompt_text(prompt).lower().replace("'", "")))
+
+
+def packaged(name: str) -> list[Question]:
+    """The held-out questions of a built-in behaviour, or those of general knowledge."""
+    return knowledge_questions() if name == "knowledge" else open_behavior(name).read_questions()
 
 
 def questions(prompts: list[str]) -> list[Question]:
@@ -63,34 +62,33 @@ def test_what_was_seen_is_refused_by_name() -> None:
         refuse_seen(held, [prompt_digest("how old is the sun?")], "the plan")
 
 
-@pytest.mark.parametrize("name", [*behaviors(), "knowledge"])
+@pytest.mark.parametrize("name", [*behavior_files(), "knowledge"])
 def test_what_comes_with_the_package_is_disjoint_from_the_contrast_data(name: str) -> None:
-    found = builtin_questions(name)
-    assert found is not None
+    found = packaged(name)
     digests = [q.digest for q in found]
     assert len(set(digests)) == len(digests)
-    for behavior in behaviors():
-        assert not set(digests) & {prompt_digest(example.prompt) for example in load_behavior(behavior)}
+    for behavior in behavior_files():
+        assert not set(digests) & {prompt_digest(example.prompt) for example in open_behavior(behavior).read_pairs()}
     assert builtin_questions("nothing") is None
 
 
-@pytest.mark.parametrize("name", [*behaviors(), "knowledge"])
+@pytest.mark.parametrize("name", [*behavior_files(), "knowledge"])
 def test_each_half_of_what_comes_with_the_package_has_the_power_for_a_paired_difference(name: str) -> None:
-    found = builtin_questions(name) or []
+    found = packaged(name)
     assert min(len(take(found, split)) for split in ("select", "report")) >= 200  # type: ignore[arg-type]
 
 
 def test_no_prompt_comes_with_the_package_twice() -> None:
-    found = [q for name in (*behaviors(), "knowledge") for q in builtin_questions(name) or []]
+    found = [q for name in (*behavior_files(), "knowledge") for q in packaged(name)]
     letters = Counter(bare(q.prompt) for q in found)
     assert [q.where for q in found if letters[bare(q.prompt)] > 1] == []
-    trained = {bare(example.prompt) for name in behaviors() for example in load_behavior(name)}
+    trained = {bare(example.prompt) for name in behavior_files() for example in open_behavior(name).read_pairs()}
     assert [q.where for q in found if bare(q.prompt) in trained] == []
 
 
-@pytest.mark.parametrize("name", [name for name in behaviors() if name != "concise"])
+@pytest.mark.parametrize("name", [name for name in behavior_files() if name != "concise"])
 def test_the_length_of_a_response_does_not_tell_its_side(name: str) -> None:
-    pairs = [q for q in builtin_questions(name) or [] if q.positive]
+    pairs = [q for q in packaged(name) if q.positive]
     lengths = [(len(q.positive.split()), len(q.negative.split())) for q in pairs]
     positive, negative = (mean(side) for side in zip(*lengths, strict=True))
     assert pairs and abs(positive / negative - 1) < 0.1
@@ -99,7 +97,7 @@ def test_the_length_of_a_response_does_not_tell_its_side(name: str) -> None:
 
 
 def test_a_question_of_general_knowledge_has_one_right_choice_that_no_other_text_names() -> None:
-    for question in builtin_questions("knowledge") or []:
+    for question in knowledge_questions():
         names = [
             re.sub(r"^(the|an?|(in|at|to|your|his)( the| an?)?) ", "", choice.lower()) for choice in question.choices
         ]

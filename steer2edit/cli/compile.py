@@ -177,11 +177,12 @@ def compile(
 
 def held_out(sources: tuple[str, ...], behaviors: tuple[str, ...]) -> Any:
     """The questions of --eval, or those that come with --behavior; None where there are neither."""
-    from steer2edit.data.questions import builtin_questions, read_questions
+    from steer2edit.data.behavior_file import open_behavior
+    from steer2edit.data.questions import read_questions
 
     if sources:
         return [question for source in sources for question in read_questions(source)]
-    return [question for name in behaviors for question in builtin_questions(name) or []] or None
+    return [question for name in behaviors for question in open_behavior(name).read_questions()] or None
 
 
 def instruction_of(told: str | None, behaviors: tuple[str, ...]) -> str | None:

@@ -70,8 +70,8 @@ class DataFlags(TemplateFlags):
     )
     behavior: tuple[str, ...] = option(
         (),
-        "Built-in behaviour instead: concise, truthful, formal, cautious, plain or warm. Repeatable.",
-        metavar="NAME",
+        "Behaviour instead: the name of a built-in one, or a TOML file. Repeatable.",
+        metavar="NAME|FILE",
     )
     span: Literal["matched", "response"] = option(
         "matched", "Read a pair's responses up to the shorter's length, or whole.", rare=True
@@ -112,7 +112,7 @@ class DataFlags(TemplateFlags):
             raise click.UsageError("give --data, --behavior or (where there is one) --stats: exactly one of them")
         if self.data and self.behavior:
             raise click.UsageError("--data and --behavior are both given; give exactly one of them")
-        read, sources = (Behavior.from_data, self.data) if self.data else (Behavior.builtin, self.behavior)
+        read, sources = (Behavior.from_data, self.data) if self.data else (Behavior.named, self.behavior)
         if len(set(sources)) < len(sources):
             raise click.UsageError(
                 f"{'--data' if self.data else '--behavior'} names the same source twice; give it once"
@@ -205,7 +205,7 @@ class ProtectFlags(FlagGroup):
 
     protect: tuple[str, ...] = option(
         (),
-        "Direction that the edit does not write along: a built-in behaviour, a statistics file or steering vectors. Repeatable.",
+        "Direction that the edit does not write along: a behaviour (name or TOML file), statistics or vectors. Repeatable.",
         metavar="DIRECTION",
     )
 
@@ -213,16 +213,16 @@ class ProtectFlags(FlagGroup):
         """The directions' sources. Raises UsageError for what is neither a behaviour nor a file."""
         from steer2edit.capture.statistics import Statistics
         from steer2edit.data.behavior import Behavior
-        from steer2edit.data.contrast import behaviors
+        from steer2edit.data.behavior_file import SUFFIX, behavior_files
         from steer2edit.importers import read_vectors
 
         found: list[Behavior | Statistics | Vectors] = []
         for name in self.protect:
-            if name in behaviors() and not Path(name).exists():
-                found.append(Behavior.builtin(name, data.system, chat_template_kwargs=data.template_arguments))
+            if (name in behavior_files() and not Path(name).exists()) or name.lower().endswith(SUFFIX):
+                found.append(Behavior.named(name, data.system, chat_template_kwargs=data.template_arguments))
             elif not Path(name).expanduser().exists():
                 raise click.UsageError(
-                    f"--protect {name}: there is no such file, and the built-in behaviours are {', '.join(behaviors())}"
+                    f"--protect {name}: there is no such file, and the built-in behaviours are {', '.join(behavior_files())}"
                 )
             elif name.endswith(".stats.safetensors"):
                 found.append(Statistics.load(name))

@@ -68,7 +68,7 @@ class SuiteFlags(FlagGroup):
 
     def suite(self, loaded: LoadedModel, questions: Sequence[Question], data: DataFlags) -> Suite:
         """What candidates are measured on."""
-        from steer2edit.data.questions import builtin_questions, read_questions
+        from steer2edit.data.questions import knowledge_questions, read_questions
         from steer2edit.data.user_scores import check_patterns, load_function
         from steer2edit.evaluation.suite import Suite
         from steer2edit.strength.neutral_texts import neutral_texts
@@ -77,7 +77,7 @@ class SuiteFlags(FlagGroup):
         useful = self.useful
         return Suite(
             questions,
-            [] if useful == "none" else read_questions(useful) if useful else builtin_questions("knowledge") or [],
+            [] if useful == "none" else read_questions(useful) if useful else knowledge_questions(),
             neutral_texts(
                 loaded,
                 read_own_neutral(self.neutral),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from steer2edit.data import contrast
+from steer2edit.data.behavior_file import open_behavior
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import MAX_TOKENS, Encoded, Span, encode
 
@@ -30,16 +29,17 @@ class Behavior:
     max_tokens: int = MAX_TOKENS
 
     @classmethod
-    def builtin(
+    def named(
         cls,
-        name: str,
+        name: str | Path,
         system: str | None = None,
         span: Span = "matched",
         chat_template_kwargs: TemplateArguments | None = None,
         max_tokens: int = MAX_TOKENS,
     ) -> Behavior:
-        """A behaviour that comes with the package. Raises DataError naming the known ones."""
-        return cls(name, contrast.load_behavior(name), system, span, chat_template_kwargs, max_tokens)
+        """The pairs of a built-in behaviour, or of one in a TOML file. Raises DataError; see :func:`open_behavior`."""
+        file = open_behavior(name)
+        return cls(file.name, file.read_pairs(), system, span, chat_template_kwargs, max_tokens)
 
     @classmethod
     def from_data(
@@ -84,8 +84,6 @@ class Behavior:
         )
 
 
-def instruction(names: Sequence[str]) -> str | None:
-    """What a model is told to get built-in behaviours without an edit; None where one of them has no instruction."""
-    file = importlib.resources.files("steer2edit") / "behaviors" / "instructions.json"
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    return " ".join(known[name] for name in names) if names and all(name in known for name in names) else None
+def instruction(names: Sequence[str | Path]) -> str | None:
+    """What a model is told to get behaviours without an edit; None for no behaviours. Raises DataError on an unknown one."""
+    return " ".join(open_behavior(name).positive for name in names) or None

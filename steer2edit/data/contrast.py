@@ -1,33 +1,28 @@
-"""Contrast data: prompts with labelled responses, read from a file or the Hub, or built in.
+"""Contrast data: prompts with labelled responses, read from a file or the Hub.
 
 The formats of rows are in ``data.formats``.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.resources
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steer2edit.data import formats
 from steer2edit.data.answers import LABELS, Label
-from steer2edit.data.prompts import Message, Prompt, prompt_digest
-from steer2edit.data.readers import read_json
-from steer2edit.data.records import Build, parse_rows, read_source
-from steer2edit.errors import DataError, listing, shown
+from steer2edit.data.prompts import Prompt, prompt_digest
+from steer2edit.data.records import Build, read_source
+from steer2edit.errors import DataError, listing
 from steer2edit.notices import notice
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # its place since Python 3.11
-
-EVERYDAY_FILE = "everyday.jsonl"
-"""Prompts of ``data.everyday``; the only file of rows beside the behaviours that is not one."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +69,6 @@ def count(examples: Iterable[Example]) -> Counts:
     contents = {(digest, *((e.label, e.response) for e in row)) for (digest, _), row in rows.items()}
     identical = sum(len(row) > 1 and len({e.response for e in row}) == 1 for row in rows.values())
     return Counts(len(rows), len({digest for digest, _ in rows}), len(contents), identical)
-
-
-def behaviors() -> tuple[str, ...]:
-    """Names of the built-in behaviours."""
-    names = {entry.name for entry in _package_data().iterdir()} - {EVERYDAY_FILE}
-    return tuple(sorted(name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")))
-
-
-def load_behavior(name: str) -> list[Example]:
-    """Pairs of a built-in behaviour, each prompt as one user message. Raises DataError on an unknown name."""
-    known = behaviors()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"there is no built-in behaviour {shown(name)}; there are {', '.join(known)}.{hint}")
-    file = f"{name}.jsonl"
-    data = (_package_data() / file).read_bytes()
-    known_columns = formats.columns()
-    rows = parse_rows(data, file, read_json, known_columns, "contrast data", formats.EXPECTED, _builder(Counter()))
-    examples = _both(rows, file)
-    return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
 
 
 def neutral_text() -> str:

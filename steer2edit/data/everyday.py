@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.resources
 from typing import Literal, get_args
 
-from steer2edit.data.contrast import EVERYDAY_FILE
 from steer2edit.data.prompts import Fault, Message, Prompt, read_text
 from steer2edit.data.readers import key_of, read_json
 from steer2edit.data.records import parse_rows
 from steer2edit.errors import DataError, shown
 
 Use = Literal["neutral", "background", "pairs"]
+EVERYDAY_FILE = "everyday.jsonl"
 _COLUMNS = frozenset({"prompt", "kind", "use"})
 _USES = ", ".join(get_args(Use))
 

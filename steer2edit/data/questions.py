@@ -8,7 +8,6 @@ accepted ones). A prompt belongs to the split "select" or "report" by its own ha
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Literal, get_args
 
 from steer2edit.data import formats
 from steer2edit.data.prompts import Fault, Message, Prompt, prompt_digest, read_prompt, text_fault
-from steer2edit.data.readers import key_of, read_json
-from steer2edit.data.records import parse_rows, read_source
+from steer2edit.data.readers import key_of
+from steer2edit.data.records import read_source
 from steer2edit.errors import DataError, listing, shown
 
 Split = Literal["select", "report"]
@@ -49,12 +48,9 @@ def read_questions(source: str | Path) -> list[Question]:
     return _chat(read_source(source, _COLUMNS | formats.columns(), _PURPOSE, _EXPECTED, _question))
 
 
-def builtin_questions(name: str) -> list[Question] | None:
-    """What comes with the package for a built-in behaviour, or for ``knowledge``; None where there is nothing."""
-    file = importlib.resources.files("steer2edit") / "behaviors" / "heldout" / f"{name}.jsonl"
-    if not file.is_file():
-        return None
-    return _chat(parse_rows(file.read_bytes(), f"{name}.jsonl", read_json, _COLUMNS, _PURPOSE, _EXPECTED, _question))
+def knowledge_questions() -> list[Question]:
+    """The packaged questions of general knowledge, which no edit should lose."""
+    return read_questions(Path(__file__).parents[1] / "behaviors" / "heldout" / "knowledge.jsonl")
 
 
 def take(questions: Iterable[Question], split: Split, seed: int = 0) -> list[Question]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer2edit.data.questions import Question, Split, builtin_questions, refuse_seen
+from steer2edit.data.questions import Question, Split, knowledge_questions, refuse_seen
 from steer2edit.evaluation.baselines import (
     Match,
     baselines,
@@ -111,7 +111,7 @@ def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Quest
     source = scoring.statistics.source
     return Suite(
         questions,
-        builtin_questions("knowledge") or [],
+        knowledge_questions(),
         neutral,
         system=source.get("system"),
         chat_template_kwargs=source.get("chat_template_kwargs"),

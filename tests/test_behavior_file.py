@@ -1,0 +1,130 @@
+"""Behaviours as files: what is packaged is sound, and every problem of a file is named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_behavior, read_behavior_file
+from steer2edit.data.metric_choice import METRICS, MetricChoice
+from steer2edit.errors import DataError
+
+LEAST = """
+description = "Ends with a rhyme."
+positive = "End every answer with a rhyme."
+negative = "Never rhyme."
+metric = { name = "length", goal = "less" }
+"""
+PAIRS = '{"prompt": "Is it late?", "positive": "It is late, mate.", "negative": "Yes."}\n'
+
+
+def written(folder: Path, text: str, name: str = "rhyme") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", behavior_files())
+def test_a_packaged_behaviour_reads_and_says_everything(name: str) -> None:
+    file = open_behavior(name)
+    assert file.name == name
+    assert file.description.endswith(".")
+    assert file.rubric
+    assert file.metric.name in METRICS
+    assert file.positive != file.negative
+
+
+def test_the_least_file_is_a_behaviour_without_data(tmp_path: Path) -> None:
+    file = open_behavior(written(tmp_path, LEAST))
+    assert file == BehaviorFile(
+        "rhyme", tmp_path / "rhyme.toml", "Ends with a rhyme.", "End every answer with a rhyme.", "Never rhyme.",
+        MetricChoice("length", "less"),
+    )  # fmt: skip
+    assert file.read_questions() == []
+    with pytest.raises(DataError, match="rhyme has no pairs"):
+        file.read_pairs()
+
+
+def test_data_lie_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.jsonl").write_text(PAIRS)
+    (tmp_path / "held.jsonl").write_text('{"prompt": "Who is there?"}\n')
+    path = written(tmp_path, 'pairs = "data/pairs.jsonl"\nquestions = "held.jsonl"\nprompts = ["Why?"]\n' + LEAST)
+    file = open_behavior(str(path))
+    assert [example.label for example in file.read_pairs()] == ["positive", "negative"]
+    assert len(file.read_questions()) == len(file.read_prompts()) == 1
+    behavior = Behavior.named(path)
+    assert (behavior.name, len(behavior.examples)) == ("rhyme", 2)
+
+
+FAULTS = {
+    "an unknown key": ('colour = "red"', "colour is not a key of a behaviour"),
+    "an unknown table": ("[more]\na = 1", "more is not a key of a behaviour"),
+    "a number for a text": ("rubric = 3", "rubric: expected a string, found 3"),
+    "an empty text": ('rubric = " "', "rubric holds nothing but white space"),
+    "a file that is not there": ('pairs = "none.jsonl"', 'pairs is "none.jsonl", and there is no file'),
+    "a folder": ('questions = "."', 'questions is ".", and there is no file'),
+    "a file elsewhere": ('pairs = "../rhyme.toml"', "expected a file in the folder of rhyme.toml"),
+    "an absolute path": ('pairs = "/etc/passwd"', "expected a file in the folder of rhyme.toml"),
+    "a path of Windows": ('pairs = "C:\\\\data.jsonl"', "expected a file in the folder of rhyme.toml"),
+    "no prompts": ("prompts = []", 'prompts is []; expected "everyday"'),
+    "a prompt that is a number": ("prompts = ['a', 2]", "prompts[1]: expected a string, found 2"),
+    "measurements of another form": ("measured = [{model = 'm'}]", "measured[0].command is missing"),
+}
+
+
+@pytest.mark.parametrize(("addition", "message"), FAULTS.values(), ids=FAULTS)
+def test_every_problem_is_named(tmp_path: Path, addition: str, message: str) -> None:
+    text = LEAST + addition if addition.startswith("[") else addition + "\n" + LEAST
+    with pytest.raises(DataError, match="cannot be used as a behaviour") as caught:
+        read_behavior_file(written(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_behavior_file(written(tmp_path, 'metric = "speed"\npairs = 3\nrubric = []\ncolour = 1\n'))
+    for named in ("description", "positive", "negative", "metric.name", "pairs", "rubric", "colour"):
+        assert named in str(caught.value)
+
+
+METRIC_FAULTS = {
+    "an unknown name": ('"speed"', 'metric.name is "speed"; expected one of margin'),
+    "no name": ("{ goal = 'less' }", "metric.name is null"),
+    "no direction": ('"length"', "metric.goal is null; expected more or less for length"),
+    "a wrong direction": ("{ name = 'margin', goal = 'less' }", 'metric.goal is "less"; expected more for margin'),
+    "no pattern": ("{ name = 'pattern', goal = 'more' }", "metric.pattern is null; expected a regular expression"),
+    "a broken pattern": ("{ name = 'count', goal = 'more', pattern = '(' }", "is not a regular expression"),
+    "a pattern too many": ("{ name = 'words', goal = 'less', pattern = 'a' }", "words takes none"),
+    "an unknown key": ("{ name = 'words', goal = 'less', size = 3 }", "metric.size is not a key"),
+    "a list": ("['length']", "expected a name or a table"),
+    "no questions": ('"margin"', "margin, which needs questions with two responses; questions is missing"),
+}
+
+
+@pytest.mark.parametrize(("metric", "message"), METRIC_FAULTS.values(), ids=METRIC_FAULTS)
+def test_every_problem_of_a_metric_is_named(tmp_path: Path, metric: str, message: str) -> None:
+    text = "\n".join(line for line in LEAST.splitlines() if not line.startswith("metric")) + f"\nmetric = {metric}\n"
+    with pytest.raises(DataError) as caught:
+        read_behavior_file(written(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_what_is_not_toml_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not TOML: .*line 3"):
+        read_behavior_file(written(tmp_path, 'description = "a"\n\npositive = \n'))
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b'description = "a"\npositive = "\xe9"\n')
+    with pytest.raises(DataError, match=r"not UTF-8 \(line 2\)"):
+        read_behavior_file(path)
+    with pytest.raises(DataError, match="nests too deeply"):
+        read_behavior_file(written(tmp_path, "metric = " + "[" * 5000 + "]" * 5000))
+    with pytest.raises(DataError, match="does not exist"):
+        open_behavior(tmp_path / "absent.toml")
+
+
+def test_a_name_that_is_none_names_those_there_are() -> None:
+    with pytest.raises(DataError, match=r"cautious, concise.*Did you mean concise\?"):
+        open_behavior("concice")
