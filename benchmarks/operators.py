@@ -38,7 +38,7 @@ def subject_of(folder: str, behavior: str, limit: int) -> Subject:
     """The model, captured on a behaviour's first rows."""
     checkpoint = open_checkpoint(folder)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="float32"))
-    data = Behavior.builtin(behavior).limited(limit)
+    data = Behavior.named(behavior).limited(limit)
     statistics = capture_statistics(loaded, checkpoint, replace(data, name=behavior), chat=())
     ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     contexts, _ = pad_right(ids, loaded.padding, loaded.device)
