@@ -42,6 +42,10 @@ class HubError(Steer2EditError):
     """The Hub could not be reached, or refused a request."""
 
 
+class EngineError(Steer2EditError):
+    """What writes answers could not be reached, refused a request, or gave something else than an answer."""
+
+
 def listing(problems: Iterable[str], limit: int = 10) -> str:
     """Problems as an indented list, one in each line; past ``limit`` only their number."""
     every = list(problems)

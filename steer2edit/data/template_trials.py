@@ -25,7 +25,8 @@ _CHARACTERS = 1 << 20
 _ANSWER = "Forty-two"
 _BROKEN = "syntax: "
 # the tags that models put around a thought; Magistral's are in brackets
-_OPEN_THOUGHT = re.compile(r"(?:<((?:\w+:)?(?:think|thinking|thought|reason|reasoning))>|\[(THINK)\])\s*\Z")
+_TAG = r"(?:<((?:\w+:)?(?:think|thinking|thought|reason|reasoning))>|\[(THINK)\])"
+OPEN_THOUGHT, FIRST_THOUGHT = re.compile(rf"{_TAG}\s*\Z"), re.compile(rf"\s*{_TAG}")
 END_OF_THOUGHT = re.compile(r"</(?:\w+:)?(?:think|thinking|thought|reason|reasoning)>|\[/THINK\]")
 _SYSTEM_REMEDY = "leave the system text out, or write it into the user's messages"
 
@@ -136,7 +137,7 @@ def _judged(
             )
         else:
             remarks.append(f"responses stand after {shown(place)}, where the chat template puts an answer")
-    elif thought := _OPEN_THOUGHT.search(prompt.text):
+    elif thought := OPEN_THOUGHT.search(prompt.text):
         closing = "[/THINK]" if thought[2] else f"</{thought[1]}>"
         lead = ("\n" if prompt.text.endswith("\n") else "\n\n") + closing + "\n\n"
         remarks.append(_thought_remark(prompt.text + lead, arguments))

@@ -13,7 +13,16 @@ from typing import Any
 from steer2edit.data.foreign import run_foreign
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.records import grouped
-from steer2edit.data.template_trials import END_OF_THOUGHT, Request, apply, rejection, roles_of, tried
+from steer2edit.data.template_trials import (
+    END_OF_THOUGHT,
+    FIRST_THOUGHT,
+    OPEN_THOUGHT,
+    Request,
+    apply,
+    rejection,
+    roles_of,
+    tried,
+)
 from steer2edit.errors import DataError, listing, shown
 from steer2edit.files.untrusted import JSON_BYTES, parse_json, read_bytes
 from steer2edit.notices import notice
@@ -176,6 +185,24 @@ def without_thought(answer: str) -> str:
     """A model's answer without the finished thought before it."""
     ends = [match.end() for match in END_OF_THOUGHT.finditer(answer)]
     return answer[ends[-1] :].strip() if ends else answer
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text ends in the tag that begins a thought, as some templates write it for the model."""
+    return OPEN_THOUGHT.search(text) is not None
+
+
+def thought_and_answer(text: str, opened: bool = False) -> tuple[str | None, str]:
+    """The thought of what a model wrote, without its tags, and the answer behind it.
+
+    ``opened`` says that the prompt began the thought. A thought without an end has no answer behind it: the answer is "".
+    """
+    start = FIRST_THOUGHT.match(text)
+    begin = start.end() if start else 0
+    ends = list(END_OF_THOUGHT.finditer(text))
+    if ends:
+        return text[begin : ends[-1].start()].strip(), text[ends[-1].end() :]
+    return (text[begin:].strip(), "") if opened or start else (None, text)
 
 
 def _ordered(

@@ -135,7 +135,7 @@ def _spans(
         places.setdefault(example.prompt, example.where)
     texts = rendered_prompts(places, tokenizer, system, arguments)
     prompts = dict(zip(texts, _tokenize(list(texts.values()), tokenizer, special), strict=True))
-    wholes = [_joined(texts[e.prompt], e.response, spaced=special) for e in examples]
+    wholes = [joined(texts[e.prompt], e.response, spaced=special) for e in examples]
     end = _end_of_turn(tokenizer, arguments)
     spans: list[tuple[list[int], int]] = []
     problems: list[tuple[str, str]] = []
@@ -190,7 +190,8 @@ def _end_of_turn(tokenizer: Any, arguments: TemplateArguments | None) -> int | N
     return end
 
 
-def _joined(prompt: str, response: str, spaced: bool) -> str:
+def joined(prompt: str, response: str, spaced: bool) -> str:
+    """A prompt with the response behind it; ``spaced`` puts a space between the two, if neither has white space there."""
     apart = not spaced or not prompt or prompt[-1].isspace() or response[0].isspace()
     return prompt + response if apart else f"{prompt} {response}"
 

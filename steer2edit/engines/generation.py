@@ -1,4 +1,4 @@
-"""What a model says: batched greedy generation.
+"""What a model says: batched generation, greedy or by a rule that chooses each next token.
 
 transformers' own ``generate`` takes every step. It works on rows whose answers have ended until the last one ends, so it is
 stopped now and then, and goes on from its cache with the rows that are left. A trial on the model, once, compares the two
@@ -7,8 +7,10 @@ ways; where they differ (some caches cannot be continued), all rows stay to the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +32,8 @@ _FROM_THE_START = ("min_new_tokens", "begin_suppress_tokens")
 """Settings of generation that count from where a call of ``generate`` begins."""
 _NOT_CONTINUED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a family's own code may raise where its cache cannot go on with some of the rows."""
+Choose = Callable[[Sequence[int], int, torch.Tensor], torch.Tensor]
+"""The next token of each of some rows: from their indices, the number of the step, and their logits ``[rows, vocabulary]``."""
 _dropping: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
@@ -59,21 +63,56 @@ def generate(
     if room < max_new_tokens:
         notice(f"answers have at most {room} tokens and not {max_new_tokens}: the model's context is {loaded.context}")
         max_new_tokens = room
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     answers: dict[int, list[int]] = {}
-    with progress("generate", total=len(rows)) as advance, torch.inference_mode(), _contiguous(loaded.model):
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            batch = [rows[i] for i in chosen]
-            drops = len(batch) > 1 and _drops(loaded, batch)
-            for place, answer in _answers(loaded, batch, max_new_tokens, drops):
-                answers[chosen[place]] = answer
-                advance(1)
+    with progress("generate", total=len(rows)) as advance:
+        for index, answer in answered_rows(loaded, rows, max_new_tokens, batch_size):
+            answers[index] = answer
+            advance(1)
     return [answers[index] for index in range(len(rows))]
 
 
+def answered_rows(
+    loaded: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    choose: Choose | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Index of each row of token ids and its answer, as answers end, without the end token.
+
+    ``choose`` chooses each next token; None is greedy decoding. A batch that does not fit into memory is made smaller, with a
+    notice. The caller sees to it that rows and answers fit into the model's context.
+    """
+    pending = deque(sorted(range(len(rows)), key=lambda i: len(rows[i])))
+    while pending:
+        chosen = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
+        batch = [rows[i] for i in chosen]
+        rule = None if choose is None else partial(_of_rows, choose, chosen)
+        written = set()
+        try:
+            drops = len(batch) > 1 and _drops(loaded, batch)
+            for place, answer in _answers(loaded, batch, max_new_tokens, drops, rule):
+                written.add(chosen[place])
+                yield chosen[place], answer
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            batch_size = (len(batch) + 1) // 2
+            notice(
+                f"{len(batch)} answers at a time do not fit into the device's memory: {batch_size} at a time from here"
+            )
+            pending.extendleft(reversed([i for i in chosen if i not in written]))
+            torch.cuda.empty_cache()
+
+
+def _of_rows(
+    choose: Choose, chosen: Sequence[int], places: Sequence[int], step: int, logits: torch.Tensor
+) -> torch.Tensor:
+    return choose([chosen[place] for place in places], step, logits)
+
+
 def _answers(
-    loaded: LoadedModel, batch: Sequence[Sequence[int]], max_new_tokens: int, drops: bool
+    loaded: LoadedModel, batch: Sequence[Sequence[int]], max_new_tokens: int, drops: bool, choose: Choose | None = None
 ) -> Iterator[tuple[int, list[int]]]:
     """Place in the batch and answer of each row, as rows end.
 
@@ -87,15 +126,19 @@ def _answers(
     while True:
         left = max_new_tokens - (ids.shape[1] - width)
         stop = [_enough_ended(ends)] if drops else []
-        ids, cache = _run(loaded, ids, mask, left, cache, stop)
+        rule = [] if choose is None else [_chosen(choose, places, width)]
+        # for these steps alone: between two parts the caller has the word
+        with torch.inference_mode(), _contiguous(loaded.model):
+            ids, cache = _run(loaded, ids, mask, left, cache, stop, rule)
         ended = torch.isin(ids[:, width:], ends).any(1)
         if not drops or ids.shape[1] - width >= max_new_tokens or bool(ended.all()):
             break
         yield from _cut(ids[ended][:, width:], [p for p, e in zip(places, ended.tolist(), strict=True) if e], ends)
         alive = (~ended).nonzero()[:, 0]
-        cache.reorder_cache(alive)
-        grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
-        ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
+        with torch.inference_mode():
+            cache.reorder_cache(alive)
+            grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
+            ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
     yield from _cut(ids[:, width:], places, ends)
 
 
@@ -106,12 +149,14 @@ def _run(
     max_new_tokens: int,
     cache: Any,
     stop: Sequence[Callable[..., torch.Tensor]],
+    rule: Sequence[Callable[..., torch.Tensor]],
 ) -> tuple[torch.Tensor, Any]:
     """Rows grown by at most ``max_new_tokens`` or until ``stop`` says so, and their cache.
 
-    ``cache`` is that of the rows so far.
+    ``cache`` is that of the rows so far. ``rule`` are processors of logits.
     """
-    out = _generate(loaded, ids, mask, cache, max_new_tokens=max_new_tokens, stopping_criteria=_criteria(stop))
+    rules = {"logits_processor": _processors(rule)} if rule else {}
+    out = _generate(loaded, ids, mask, cache, max_new_tokens=max_new_tokens, stopping_criteria=_criteria(stop), **rules)
     return out.sequences, returned_cache(out)
 
 
@@ -133,6 +178,22 @@ def _criteria(stop: Sequence[Callable[..., torch.Tensor]]) -> Any:
     from transformers import StoppingCriteriaList
 
     return StoppingCriteriaList(stop)
+
+
+def _processors(rules: Sequence[Callable[..., torch.Tensor]]) -> Any:
+    from transformers import LogitsProcessorList
+
+    return LogitsProcessorList(rules)
+
+
+def _chosen(choose: Choose, places: Sequence[int], width: int) -> Callable[..., torch.Tensor]:
+    """A processor of logits after which the token that ``choose`` chose is the likeliest, for rows of ``width`` tokens."""
+
+    def processor(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        tokens = choose(places, ids.shape[1] - width, logits)
+        return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    return processor
 
 
 def _enough_ended(ends: torch.Tensor) -> Callable[..., torch.Tensor]:
