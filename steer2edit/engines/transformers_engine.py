@@ -170,7 +170,7 @@ class TransformersEngine:
         return Answer(answer.strip(), len(row) - split, ended, thought_text, split)
 
     def _end_of_thought(self, row: list[int]) -> int:
-        """How many tokens reach to the end of the last tag that ends a thought, where the tag is text of several tokens."""
+        """How many tokens reach to the end of the thought, where its last tag is text of several tokens."""
         count = len(END_OF_THOUGHT.findall(texts_of(self.loaded.tokenizer, [row])[0]))
         low, high = 0, len(row)
         while low < high:
@@ -240,7 +240,7 @@ def _answer_tokens(loaded: LoadedModel) -> tuple[list[int], list[int]]:
 
 
 def _thought_marks(tokenizer: Any) -> dict[int, bool]:
-    """The added tokens that are tags of a thought: True for those that end one, False for those that begin one."""
+    """The added tokens that are tags of a thought; True says that a tag ends one."""
     marks = {}
     for token, added in tokenizer.added_tokens_decoder.items():
         if END_OF_THOUGHT.fullmatch(added.content):
