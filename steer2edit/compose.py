@@ -30,6 +30,7 @@ from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.plan import EditPlan, LowRank, Measured, merge
+from steer2edit.plan.operations import addition_of
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
@@ -218,7 +219,8 @@ def _strength(settled: EditPlan) -> float:
 
 
 def _low_rank(plan: EditPlan) -> dict[str, LowRank]:
-    return {edit.tensor: edit for edit in plan.edits if isinstance(edit, LowRank) and edit.norm > 0}
+    additions = ((edit.tensor, addition_of(edit)) for edit in plan.edits)
+    return {name: one for name, one in additions if isinstance(one, LowRank) and one.norm > 0}
 
 
 def _inner(a: LowRank, b: LowRank) -> float:

@@ -153,7 +153,7 @@ def test_scales_that_are_powers_of_two_stay_so(base: Path, tmp_path: Path) -> No
 def test_a_gain_moves_scales_and_no_byte(opened: tuple[Checkpoint, ModelSpec]) -> None:
     checkpoint, spec = opened
     site = spec.sites[1]
-    (block,) = requantised(checkpoint, site.locate(checkpoint), Scale(site.matrix, 0.3), True)
+    (block,) = requantised(checkpoint, site.locate(checkpoint), Scale.whole(site.matrix, 0.3), True)
     assert torch.equal(block.before.view(torch.uint8), block.after.view(torch.uint8))
     assert torch.allclose(block.new, 0.3 * block.old)
 

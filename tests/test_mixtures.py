@@ -106,7 +106,7 @@ def random_plan(case: Case, size: float = 0.3) -> EditPlan:
         if site not in silenced
     ]
     for site in silenced:
-        edits += [Scale(name, 0.5) for name in (site.matrix, site.bias_vector) if name]
+        edits += [Scale.whole(name, 0.5) for name in (site.matrix, site.bias_vector) if name]
     for router in case.spec.routers:
         edits.append(Assign(router.tensor, (2, 5), torch.stack([direction(case.spec.hidden_size) for _ in range(2)])))
         if router.bias:

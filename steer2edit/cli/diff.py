@@ -102,7 +102,12 @@ def revert(edited: Path, output: RevertFlags, revision: RevisionFlags, force: Fo
 
 
 def _described(item: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(item).items() if key not in {"factors", "delta"}}
+    values = {key: value for key, value in vars(item).items() if key not in {"factors", "delta", "scaled"}}
+    if item.scaled is None:
+        return values
+    axis, factors = item.scaled
+    lines = int((factors != 1).sum())
+    return {**values, "scaled": {"lines": lines, "axis": "columns" if axis else "rows", "factors": factors.tolist()}}
 
 
 def _render(r: dict[str, Any], top: int) -> str:
@@ -113,6 +118,8 @@ def _render(r: dict[str, Any], top: int) -> str:
     for item in r["tensors"][:top]:
         matrix = item["floor"] > 0
         rank = "-" if not matrix else "not low" if item["rank"] is None else item["rank"]
+        if "scaled" in item:
+            rank = f"{item['scaled']['lines']} {item['scaled']['axis']} scaled"
         first = item["singular"][0] if item["singular"] else item["next"]
         rows.append(
             [item["tensor"], rank, item["norm"], f"{item['relative']:.2%}", f"{item['entries']:.1%}"]

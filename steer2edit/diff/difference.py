@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import FP8, SUFFIX, read_values, scales_of
 from steer2edit.diff.numerical_rank import PRECISION, Pair, TensorDifference, matrix_difference
-from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank
+from steer2edit.diff.scaled import scaled_lines
+from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank, Scale
 from steer2edit.progress import Progress, silent
 
 
@@ -103,7 +104,9 @@ def _difference(
             changed,
             delta=delta.float() if delta.ndim == 1 else None,
         )
-    return matrix_difference(Pair(base, edited, ours, theirs), max_rank)
+    pair = Pair(base, edited, ours, theirs)
+    found = matrix_difference(pair, max_rank)
+    return found and replace(found, scaled=scaled_lines(pair))
 
 
 def same_numbers(base: Checkpoint, edited: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> bool:
@@ -152,7 +155,7 @@ def _other_files(base: Checkpoint, edited: Checkpoint) -> tuple[str, ...]:
 def recover_plan(
     difference: CheckpointDifference, base: Checkpoint, spec: ModelSpec
 ) -> tuple[EditPlan, dict[str, str]]:
-    """The plan of all low-rank differences at residual writers and their biases.
+    """The plan of all low-rank differences at residual writers and their biases, and of scaled rows and columns.
 
     For every other difference, the reason why it is not in the plan.
 
@@ -166,6 +169,10 @@ def recover_plan(
             left_out[found.tensor] = "no residual writer"
         elif found.delta is not None:
             edits.append(Bias(found.tensor, found.delta))
+        elif found.scaled is not None:
+            axis, factors = found.scaled
+            along_rows = (axis == 0) == (site.orientation == "out_in")
+            edits.append(Scale(found.tensor, factors, "rows" if along_rows else "columns"))
         elif found.factors is None:
             left_out[found.tensor] = "within the rounding" if found.rank == 0 else "not of low rank"
         else:

@@ -37,7 +37,8 @@ class TensorDifference:
     ``norm`` is the difference's Frobenius norm and ``relative`` its part of the base's; ``entries`` the part of the entries
     that differ. Of a matrix also: ``singular`` values above the ``floor`` of rounding, the first one under it (``next``),
     ``rounding`` the norm that rounding alone would leave, ``left`` the norm of what the ``rank`` singular values leave, and
-    the factors [out of the file's first axis, rank] and [rank, second axis]. ``rank`` is None where it is not low.
+    the factors [out of the file's first axis, rank] and [rank, second axis]. ``rank`` is None where it is not low. ``scaled``
+    holds the axis of the file, and a factor for each of its lines, where factors alone explain the difference.
     """
 
     tensor: str
@@ -53,6 +54,7 @@ class TensorDifference:
     left: float = 0.0
     factors: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False, compare=False)
     delta: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    scaled: tuple[int, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from steer2edit.evaluation.comparison import ADAPTER, BOTH, EQUAL_COST, INSTRUCT
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
-from steer2edit.plan import Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank, ScaleAdd
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.adapters import adapted
@@ -160,14 +160,18 @@ def random_direction(plan: EditPlan, seed: int) -> EditPlan:
     """The plan with every output direction drawn at random; every ‖ΔW‖ stays."""
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(edit: Edit) -> Edit:
+    def added(edit: LowRank | Bias) -> LowRank | Bias:
         if isinstance(edit, Bias):
             direction = torch.randn(edit.delta.shape, generator=generator)
             return replace(edit, delta=direction * (edit.delta.norm() / direction.norm()))
-        if isinstance(edit, LowRank):
-            direction = torch.randn(edit.B.shape, generator=generator)
-            return _of_norm(replace(edit, B=direction), edit.norm)
-        return edit  # routing and gains have no direction
+        direction = torch.randn(edit.B.shape, generator=generator)
+        return _of_norm(replace(edit, B=direction), edit.norm)
+
+    def drawn(edit: Edit) -> Edit:
+        if isinstance(edit, ScaleAdd) and edit.added is not None:
+            return replace(edit, added=added(edit.added))
+        # routing and gains have no direction
+        return added(edit) if isinstance(edit, (LowRank, Bias)) else edit
 
     return _with(plan, [drawn(edit) for edit in plan.edits])
 

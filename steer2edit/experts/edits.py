@@ -272,7 +272,7 @@ def _forced_on(
 
 def _scaled(spec: ModelSpec, layer: int, expert: int, gain: float) -> list[Edit]:
     site: Site = spec.site(f"expert_out.{layer}.{expert}")
-    return [Scale(name, gain) for name in (site.matrix, site.bias_vector) if name]
+    return [Scale.whole(name, gain) for name in (site.matrix, site.bias_vector) if name]
 
 
 def _constant_row(checkpoint: Checkpoint, router: Router) -> torch.Tensor:

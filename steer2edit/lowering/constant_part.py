@@ -42,5 +42,5 @@ def _reason(edit: Edit, site: Site) -> str:
     if isinstance(edit, Bias):
         return "a bias before a norm"
     if not isinstance(edit, LowRank):
-        return "routing and gains add no vector"
+        return "routing, gains and scaled rows or columns add no vector"
     return "the plan was not made from statistics, so its typical input is not known"

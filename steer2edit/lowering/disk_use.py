@@ -19,9 +19,9 @@ from steer2edit.checkpoint.fp8 import FP8, block_bytes
 from steer2edit.errors import TargetError
 from steer2edit.files.workplace import CONTENT, make_workplace, remove_workplace, sync_file
 from steer2edit.lowering.other_files import copied_files
-from steer2edit.lowering.resolve import Resolved, Writing, located
+from steer2edit.lowering.resolve import Resolved, Writing, located, update_rank
 from steer2edit.lowering.rewrite import copies, places_of, rewrite
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan import EditPlan
 
 # enough that what the page cache takes in for free does not hide the disk; both take about a second
 _COPY_SAMPLE = 256 << 20
@@ -73,7 +73,7 @@ def disk_use(
     plan, checkpoint, edits = resolved.plan, resolved.checkpoint, resolved.edits
     parent = existing_parent(out)
     if not whole_model:
-        rank = max((edit.B.shape[1] for edit, _ in edits.values() if isinstance(edit, LowRank)), default=0)
+        rank = max((update_rank(edit) for edit, _ in edits.values()), default=0)
         size = sum(4 * rank * (site.out_features + site.in_features) for _, site in edits.values()) + _plan_bytes(plan)
         return DiskUse(to, len(edits), size, 0, 0, size, _free(parent), memory_now() + 2 * size)
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}

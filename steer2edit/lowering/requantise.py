@@ -76,9 +76,9 @@ def _edited(
         wanted = old.clone()
         edit.apply(wanted, first, out_in)
         before = scales.values[first // tall : -(-(first + len(block)) // tall)]
-        if isinstance(edit, Scale) and not scales.powers:
+        if isinstance(edit, Scale) and edit.axis == "whole" and not scales.powers:
             # a gain belongs into the factors: no byte of the matrix moves
-            after, stored = (before * edit.factor).to(dtype).float(), block
+            after, stored = (before * float(edit.factors)).to(dtype).float(), block
         else:
             after = _new_scales(wanted, before, scales, dtype)
             factor = replace(scales, values=after).rows(0, len(block), columns)

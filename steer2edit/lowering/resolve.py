@@ -11,6 +11,10 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.errors import PlanError, listing
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank
+from steer2edit.plan.operations import addition_of, scales_of
+
+LARGEST_RANK = 512
+"""The highest rank that an adapter is written with; the largest max_lora_rank of vLLM."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,26 @@ def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False) -> str:
         return "a router"
     if site.expert is not None and not experts:
         return "an expert among several"
-    if isinstance(edit, LowRank):
-        return ""
-    return "a bias" if isinstance(edit, Bias) else "a gain"
+    if isinstance(edit, Bias) or edit.tensor != site.matrix:
+        return "a bias"
+    scales = scales_of(edit)
+    if isinstance(edit, Assign) or any(one.axis == "whole" for one in scales):
+        return "a gain"
+    rank = update_rank(edit)
+    if scales and rank >= min(site.in_features, site.out_features):
+        return f"{_counted(edit)}, which is an update of full rank"
+    if rank > LARGEST_RANK:
+        return f"{_counted(edit)}, an update of rank {rank}; an adapter has at most rank {LARGEST_RANK}"
+    return ""
+
+
+def update_rank(edit: Edit) -> int:
+    """The rank that a matrix's update has in an adapter: each scaled row or column adds one."""
+    addition = addition_of(edit)
+    rank = addition.B.shape[1] if isinstance(addition, LowRank) else 0
+    return rank + sum(len(one.changed) for one in scales_of(edit))
+
+
+def _counted(edit: Edit) -> str:
+    counts = [f"{len(one.changed)} scaled {one.axis}" for one in scales_of(edit)]
+    return " and ".join(counts) or "factors of many columns"

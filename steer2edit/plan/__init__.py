@@ -2,9 +2,9 @@
 
 from steer2edit.plan.edit_plan import BASE, DATA, METHOD, Base, EditPlan, Scores, Structure, merge
 from steer2edit.plan.measured import MEASURED, Divergence, Measured
-from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale
+from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, ScaleAdd
 
 __all__ = [
     "BASE", "DATA", "MEASURED", "METHOD", "Assign", "Base", "Bias", "Divergence", "Edit", "EditPlan", "LowRank",
-    "Measured", "Scale", "Scores", "Structure", "merge",
+    "Measured", "Scale", "ScaleAdd", "Scores", "Structure", "merge",
 ]  # fmt: skip

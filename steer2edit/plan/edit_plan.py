@@ -23,7 +23,8 @@ from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
 from steer2edit.plan.content import content_of
 from steer2edit.plan.measured import LARGEST_STRENGTH, MEASURED, Measured
-from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, added, edit_tensors, read_edit
+from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, edit_tensors, read_edit
+from steer2edit.plan.sums import added
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -113,35 +113,119 @@ class Bias:
         return cls(entry["tensor"], parts["bias"])
 
 
+Axis = Literal["whole", "rows", "columns"]
+_SCALE_PARTS: Mapping[Axis, str] = {"whole": "scale", "rows": "row_scale", "columns": "column_scale"}
+
+
 @dataclass(frozen=True)
 class Scale:
-    """``factor · W``, or ``factor · b``: the gain of an expert; 0 silences it. It has no strength of its own."""
+    """Rows, columns or the whole of a matrix or bias, multiplied by ``factors``, float64.
+
+    ``whole`` has one factor: the gain of an expert, where 0 silences it. It has no strength of its own. ``rows`` has one for each
+    output, ``diag(factors) W`` or ``factors * b``; ``columns`` one for each input, ``W diag(factors)``. At strength s a factor f
+    of these two is ``1 + s (f - 1)``: 0 is the base, and 1 the plan.
+    """
 
     op: ClassVar[str] = "scale"
     tensor: str
-    factor: float
+    factors: torch.Tensor
+    axis: Axis = "whole"
+
+    @classmethod
+    def whole(cls, tensor: str, factor: float) -> Scale:
+        """One factor for all of a tensor."""
+        return cls(tensor, torch.tensor([factor], dtype=torch.float64))
 
     def scaled(self, factor: float) -> Scale:
-        return self
+        return self if self.axis == "whole" else replace(self, factors=1 + factor * (self.factors - 1))
+
+    @property
+    def changed(self) -> torch.Tensor:
+        """The numbers of the rows or columns whose factor is not 1."""
+        return (self.factors != 1).nonzero()[:, 0]
 
     @property
     def norm(self) -> None:
         """Not known from the plan alone."""
 
     def parts(self) -> dict[str, torch.Tensor]:
-        return {"scale": torch.tensor([self.factor], dtype=torch.float64)}
+        return {_SCALE_PARTS[self.axis]: self.factors}
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return True
+        if self.axis == "columns":
+            return len(shape) == 2 and len(self.factors) == shape[1]
+        return self.axis == "whole" or len(self.factors) == shape[0]
 
     def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
-        block *= self.factor
+        if self.axis == "whole":
+            block *= float(self.factors)
+            return
+        factors = self.factors.to(block.dtype)
+        if block.ndim == 1 or (self.axis == "rows") == out_in:
+            factors = factors[first : first + len(block)]
+            block *= factors if block.ndim == 1 else factors[:, None]
+        else:
+            block *= factors
 
     @classmethod
     def read(cls, entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> Scale:
-        if parts["scale"].shape != (1,):
-            raise ValueError(f"its factor is {list(parts['scale'].shape)}, expected one number")
-        return cls(entry["tensor"], float(parts["scale"]))
+        scales = _read_scales(entry, parts)
+        if len(scales) != 1:
+            raise ValueError(f"it has factors of {len(scales)} kinds, expected one")
+        return scales[0]
+
+
+def _read_scales(entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> tuple[Scale, ...]:
+    scales = tuple(Scale(entry["tensor"], parts[name], axis) for axis, name in _SCALE_PARTS.items() if name in parts)
+    for one in scales:
+        if one.factors.ndim != 1 or not len(one.factors) or (one.axis == "whole" and len(one.factors) != 1):
+            expected = "one number" if one.axis == "whole" else "a vector"
+            raise ValueError(f"its factor is {list(one.factors.shape)}, expected {expected}")
+    return scales
+
+
+@dataclass(frozen=True)
+class ScaleAdd:
+    """``R W C + B A``, or ``r b + delta``: a tensor scaled, and then added to.
+
+    ``scales`` has at most one scale for each axis. What is ``added`` is not scaled: on silenced columns an addition still reads
+    its input. ``added`` is None where rows and columns are scaled, and nothing is added.
+    """
+
+    op: ClassVar[str] = "scale_add"
+    tensor: str
+    scales: tuple[Scale, ...]
+    added: LowRank | Bias | None
+
+    def scaled(self, factor: float) -> ScaleAdd:
+        added = None if self.added is None else self.added.scaled(factor)
+        return replace(self, scales=tuple(one.scaled(factor) for one in self.scales), added=added)
+
+    @property
+    def norm(self) -> None:
+        """Not known from the plan alone."""
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {name: value for one in _steps(self) for name, value in one.parts().items()}
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return all(one.fits(shape) for one in _steps(self))
+
+    def apply(self, block: torch.Tensor, first: int, out_in: bool) -> None:
+        for one in _steps(self):
+            one.apply(block, first, out_in)
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> ScaleAdd:
+        scales = _read_scales(entry, parts)
+        added = LowRank.read(entry, parts) if "B" in parts else Bias.read(entry, parts) if "bias" in parts else None
+        if len(scales) + (added is not None) < 2:
+            raise ValueError("it has fewer than two of: factors of rows, of columns, of the whole, an addition")
+        return cls(entry["tensor"], scales, added)
+
+
+def _steps(edit: ScaleAdd) -> tuple[Scale | LowRank | Bias, ...]:
+    return edit.scales if edit.added is None else (*edit.scales, edit.added)
 
 
 @dataclass(frozen=True)
@@ -184,11 +268,22 @@ class Assign:
         return cls(entry["tensor"], tuple(rows.tolist()), values)
 
 
-Edit = LowRank | Bias | Scale | Assign
-OPS: Mapping[str, type[LowRank] | type[Bias] | type[Scale] | type[Assign]] = {
-    kind.op: kind for kind in (LowRank, Bias, Scale, Assign)
+Edit = LowRank | Bias | Scale | ScaleAdd | Assign
+OPS: Mapping[str, type[LowRank] | type[Bias] | type[Scale] | type[ScaleAdd] | type[Assign]] = {
+    kind.op: kind for kind in (LowRank, Bias, Scale, ScaleAdd, Assign)
 }
-_DTYPES = {"rows": torch.int64, "scale": torch.float64}
+_PARTS = ("B", "A", "push", "bias", *_SCALE_PARTS.values(), "rows", "values")
+_DTYPES = {"rows": torch.int64, **dict.fromkeys(_SCALE_PARTS.values(), torch.float64)}
+
+
+def scales_of(edit: Edit) -> tuple[Scale, ...]:
+    """The scales within an edit, at most one for each axis."""
+    return (edit,) if isinstance(edit, Scale) else edit.scales if isinstance(edit, ScaleAdd) else ()
+
+
+def addition_of(edit: Edit) -> LowRank | Bias | None:
+    """What an edit adds, if it adds something."""
+    return edit.added if isinstance(edit, ScaleAdd) else edit if isinstance(edit, (LowRank, Bias)) else None
 
 
 def edit_tensors(edit: Edit) -> dict[str, torch.Tensor]:
@@ -202,11 +297,7 @@ def read_edit(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     kind = OPS.get(entry["op"])
     if kind is None:
         raise PlanError(f"the plan holds the unknown operation {entry['op']!r} on {name}")
-    parts = {
-        part: tensors[f"{name}.{part}"]
-        for part in ("B", "A", "push", "bias", "scale", "rows", "values")
-        if f"{name}.{part}" in tensors
-    }
+    parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
     for part, value in parts.items():
         dtype = _DTYPES.get(part, torch.float32)
         if value.dtype != dtype or not bool(value.isfinite().all()):
@@ -217,27 +308,3 @@ def read_edit(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
         return kind.read(entry, parts)
     except ValueError as error:
         raise PlanError(f"the plan's factors for {name} do not fit together: {error}") from None
-
-
-def added(first: Edit, second: Edit) -> Edit:
-    """Both edits of one tensor as one. Raises PlanError where the operations do not add up."""
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        known = first.mean_effect is not None and second.mean_effect is not None
-        mean_effect = torch.cat((first.mean_effect, second.mean_effect)) if known else None  # type: ignore[arg-type]
-        return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), mean_effect)
-    if isinstance(first, Bias) and isinstance(second, Bias):
-        return Bias(first.tensor, first.delta + second.delta)
-    if isinstance(first, Scale) and isinstance(second, Scale):
-        return Scale(first.tensor, first.factor * second.factor)
-    if isinstance(first, Assign) and isinstance(second, Assign):
-        return _both_assigned(first, second)
-    raise PlanError(f"the plans edit {first.tensor} by different operations ({first.op}, {second.op})")
-
-
-def _both_assigned(first: Assign, second: Assign) -> Assign:
-    values = dict(zip(first.rows, first.values, strict=True))
-    for row, value in zip(second.rows, second.values, strict=True):
-        if row in values and not torch.equal(values[row], value):
-            raise PlanError(f"the plans set row {row} of {first.tensor} to different values")
-        values[row] = value
-    return Assign(first.tensor, tuple(values), torch.stack(list(values.values())))

@@ -11,12 +11,12 @@ from steer2edit.artefact.model_card import snippet_of
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.formatting import divergence, number, pairs, plain_value
 from steer2edit.lowering import Snippet
-from steer2edit.plan import EditPlan, LowRank, Measured, Scores
+from steer2edit.plan import EditPlan, Measured, Scores
 from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import KINDS, tables
 from steer2edit.report.markup import Html, code, fact_list, figures, folded, table, tag
-from steer2edit.report.plan_text import describe_plan
+from steer2edit.report.plan_text import describe_plan, edit_line
 
 _PLAN = "PLAN"
 
@@ -47,14 +47,7 @@ def changed(plan: EditPlan, drawings: Sequence[Drawing]) -> list[Html]:
         rows = [[plain_value(row.get(name, "–")) for name in names] for row in layers]
         parts.append(folded("Layer by layer", table("What was edited in each layer", names, rows)))
     if plan.edits:
-        rows = [
-            [
-                e.tensor,
-                f"rank {e.A.shape[0]}" if isinstance(e, LowRank) else e.op,
-                "" if e.norm is None else number(e.norm),
-            ]
-            for e in plan.edits
-        ]
+        rows = [[edit.tensor, edit_line(edit), "" if edit.norm is None else number(edit.norm)] for edit in plan.edits]
         parts.append(folded("Edited tensors", table("Every tensor changed", ["tensor", "edit", "‖ΔW‖"], rows)))
     return [fact_list(totals), figures(drawings), *parts]
 

@@ -11,8 +11,9 @@ from tabulate import tabulate
 from steer2edit import methods
 from steer2edit.formatting import divergence, number, pairs
 from steer2edit.options import options_of
-from steer2edit.plan import EditPlan, Measured
+from steer2edit.plan import Edit, EditPlan, LowRank, Measured, Scale
 from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
+from steer2edit.plan.operations import addition_of, scales_of
 
 _KINDS = {
     "attn_out": "head",
@@ -41,6 +42,7 @@ def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
         "norm": plan.norm,
         "stable": _stable(plan),
         "layers": _layers(plan),
+        "scaled": _scaled(plan),
         "components": {kind: _top(plan, role, top) for role, kind in _KINDS.items()},
     }
 
@@ -58,6 +60,8 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
         if rows := _top(plan, role, top):
             named = [{_HEADS.get(key, key): value for key, value in row.items()} for row in rows]
             parts += ["", f"Strongest {kind}s", tabulate(named, headers="keys", floatfmt="+.3f")]
+    if rows := _scaled(plan):
+        parts += ["", "Scaled tensors", tabulate(rows, headers="keys", floatfmt=".3g")]
     return "\n".join([*parts, *(["", _LEGEND] if plan.scores else [])])
 
 
@@ -83,6 +87,26 @@ def plan_line(plan: EditPlan) -> str:
     method = plan.method.get("name", "unknown")
     how = "" if method == "merge" else f" by the method {method}"
     return f"{name or 'edits'} into {plan.base.name}{how}: {len(plan.edits)} tensors edited{_layer_range(plan)}"
+
+
+def edit_line(edit: Edit) -> str:
+    """What one edit is: its rank, or what it scales."""
+    parts = [_scale_line(one) for one in scales_of(edit)]
+    addition = addition_of(edit)
+    if addition is not None:
+        parts.append(f"rank {addition.A.shape[0]}" if isinstance(addition, LowRank) else addition.op)
+    return " + ".join(parts) or edit.op
+
+
+def _scale_line(scale: Scale) -> str:
+    if scale.axis == "whole":
+        return f"× {float(scale.factors):g}"
+    changed = scale.factors[scale.changed]
+    if not len(changed):
+        return f"no {scale.axis} scaled"
+    low, high = float(changed.min()), float(changed.max())
+    factors = f"{low:g}" if low == high else f"{low:.3g} to {high:.3g}"
+    return f"{len(changed)} of {len(scale.factors)} {scale.axis} × {factors}"
 
 
 def data_line(plan: EditPlan) -> str:
@@ -210,6 +234,12 @@ def _layers(plan: EditPlan) -> list[dict[str, Any]]:
         row[size] = (row.get(size, 0.0) ** 2 + float(table.lam.norm()) ** 2) ** 0.5
         row[largest] = max(row.get(largest, 0.0), float(table.g.abs().max()))
     return [rows[layer] for layer in sorted(rows)]
+
+
+def _scaled(plan: EditPlan) -> list[dict[str, Any]]:
+    """The edits that scale rows or columns."""
+    scaled = [edit for edit in plan.edits if any(one.axis != "whole" for one in scales_of(edit))]
+    return [{"tensor": edit.tensor, "edit": edit_line(edit)} for edit in scaled]
 
 
 def _place(key: str) -> tuple[str, int, int | None]:

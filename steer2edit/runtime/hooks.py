@@ -15,6 +15,8 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.config import TOP_K
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, Scale
+from steer2edit.plan.operations import addition_of, scales_of
+from steer2edit.runtime import expert_modules
 from steer2edit.runtime.expert_modules import Routed, Visit, experts_module, routing_tensor, visiting, without
 from steer2edit.runtime.model import LoadedModel, device_of
 
@@ -24,7 +26,8 @@ def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterat
     """Within the block the model behaves as if ``strength`` times the plan were in its weights.
 
     The update is applied as ``y + B (A x)`` at each edited matrix, in the activations' dtype or better, so a plan is tried
-    without touching a weight; routers' rows and biases are set, and set back. Removed experts are masked as *absent*.
+    without touching a weight. Where columns are scaled, the module runs again on its input times their factors. Routers' rows
+    and biases are set, and set back. Removed experts are masked as *absent*.
     """
     with ExitStack() as stack:
         for site, edits in _by_site(loaded.spec, plan):
@@ -36,9 +39,10 @@ def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterat
                 stack.enter_context(_hooked(module, hook(site, edits, strength, device_of(module))))
         for layer, experts in _experts_by_layer(loaded.spec, plan).items():
             router = loaded.spec.router(layer)
-            device = device_of(experts_module(loaded.model, router))
+            module = experts_module(loaded.model, router)
+            device = device_of(module)
             changes = {site.expert: _changes(site, edits, strength, device) for site, edits in experts}
-            stack.enter_context(visiting(loaded.model, router, _changing(changes)))
+            stack.enter_context(visiting(loaded.model, router, _changing(module, changes)))
         for layer, gone in plan.structure.remove.items():
             stack.enter_context(without(loaded.model, loaded.spec.router(layer), gone, absent=True))
         if plan.structure.top_k is not None:
@@ -98,43 +102,65 @@ def _experts_by_layer(spec: ModelSpec, plan: EditPlan) -> dict[int, list[tuple[S
     return found
 
 
-Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Again = Callable[[torch.Tensor], torch.Tensor]
+"""The output, float32, of the module for another input, float32."""
+Change = Callable[[torch.Tensor, torch.Tensor, Again], torch.Tensor]
 
 
 def _changes(site: Site, edits: Sequence[Edit], strength: float, device: torch.device) -> list[Change]:
     """The output ``y`` [n, out] as edits of a matrix and its bias change it.
 
-    ``x`` [n, in] is the input. Both are float32.
+    ``x`` [n, in] is the input. Both are float32. Scales come first: ``R W C x + B A x``.
     """
     made: list[Change] = []
-    gains = {edit.tensor: edit.factor for edit in edits if isinstance(edit, Scale)}
-    if gains:
-        parts = {name for name in (site.matrix, site.bias_vector) if name}
-        if set(gains) != parts or len(set(gains.values())) > 1:
-            raise PlanError(
-                f"the plan scales {', '.join(sorted(gains))} alone; expected one gain for {', '.join(sorted(parts))}"
-            )
-        gain = next(iter(gains.values()))
-        made.append(lambda x, y: y * gain)
+    scales = [scale.scaled(strength) for edit in edits for scale in scales_of(edit)]
+    for columns in (one.factors.to(device, torch.float32) for one in scales if one.axis == "columns"):
+        made.append(lambda x, y, again, columns=columns: again(x * columns))  # type: ignore[misc]
+    gain = _output_gain(site, [one for one in scales if one.axis != "columns"])
+    if gain is not None:
+        gain = gain.to(device, torch.float32)
+        made.append(lambda x, y, again: y * gain)
     for edit in edits:
-        if isinstance(edit, LowRank):
-            a, b = (strength * edit.A).to(device).T, edit.B.to(device).T
-            made.append(lambda x, y, a=a, b=b: y + (x @ a) @ b)  # type: ignore[misc]
-        elif isinstance(edit, Bias):
-            delta = (strength * edit.delta).to(device)
-            made.append(lambda x, y, delta=delta: y + delta)  # type: ignore[misc]
+        addition = addition_of(edit)
+        if isinstance(addition, LowRank):
+            a, b = (strength * addition.A).to(device).T, addition.B.to(device).T
+            made.append(lambda x, y, again, a=a, b=b: y + (x @ a) @ b)  # type: ignore[misc]
+        elif isinstance(addition, Bias):
+            delta = (strength * addition.delta).to(device)
+            made.append(lambda x, y, again, delta=delta: y + delta)  # type: ignore[misc]
         elif isinstance(edit, Assign):
             raise PlanError(f"the plan sets rows of {edit.tensor}, which is not a router")
     return made
 
 
-def _changing(changes: Mapping[int | None, Sequence[Change]]) -> Visit:
+def _output_gain(site: Site, scales: Sequence[Scale]) -> torch.Tensor | None:
+    """The factor of each output, or one of all, float64. Raises PlanError where matrix and bias have different ones."""
+    if not scales:
+        return None
+    names = [name for name in (site.matrix, site.bias_vector) if name]
+    gains = {name: torch.ones(1, dtype=torch.float64) for name in names}
+    for one in scales:
+        gains[one.tensor] = gains[one.tensor] * one.factors
+    first, last = gains[names[0]], gains[names[-1]]
+    if first.shape != last.shape or not torch.equal(first, last):
+        alone = ", ".join(sorted({one.tensor for one in scales}))
+        raise PlanError(
+            f"the plan scales {alone} alone; expected one gain, or one of each row, for {', '.join(sorted(names))}"
+        )
+    return first
+
+
+def _changing(module: Any, changes: Mapping[int | None, Sequence[Change]]) -> Visit:
     def visit(routed: Routed) -> torch.Tensor | None:
         if routed.expert not in changes:
             return None
+
+        def again(x: torch.Tensor) -> torch.Tensor:
+            return expert_modules.output(module, x.to(routed.inner.dtype), routed.expert).float()
+
         x, y = routed.inner.float(), routed.output.float()
         for change in changes[routed.expert]:
-            y = change(x, y)
+            y = change(x, y, again)
         return y.to(routed.output.dtype)
 
     return visit
@@ -180,11 +206,15 @@ def _experts_per_token(loaded: LoadedModel, top_k: int) -> Iterator[None]:
 def _linear_hook(site: Site, edits: list[Edit], strength: float, device: torch.device) -> Callable[..., torch.Tensor]:
     changes = _changes(site, edits, strength, device)
 
-    def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def again(x: torch.Tensor) -> torch.Tensor:
+            # forward, not a call: this hook runs once
+            return module.forward(x.to(inputs[0].device, inputs[0].dtype)).to(output.device, torch.float32)  # type: ignore[no-any-return]
+
         # of a model on several devices a hook sees the input before it was moved
         x, y = inputs[0].to(output.device, torch.float32), output.to(torch.float32)
         for change in changes:
-            y = change(x, y)
+            y = change(x, y, again)
         return y.to(output.dtype)
 
     return hook
@@ -193,11 +223,16 @@ def _linear_hook(site: Site, edits: list[Edit], strength: float, device: torch.d
 def _embedding_hook(
     site: Site, edits: list[Edit], strength: float, device: torch.device
 ) -> Callable[..., torch.Tensor]:
-    pairs = [((strength * e.A).to(device).T, e.B.to(device).T) for e in edits if isinstance(e, LowRank)]
+    additions = [one for one in map(addition_of, edits) if isinstance(one, LowRank)]
+    pairs = [((strength * one.A).to(device).T, one.B.to(device).T) for one in additions]
+    scales = [scale.scaled(strength) for edit in edits for scale in scales_of(edit)]
 
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # some families scale the embedding's rows inside the module
         scale = float(getattr(module, "embed_scale", 1.0))
+        for one in scales:
+            factors = one.factors.to(output.device, torch.float32)
+            output = (output * (factors[inputs[0]][..., None] if one.axis == "columns" else factors)).to(output.dtype)
         for a, b in pairs:
             output = output + (scale * (a[inputs[0]] @ b)).to(output.dtype)
         return output

@@ -29,6 +29,7 @@ from steer2edit.lowering import (
     adapter_refusal,
     compare_with_lowered,
     expert_factors,
+    low_rank_forms,
     writer_factors,
 )
 from steer2edit.plan import Base, EditPlan, LowRank
@@ -96,7 +97,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             "Use --to checkpoint, and convert that."
         )
     architecture = architecture_of(spec)
-    edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
+    edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())
     tensors: dict[str, torch.Tensor] = {}
     for name, sites in _tensors(spec, architecture).items():

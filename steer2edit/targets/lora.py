@@ -31,9 +31,10 @@ from steer2edit.lowering import (
     adapter_refusal,
     compare_with_lowered,
     expert_factors,
+    low_rank_forms,
+    rank_notes,
     writer_factors,
 )
-from steer2edit.plan import LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "A PEFT LoRA adapter beside the base, for PEFT and vLLM."
@@ -89,7 +90,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         )
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
-    edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
+    edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())
     leaves = {_leaf(site) for site in spec.sites if site.key in edits and site.expert is None}
     targeted = [site for site in spec.sites if site.expert is None and _leaf(site) in leaves]
@@ -126,7 +127,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         config["target_parameters"] = sorted(parameters)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
-    notes = ["Stored in float32: cast to bf16, an adapter loses about three digits."]
+    notes = ["Stored in float32: cast to bf16, an adapter loses about three digits.", *rank_notes(rank)]
     if resolved.checkpoint.config.get("model_type") in NO_PLACE_IN_VLLM:
         notes.append(
             "By its source, vLLM 0.32 loads this adapter and ignores it: it does not rename this model's modules. Serve --to "

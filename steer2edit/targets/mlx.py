@@ -33,6 +33,7 @@ from steer2edit.lowering import (
     adapter_refusal,
     compare_with_lowered,
     expert_factors,
+    low_rank_forms,
     writer_factors,
 )
 from steer2edit.plan import EditPlan, LowRank
@@ -108,7 +109,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             f"an adapter for mlx-lm carries low-rank edits of writers only, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
-    edits = {site.key: edit for edit, site in resolved.edits.values() if isinstance(edit, LowRank)}
+    edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())
     edited = [site for site in spec.sites if site.key in edits]
     first = min(site.layer for site in edited)
