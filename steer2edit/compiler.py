@@ -11,6 +11,7 @@ from steer2edit.artefact.request import CompileRequest, Protected
 from steer2edit.capture.protect import protected
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vector_kinds import with_vector
 from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.dry_run import check_rooms
@@ -74,6 +75,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         assert statistics is not None  # one of the two was given
         if request.vectors is not None:
             statistics = substituted(request.vectors, statistics, checkpoint, spec)
+        statistics = with_vector(statistics, request.vector)
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
         scoring = Scoring(checkpoint, spec, protected(statistics, others))
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)

@@ -226,7 +226,7 @@ def test_old_files_are_read_and_say_that_they_hold_no_chats(setup: Scoring, tmp_
     path = tmp_path / "x.stats.safetensors"
     old.save(path)
     data = path.read_bytes()
-    path.write_bytes(data.replace(b"steer2edit.statistics.3", b"steer2edit.statistics.2"))
+    path.write_bytes(data.replace(b"steer2edit.statistics.4", b"steer2edit.statistics.2"))
     again = Statistics.load(path)
     assert again.examples == old.examples
     with collected() as notices:

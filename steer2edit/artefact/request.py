@@ -9,6 +9,7 @@ from typing import Any
 
 from steer2edit.architecture import MatrixRole
 from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vector_kinds import VectorKind
 from steer2edit.capture.vectors import Vectors
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.neutral import OwnNeutral
@@ -28,8 +29,9 @@ class CompileRequest:
     """What to compile into ``model``, how strongly, and where the artefacts go.
 
     Give ``behavior`` or ``statistics`` of an earlier capture. ``vectors`` from elsewhere take the place of the captured
-    difference; a behaviour without examples is then enough. The edit does not write along the directions to ``protect``, which
-    are behaviours, statistics or vectors of the same model, and it has no mean push on ``texts_to_keep``. ``options`` are the
+    difference; a behaviour without examples is then enough. Else ``vector`` says what is made of the pairs' differences. The edit
+    does not write along the directions to ``protect``, which are behaviours, statistics or vectors of the same model, and it has
+    no mean push on ``texts_to_keep``. ``options`` are the
     method's own Options. ``strength`` multiplies the method's edit; without it the largest strength is taken whose mean KL on
     neutral text (nats per token) is within ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given;
     ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
@@ -47,6 +49,7 @@ class CompileRequest:
     behavior: Behavior | None = None
     statistics: Statistics | None = None
     vectors: Vectors | None = None
+    vector: VectorKind = "mean"
     protect: Sequence[Protected] = ()
     to: Sequence[str] = ("checkpoint",)
     revision: str | None = None
@@ -70,6 +73,8 @@ class CompileRequest:
     def __post_init__(self) -> None:
         if (self.behavior is None) == (self.statistics is None):
             raise DataError("give a behaviour or the statistics of an earlier capture, exactly one of the two")
+        if self.vectors is not None and self.vector != "mean":
+            raise DataError(f"a vector of the pairs ({self.vector}) and vectors from elsewhere: give one of the two")
         if self.aim is not None and self.questions is None:
             raise DataError(f"the aim {self.aim} takes held-out questions to measure it on (--eval FILE)")
         if self.aim is not None and (self.strength is not None or self.class_budgets is not None):

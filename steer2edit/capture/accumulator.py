@@ -12,7 +12,9 @@ from typing import Any, cast
 import torch
 
 from steer2edit.capture.expert_moments import ExpertSums
+from steer2edit.capture.pairs import Pairs
 from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCE_OF, SOURCES, Kind, Population, Side, Source
+from steer2edit.capture.resampling import draws
 from steer2edit.capture.statistics import Moments, Resampled, Statistics
 from steer2edit.capture.stored import read_name, stored_name
 from steer2edit.data.answers import LABELS
@@ -20,9 +22,12 @@ from steer2edit.errors import PlanError
 
 
 class Accumulator:
-    """Sums moments batch by batch; :meth:`result` freezes them."""
+    """Sums moments batch by batch; :meth:`result` freezes them. Differences are kept of ``pairs``."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: Pairs = Pairs()) -> None:  # noqa: B008
+        self.pairs = pairs
+        self._differences: dict[str, torch.Tensor] = {}
+        self._shares: torch.Tensor | None = None
         self._sums: dict[tuple[str, Side], torch.Tensor] = {}
         self._blocks: dict[tuple[str, Source], torch.Tensor] = {}
         self._experts: dict[int, ExpertSums] = {}
@@ -36,6 +41,7 @@ class Accumulator:
         """Note the batch that comes next: each example's population, its data row and its tokens; counted once, not ``again``."""
         self._populations = [population for population, _, _ in examples]
         self._weights = torch.stack([_example_weights(population, row) for population, row, _ in examples], dim=1)
+        self._shares = self.pairs.shares([(population, row) for population, row, _ in examples])
         if again:
             return
         self._total += self._weights.double().sum(dim=1)
@@ -43,21 +49,33 @@ class Accumulator:
             self._examples[population] += 1
             self._tokens[population] += tokens
 
-    def add(self, key: str, side: Side, values: torch.Tensor, spread: torch.Tensor, heads: int | None = None) -> None:
+    def add(
+        self,
+        key: str,
+        side: Side,
+        values: torch.Tensor,
+        spread: torch.Tensor,
+        heads: int | None = None,
+        paired: bool = False,
+    ) -> None:
         """Add ``values`` [tokens, features]; ``spread`` [examples, tokens] holds 1/length at each example's tokens.
 
-        With ``heads``, the second moments of each head's block of features too.
+        With ``heads``, the second moments of each head's block of features too; ``paired`` keeps the pairs' differences.
         """
         values = values.to(spread.dtype)
         if self._weights.device != values.device:
             self._weights = self._weights.to(values.device)
-        by_example = self._weights @ (spread @ values)
+        means = spread @ values
+        by_example = self._weights @ means
         squares = self._weights[: len(POPULATIONS)] @ (spread @ values.square())
         sums = torch.cat((by_example, squares)).to("cpu", torch.float64)
         if (key, side) in self._sums:
             self._sums[key, side] += sums
         else:
             self._sums[key, side] = sums
+        if paired and self._shares is not None:
+            added = (self._shares.to(means.device) @ means).to("cpu", torch.float64)
+            self._differences[key] = self._differences[key] + added if key in self._differences else added
         if heads is not None:
             self._add_blocks(key, values.view(len(values), heads, -1).transpose(0, 1), spread)
 
@@ -88,14 +106,15 @@ class Accumulator:
         state = {"total": self._total.clone(), "counts": torch.tensor(counts, dtype=torch.float64)}
         state |= {f"sums/{key}/{side}": sums for (key, side), sums in self._sums.items()}
         state |= {f"blocks/{key}/{stored_name(source)}": sums for (key, source), sums in self._blocks.items()}
+        state |= {f"pairs/{key}": sums for key, sums in self._differences.items()}
         for layer, experts in self._experts.items():
             state |= {f"experts/{layer}/{name}": sums for name, sums in experts.state().items()}
         return state
 
     @classmethod
-    def of(cls, state: Mapping[str, torch.Tensor]) -> Accumulator:
-        """The accumulator whose :meth:`state` this was. Raises PlanError for any other tensors."""
-        made = cls()
+    def of(cls, state: Mapping[str, torch.Tensor], pairs: Pairs = Pairs()) -> Accumulator:  # noqa: B008
+        """The accumulator of ``pairs`` whose :meth:`state` this was. Raises PlanError for any other tensors."""
+        made = cls(pairs)
         if strange := [name for name, values in state.items() if values.dtype != torch.float64]:
             raise PlanError(f"the sums {strange[0]!r} are not float64")
         for name, values in state.items():
@@ -111,6 +130,8 @@ class Accumulator:
                 made._sums[parts[1], cast(Side, parts[2])] = values
             elif parts[0] == "blocks" and len(parts) == 3 and values.ndim == 3:
                 made._blocks[parts[1], cast(Source, read_name(parts[2]))] = values
+            elif parts[0] == "pairs" and len(parts) == 2 and values.ndim == 2 and len(values) == len(pairs.rows):
+                made._differences[parts[1]] = values
             elif parts[0] == "experts" and len(parts) == 3 and parts[1].isdigit() and len(values) == len(POPULATIONS):
                 layer = int(parts[1])
                 made._experts[layer] = ExpertSums({**made._experts.get(layer, ExpertSums()).state(), parts[2]: values})
@@ -139,7 +160,7 @@ class Accumulator:
             moments,
             dict(self._examples),
             dict(self._tokens),
-            dict(source),
+            {**source, **({"pairs": list(self.pairs.rows)} if self._differences else {})},
             {key: (sums / counts[key[1]]).float() for key, sums in self._blocks.items()},
             resampled,
             {kind: self._total[rows].view(-1, 2).clone() for kind, rows in _RESAMPLED_ROWS.items()},
@@ -149,6 +170,7 @@ class Accumulator:
                 for index, population in enumerate(POPULATIONS)
                 if population in captured
             },
+            {key: sums.float() for key, sums in self._differences.items()},
         )
 
 
@@ -166,10 +188,8 @@ def _example_weights(population: Population, row: int) -> torch.Tensor:
     weights = torch.zeros(_ROWS)
     weights[POPULATIONS.index(population)] = 1
     if population in LABELS:
-        generator = torch.Generator().manual_seed(row)
         label = LABELS.index(population)
-        times = torch.poisson(torch.ones(RESAMPLES["bootstrap"]), generator=generator)
-        swapped = torch.randint(2, (RESAMPLES["shuffled"],), generator=generator)
+        times, swapped = draws(row)
         weights[_RESAMPLED_ROWS["bootstrap"]].view(-1, 2)[:, label] = times
         weights[_RESAMPLED_ROWS["shuffled"]].view(-1, 2).scatter_(1, (swapped ^ label)[:, None], 1.0)
     return weights

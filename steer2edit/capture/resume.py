@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.capture.accumulator import Accumulator
+from steer2edit.capture.pairs import Pairs
 from steer2edit.capture.stored import FORMAT
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import load_tensors, save_tensors
@@ -38,8 +39,8 @@ class Partial:
         self.path, self._run, self._every = path, run, every
         self._due = time.monotonic() + every
 
-    def load(self, batches: int) -> tuple[Accumulator, int]:
-        """The stored sums of this run, and how many of its ``batches`` they hold.
+    def load(self, batches: int, pairs: Pairs = Pairs()) -> tuple[Accumulator, int]:  # noqa: B008
+        """The stored sums of this run, whose data has these ``pairs``, and how many of its ``batches`` they hold.
 
         None where they are not of this run.
         """
@@ -48,10 +49,10 @@ class Partial:
             described = parse_json(metadata["partial"].encode(), unique=True)
             done = described["done"]
             if described["run"] != self._run or type(done) is not int or not 0 <= done <= batches:
-                return Accumulator(), 0
-            return Accumulator.of(tensors), done
+                return Accumulator(pairs), 0
+            return Accumulator.of(tensors, pairs), done
         except (PlanError, KeyError, ValueError, TypeError, RecursionError):
-            return Accumulator(), 0  # absent, or damaged: it only ever saved time
+            return Accumulator(pairs), 0  # absent, or damaged: it only ever saved time
 
     def keep(self, accumulator: Accumulator, done: int) -> None:
         """Write the sums of the first ``done`` batches, if it is time to. Raises Steer2EditError on a full disk."""

@@ -1,8 +1,9 @@
 """Run the model over contrast data once and keep moments of every writer's input and output.
 
-The span of an example is the positions that predict its response's tokens, ``[start-1, end-1)``. Memory does not
-grow with the number of examples, and the unembedding is never computed. Of a mixture's layers the routing is kept too:
-for each example how often, and with what weight, each expert was chosen.
+The span of an example is the positions that predict its response's tokens, ``[start-1, end-1)``; of an example that is
+``last`` the outputs count at the last of them alone. Memory does not grow with the number of examples, and the unembedding is
+never computed. Of a mixture's layers the routing is kept too: for each example how often, and with what weight, each expert was
+chosen.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from steer2edit.capture import evidence
 from steer2edit.capture.accumulator import Accumulator
 from steer2edit.capture.background import answers_hash, chats, own_chat, prose
 from steer2edit.capture.background import texts_to_keep as kept_examples
+from steer2edit.capture.pairs import Pairs
 from steer2edit.capture.populations import SCOPES, Scope, Side, routing_key
 from steer2edit.capture.resume import EVERY_SECONDS, Partial, identity
 from steer2edit.capture.statistics import Statistics
@@ -69,12 +71,13 @@ def capture(
     everything = batches(lengths, batch_tokens)
     costs = [len(indices) * lengths[indices[0]] for indices in everything]
     plan = [everything[i] for i in world.share(costs)]
-    accumulator, done, kept = Accumulator(), 0, None
+    pairs = Pairs.of((example.label, example.row) for example in examples)
+    accumulator, done, kept = Accumulator(pairs), 0, None
     if keep is not None and layers is None:
-        ids = [(stored_name(e.label), e.row, e.start, e.ids) for e in examples]
+        ids = [(stored_name(e.label), e.row, e.start, e.ids, e.last) for e in examples]
         described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
         kept = Partial(keep, identity(described), keep_every)
-        accumulator, done = kept.load(len(plan))
+        accumulator, done = kept.load(len(plan), pairs)
     stage = f"capture, which goes on after {done} of {len(plan)} batches" if done else "capture"
     span = _Span(accumulator)
 
@@ -97,7 +100,7 @@ def capture(
                 advance(sum(len(example.ids) for example in chosen))
 
     world.together(run)
-    accumulator = Accumulator.of(world.total(accumulator.state()))
+    accumulator = Accumulator.of(world.total(accumulator.state()), pairs)
     return accumulator.result({"positions": "[start-1, end-1)", **(source or {})})
 
 
@@ -121,7 +124,7 @@ class _Span:
     def __init__(self, accumulator: Accumulator) -> None:
         self._accumulator = accumulator
         self._positions = torch.empty(0, dtype=torch.long)
-        self._spread = torch.empty(0)
+        self._spread = self._spread_out = torch.empty(0)
         self._place = torch.empty(0, dtype=torch.long)
         self._scopes: dict[Scope, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -130,6 +133,13 @@ class _Span:
         self._accumulator.begin([(e.label, e.row, len(s)) for e, s in zip(chosen, spans, strict=True)], again)
         self._positions = torch.tensor([row * width + p for row, span in enumerate(spans) for p in span])
         self._spread = torch.block_diag(*(torch.full((1, len(span)), 1.0 / len(span)) for span in spans))  # type: ignore[no-untyped-call]
+        # where the last position alone counts, that holds for what is written: inputs are those of the whole response
+        self._spread_out = torch.block_diag(  # type: ignore[no-untyped-call]
+            *(
+                _last(len(s)) if e.last else torch.full((1, len(s)), 1.0 / len(s))
+                for e, s in zip(chosen, spans, strict=True)
+            )
+        )
         self._place = torch.full((len(chosen) * width,), -1)
         self._place[self._positions] = torch.arange(len(self._positions))
         self._scopes = {scope: _counted(chosen, width, scope) for scope in SCOPES}
@@ -137,6 +147,7 @@ class _Span:
     def _follow(self, device: torch.device) -> None:
         if self._positions.device != device:
             self._positions, self._spread = self._positions.to(device), self._spread.to(device)
+            self._spread_out = self._spread_out.to(device)
             self._place = self._place.to(device)
 
     def add(
@@ -147,7 +158,8 @@ class _Span:
         values = activations.flatten(0, -2).index_select(0, self._positions)
         if width is not None:
             values = whole(values, width)
-        self._accumulator.add(key, side, values, self._spread, heads)
+        spread = self._spread if side == "input" else self._spread_out
+        self._accumulator.add(key, side, values, spread, heads, paired=side == "output")
 
     def add_expert(self, router: Router, routed: Routed) -> None:
         self._follow(routed.inner.device)
@@ -179,6 +191,13 @@ class _Span:
             whole = torch.eye(len(lengths), device=chosen.device)
             for what, values in found.items():
                 self._accumulator.add(routing_key(what, scope, router.layer), "output", values, whole)
+
+
+def _last(length: int) -> torch.Tensor:
+    """Weights of a span's positions of which the last alone counts, [1, length]."""
+    weights = torch.zeros(1, length)
+    weights[0, -1] = 1
+    return weights
 
 
 def _counted(chosen: Sequence[Encoded], width: int, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:

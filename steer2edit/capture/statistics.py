@@ -23,7 +23,7 @@ from steer2edit.capture.populations import POPULATIONS, SOURCE_OF, SOURCES, Kind
 from steer2edit.capture.stored import (
     DESCRIBED,
     FORMAT,
-    WITHOUT_CHAT,
+    OLDER,
     check_tensors,
     read_name,
     stored_counts,
@@ -73,7 +73,8 @@ class Statistics:
     Besides the writers there is one pseudo-site per block, ``residual.N``: the residual stream after block N
     (side ``output``). ``blocks`` holds ``E[x_j x_jᵀ]`` of each head's input ``x_j``, ``[heads, d, d]`` float32, by
     ``(site key, source)``; ``resampled`` is by ``(kind, site key, side)``, with the total weight of each
-    resample and label in ``weights`` ``[resamples, 2]``. ``source`` says what was captured.
+    resample and label in ``weights`` ``[resamples, 2]``. ``pairs`` holds, by site, each pair's difference of mean outputs,
+    ``[pairs, features]`` float32. ``source`` says what was captured.
     """
 
     moments: Mapping[tuple[str, Side, Population], Moments]
@@ -84,6 +85,7 @@ class Statistics:
     resampled: Mapping[tuple[Kind, str, Side], Resampled] = field(default_factory=dict)
     weights: Mapping[Kind, torch.Tensor] = field(default_factory=dict)
     experts: Mapping[tuple[int, Population], ExpertMoments] = field(default_factory=dict)
+    pairs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Raise PlanError unless the statistics were captured from this checkpoint's weights."""
@@ -167,6 +169,11 @@ class Statistics:
         return min(self.distinct.values(), default=len(prompts) if prompts else None)
 
     @property
+    def pair_rows(self) -> tuple[int, ...]:
+        """The numbers of the rows whose pairs' differences are kept, in their order; empty in older statistics."""
+        return tuple(self.source.get("pairs", ())) if self.pairs else ()
+
+    @property
     def directions(self) -> frozenset[str]:
         """The places, writers and blocks, at which the classes' outputs differ by a steering vector."""
         keys = {key for key, side, population in self.moments if side == "output" and population == "positive"}
@@ -224,15 +231,18 @@ class Statistics:
             wa, wb = (statistics.weights[name[0]].float()[:, :, None] for statistics in (self, other))
             means = (drawn.means * wa + other.resampled[name].means * wb) / (wa + wb).clamp(min=1)
             resampled[name] = Resampled(means)
+        pairs = {key: torch.cat((self.pairs[key], other.pairs[key])) for key in self.pairs.keys() & other.pairs.keys()}
+        source = {key: value for key, value in self.source.items() if key != "pairs"}
         return Statistics(
             moments,
             {p: self.examples[p] + other.examples[p] for p in POPULATIONS},
             {p: self.tokens[p] + other.tokens[p] for p in POPULATIONS},
-            self.source,
+            {**source, **({"pairs": [*self.pair_rows, *other.pair_rows]} if pairs else {})},
             blocks,
             resampled,
             {kind: self.weights[kind] + other.weights[kind] for kind in self.weights},
             self._merged_experts(other),
+            pairs,
         )
 
     def _merged_experts(self, other: Statistics) -> dict[tuple[int, Population], ExpertMoments]:
@@ -244,7 +254,8 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write ``*.stats.safetensors``: ``<site>.<side>.<population>.<mean|m2>`` float64, and float32 besides:
-        ``<site>.input.<contrast|neutral|chat|keep>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``, and of experts
+        ``<site>.input.<contrast|neutral|chat|keep>.blocks``, ``<site>.<side>.<bootstrap|shuffled>.means``,
+        ``<site>.output.pairs.differences``, and of experts
         ``routed.<layer>.<population>.<mean|m2|weighted|weight|tokens>``.
         """
         tensors = {f"{kind}.weights": weights for kind, weights in self.weights.items()}
@@ -255,6 +266,7 @@ class Statistics:
             f"{key}.input.{stored_name(source)}.blocks": blocks for (key, source), blocks in self.blocks.items()
         }
         tensors |= {f"{key}.{side}.{kind}.means": one.means for (kind, key, side), one in self.resampled.items()}
+        tensors |= {f"{key}.output.pairs.differences": one for key, one in self.pairs.items()}
         for (layer, population), experts in self.experts.items():
             name = f"routed.{layer}.{stored_name(population)}"
             tensors |= {f"{name}.{what}": value for what, value in experts.tensors().items()}
@@ -272,7 +284,7 @@ class Statistics:
         tensors, metadata = load_tensors(Path(path))
         try:
             described = parse_json(metadata["statistics"].encode(), unique=True)
-            if described["format"] not in (FORMAT, WITHOUT_CHAT):
+            if described["format"] not in (FORMAT, *OLDER):
                 raise PlanError(
                     f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}; capture the statistics again"
                 )
@@ -283,6 +295,7 @@ class Statistics:
             resampled: dict[Any, Resampled] = {}
             weights: dict[Any, torch.Tensor] = {}
             experts: dict[Any, dict[str, torch.Tensor]] = {}
+            pairs: dict[str, torch.Tensor] = {}
             for name, tensor in tensors.items():
                 if name.endswith(".weights"):
                     weights[name.removesuffix(".weights")] = tensor
@@ -295,13 +308,18 @@ class Statistics:
                     moments[key, side, group] = Moments(tensor, tensors[f"{key}.{side}.{stored}.m2"])
                 elif what == "blocks":
                     blocks[key, group] = tensor
+                elif what == "differences":
+                    pairs[key] = tensor
                 elif what == "means":
                     resampled[group, key, side] = Resampled(tensor)
             examples, tokens = (
                 {p: int(described[name].get(stored_name(p), 0)) for p in POPULATIONS} for name in ("examples", "tokens")
             )
             routed = {key: ExpertMoments.of(values) for key, values in experts.items()}
-            return cls(moments, examples, tokens, dict(described["source"]), blocks, resampled, weights, routed)
+            source = dict(described["source"])
+            if wrong := [key for key, one in pairs.items() if len(one) != len(source.get("pairs", ()))]:
+                raise ValueError(f"it has {len(pairs[wrong[0]])} pairs at {wrong[0]}, and its description names others")
+            return cls(moments, examples, tokens, source, blocks, resampled, weights, routed, pairs)
         except (KeyError, ValueError, TypeError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise PlanError(f"{path} is not a statistics file of steer2edit: {reason}") from None

@@ -12,9 +12,9 @@ from steer2edit.data.answers import LABELS
 from steer2edit.errors import listing
 from steer2edit.files.schema import TEXT
 
-FORMAT = "steer2edit.statistics.3"
-WITHOUT_CHAT = "steer2edit.statistics.2"
-"""The format before the background had chats in it; its files are read too."""
+FORMAT = "steer2edit.statistics.4"
+OLDER = ("steer2edit.statistics.2", "steer2edit.statistics.3")
+"""Formats that are read too: the second had no chats in the background, the third no differences of pairs."""
 _OPTIONAL = ("chat", "keep")
 _STORED = {"background": "neutral"}
 """How files name what has another name here: once the background text was called neutral."""
@@ -47,6 +47,7 @@ DESCRIBED: Any = {
                 "data",
                 "system",
                 "span",
+                "vector",
                 "background",
                 "chat",
                 "keep",
@@ -56,6 +57,7 @@ DESCRIBED: Any = {
             )
         },
         "prompts?": [str],
+        "pairs?": [int],
         "protect?": [str],
         "distinct_prompts?": dict.fromkeys(LABELS, int),
         "chat_template_kwargs?": dict,
@@ -70,14 +72,17 @@ def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         site, _, what = name.rpartition(".")
         site, _, group = site.rpartition(".")
-        axes = {"mean": 1, "m2": 1, "means": 3, "blocks": 3, "weights": 2}.get(what)
+        axes = {"mean": 1, "m2": 1, "means": 3, "blocks": 3, "weights": 2, "differences": 2}.get(what)
         if name.startswith("routed."):  # their shapes are ExpertMoments' affair
             axes = tensor.ndim
         if axes is None or tensor.ndim != axes or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             problems.append(f"{name} {list(tensor.shape)} is none of its tensors, or not finite")
         elif name.startswith("routed."):
             continue
-        elif what in ("mean", "m2", "means") and widths.setdefault(site, tensor.shape[-1]) != tensor.shape[-1]:
+        elif (
+            what in ("mean", "m2", "means", "differences")
+            and widths.setdefault(site, tensor.shape[-1]) != tensor.shape[-1]
+        ):
             problems.append(f"{name} has {tensor.shape[-1]} features, others of {site} have {widths[site]}")
         elif what in ("weights", "means"):
             kind = name.removesuffix(".weights") if what == "weights" else group

@@ -130,6 +130,7 @@ def compile(
     if len(report.questions) > 1:
         raise click.UsageError("several --eval belong to several --plan; give one")
     stats.check(data)
+    vectors.check()
     steering = vectors.read(getattr(method.options(), "layers", None))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(
@@ -138,6 +139,7 @@ def compile(
         behavior=data.read_behavior(steering) if statistics is None else None,
         statistics=statistics,
         vectors=steering,
+        vector=vectors.vector,
         protect=protect.read(data),
         to=targets.to,
         revision=model_flags.revision,

@@ -82,6 +82,7 @@ def compile_plans(
         "--background": data.background_file,
         "--stats": stats.stats,
         "--vectors": vectors.vectors_file,
+        "--vector": None if vectors.vector == "mean" else vectors.vector,
         "--kl-budget-attn": strength.kl_budget_attn,
         "--kl-budget-mlp": strength.kl_budget_mlp,
         "the options of --method": method.values,

@@ -73,8 +73,10 @@ class DataFlags(TemplateFlags):
         "Behaviour instead: the name of a built-in one, or a TOML file. Repeatable.",
         metavar="NAME|FILE",
     )
-    span: Literal["matched", "response"] = option(
-        "matched", "Read a pair's responses up to the shorter's length, or whole.", rare=True
+    span: Literal["matched", "response", "last"] = option(
+        "matched",
+        "Read a pair's responses up to the shorter's length, or whole, or take the vector at their last token.",
+        rare=True,
     )
     max_tokens: int = option(
         2048, "Longest example in tokens: a longer prompt is refused, a longer response is cut.", minimum=16, rare=True
@@ -188,6 +190,16 @@ class VectorsFlags(FlagGroup):
         "Steering vectors made elsewhere, in place of the captured difference (see steer2edit import).",
         "--vectors",
     )
+    vector: Literal["mean", "pca", "median"] = option(
+        "mean", "Vector of the pairs' differences: their mean, principal direction, or geometric median."
+    )
+
+    def check(self) -> None:
+        """Raise UsageError where a kind of vector is asked for beside vectors made elsewhere."""
+        if self.vectors_file is not None and self.vector != "mean":
+            raise click.UsageError(
+                f"--vector {self.vector} is made of contrast data, and --vectors takes its place; give one of the two"
+            )
 
     def read(self, layers: tuple[int, int] | None = None) -> Vectors | None:
         """The vectors, if any; a file's single vector goes to the first and last of the edited ``layers``, and between."""

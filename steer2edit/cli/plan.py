@@ -102,6 +102,7 @@ def plan(
     """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
     from steer2edit.capture.protect import protected
     from steer2edit.capture.statistics import Statistics
+    from steer2edit.capture.vector_kinds import with_vector
     from steer2edit.capture.vectors import substituted
     from steer2edit.methods import make_plan
     from steer2edit.scoring.scores import Scoring
@@ -109,11 +110,13 @@ def plan(
     from steer2edit.strength.settle import settle_strength
 
     options = method.options()
+    vectors.check()
     replace.check(output.out, "plan")
     checkpoint, spec = model_flags.open(model)
     statistics, steering = Statistics.load(source.stats), vectors.read(getattr(options, "layers", None))
     if steering is not None:
         statistics = substituted(steering, statistics, checkpoint, spec)
+    statistics = with_vector(statistics, vectors.vector)
     scoring = Scoring(checkpoint, spec, protected(statistics, _directions(protect, statistics, checkpoint, spec)))
     edits = make_plan(scoring, method=method.method, options=options, progress=progress_bar())
     if strength.measured:

@@ -19,17 +19,21 @@ MAX_TOKENS = 2048
 _TOKENS_A_TEXT = 64
 _TOKENS_A_CHARACTER = 16
 """A character takes four bytes at most, and a byte one token, but for what a normaliser does to a few."""
-Span = Literal["matched", "response"]
+Span = Literal["matched", "response", "last"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of prompt, response and end of turn; positions ``[start-1, len(ids)-1)`` predict those from ``start``."""
+    """Tokens of prompt, response and end of turn; positions ``[start-1, len(ids)-1)`` predict those from ``start``.
+
+    With ``last`` the steering vector is read at the last of these positions alone.
+    """
 
     ids: tuple[int, ...]
     start: int
     label: Label | Literal["background", "chat", "keep"]
     row: int
+    last: bool = False
 
 
 def encode(
@@ -46,8 +50,10 @@ def encode(
 
     A response ends in the end-of-turn token, where there is one. ``span="matched"`` then cuts the responses of a
     pair to as many tokens as the shorter has, so that the classes do not differ in how far into a response they
-    look; ``"response"`` keeps them whole. A token that merges the prompt's end with the response's beginning counts
-    as the response's. ``chat_template_kwargs`` are arguments for the chat template (enable_thinking, …).
+    look; ``"response"`` keeps them whole. ``"last"`` keeps them whole too, and the steering vector is read at the position that
+    predicts the end of the turn: that of the last token of the response itself. A token that merges the prompt's end with the
+    response's beginning counts as the response's. ``chat_template_kwargs`` are arguments for the chat template
+    (enable_thinking, …).
 
     Raises DataError, listing every prompt that cannot be rendered or is too long, and every response without a token.
     """
@@ -66,7 +72,10 @@ def encode(
         characters=sum(len(e.response) + _length(e.prompt) + len(system or "") for e in examples),
         what="the chat template or the tokenizer",
     )
-    encoded = [Encoded(tuple(ids), start, e.label, e.row) for e, (ids, start) in zip(examples, spans, strict=True)]
+    last = span == "last"
+    encoded = [
+        Encoded(tuple(ids), start, e.label, e.row, last) for e, (ids, start) in zip(examples, spans, strict=True)
+    ]
     return _matched(examples, encoded) if span == "matched" else encoded
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from operator_rows.subject import Subject
+from steer2edit.capture.vector_kinds import with_vector
 from steer2edit.cli.compile import compile as compile_command
+from steer2edit.cli.data_options import VectorsFlags
 from steer2edit.cli.method import MethodFlags
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
@@ -32,7 +34,8 @@ def planned(subject: Subject, command: str) -> EditPlan:
     words = ["MODEL", "--behavior", "concise", "--out", "OUT", *shlex.split(command)]
     values = dict(compile_command.make_context("compile", words).params)
     flags = MethodFlags.take(values)
-    scoring = Scoring(subject.checkpoint, subject.spec, subject.statistics)
+    statistics = with_vector(subject.statistics, VectorsFlags.take(values).vector)
+    scoring = Scoring(subject.checkpoint, subject.spec, statistics)
     return make_plan(scoring, method=flags.method, options=flags.options())
 
 
