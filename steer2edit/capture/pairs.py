@@ -1,4 +1,4 @@
-"""Which rows of the data are pairs, and the place that each pair's difference has in the sums.
+"""Which rows of the data are pairs, and where each difference is summed.
 
 Of each pair the difference of its mean activations is kept, positive minus negative, at every place that a vector can be added.
 At most ``MOST_PAIRS`` are kept, so that memory does not grow with the data: of more pairs a random choice.

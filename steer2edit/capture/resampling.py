@@ -12,7 +12,7 @@ from steer2edit.capture.populations import RESAMPLES
 
 @lru_cache(maxsize=4096)
 def draws(row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row's draws: how often it counts in each bootstrap resample, float32, and whether each permutation swaps its labels."""
+    """How often a row counts in each bootstrap resample, float32, and whether each permutation swaps its labels."""
     generator = torch.Generator().manual_seed(row)
     times = torch.poisson(torch.ones(RESAMPLES["bootstrap"]), generator=generator)
     return times, torch.randint(2, (RESAMPLES["shuffled"],), generator=generator)
