@@ -20,7 +20,7 @@ MOST_PAIRS = 128
 
 @dataclass(frozen=True)
 class Pairs:
-    """``rows`` are the numbers of the pairs that are kept; ``counts`` says how many examples of each label a row has."""
+    """``rows`` are the numbers of the pairs that are kept. ``counts`` says how many examples of each label a row has."""
 
     rows: tuple[int, ...] = ()
     counts: Counter[tuple[Population, int]] = field(default_factory=Counter)

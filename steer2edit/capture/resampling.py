@@ -1,4 +1,4 @@
-"""How often each row of the data counts in each resample: a row's number decides, whatever else is in the data."""
+"""How often each row of the data counts in each resample. A row's number alone decides that."""
 
 from __future__ import annotations
 
