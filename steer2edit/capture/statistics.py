@@ -87,6 +87,12 @@ class Statistics:
     experts: Mapping[tuple[int, Population], ExpertMoments] = field(default_factory=dict)
     pairs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def nothing(cls, checkpoint: Checkpoint) -> Statistics:
+        """Statistics of a model of which nothing was captured."""
+        none: Mapping[Population, int] = dict.fromkeys(POPULATIONS, 0)
+        return cls({}, none, none, {"model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "prompts": []})
+
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Raise PlanError unless the statistics were captured from this checkpoint's weights."""
         theirs = self.source.get("fingerprint")

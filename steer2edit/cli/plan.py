@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -37,7 +37,20 @@ class PlanSource(FlagGroup):
 
     heading: ClassVar[str] = "Data"
 
-    stats: Path = option(..., "Statistics file that capture wrote.")
+    stats: Path | None = option(
+        None, "Statistics file that capture wrote; every method needs it, but for silence with --components."
+    )
+
+    def read(self, checkpoint: Checkpoint, options: Any) -> Statistics:
+        """The statistics. Raises UsageError where a method needs them, and they are not given."""
+        from steer2edit.capture.statistics import Statistics
+        from steer2edit.methods import needs_no_statistics
+
+        if self.stats is not None:
+            return Statistics.load(self.stats)
+        if not needs_no_statistics(options):
+            raise click.UsageError("Missing option '--stats'.")
+        return Statistics.nothing(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,6 @@ def plan(
 ) -> None:
     """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
     from steer2edit.capture.protect import protected
-    from steer2edit.capture.statistics import Statistics
     from steer2edit.capture.vector_kinds import with_vector
     from steer2edit.capture.vectors import substituted
     from steer2edit.methods import make_plan
@@ -113,7 +125,9 @@ def plan(
     vectors.check()
     replace.check(output.out, "plan")
     checkpoint, spec = model_flags.open(model)
-    statistics, steering = Statistics.load(source.stats), vectors.read(getattr(options, "layers", None))
+    statistics, steering = source.read(checkpoint, options), vectors.read(getattr(options, "layers", None))
+    if source.stats is None and (steering is not None or protect.protect):
+        raise click.UsageError("--vectors and --protect change what was captured: give --stats too")
     if steering is not None:
         statistics = substituted(steering, statistics, checkpoint, spec)
     statistics = with_vector(statistics, vectors.vector)

@@ -55,8 +55,9 @@ def make_plan(
 
     checkpoint, statistics = scoring.checkpoint, scoring.statistics
     statistics.check_model(checkpoint)
-    statistics.check_contrast()
     module = load(method)
+    if not needs_no_statistics(options):
+        statistics.check_contrast()
     if statistics.examples["keep"] and not hasattr(module.Options, "keep_as"):
         notice(f"the method {method} does not know the texts of --keep: its edit may push on them")
     plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
@@ -68,6 +69,11 @@ def make_plan(
     plan = plan.computed_from(checkpoint, scoring.spec)
     checkpoint.check_unchanged()
     return replace(plan, data=describe_data(statistics))
+
+
+def needs_no_statistics(options: Any) -> bool:
+    """Whether a method's options ask for nothing that is captured."""
+    return bool(getattr(options, "without_statistics", False))
 
 
 def own_strength(options: Any) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from tabulate import tabulate
 
 from steer2edit import methods
+from steer2edit.architecture.components import component_name
 from steer2edit.formatting import divergence, number, pairs
 from steer2edit.options import options_of
 from steer2edit.plan import Edit, EditPlan, LowRank, Measured, Scale
@@ -27,7 +28,7 @@ _LEGEND = (
     "score: cosine, from -1 to 1, of the steering vector with what the component writes on the contrast data.\n"
     "edit: Frobenius norm of the component's edit; it is negative where the edit works against the component."
 )
-_NOT_OPTIONS = ("name", "plans", "experts", "layers", "grade", "experts_left_alone", "ranks", "left_out")
+_NOT_OPTIONS = ("name", "plans", "experts", "layers", "grade", "experts_left_alone", "ranks", "left_out", "silenced")
 
 
 def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def render_summary(plan: EditPlan) -> str:
         "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}; Frobenius norm of all updates {plan.norm:.4g}",
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
+        "Silenced": _names_line(plan.method.get("silenced", ())),
         "Stability": _stability_line(plan),
     }
     lines = [f"{label:<9}  {text}" for label, text in rows.items() if text]
@@ -192,6 +194,11 @@ def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:
     return [*lines, *([f"… and {len(marks) - limit} more"] if len(marks) > limit else [])]
 
 
+def _names_line(names: Sequence[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def _layer_range(plan: EditPlan) -> str:
     found = plan.method.get("layers")
     if not isinstance(found, (list, tuple)) or len(found) != 2:
@@ -256,6 +263,6 @@ def _top(plan: EditPlan, role: str, top: int) -> list[dict[str, Any]]:
             where = {"layer": layer} if expert is None else {"layer": layer, "expert": expert}
             for index in table.lam.abs().topk(min(top, len(table.lam))).indices.tolist():
                 values = {"g": float(table.g[index]), "lam": float(table.lam[index])}
-                found.append({**where, _KINDS[role]: index, **values})
+                found.append({**where, _KINDS[role]: index, "name": component_name(key, index), **values})
     chosen = sorted((row for row in found if row["lam"]), key=lambda row: -abs(row["lam"]))
     return [dict(row) for row in chosen[:top]]

@@ -151,6 +151,17 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
     return Analysis(projection, squares.sqrt_())
 
 
+def written(checkpoint: Checkpoint, site: Site, x: torch.Tensor) -> torch.Tensor:
+    """What a site's matrix gives for one input ``x`` [in], without its bias: ``W x``, float32 [out]. Reads the matrix once."""
+    result = torch.zeros(site.out_features)
+    for first, wide in _wide_blocks(checkpoint, site):
+        if site.orientation == "out_in":
+            result[first : first + len(wide)] = wide @ x
+        else:
+            result += x[first : first + len(wide)] @ wide
+    return result
+
+
 # Both give V W, and the squares of Analysis.norms.
 
 
