@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from conftest import ROWS, run
 
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_behavior, read_behavior_file
@@ -123,6 +125,30 @@ def test_what_is_not_toml_is_named_with_its_line(tmp_path: Path) -> None:
         read_behavior_file(written(tmp_path, "metric = " + "[" * 5000 + "]" * 5000))
     with pytest.raises(DataError, match="does not exist"):
         open_behavior(tmp_path / "absent.toml")
+
+
+def test_a_behaviour_in_a_folder_is_compiled_as_a_packaged_one_is(tiny_llama: Path, tmp_path: Path) -> None:
+    """Adding a behaviour is a file and no code: its pairs, questions, instruction and metric are all used."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    held = [{"prompt": f"{row['prompt']} {word}"} for row in ROWS[:4] for word in ("now", "here", "one")]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    metric = "metric = { name = 'count', goal = 'more', pattern = 'e', title = 'letters' }"
+    text = LEAST.replace('metric = { name = "length", goal = "less" }', metric)
+    path = written(tmp_path, f'pairs = "pairs.jsonl"\nquestions = "held.jsonl"\n{text}')
+    out = tmp_path / "out"
+    result = run("compile", tiny_llama, "--behavior", path, "--to", "lora", "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["evaluation"]
+    own = next(metric for metric in found["metrics"] if metric["role"] == "attribute")
+    assert own == {**own, "name": "letters", "goal": "more", "own": True, "unit": "per 100 words"}
+    assert "instructed" in {row["kind"] for row in found["rows"]}
+    data = json.loads((out / "steer2edit.json").read_text())["data"]
+    assert (data["name"], data["metric"]["title"]) == ("rhyme", "letters")
+    wrong = written(tmp_path, text + 'colour = "red"', "wrong")
+    for command in ("compile", "capture"):
+        result = run(command, tiny_llama, "--out", tmp_path / "no.stats.safetensors", "--behavior", wrong)
+        assert result.exit_code == 2 and "colour is not a key" in " ".join(result.stderr.split())
+    assert not (tmp_path / "no.stats.safetensors").exists()
 
 
 def test_a_name_that_is_none_names_those_there_are() -> None:

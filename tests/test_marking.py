@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.data.degeneration import TAIL, is_empty, loops, repetition
+from steer2edit.data.language import FUNCTION_WORDS, language, left_language, script
 from steer2edit.data.marking import can_be_named, is_exact, named_choices, names_right
 from steer2edit.data.questions import Question, knowledge_questions
-from steer2edit.evaluation.language import FUNCTION_WORDS, language, left_language, script
 
 CITIES = ("Paris", "London", "The City of York", "New York")
 

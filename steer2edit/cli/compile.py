@@ -59,9 +59,9 @@ class ReportFlags(FlagGroup):
     )
     aim: str | None = option(
         None,
-        "Take the weakest strength at which a metric of the behaviour reaches a value on the questions for selection, such as "
-        "length=40 or margin=0.2, within --kl-budget.",
-        metavar="METRIC=VALUE",
+        "Take the weakest strength at which a metric of the behaviour (without METRIC: its own) reaches a value on the questions "
+        "for selection, such as length=40 or margin=0.2, within --kl-budget.",
+        metavar="[METRIC=]VALUE",
         shown_default="no aim; with one, --kl-budget is 0.5 unless given",
     )
     no_report: bool = option(False, "Measure nothing but the KL, and make no report page.")

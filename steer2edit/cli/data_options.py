@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steer2edit.capture.vectors import Vectors
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.data.behavior import Behavior
+    from steer2edit.data.metric_choice import MetricChoice
     from steer2edit.data.neutral import NeutralChats
     from steer2edit.runtime.model import LoadedModel
 
@@ -101,6 +102,14 @@ class DataFlags(TemplateFlags):
     def any(self) -> bool:
         """Whether contrast data is named."""
         return bool(self.data or self.behavior)
+
+    @property
+    def metric(self) -> MetricChoice | None:
+        """The metric of the behaviours that are named; None where they have none, or several."""
+        from steer2edit.data.behavior_file import open_behavior
+        from steer2edit.data.metric_choice import shared_metric
+
+        return shared_metric(open_behavior(name).metric for name in self.behavior)
 
     def read_behavior(self, vectors: Vectors | None = None) -> Behavior:
         """The behaviour; beside vectors from elsewhere it needs no examples."""

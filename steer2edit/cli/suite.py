@@ -92,6 +92,7 @@ class SuiteFlags(FlagGroup):
             chat_template_kwargs=data.template_arguments,
             limit=self.limit,
             seed=self.split_seed,
+            metric=data.metric,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from steer2edit.data import contrast
 from steer2edit.data.behavior_file import open_behavior
+from steer2edit.data.metric_choice import MetricChoice, shared_metric
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import MAX_TOKENS, Encoded, Span, encode
 
@@ -16,6 +17,8 @@ from steer2edit.data.tokens import MAX_TOKENS, Encoded, Span, encode
 @dataclass(frozen=True)
 class Behavior:
     """What to compile: labelled examples, their name for cards and receipts, a system message, if any, and the span.
+
+    ``metric`` is what the behaviour is measured by, where it says so.
 
     ``span`` says which tokens of a pair's responses count; see ``data.tokens.encode``. ``chat_template_kwargs`` are arguments
     for the chat template, such as ``{"enable_thinking": False}``. Of an example's tokens at most ``max_tokens`` are read.
@@ -27,6 +30,7 @@ class Behavior:
     span: Span = "matched"
     chat_template_kwargs: TemplateArguments | None = None
     max_tokens: int = MAX_TOKENS
+    metric: MetricChoice | None = None
 
     @classmethod
     def named(
@@ -39,7 +43,7 @@ class Behavior:
     ) -> Behavior:
         """The pairs of a built-in behaviour, or of one in a TOML file. Raises DataError; see :func:`open_behavior`."""
         file = open_behavior(name)
-        return cls(file.name, file.read_pairs(), system, span, chat_template_kwargs, max_tokens)
+        return cls(file.name, file.read_pairs(), system, span, chat_template_kwargs, max_tokens, file.metric)
 
     @classmethod
     def from_data(
@@ -59,13 +63,15 @@ class Behavior:
     def joined(cls, parts: Sequence[Behavior]) -> Behavior:
         """Several behaviours as one, with the settings of the first; its name is theirs with plus signs.
 
+        It has the metric that all of them have, if they have one.
         Rows get new numbers, because two sources count theirs alike.
         """
         examples: list[contrast.Example] = []
         for part in parts:
             start = max((example.row for example in examples), default=-1) + 1
             examples += [replace(example, row=start + example.row) for example in part.examples]
-        return replace(parts[0], name=" + ".join(part.name for part in parts), examples=examples)
+        name = " + ".join(part.name for part in parts)
+        return replace(parts[0], name=name, examples=examples, metric=shared_metric(part.metric for part in parts))
 
     def limited(self, rows: int) -> Behavior:
         """At most ``rows`` rows of the behaviour; see :func:`data.contrast.chosen_rows`."""

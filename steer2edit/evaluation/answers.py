@@ -6,20 +6,20 @@ A metric is one entry: a :class:`Reading` gives its value for one answer.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from steer2edit.data.degeneration import is_empty, loops, repetition
+from steer2edit.data.language import left_language
 from steer2edit.data.marking import is_exact, names_right
+from steer2edit.data.metric_choice import MetricChoice, Written
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError
-from steer2edit.evaluation.language import left_language
-from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, prompt_text
+from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked, prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
@@ -67,6 +67,7 @@ CHECKS = (
 class Answers:
     """The model writes: length, patterns found, exact answers, a user's own score, and signs of damage.
 
+    The behaviour's ``own`` metric comes first where it is one of written answers.
     ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
     text and the answer and gives a number. As a utility there are ``answers right`` (every question has an accepted answer, or
     choices, which the model is not shown) and the signs of damage, as those of general answers.
@@ -80,6 +81,7 @@ class Answers:
     system: str | None = None
     chat_template_kwargs: TemplateArguments | None = None
     run: Generate = through_transformers
+    own: MetricChoice | None = None
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -90,13 +92,17 @@ class Answers:
                 replace(one, metric=replace(one.metric, name=f"{one.metric.name}, general answers")) for one in CHECKS
             ]
             return Reading(right, _is_right), *general
-        found = [Reading(Metric("length", self.role, "less", "tokens"), lambda a: len(a.tokens))]
-        found += [_pattern(pattern, self.role) for pattern in self.patterns]
+        choices = [MetricChoice("length", "less"), *(MetricChoice("pattern", "more", one) for one in self.patterns)]
+        if self.own is not None and self.own.kind.read is not None:
+            choices = [self.own, *(one for one in choices if one.label != self.own.label)]
+        found = [_chosen(choice, self.role) for choice in choices]
         if self.function is not None:
             found.append(_own(self.function))
         if any(question.answers for question in self.questions):
             found.append(Reading(Metric("exact answers", self.role, "more"), _is_right))
-        return *found, *CHECKS
+        metrics = marked([reading.metric for reading in found], self.own)
+        own_first = sorted(zip(found, metrics, strict=True), key=lambda pair: not pair[1].own)
+        return *(replace(reading, metric=metric) for reading, metric in own_first), *CHECKS
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -133,8 +139,10 @@ def _is_right(answer: Answer) -> float:
     return is_exact(answer.text, accepted) if accepted else names_right(answer.text, answer.question)
 
 
-def _pattern(pattern: str, role: MetricRole) -> Reading:
-    return Reading(Metric(f"/{pattern}/", role, "more"), lambda a: bool(re.search(pattern, a.text)))
+def _chosen(choice: MetricChoice, role: MetricRole) -> Reading:
+    """A metric of ``data.metric_choice`` that reads written answers."""
+    metric = Metric(choice.label, role, choice.goal, choice.kind.unit)
+    return Reading(metric, lambda a: choice.read(Written(prompt_text(a.question.prompt), a.text, len(a.tokens))))
 
 
 def _own(function: Callable[[str, str], float]) -> Reading:

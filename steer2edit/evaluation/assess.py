@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steer2edit.data.metric_choice import read_metric
 from steer2edit.data.questions import Question, Split, knowledge_questions, refuse_seen
 from steer2edit.evaluation.baselines import (
     Match,
@@ -115,6 +116,7 @@ def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Quest
         neutral,
         system=source.get("system"),
         chat_template_kwargs=source.get("chat_template_kwargs"),
+        metric=read_metric(source.get("metric"))[0],
         limit=limit,
         utility_limit=GENERAL,
         utility_tokens=GENERAL_TOKENS,

@@ -39,7 +39,15 @@ _ROW: Any = {
     **{"name": str, "kind": str, "note": str, "strength": MAYBE, "answers": [str], "seconds": NUMBER},
     "samples": {str: {"values": [NUMBER], "weights": ([NUMBER], None), "groups?": ([str], None)}},
 }
-_METRIC: Any = {"name": str, "role": str, "goal": str, "unit": str, "exponential": bool, "tolerance?": MAYBE}
+_METRIC: Any = {
+    "name": str,
+    "role": str,
+    "goal": str,
+    "unit": str,
+    "exponential": bool,
+    "tolerance?": MAYBE,
+    "own?": bool,
+}
 _DESCRIBED: Any = {"metrics": [_METRIC], "rows": [_ROW], "context": {}, "prompts": [str]}
 
 
@@ -176,8 +184,10 @@ def evaluate(
     Raises Steer2EditError where a candidate changed them.
     """
     base = Candidate("base", lambda: _as_it_is(loaded), "base")
-    # what it costs the user comes first
-    metrics = tuple(sorted((m for task in tasks for m in task.metrics), key=lambda m: m.name != ANSWERS_RIGHT))
+    # what it costs the user comes first, then what the behaviour is named for
+    metrics = tuple(
+        sorted((m for task in tasks for m in task.metrics), key=lambda m: (m.name != ANSWERS_RIGHT, not m.own))
+    )
     before = checksums(loaded.model)
     rows = []
     for candidate in (base, *candidates):

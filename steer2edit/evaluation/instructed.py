@@ -36,9 +36,14 @@ def told(task: Task, instruction: str, loaded: LoadedModel) -> Task | None:
 
 
 def brief(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks of the cost, and those of the attribute: by likelihood, or in answers where there is no other."""
+    """The tasks of the cost, and one kind of those of the attribute.
+
+    It is the kind that measures the behaviour's own metric, else by likelihood, else in answers.
+    """
     cost = [task for task in tasks if any(m.role == "utility" and m.name.startswith("KL") for m in task.metrics)]
     attribute = [task for task in tasks if any(m.role == "attribute" for m in task.metrics) and task not in cost]
+    if own := [task for task in attribute if any(m.own for m in task.metrics)]:
+        return [*cost, *own]
     for kinds in ((Preference, Choice), (Answers,)):
         if found := [task for task in attribute if isinstance(task, kinds)]:
             return [*cost, *found]

@@ -7,8 +7,8 @@ Values stay apart per question, so that intervals and differences between candid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from steer2edit.bootstrap import Estimate, estimate
 from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.contrast import Example
+from steer2edit.data.metric_choice import Goal, MetricChoice
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments
@@ -27,7 +28,6 @@ from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.kl import NeutralText
 
 MetricRole = Literal["attribute", "utility", "check"]
-Goal = Literal["more", "less"]
 CONTENT_FREE = "N/A"
 """The prompt that says nothing (Zhao et al. 2021, Calibrate Before Use)."""
 
@@ -36,6 +36,7 @@ CONTENT_FREE = "N/A"
 class Metric:
     """A number's name, what it is for, which way is better, and its unit.
 
+    The behaviour's ``own`` metric is the one that its file names.
     ``exponential``: exp of the mean is shown. ``tolerance`` says how much worse than the base's it may be until an edit breaks it
     (evaluation/damage.py); None for what breaks nothing.
     """
@@ -46,6 +47,19 @@ class Metric:
     unit: str = ""
     exponential: bool = False
     tolerance: float | None = None
+    own: bool = False
+
+
+def attributes(metrics: Iterable[Metric]) -> list[Metric]:
+    """The metrics of the behaviour, its own one first."""
+    return sorted((metric for metric in metrics if metric.role == "attribute"), key=lambda metric: not metric.own)
+
+
+def marked(metrics: Sequence[Metric], own: MetricChoice | None) -> tuple[Metric, ...]:
+    """The metrics, of which the behaviour's own one says so and has the behaviour's direction."""
+    if own is None:
+        return tuple(metrics)
+    return tuple(replace(m, own=True, goal=own.goal) if m.name == own.label else m for m in metrics)
 
 
 @dataclass(frozen=True)
@@ -100,11 +114,12 @@ class Preference:
     questions: Sequence[Question]
     system: str | None = None
     chat_template_kwargs: TemplateArguments | None = None
-    metrics: tuple[Metric, ...] = (
-        Metric("margin", "attribute", "more", "nats/token"),
-        Metric("calibrated margin", "attribute", "more", "nats/token"),
-        Metric("preferred", "attribute", "more"),
-    )
+    own: MetricChoice | None = None
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        both = [Metric(name, "attribute", "more", "nats/token") for name in ("margin", "calibrated margin")]
+        return marked([*both, Metric("preferred", "attribute", "more")], self.own)
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         margins = self._margins(loaded, [q.prompt for q in self.questions], progress)
@@ -149,12 +164,13 @@ class Choice:
     role: MetricRole = "attribute"
     system: str | None = None
     chat_template_kwargs: TemplateArguments | None = None
+    own: MetricChoice | None = None
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         if self.role == "utility":
             return (Metric("likeliest choice right", "utility", "more"),)
-        return (Metric("MC1", self.role, "more"), Metric("MC2", self.role, "more"))
+        return marked([Metric("MC1", self.role, "more"), Metric("MC2", self.role, "more")], self.own)
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         label: Label = "positive"

@@ -12,7 +12,7 @@ from typing import Any
 from steer2edit.bootstrap import Estimate
 from steer2edit.evaluation.comparison import direction, equally_costly
 from steer2edit.evaluation.evaluate import Evaluation, Row
-from steer2edit.evaluation.metrics import Metric
+from steer2edit.evaluation.metrics import Metric, attributes
 
 LEAST_DIRECTIONS = 3
 """Random directions below which their spread is not known well enough to judge an edit by."""
@@ -71,7 +71,7 @@ def steerability(evaluation: Evaluation, row: Row) -> Steerability | None:
     other, and on any number of questions: the interval is that of the paired bootstrap over questions, widened by Student's
     prediction interval for one more random direction, ``t · s · √(1 + 1/k)`` for k directions with a standard deviation s.
     """
-    metric = next((m for m in evaluation.metrics if m.role == "attribute" and m.name in row.samples), None)
+    metric = next((m for m in attributes(evaluation.metrics) if m.name in row.samples), None)
     if metric is None:
         return None
     others = [one for one in equally_costly(evaluation, row, "random") if metric.name in one.samples]

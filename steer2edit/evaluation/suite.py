@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from steer2edit.data.marking import can_be_named
+from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers, Generate, through_transformers
 from steer2edit.evaluation.metrics import Choice, Neutral, Preference, Task, prompt_text
+from steer2edit.notices import notice
 from steer2edit.strength.neutral_texts import NeutralTexts
 
 SAMPLES = 16
@@ -25,7 +27,8 @@ class Suite:
 
     Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
     answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
-    read. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the questions of each
+    read. Where the behaviour's own ``metric`` reads written answers, or there are patterns or a function, it writes one to every
+    question. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the questions of each
     split, ``utility_limit`` those of general use where that is another number, and ``utility_tokens`` bounds their answers.
     """
 
@@ -42,6 +45,7 @@ class Suite:
     utility_tokens: int | None = None
     seed: int = 0
     run: Generate = through_transformers
+    metric: MetricChoice | None = None
 
     def tasks(self, split: Split) -> list[Task]:
         """What is run on one split, the cheapest first. Raises DataError where the split holds no question."""
@@ -50,15 +54,16 @@ class Suite:
             raise DataError(f"no question falls into the split {split}; give more questions, or another --split-seed")
         found: list[Task] = [Neutral(text) for text in self.neutral]
         if pairs := [q for q in asked if q.positive]:
-            found.append(Preference(pairs, **self._rendering))
+            found.append(Preference(pairs, own=self.metric, **self._rendering))
         if choices := [q for q in asked if q.choices]:
-            found.append(Choice(choices, **self._rendering))
+            found.append(Choice(choices, own=self.metric, **self._rendering))
         if choices := [q for q in useful if q.choices]:
             found.append(Choice(choices, "utility", **self._rendering))
         # with the attribute's answers first: they are what is shown
         found.append(self._answers(self.written(split)))
         if general := self.general(split):
             found.append(self._answers(general, useful=True))
+        self._check_own(metric.own for task in found for metric in task.metrics)
         names = [metric.name for task in found for metric in task.metrics]
         if len(set(names)) < len(names):
             raise DataError(f"two metrics have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
@@ -75,8 +80,14 @@ class Suite:
     def written(self, split: Split) -> list[Question]:
         """Those that the model writes an answer to."""
         asked = self.questions(split)
-        if self.patterns or self.function is not None:
+        if (
+            self.patterns
+            or self.function is not None
+            or (self.metric is not None and self.metric.kind.read is not None)
+        ):
             return asked
+        if self.metric is not None and self.metric.kind.needs == "accepted answers":
+            return [q for q in asked if q.answers] or asked
         bare = [q for q in asked if not q.positive and not q.choices]
         return bare or list(islice(asked, SAMPLES))
 
@@ -126,5 +137,14 @@ class Suite:
             function=self.function,
             max_new_tokens=self.max_new_tokens,
             run=self.run,
+            own=self.metric,
             **self._rendering,
         )
+
+    def _check_own(self, marks: Iterable[bool]) -> None:
+        """Say where the questions have not what the behaviour's own metric is measured on."""
+        if self.metric is not None and not any(marks):
+            notice(
+                f"the behaviour's metric, {self.metric.label}, is not measured: it takes questions with "
+                f"{self.metric.kind.needs}, and these have none"
+            )

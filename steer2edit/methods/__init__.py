@@ -93,7 +93,6 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
     described = {key: statistics.source.get(key) for key in _DESCRIBED}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
-    described |= {
-        key: statistics.source[key] for key in ("keep", "vector", "vectors", "protect") if key in statistics.source
-    }
+    optional = ("keep", "metric", "vector", "vectors", "protect")
+    described |= {key: statistics.source[key] for key in optional if key in statistics.source}
     return {**described, "examples": stored_counts(statistics.examples), "tokens": stored_counts(statistics.tokens)}

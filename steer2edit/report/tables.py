@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from steer2edit.evaluation.comparison import compared_rows, comparisons
+from steer2edit.evaluation.metrics import attributes
 from steer2edit.evaluation.steerability import steerability
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.report.differences import cell, change_cell, losses
@@ -60,16 +61,15 @@ def breaks_line(found: Evaluation) -> str:
 
 
 def effect_line(found: Evaluation) -> str:
-    """What the edit does to each metric of the behaviour: the base's value, and the edit's."""
+    """What the edit does to each metric of the behaviour, its own first: the base's value, and the edit's."""
     edit = next((row for row in found.rows if row.kind == "edit"), None)
     if edit is None:
         return ""
     told = []
-    for metric in found.metrics:
-        if metric.role == "attribute":
-            before, after = found.estimate(found.rows[0], metric.name), found.estimate(edit, metric.name)
-            unit = f" {metric.unit}" if metric.unit else ""
-            told.append(f"{metric.name} {before}{unit} before, {after}{unit} after, on {after.count} questions")
+    for metric in attributes(found.metrics):
+        before, after = found.estimate(found.rows[0], metric.name), found.estimate(edit, metric.name)
+        unit = f" {metric.unit}" if metric.unit else ""
+        told.append(f"{metric.name} {before}{unit} before, {after}{unit} after, on {after.count} questions")
     return "; ".join(told)
 
 

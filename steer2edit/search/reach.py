@@ -16,7 +16,7 @@ from typing import Any
 
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import measure, plan_candidate
-from steer2edit.evaluation.metrics import Metric, Task
+from steer2edit.evaluation.metrics import Metric, Task, attributes
 from steer2edit.evaluation.suite import Suite
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
@@ -95,6 +95,7 @@ def reach(
     """
     largest_kl = LARGEST_KL if largest_kl is None else largest_kl
     task, metric = _task_of(suite.tasks("select"), aim.metric)
+    aim = replace(aim, metric=metric.name)
 
     def value_at(strength: float) -> float:
         at = plan.scaled(strength) if strength else EditPlan(Base("", None, ""), ())
@@ -156,11 +157,12 @@ def _between(low: tuple[float, float], high: tuple[float, float], aim: float) ->
 
 
 def _task_of(tasks: Sequence[Task], name: str) -> tuple[Task, Metric]:
-    """The task that measures an attribute, and its metric."""
-    attributes = [(task, metric) for task in tasks for metric in task.metrics if metric.role == "attribute"]
-    for task, metric in attributes:
-        if metric.name == name:
-            return task, metric
+    """The task that measures an attribute, and its metric; without a name, the behaviour's own or first one."""
+    task_of = {metric.name: task for task in tasks for metric in task.metrics}
+    known = attributes(metric for task in tasks for metric in task.metrics)
+    for metric in known:
+        if metric.name == name or not name:
+            return task_of[metric.name], metric
     raise PlanError(
-        f"there is no metric {name!r} of the behaviour to aim at; there are {', '.join(m.name for _, m in attributes)}"
+        f"there is no metric {name!r} of the behaviour to aim at; there are {', '.join(m.name for m in known)}"
     )

@@ -24,7 +24,7 @@ from steer2edit.checkpoint import read_json
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.damage import damages
 from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
-from steer2edit.evaluation.metrics import Metric, Neutral, Sample, Task
+from steer2edit.evaluation.metrics import Metric, Neutral, Sample, Task, attributes
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
 from steer2edit.files.schema import MAYBE, NUMBER, check
@@ -298,8 +298,7 @@ def _with_strength(plan: EditPlan, strength: float) -> EditPlan:
 
 def _objectives(tasks: Sequence[Task], search: Search) -> tuple[Metric, Metric]:
     metrics = [metric for task in tasks for metric in task.metrics]
-    attributes = [metric for metric in metrics if metric.role == "attribute"]
-    chosen = attributes[0] if search.attribute is None else _metric(tasks, search.attribute)
+    chosen = attributes(metrics)[0] if search.attribute is None else _metric(tasks, search.attribute)
     # "KL" is that on the text which budgets are on
     costs = [task.kl for task in tasks if isinstance(task, Neutral)]
     return chosen, costs[0] if search.utility == "KL" else _metric(tasks, search.utility)
