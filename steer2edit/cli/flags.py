@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 import click
 
@@ -57,6 +57,9 @@ class Flag(click.Option):
         return names if self.is_flag else f"{names} {self.metavar}", self.help or ""
 
 
+Group = TypeVar("Group", bound="FlagGroup")
+
+
 @dataclass(frozen=True)
 class FlagGroup:
     """Base of the groups of flags: its fields made by ``steer2edit.options.option`` are flags."""
@@ -78,7 +81,7 @@ class FlagGroup:
         return {}
 
     @classmethod
-    def take(cls, values: dict[str, Any]) -> FlagGroup:
+    def take(cls: type[Group], values: dict[str, Any]) -> Group:
         """The group with its values, which are taken out of ``values``."""
         return cls(**{one.name: values.pop(one.name) for one in options_of(cls)})
 
