@@ -121,7 +121,9 @@ def dry_run(request: CompileRequest) -> DryRun:
     twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
     return DryRun(
         matrices=len(plan.edits),
-        read=sum(spec.owners[edit.tensor].locate(checkpoint).nbytes for edit in plan.edits),
+        read=sum(
+            spec.owners[edit.tensor].locate(checkpoint).nbytes for edit in plan.edits if isinstance(edit, LowRank)
+        ),
         model=size,
         memory=memory_now() + (twice * size if device.type == "cpu" else 0),
         memory_free=memory_free(),
@@ -155,8 +157,11 @@ def check_rooms(
 
 
 def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:
-    """A plan of zeros on every matrix that a method may edit with these options."""
-    options = methods.load(method).Options() if options is None else options
+    """A plan of zeros on every matrix that a method may edit with these options; ``widest`` of the method's module says which."""
+    module = methods.load(method)
+    options = module.Options() if options is None else options
+    if hasattr(module, "widest"):
+        return EditPlan(Base.of(checkpoint), tuple(module.widest(spec, options)))
     first, last = spec.layer_range(getattr(options, "layers", None))
     kinds = {"attn": {MatrixRole.ATTN_OUT}, "mlp": {MatrixRole.MLP_OUT}}.get(getattr(options, "sites", "both"))
     sites: list[Site] = [

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from steer2edit.architecture.carriers import BiasSetting, bias_settings
 from steer2edit.architecture.config import (
     HIDDEN,
     TextConfig,
@@ -59,7 +60,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         )
 
     family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)
-    reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads)
+    settings = bias_settings(checkpoint, model_type, text.given, prefix, layers)
+    reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings)
     for layer in range(layers):
         reader.layer(layer)
     embedding, problems = _embedding(checkpoint, family, prefix, module, hidden)
@@ -90,6 +92,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         block_modules=module,
         routers=tuple(reader.routers),
         frozen=tuple(reader.frozen),
+        bias_settings=settings,
     )
 
 
@@ -105,8 +108,10 @@ class _Reader:
         module: str,
         hidden: int,
         heads: int,
+        settings: tuple[BiasSetting, ...],
     ) -> None:
         self.checkpoint, self.values, self.family = checkpoint, values, family
+        self.creatable = {name for setting in settings for name in setting.creates}
         self.prefix, self.module, self.hidden, self.heads = prefix, module, hidden, heads
         self.sites: list[Site] = []
         self.routers: list[Router] = []
@@ -173,6 +178,10 @@ class _Reader:
             in_features=width,
             heads=heads,
             bias=bias if bias in self.checkpoint.tensors else None,
+            # a shared expert's output may be weighted by the token
+            new_bias=bias
+            if bias in self.creatable and norm is None and role is not MatrixRole.SHARED_EXPERT_OUT
+            else None,
             norm=self._norm(layer, leaf, norm, first_norm),
             multiplier=self._multiplier(role, layer),
             block_scale=self._block_scale(layer),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
+from steer2edit.architecture.carriers import BiasSetting
 from steer2edit.architecture.family import Orientation
 from steer2edit.architecture.routers import Router
 from steer2edit.checkpoint import Checkpoint, TensorInfo, part_name
@@ -68,6 +69,7 @@ class Site:
     in_features: int
     heads: int | None = None
     bias: str | None = None
+    new_bias: str | None = None
     norm: Norm | None = None
     expert: int | None = None
     part: tuple[int, int] | None = None
@@ -103,7 +105,7 @@ class Site:
     def locate(self, checkpoint: Checkpoint, name: str | None = None) -> TensorInfo:
         """Where the matrix lies, as a tensor of two axes.
 
-        If ``name`` is the bias's name: where the bias lies, as a tensor of one axis.
+        If ``name`` is the bias's name: where the bias lies, as a tensor of one axis. A bias to create lies nowhere.
         """
         if name is not None and name == self.bias_vector and self.bias is not None:
             bias = part_of(checkpoint.tensors[self.bias], self.part)
@@ -139,7 +141,7 @@ class ModelSpec:
     """What the compiler knows of a model: ``sites`` are the writers, attention before MLP, layer by layer.
 
     ``routers`` are those of the layers that are mixtures of experts; ``frozen`` tensors hold writers in a format that is read
-    by no one here, and stay as they are.
+    by no one here, and stay as they are. ``bias_settings`` are the settings of config.json that would give writers a bias.
     """
 
     model_type: str
@@ -152,6 +154,7 @@ class ModelSpec:
     block_modules: str
     routers: tuple[Router, ...] = ()
     frozen: tuple[str, ...] = ()
+    bias_settings: tuple[BiasSetting, ...] = ()
 
     def site(self, key: str) -> Site:
         """The writer called ``key``; KeyError where there is none."""
@@ -159,9 +162,9 @@ class ModelSpec:
 
     @cached_property
     def owners(self) -> Mapping[str, Site]:
-        """The site of each matrix and bias that a plan may name, embedding and routers among them."""
+        """The site of each matrix and bias that a plan may name, also of biases to create, embedding and routers among them."""
         sites = (*self.sites, self.embedding, *(_router_site(router, self.hidden_size) for router in self.routers))
-        return {name: site for site in sites for name in (site.matrix, site.bias_vector) if name}
+        return {name: site for site in sites for name in (site.matrix, site.bias_vector, site.new_bias) if name}
 
     def router(self, layer: int) -> Router:
         """The router of a layer. Raises ArchitectureError where that layer is not a mixture."""

@@ -16,7 +16,8 @@ import torch
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.experts.checking import check_masks
-from steer2edit.lowering import AppliedPlan, Loadable, PeftAdapter, Resolved, StreamShift, WholeModel, located
+from steer2edit.lowering import AppliedPlan, Loadable, PeftAdapter, Resolved, StreamShift, WholeModel
+from steer2edit.lowering.new_biases import dtype_of
 from steer2edit.lowering.stored import stored_plan
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.adapters import adapted
@@ -63,7 +64,7 @@ def compare_numbers(
     largest = max(float(logits.abs().max()) for logits in planned)
     computed = _coarsest(loaded)
     tolerance = max(TOLERANCE, _NOISE * torch.finfo(computed).eps * largest)
-    exact = not isinstance(loadable, StreamShift)
+    exact = not isinstance(loadable, StreamShift) or loadable.exact
     numbers: dict[str, Any] = {
         "effect": _difference(base, planned),
         "difference": _difference(planned, artefact),
@@ -71,7 +72,7 @@ def compare_numbers(
         "unexplained": _difference(expected, artefact) if exact else None,
         "tolerance": tolerance if exact else None,
         "largest_logit": largest,
-        "stored": sorted({located(checkpoint, edit, site).dtype for edit, site in resolved.edits.values()}),
+        "stored": sorted({dtype_of(resolved, name) for name in resolved.edits}),
         "computed": str(computed).removeprefix("torch."),
         "from_base": _difference(base, artefact),
     }

@@ -58,14 +58,20 @@ def revert(
     else:
         _prove(folder, ours, theirs, different)
         unlike = ()
-    restored = [name for name in different if name not in unlike]
+    created = [] if unproven else [name for name in different if name not in ours.tensors]
+    restored = [name for name in different if name not in unlike and name not in created]
     place = folder if out is None else Path(out).expanduser()
     check_apart(place, [*inputs_of(ours), *([] if out is None else inputs_of(theirs))])
     # in its own place, a folder keeps the files of its owner that are copied
     carried = [path.relative_to(theirs.path).as_posix() for path in copied_files(theirs)] if out is None else []
+    # a base in one file has no index
+    dropped = theirs.index if created and ours.index is None else None
+    carried = [name for name in carried if name != dropped]
     with new_folder(place, force or out is None, carried) as made:
-        _write(ours, theirs, set(restored), made, progress)
+        _write(ours, theirs, set(restored), set(created), made, progress)
         copy_other_files(theirs, made)
+        if dropped is not None:
+            (made / dropped).unlink()
         if not unproven:
             copy_other_files(ours, made)
             card = ours.path / CARD
@@ -74,7 +80,7 @@ def revert(
                 shutil.copyfile(card, made / CARD)
         for checkpoint in (ours, theirs):
             checkpoint.check_unchanged()
-    return Reverted(place, tuple(restored), not unproven, unlike)
+    return Reverted(place, (*restored, *created), not unproven, unlike)
 
 
 def _different(ours: Checkpoint, theirs: Checkpoint, progress: Progress) -> list[str]:
@@ -110,6 +116,12 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
     problems, vouched = [], set()
     for change in receipt["changed"]:
         name = change["tensor"]
+        if change["sha256_before"] is None and name not in ours.tensors and name in theirs.tensors:
+            # a bias that the plan created goes again
+            vouched.add(name)
+            if _sha256(theirs, theirs.tensors[name]) != change["sha256_after"]:
+                problems.append(f"{name} in {theirs.path} is not what the receipt says it was after the edit")
+            continue
         places = [_place(checkpoint, spec, name) for checkpoint in (ours, theirs)]
         if not _alike(*places):
             problems.append(f"{name} is missing, or has another shape or dtype than in the base")
@@ -118,6 +130,8 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
         for checkpoint, place, when in zip((ours, theirs), places, ("before", "after"), strict=True):
             if place is not None and _sha256(checkpoint, place) != change[f"sha256_{when}"]:
                 problems.append(f"{name} in {checkpoint.path} is not what the receipt says it was {when} the edit")
+    if any(name not in ours.tensors for name in different):
+        problems += _shared_shards(ours, theirs)
     for name in different:
         problems += [
             f"{part} differs from the base, and the receipt does not name it"
@@ -129,6 +143,17 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
             f"{folder} is not its base with the receipt's changes:\n{listing(problems)}\n"
             "--unproven -o DIR restores whatever differs all the same."
         )
+
+
+def _shared_shards(ours: Checkpoint, theirs: Checkpoint) -> list[str]:
+    """What is wrong where new tensors should lie in shards of their own, and all others in the base's shards."""
+    pairs = {
+        (info.shard, ours.tensors[name].shard if name in ours.tensors else None)
+        for name, info in theirs.tensors.items()
+    }
+    kept = [pair for pair in pairs if pair[1] is not None]
+    alike = len({a for a, _ in pairs}) == len(pairs) and len({b for _, b in kept}) == len(kept)
+    return [] if alike else ["its tensors are not divided among shards as the base's, with the new ones apart"]
 
 
 def _place(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> TensorInfo | None:
@@ -167,12 +192,21 @@ def _sha256(checkpoint: Checkpoint, info: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def _write(ours: Checkpoint, theirs: Checkpoint, restored: set[str], folder: Path, progress: Progress) -> None:
-    """The edited checkpoint's shards, with the base's bytes for ``restored``."""
+def _write(
+    ours: Checkpoint, theirs: Checkpoint, restored: set[str], created: set[str], folder: Path, progress: Progress
+) -> None:
+    """The edited checkpoint's shards, with the base's bytes for ``restored``.
+
+    Shards of ``created`` tensors alone are left out. Where there are some, the others have the names of the base's shards.
+    """
     sizes = {shard: (theirs.path / shard).stat().st_size for shard in theirs.shards}
+    names = {info.shard: ours.tensors[name].shard for name, info in theirs.tensors.items() if name not in created}
     with progress("restore", total=sum(sizes.values())) as advance:
         for shard, size in sizes.items():
-            target = folder / shard
+            if created and shard not in names:
+                advance(size)
+                continue
+            target = folder / (names[shard] if created else shard)
             with open(target, "xb") as file:
                 file.truncate(size)
             here = sorted((i for i in theirs.tensors.values() if i.shard == shard), key=lambda info: info.offset)

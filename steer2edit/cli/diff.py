@@ -63,7 +63,8 @@ def diff(base: str, edited: str, output: DiffFlags, replace: ReplaceFlags, print
         unknown = first_line(error)
     found = compare(ours, theirs, fused_parts(spec), max_rank=output.max_rank, progress=progress_bar())
     result: dict[str, Any] = {
-        **{key: value for key, value in vars(found).items() if key != "tensors"},
+        **{key: value for key, value in vars(found).items() if key not in ("tensors", "added")},
+        "zeros": [name for name, values in found.added.items() if not bool(values.any())],
         "tensors": [_described(item) for item in found.tensors],
         "plan": None,
     }
@@ -145,9 +146,9 @@ def _render(r: dict[str, Any], top: int) -> str:
     lines += [f"{name}: shape {list(a)} -> {list(b)}" for name, (a, b) in r["shapes"].items()]
     for key, where in (("only_base", "the base"), ("only_edited", "the edited checkpoint")):
         if r[key]:
-            lines.append(
-                f"only in {where}: {', '.join(r[key][:6])}{f' and {len(r[key]) - 6} more' if len(r[key]) > 6 else ''}"
-            )
+            zeros = f" ({len(r['zeros'])} of them zeros)" if key == "only_edited" and r["zeros"] else ""
+            rest = f" and {len(r[key]) - 6} more" if len(r[key]) > 6 else ""
+            lines.append(f"only in {where}{zeros}: {', '.join(r[key][:6])}{rest}")
     if r["files"]:
         lines.append(f"other files that differ: {', '.join(r['files'])}")
     if r["plan"]:

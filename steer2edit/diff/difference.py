@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +13,15 @@ from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import FP8, SUFFIX, read_values, scales_of
 from steer2edit.diff.numerical_rank import PRECISION, Pair, TensorDifference, matrix_difference
 from steer2edit.diff.scaled import scaled_lines
-from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank, Scale
+from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank, NewBias, Scale
 from steer2edit.progress import Progress, silent
 
 
 @dataclass(frozen=True)
 class CheckpointDifference:
     """What :func:`compare` found. ``tensors`` differ in their values, ``dtypes`` in how they are stored (base's, edited's)
-    whether or not their values do; ``shapes`` cannot be compared; ``files`` are other files with other bytes.
+    whether or not their values do; ``shapes`` cannot be compared; ``files`` are other files with other bytes. ``added`` are
+    the values of vectors that the edited one alone has, float32.
     """
 
     same: int
@@ -30,6 +31,7 @@ class CheckpointDifference:
     only_base: tuple[str, ...]
     only_edited: tuple[str, ...]
     files: tuple[str, ...] = ()
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def compare(
@@ -69,6 +71,11 @@ def compare(
         only_base=tuple(name for name in base.tensors if name not in edited.tensors),
         only_edited=tuple(name for name in edited.tensors if name not in base.tensors),
         files=_other_files(base, edited),
+        added={
+            name: read_values(edited, info).float()
+            for name, info in edited.tensors.items()
+            if name not in base.tensors and len(info.shape) == 1 and info.dtype in PRECISION
+        },
     )
 
 
@@ -179,6 +186,12 @@ def recover_plan(
             left, right = found.factors
             B, A = (left, right) if site.orientation == "out_in" else (right.T, left.T)
             edits.append(LowRank(found.tensor, B.contiguous(), A.contiguous()))
+    for name, values in difference.added.items():
+        site = spec.owners.get(name)
+        if site is not None and name == site.new_bias and values.shape == (site.out_features,):
+            edits += [NewBias(name, values)] if bool(values.any()) else []
+        elif bool(values.any()):
+            left_out[name] = "only in the edited checkpoint"
     ranks = sorted({edit.B.shape[1] for edit in edits if isinstance(edit, LowRank)})
     method = {"name": "recovered", "ranks": ranks, "left_out": left_out}
     return EditPlan(Base.of(base), tuple(edits), method=method), left_out

@@ -199,15 +199,18 @@ def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
 
 def whole_matrices(scoring: Scoring, plan: EditPlan) -> EditPlan:
     """For every edited matrix ``v_hat (Wᵀ v_hat)ᵀ``, the rank-1 edit that knows no components, at the edit's ‖ΔW‖."""
-    sites = {site.matrix: site for site in scoring.spec.sites}
+    sites = {name: site for name, site in scoring.spec.owners.items() if site in scoring.spec.sites}
+    edited = {edit.tensor for edit in plan.edits}
     edits = []
     for edit in plan.edits:
         site = sites.get(edit.tensor)
-        if site is not None and isinstance(edit, LowRank):
+        # a constant is compared with its writer's matrix
+        alone = isinstance(edit, Bias) and site is not None and site.matrix not in edited
+        if site is not None and (isinstance(edit, LowRank) or alone):
             v = scoring.statistics.difference(site.vector_key).float()
             v_hat = v / v.norm().clamp(min=TINY)
             A = analyse(scoring.checkpoint, site, v_hat[None]).projection
-            edits.append(_of_norm(LowRank(edit.tensor, v_hat[:, None], A), edit.norm))
+            edits.append(_of_norm(LowRank(site.matrix, v_hat[:, None], A), edit.norm or 0.0))
     return _with(plan, edits)
 
 

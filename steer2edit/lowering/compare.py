@@ -34,7 +34,7 @@ def compare_with_lowered(
             path.relative_to(scratch).as_posix(): path for path in sorted(Path(scratch).rglob("*")) if path.is_file()
         }
         for name, ours in expected.items():
-            tensors, differences = _compare_file(ours, folder / name, name)
+            tensors, differences = compare_file(ours, folder / name, name)
             count += tensors
             problems += differences
         advance(1)
@@ -61,8 +61,8 @@ def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def _compare_file(ours: Path, theirs: Path, name: str) -> tuple[int, list[str]]:
-    """How many tensors the file should hold (1 for other files), and in what ``theirs`` differs."""
+def compare_file(ours: Path, theirs: Path, name: str) -> tuple[int, list[str]]:
+    """How many tensors ``ours`` holds (1 for files without), and in what ``theirs`` differs from it."""
     if not theirs.is_file():
         return 0, [f"{name} is missing"]
     try:

@@ -18,6 +18,7 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import FP8, block_bytes
 from steer2edit.errors import TargetError
 from steer2edit.files.workplace import CONTENT, make_workplace, remove_workplace, sync_file
+from steer2edit.lowering.new_biases import new_biases
 from steer2edit.lowering.other_files import copied_files
 from steer2edit.lowering.resolve import Resolved, Writing, located, update_rank
 from steer2edit.lowering.rewrite import copies, places_of, rewrite
@@ -76,6 +77,8 @@ def disk_use(
         rank = max((update_rank(edit) for edit, _ in edits.values()), default=0)
         size = sum(4 * rank * (site.out_features + site.in_features) for _, site in edits.values()) + _plan_bytes(plan)
         return DiskUse(to, len(edits), size, 0, 0, size, _free(parent), memory_now() + 2 * size)
+    created = new_biases(resolved)
+    edits = resolved.rewritten
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     edited = sum(info.nbytes for infos in places.values() for info in infos)
@@ -95,11 +98,11 @@ def disk_use(
     block = max((_block(checkpoint, edit, site) for edit, site in edits.values()), default=0)
     return DiskUse(
         target=to,
-        tensors=len(edits),
+        tensors=len(edits) + (0 if created is None else len(created.tensors)),
         edited=edited,
         copied=copied,
         shared=shared,
-        written=total - shared + others + _plan_bytes(plan),
+        written=total - shared + others + _plan_bytes(plan) + (0 if created is None else created.nbytes),
         free=_free(parent),
         memory=memory_now() + writing.workers * block,
         seconds=seconds,

@@ -10,7 +10,7 @@ from typing import Any
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
 from steer2edit.errors import PlanError, listing
-from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, NewBias
 from steer2edit.plan.operations import addition_of, scales_of
 
 LARGEST_RANK = 512
@@ -55,12 +55,19 @@ class Writing:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan with the base that it fits. ``edits`` are the plan's, each with its site, by tensor name."""
+    """A plan with the base that it fits. ``edits`` are the plan's, each with its site, by tensor name.
+
+    ``rewritten`` are those of tensors that the base holds; the others create biases (``lowering.new_biases``).
+    """
 
     plan: EditPlan
     checkpoint: Checkpoint
     spec: ModelSpec
     edits: Mapping[str, tuple[Edit, Site]]
+
+    @property
+    def rewritten(self) -> dict[str, tuple[Edit, Site]]:
+        return {name: one for name, one in self.edits.items() if not isinstance(one[0], NewBias)}
 
 
 def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved:
@@ -75,6 +82,8 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved
         site = spec.owners.get(edit.tensor)
         if site is None:
             problems.append(f"{edit.tensor} is not a residual writer of {checkpoint.name}")
+        elif isinstance(edit, NewBias) != (edit.tensor == site.new_bias):
+            problems.append(_no_such_bias(edit, checkpoint))
         elif isinstance(edit, Assign) != (site.role is MatrixRole.ROUTER):
             problems.append(f"{edit.tensor}: {edit.op} is not an operation on a {site.role.value}")
         elif not edit.fits(shape := _shape(site, edit.tensor)):
@@ -89,7 +98,15 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved
             f"{checkpoint.name} ties its embedding to its unembedding: editing {spec.embedding.tensor} would change both. "
             "Leave the embedding out."
         )
+    if plan.structure and any(isinstance(edit, NewBias) for edit in plan.edits):
+        raise PlanError("a plan that changes the experts creates no biases too: do the first, and plan on the result")
     return Resolved(plan, checkpoint, spec, edits)
+
+
+def _no_such_bias(edit: Edit, checkpoint: Checkpoint) -> str:
+    if isinstance(edit, NewBias):
+        return f"{edit.tensor} cannot be created: {checkpoint.name} has it, or its class gives it none"
+    return f"{edit.tensor} is not in {checkpoint.name}: {edit.op} is not an operation on a bias to create"
 
 
 def _shape(site: Site, name: str) -> tuple[int, ...]:

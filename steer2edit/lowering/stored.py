@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 
 from steer2edit.architecture import Site
+from steer2edit.lowering.new_biases import stored_bias
 from steer2edit.lowering.resolve import Resolved
 from steer2edit.lowering.rewrite import edited_blocks
-from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank
+from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, NewBias
 
 
 def stored_plan(resolved: Resolved) -> EditPlan:
@@ -26,6 +27,8 @@ def stored_plan(resolved: Resolved) -> EditPlan:
 
 
 def _stored(resolved: Resolved, edit: Edit, site: Site) -> Edit:
+    if isinstance(edit, NewBias):
+        return stored_bias(resolved, edit)
     if isinstance(edit, Assign):
         after = torch.cat([block.new.float() for block in edited_blocks(resolved.checkpoint, edit, site)])
         return replace(edit, values=after[list(edit.rows)])

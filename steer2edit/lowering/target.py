@@ -134,9 +134,13 @@ class AppliedPlan:
 
 @dataclass(frozen=True)
 class StreamShift:
-    """An engine adds a vector ``[hidden]`` to the residual stream after each named block: an approximation of the plan."""
+    """An engine adds a vector ``[hidden]`` to the residual stream after each named block.
+
+    It is an approximation of the plan, unless the plan is such vectors and ``exact`` says so.
+    """
 
     vectors: Mapping[int, torch.Tensor]
+    exact: bool = False
 
 
 Loadable = WholeModel | PeftAdapter | AppliedPlan | StreamShift

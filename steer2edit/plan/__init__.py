@@ -2,9 +2,9 @@
 
 from steer2edit.plan.edit_plan import BASE, DATA, METHOD, Base, EditPlan, Scores, Structure, merge
 from steer2edit.plan.measured import MEASURED, Divergence, Measured
-from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, ScaleAdd
+from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, NewBias, Scale, ScaleAdd
 
 __all__ = [
     "BASE", "DATA", "MEASURED", "METHOD", "Assign", "Base", "Bias", "Divergence", "Edit", "EditPlan", "LowRank",
-    "Measured", "Scale", "ScaleAdd", "Scores", "Structure", "merge",
+    "Measured", "NewBias", "Scale", "ScaleAdd", "Scores", "Structure", "merge",
 ]  # fmt: skip

@@ -19,9 +19,10 @@ from steer2edit.checkpoint.fp8 import FP8, scale_info
 def content_of(checkpoint: Checkpoint, spec: ModelSpec, matrices: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the stored bytes of each matrix or bias, by the name that plans give it.
 
-    Names that the model does not have are left out.
+    Names that the model does not have are left out, as are biases to create, which hold nothing yet.
     """
-    places = {name: spec.owners[name].locate(checkpoint, name) for name in matrices if name in spec.owners}
+    sites = {name: spec.owners[name] for name in matrices if name in spec.owners}
+    places = {name: site.locate(checkpoint, name) for name, site in sites.items() if name != site.new_bias}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(places, pool.map(lambda info: _digest(checkpoint, info), places.values()), strict=True))
 

@@ -23,14 +23,14 @@ from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
 from steer2edit.plan.content import content_of
 from steer2edit.plan.measured import LARGEST_STRENGTH, MEASURED, Measured
-from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, Scale, edit_tensors, read_edit
+from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, NewBias, Scale, edit_tensors, read_edit
 from steer2edit.plan.sums import added
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec
     from steer2edit.checkpoint import Checkpoint
 
-__all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "Scale", "Scores", "Structure", "merge"]
+__all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "NewBias", "Scale", "Scores", "Structure", "merge"]
 
 FORMAT = "steer2edit.plan.1"
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}

@@ -113,6 +113,16 @@ class Bias:
         return cls(entry["tensor"], parts["bias"])
 
 
+@dataclass(frozen=True)
+class NewBias(Bias):
+    """A bias that the base lacks, so that ``delta`` [out], float32, is all of it: a bias of zeros, edited.
+
+    ``tensor`` is the name that the bias gets. A setting of config.json has to create it (``architecture.carriers``).
+    """
+
+    op: ClassVar[str] = "new_bias"
+
+
 Axis = Literal["whole", "rows", "columns"]
 _SCALE_PARTS: Mapping[Axis, str] = {"whole": "scale", "rows": "row_scale", "columns": "column_scale"}
 
@@ -268,9 +278,9 @@ class Assign:
         return cls(entry["tensor"], tuple(rows.tolist()), values)
 
 
-Edit = LowRank | Bias | Scale | ScaleAdd | Assign
+Edit = LowRank | Bias | NewBias | Scale | ScaleAdd | Assign
 OPS: Mapping[str, type[LowRank] | type[Bias] | type[Scale] | type[ScaleAdd] | type[Assign]] = {
-    kind.op: kind for kind in (LowRank, Bias, Scale, ScaleAdd, Assign)
+    kind.op: kind for kind in (LowRank, Bias, NewBias, Scale, ScaleAdd, Assign)
 }
 _PARTS = ("B", "A", "push", "bias", *_SCALE_PARTS.values(), "rows", "values")
 _DTYPES = {"rows": torch.int64, **dict.fromkeys(_SCALE_PARTS.values(), torch.float64)}

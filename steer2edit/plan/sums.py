@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 
@@ -36,8 +37,8 @@ def _sum(first: LowRank | Bias, second: LowRank | Bias) -> LowRank | Bias:
         known = first.mean_effect is not None and second.mean_effect is not None
         mean_effect = torch.cat((first.mean_effect, second.mean_effect)) if known else None  # type: ignore[arg-type]
         return LowRank(first.tensor, torch.cat((first.B, second.B), dim=1), torch.cat((first.A, second.A)), mean_effect)
-    if isinstance(first, Bias) and isinstance(second, Bias):
-        return Bias(first.tensor, first.delta + second.delta)
+    if isinstance(first, Bias) and isinstance(second, Bias) and first.op == second.op:
+        return replace(first, delta=first.delta + second.delta)
     raise PlanError(f"the plans edit {first.tensor} by different operations ({first.op}, {second.op})")
 
 

@@ -143,6 +143,9 @@ def method_line(method: Mapping[str, Any]) -> str:
     line = f"{name} with {' '.join(told)}" if told else f"{name} with its default options"
     if alone := method.get("experts_left_alone"):
         line += f"; {alone} experts left alone, because too few tokens were routed to them"
+    if errors := method.get("stand_ins"):
+        shares = ", ".join(f"{key} {number(error)}" for key, error in errors.items())
+        line += f"; an edit of rank 1 stands in for the constant, with a relative squared error of about: {shares}"
     return line
 
 

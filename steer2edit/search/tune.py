@@ -232,7 +232,8 @@ def _make(scoring: Scoring, params: Mapping[str, Any], search: Search) -> EditPl
     module = methods.load(method)
     known = module.Options.__dataclass_fields__
     options = {key: value for key, value in params.items() if key in known}
-    if "first_layer" in params and "layers" in known:
+    # a method that takes one layer is given no range beside it
+    if "first_layer" in params and "layers" in known and "layer" not in options:
         options["layers"] = (params["first_layer"], params["last_layer"])
     if search.grid and method == "component":
         # Steer2Edit's own parameters are tried to the letter

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from steer2edit.architecture import Site
-from steer2edit.checkpoint import Checkpoint, TensorInfo, part_name, read_header
+from steer2edit.checkpoint import Checkpoint, TensorInfo, part_name, read_header, split_part_name
 from steer2edit.checkpoint.fp8 import SUFFIX, block_bytes, scales_of
 from steer2edit.errors import CheckpointError
 from steer2edit.lowering import Resolved, located
 from steer2edit.lowering.compare import same_tensor
+from steer2edit.lowering.new_biases import NewBiases
 from steer2edit.lowering.rewrite import EditRecord, Rewritten, edited_blocks, places_of
 from steer2edit.lowering.rounding import Rounding
 from steer2edit.plan import Edit
@@ -35,24 +36,30 @@ class ShardComparison:
     rounding: list[Rounding] = field(default_factory=list)
 
 
-def compare_shards(resolved: Resolved, folder: Path, progress: Progress) -> ShardComparison:
+def compare_shards(
+    resolved: Resolved, folder: Path, progress: Progress, created: NewBiases | None = None
+) -> ShardComparison:
     """Compare every shard in ``folder`` with the base's.
 
     Tensors that the base's index does not name are compared too, since loaders read whole shards.
     """
     checkpoint = resolved.checkpoint
+    artefact = replace(checkpoint, path=folder) if created is None else created.artefact(folder)
+    renamed = {} if created is None else created.renamed
     result = ShardComparison()
-    parts = edited_parts(checkpoint, resolved.edits)
+    parts = edited_parts(checkpoint, resolved.rewritten)
     sizes = {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
     with progress("compare tensors", total=sum(sizes.values())) as advance:
         for shard, size in sizes.items():
             expected = read_header(checkpoint.path / shard)
             result.tensors += len(expected)
-            comparable, problems = _compare_headers(expected, checkpoint.path / shard, folder / shard)
+            comparable, problems = _compare_headers(
+                expected, checkpoint.path / shard, folder / renamed.get(shard, shard)
+            )
             result.problems += problems
             for info in expected:
                 if info.name in comparable:
-                    _compare_tensor(checkpoint, folder, parts.get(info.name, [(info, None)]), result)
+                    _compare_tensor(checkpoint, artefact, parts.get(info.name, [(info, None)]), result)
             advance(size)
     return result
 
@@ -98,7 +105,8 @@ def _compare_headers(expected: list[TensorInfo], ours: Path, theirs: Path) -> tu
     except CheckpointError as error:
         return set(), [str(error)]
     names = {info.name for info in expected}
-    comparable = {info.name for info in expected if infos.get(info.name) == info}
+    places = {name: replace(info, shard=ours.name) for name, info in infos.items()}
+    comparable = {info.name for info in expected if places.get(info.name) == info}
     problems = [
         f"{name} is missing, or lies elsewhere or in another dtype than in the base"
         for name in sorted(names - comparable)
@@ -118,11 +126,10 @@ def header_bytes(path: Path) -> bytes:
         return prefix + file.read(int.from_bytes(prefix, "little"))
 
 
-def _compare_tensor(checkpoint: Checkpoint, folder: Path, parts: list[Part], result: ShardComparison) -> None:
-    artefact = replace(checkpoint, path=folder)
+def _compare_tensor(checkpoint: Checkpoint, artefact: Checkpoint, parts: list[Part], result: ShardComparison) -> None:
     for part, edited in parts:
         if edited is None:
-            if not same_bytes(checkpoint, part, artefact, part):
+            if not same_bytes(checkpoint, part, artefact, _in_artefact(artefact, part)):
                 result.problems.append(f"{part.name} differs from the base, though the plan does not edit it")
             continue
         record = EditRecord(*edited, places_of(checkpoint, *edited), measure=True)
@@ -132,9 +139,15 @@ def _compare_tensor(checkpoint: Checkpoint, folder: Path, parts: list[Part], res
         result.rounding.append(record.rounding)
 
 
+def _in_artefact(artefact: Checkpoint, part: TensorInfo) -> TensorInfo:
+    """A tensor of the base, or a part of one, in the artefact's shard, which may have another name."""
+    whole = split_part_name(part.name)
+    return replace(part, shard=artefact.tensors[part.name if whole is None else whole[0]].shard)
+
+
 def _same_edited(checkpoint: Checkpoint, artefact: Checkpoint, edit: Edit, site: Site, record: EditRecord) -> bool:
     # a vector may be stored with an axis of one
-    place = located(checkpoint, edit, site)
+    place = _in_artefact(artefact, located(checkpoint, edit, site))
     scales = scales_of(artefact, place)
     same = True
     stored = artefact.blocks(place, block_bytes(checkpoint, place))

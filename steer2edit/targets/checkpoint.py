@@ -1,7 +1,8 @@
 """The checkpoint target: the base's folder again, with only the edited tensors' bytes different.
 
-Same shards, names, order, dtypes and metadata. Byte ranges between edited tensors are copied by the kernel; an
-edited tensor is read, summed in float32, rounded once and written, block by block; one in fp8 is quantised again.
+Same shards, names, order, dtypes and metadata; biases that the plan creates are a shard more. Byte ranges between edited
+tensors are copied by the kernel; an edited tensor is read, summed in float32, rounded once and written, block by block; one
+in fp8 is quantised again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from steer2edit.architecture import Site
 from steer2edit.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, choose_weights, read_json
 from steer2edit.checkpoint.fp8 import FP8
 from steer2edit.errors import CheckpointError
 from steer2edit.lowering import Comparison, HubEntry, Lowering, Place, Resolved, Snippet, WholeModel, Writing
+from steer2edit.lowering.new_biases import NewBiases, dtype_of, new_biases
 from steer2edit.lowering.other_files import compare_other_files, copy_other_files, left_out_files
 from steer2edit.lowering.rewrite import Rewritten, copies, places_of, rewrite
 from steer2edit.notices import notice
@@ -52,7 +55,7 @@ _LICENCE_SUFFIXES = frozenset(["", ".txt", ".md", ".rst", ".pdf", ".html"])
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
-    checkpoint, edits = resolved.checkpoint, resolved.edits
+    checkpoint, edits, created = resolved.checkpoint, resolved.rewritten, new_biases(resolved)
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     copy_other_files(checkpoint, folder)
     if resolved.plan.structure.remove:
@@ -76,8 +79,10 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             if isinstance(result, Rewritten):
                 rewritten.append(result)
             advance(result.nbytes if isinstance(result, Rewritten) else result)
+    if created is not None:
+        created.write(folder)
     checkpoint.check_unchanged()
-    lowering = _lowering(resolved, rewritten)
+    lowering = _lowering(resolved, rewritten, created)
     notes = list(lowering.notes)
     if linked:
         notes.append(
@@ -89,20 +94,27 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
 
 def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
     """Compare every shard and every other file of ``folder`` with what base and plan give."""
-    checkpoint, structure = resolved.checkpoint, resolved.plan.structure
+    checkpoint, structure, created = resolved.checkpoint, resolved.plan.structure, new_biases(resolved)
     shards = set(checkpoint.shards)
-    rewritten_files = _pruned.rewritten_files(resolved) if structure else {}
+    rewritten_files: dict[str, Mapping[str, Any]] = _pruned.rewritten_files(resolved) if structure else {}
+    if created is not None:
+        shards = {*(created.renamed.get(shard, shard) for shard in shards), created.shard}
+        rewritten_files |= created.files()
     others = compare_other_files(
         checkpoint, folder, rewritten_files, lambda name: _needed(name, {*shards, checkpoint.index or SINGLE})
     )
-    files = frozenset({*shards, *others.files})
+    files = frozenset({*shards, *others.files, *rewritten_files})
     if structure.remove:
         tensors, pruned, wrong = _pruned.compare_pruned(resolved, folder, progress)
         return Comparison(tensors, files, pruned, (*wrong, *others.problems), (), others.notes)
-    result = compare_shards(resolved, folder, progress)
-    problems = (*result.problems, *others.problems)
-    lowering = _lowering(resolved, result.rewritten)
-    return Comparison(result.tensors, files, lowering, problems, tuple(result.rounding), others.notes)
+    result = compare_shards(resolved, folder, progress, created)
+    problems = [*result.problems, *others.problems]
+    tensors, rounding = result.tensors, tuple(result.rounding)
+    if created is not None:
+        count, wrong = created.compare(folder)
+        tensors, problems, rounding = tensors + count, [*problems, *wrong], (*rounding, *created.rounding)
+    lowering = _lowering(resolved, result.rewritten, created)
+    return Comparison(tensors, files, lowering, tuple(problems), rounding, others.notes)
 
 
 def loadable(resolved: Resolved, folder: Path) -> WholeModel:
@@ -144,7 +156,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return {shard: (checkpoint.path / shard).stat().st_size for shard in checkpoint.shards}
 
 
-def _lowering(resolved: Resolved, rewritten: Sequence[Rewritten]) -> Lowering:
+def _lowering(resolved: Resolved, rewritten: Sequence[Rewritten], created: NewBiases | None) -> Lowering:
     """What is said of an edited checkpoint. It follows from base and plan alone."""
     checkpoint, frozen = resolved.checkpoint, resolved.spec.frozen
     notes = [f"left out {name}: another copy of the unedited weights" for name in left_out_files(checkpoint)]
@@ -152,14 +164,24 @@ def _lowering(resolved: Resolved, rewritten: Sequence[Rewritten]) -> Lowering:
         notes.append(f"left as in the base: {len(frozen)} quantised expert tensors, such as {frozen[0]}")
     sizes = _sizes(checkpoint)
     requantised = [result.requantised for result in rewritten if result.requantised]
-    details = {
+    details: dict[str, Any] = {
         "shards": len(sizes),
         "bytes": sum(sizes.values()),
         **({"requantised": requantised} if requantised else {}),
     }
-    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in resolved.edits.items()})
+    dtypes = sorted({dtype_of(resolved, name) for name in resolved.edits})
     changes = tuple(change for result in rewritten for change in result.changes)
+    if created is not None:
+        changes += created.changes
+        details |= {"bytes": details["bytes"] + created.nbytes, "created": created.details}
+        notes += engine_notes(resolved, created)
     return Lowering(_exactness(dtypes), changes, tuple(notes), details)
+
+
+def engine_notes(resolved: Resolved, created: NewBiases) -> list[str]:
+    """What a receipt says of the new biases."""
+    zeros, keys = len(created.tensors) - len(created.edits), ", ".join(created.keys)
+    return [f"{created.shard} holds {len(created.edits)} new biases, and {zeros} of zeros that come with them: {keys}"]
 
 
 def _exactness(dtypes: Sequence[str]) -> str:

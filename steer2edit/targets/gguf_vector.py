@@ -3,7 +3,8 @@
 A control vector adds one direction to the stream after each block, at every token. Of an edit ``B A`` it can carry the
 constant part alone: ``B (A x_bar)``, the edit's mean effect on its own data (``lowering.constant_part``).
 An edit also acts more on some tokens than on others. That part is lost, so this target is *approximate*; ``verify`` measures the
-error. llama.cpp has no direction for block 0. Block 0's part joins block 1's: every later block reads it as before, and only
+error. A plan whose edits are biases of writers that end their blocks is a control vector already, and carried exactly.
+llama.cpp has no direction for block 0. Block 0's part joins block 1's: every later block reads it as before, and only
 block 1 itself reads the stream without it.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from steer2edit.architecture.constants import ends_block
 from steer2edit.architecture.stream import block_scale
 from steer2edit.checkpoint.gguf import CONTROL_VECTOR, Fields, read_control_vector, write_gguf
 from steer2edit.errors import TargetError
@@ -28,6 +30,7 @@ from steer2edit.lowering import (
     compare_with_lowered,
 )
 from steer2edit.lowering.constant_part import constant_parts
+from steer2edit.plan import Bias, LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "A control vector for llama.cpp: the plan's mean effect, added at run time."
@@ -58,13 +61,18 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     fields: Fields = {f"{CONTROL_VECTOR}.model_hint": spec.model_type, f"{CONTROL_VECTOR}.layer_count": len(tensors)}
     write_gguf(folder / FILE, CONTROL_VECTOR, tensors, fields)
     changes = tuple(Change(name, "ControlVector", float(vector.double().norm())) for name, vector in tensors.items())
-    notes: tuple[str, ...] = (
-        "Carries each edit's mean effect on its own data, at every token alike. "
-        "The weights act more on some tokens than on others.",
-    )
+    notes: tuple[str, ...] = ()
+    if any(isinstance(edit, LowRank) for edit in resolved.plan.edits):
+        notes += (
+            "Carries each edit's mean effect on its own data, at every token alike. "
+            "The weights act more on some tokens than on others.",
+        )
+    elif not _exact(resolved):
+        notes += ("A constant in the middle of a block is added at its end.",)
     if moved:
         notes += ("Block 0's part is added after block 1: llama.cpp has no direction for block 0.",)
-    return Lowering("approximate", changes, notes, {"files": [FILE], "layers": sorted(vectors)})
+    exactness = "exact" if _exact(resolved) else "approximate"
+    return Lowering(exactness, changes, notes, {"files": [FILE], "layers": sorted(vectors)})
 
 
 def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
@@ -75,7 +83,15 @@ def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
 def loadable(resolved: Resolved, folder: Path) -> StreamShift:
     """The file's directions, by block."""
     _, vectors = read_control_vector(folder / FILE)
-    return StreamShift(vectors)
+    return StreamShift(vectors, exact=_exact(resolved))
+
+
+def _exact(resolved: Resolved) -> bool:
+    """Whether a plan is constants alone, each where its block ends; block 0 has no direction."""
+    return all(
+        isinstance(edit, Bias) and site.layer > 0 and ends_block(resolved.spec, site)
+        for edit, site in resolved.edits.values()
+    )
 
 
 def load_snippet(place: Place) -> Snippet:
