@@ -71,6 +71,7 @@ def test_the_stages_give_what_compile_gives(tiny_llama: Path, data: Path, neutra
         ("--method", "component", "--top-heads", "3", "--top-neurons", "5", "--layers", "1-2"),
         ("--method", "component", "--tau-attn", "0.2", "--tau-mlp", "0.2", "--slope", "2"),
         ("--method", "steering", "--sites", "both", "--carriers", "0.5"),
+        ("--method", "constant", "--layer", "2"),
         ("--method", "ablation", "--alpha", "0.3", "--direction-layer", "1", "--embedding"),
     ],
 )

@@ -1,0 +1,356 @@
+"""Constants as a method and as files: artefacts, receipts, reverts, control vectors, and what carries none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import llama_config, run, save_tiny
+from family_configs import family_config
+from safetensors.torch import load_file, save_file
+
+from steer2edit.architecture import read_spec
+from steer2edit.architecture.stream import factor
+from steer2edit.artefact.emit import emit
+from steer2edit.artefact.revert import revert
+from steer2edit.artefact.verify import verify
+from steer2edit.capture.vectors import Vectors, substituted
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.diff.difference import compare, recover_plan
+from steer2edit.dry_run import widest_plan
+from steer2edit.errors import PlanError, TargetError
+from steer2edit.lowering import Writing, resolve
+from steer2edit.lowering.disk_use import disk_use
+from steer2edit.methods import make_plan
+from steer2edit.methods.constant import Options
+from steer2edit.plan import Bias, EditPlan, LowRank, NewBias, Structure, merge
+from steer2edit.runtime.hooks import edited, stream_shifted
+from steer2edit.runtime.model import LoadedModel, load_weights
+from steer2edit.scoring.scores import Scoring
+
+IDS = torch.tensor([[1, 5, 9, 44, 7, 20, 33, 8]])
+
+
+class Model:
+    """A tiny model on disk with statistics on the tests' rows."""
+
+    def __init__(self, folder: Path, statistics: Any) -> None:
+        self.folder, self.checkpoint = folder, open_checkpoint(folder)
+        self.spec, self.statistics = read_spec(self.checkpoint), statistics
+        self.scoring = Scoring(self.checkpoint, self.spec, statistics)
+
+    def plan(self, **options: Any) -> EditPlan:
+        return make_plan(self.scoring, method="constant", options=Options(**options))
+
+    def emit(self, plan: EditPlan, to: str, out: Path, **writing: Any) -> Path:
+        emit(plan, self.checkpoint, self.spec, to, out, writing=Writing(**writing))
+        return out
+
+    def loaded(self, folder: Path | None = None) -> LoadedModel:
+        return LoadedModel(load_weights(folder or self.folder), None, self.spec)
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[..., Any]) -> Callable[[str], Model]:
+    root, known = tmp_path_factory.mktemp("constants"), dict[str, Model]()
+
+    def build(name: str) -> Model:
+        if name not in known:
+            folder, dtype = root / name, torch.float32
+            if name.startswith("llama"):
+                config: Any = llama_config()
+                sharded = {"max_shard_size": "40KB"} if name == "llama-sharded" else {}
+                dtype = torch.bfloat16 if sharded else torch.float32
+            else:
+                config, sharded = family_config(name), {}
+            save_tiny(folder, config, dtype, **sharded)
+            known[name] = Model(folder, statistics_of(folder))
+        return known[name]
+
+    return build
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = loaded.model(input_ids=IDS, use_cache=False).logits.float()
+        return found
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gpt2", "cohere"])
+def test_a_constant_is_the_vector_added_to_the_stream_after_the_block(
+    name: str, model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    """Created where the base has no bias; added to the bias that GPT-2 has; in a block whose parts are added at once."""
+    model = model_of(name)
+    plan = model.plan(layer=1).scaled(0.5)
+    assert [type(edit) for edit in plan.edits] == [Bias if name == "gpt2" else NewBias]
+    out = model.emit(plan, "checkpoint", tmp_path / "out")
+    v = 0.5 * model.statistics.difference("residual.1").float()
+    loaded = model.loaded()
+    with stream_shifted(loaded, {1: v}):
+        hooked = logits(loaded)
+    with edited(loaded, plan):
+        planned = logits(loaded)
+    assert (hooked - logits(loaded)).abs().max() > 1e-3
+    assert (planned - hooked).abs().max() < 1e-5
+    assert (logits(model.loaded(out)) - hooked).abs().max() < 1e-5
+
+
+def test_the_middle_layer_is_the_default_and_several_take_their_own_vectors(model_of: Callable[[str], Model]) -> None:
+    model = model_of("llama")
+    assert [edit.tensor for edit in model.plan().edits] == ["model.layers.1.mlp.down_proj.bias"]
+    plan = model.plan(layers=(1, 2), place="after-attention")
+    assert [edit.tensor for edit in plan.edits] == [f"model.layers.{i}.self_attn.o_proj.bias" for i in (1, 2)]
+    for layer, edit in zip((1, 2), plan.edits, strict=True):
+        assert isinstance(edit, NewBias)
+        assert torch.equal(edit.delta, model.statistics.difference(f"residual.{layer}").float())
+
+
+def test_at_all_writers_each_gets_its_own_difference(model_of: Callable[[str], Model]) -> None:
+    model = model_of("granite")
+    plan = model.plan(place="writers")
+    assert len(plan.edits) == len(model.spec.sites)
+    for site in model.spec.sites:
+        edit = plan.edit_of(str(site.new_bias))
+        assert isinstance(edit, NewBias)
+        assert torch.allclose(edit.delta, model.statistics.difference(site.key).float(), atol=1e-6)
+        assert factor(model.checkpoint, site) == 1.0 or site.multiplier != 1.0
+    only = model.plan(place="writers", sites="attn", layers=(0, 0))
+    assert [edit.tensor for edit in only.edits] == ["model.layers.0.self_attn.o_proj.bias"]
+
+
+def test_imported_vectors_go_to_their_own_layers(model_of: Callable[[str], Model]) -> None:
+    model = model_of("llama")
+    v = torch.linspace(-1, 1, model.spec.hidden_size)
+    vectors = Vectors({"residual.2": v}, source={"format": "test"})
+    scoring = replace(model.scoring, statistics=substituted(vectors, model.statistics, model.checkpoint, model.spec))
+    plan = make_plan(scoring, method="constant")
+    (edit,) = plan.edits
+    assert isinstance(edit, NewBias) and edit.tensor == "model.layers.2.mlp.down_proj.bias"
+    assert torch.allclose(edit.delta, v, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("qwen3", {}, "--place after-attention adds it exactly"),
+        ("qwen3", {"place": "writers"}, "--place writers --sites attn adds attention's vectors exactly"),
+        ("mistral", {}, "relative squared error \\(estimated\\): attn_out.1 0"),
+        ("gemma2", {}, "a norm stands between it and the stream.*The method steering"),
+        ("llama", {"layer": 9}, "--layer 9 is not in this model, which has the layers 0-2"),
+        ("llama", {"layer": 1, "layers": (0, 2)}, "exclude each other"),
+        ("llama", {"layer": 1, "sites": "attn"}, "--sites chooses among writers"),
+    ],
+)
+def test_what_carries_no_constant_is_refused_with_what_comes_nearest(
+    name: str, options: dict[str, Any], told: str, model_of: Callable[[str], Model]
+) -> None:
+    with pytest.raises(PlanError, match=f"(?s){told}"):
+        model_of(name).plan(**options)
+
+
+def test_the_stand_in_is_the_best_edit_of_rank_1_and_its_error_stands_in_the_plan(
+    model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = model_of("mistral")
+    plan = model.plan(layer=1, stand_in=True)
+    (edit,) = plan.edits
+    assert isinstance(edit, LowRank) and edit.tensor == "model.layers.1.self_attn.o_proj.weight"
+    assert torch.allclose(edit.B[:, 0], model.statistics.difference("residual.1").float(), atol=1e-6)
+    statistics, key = model.statistics, "attn_out.1"
+    sources = [one for one in ("contrast", "background", "chat") if one == "contrast" or statistics.examples[one]]
+    # on a mixture of all texts the push is one on average, and with moments between heads as assumed 1 - κ is its error
+    means = [statistics.x_bar(key) if one == "contrast" else statistics.mean(key, "input", one) for one in sources]
+    a = edit.A[0].double()
+    assert float(a @ torch.stack(means).mean(dim=0)) == pytest.approx(1, abs=1e-4)
+    S = torch.zeros(len(a), len(a), dtype=torch.float64)
+    width = len(a) // 4
+    for one, mean in zip(sources, means, strict=True):
+        here = torch.outer(mean, mean)
+        for head, block in enumerate(statistics.block_moments(key, one)):
+            rows = slice(head * width, (head + 1) * width)
+            here[rows, rows] = block.double()
+        S += here / len(sources)
+    error = plan.method["stand_ins"][key]
+    energy = float(a @ S @ a)
+    # the ridge of the solver is a part of S for it
+    assert (energy - 1) / energy <= error < 1
+    other = a + 0.1 * torch.randn(len(a), generator=torch.Generator().manual_seed(0)).double() * a.abs().mean()
+    other = other / float(other @ torch.stack(means).mean(dim=0))
+    assert float(other @ S @ other) > energy * 0.999
+    plan.save(tmp_path / "x.plan.safetensors")
+    assert (
+        "stands in for the constant, with a relative squared error of about: attn_out.1"
+        in run("show", tmp_path / "x.plan.safetensors").output
+    )
+    out = model.emit(plan, "checkpoint", tmp_path / "out")
+    assert json.loads((out / "steer2edit.json").read_text())["method"]["stand_ins"] == {key: error}
+    assert "stand ins" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-sharded"])
+def test_emitted_verified_compared_and_reverted(name: str, model_of: Callable[[str], Model], tmp_path: Path) -> None:
+    model = model_of(name)
+    plan = merge([model.plan(layer=1), model.plan(layers=(0, 2), place="writers"), make_plan(model.scoring)])
+    assert {edit.op for edit in plan.edits} == {"new_bias", "low_rank"}
+    plan.save(tmp_path / "p.safetensors")
+    assert EditPlan.load(tmp_path / "p.safetensors").hash == plan.hash
+    out = model.emit(plan, "checkpoint", tmp_path / "out")
+    result = verify(out, base=model.folder)
+    assert result.ok, result.problems
+    assert len(result.rounding) == len(plan.edits)
+    receipt = json.loads((out / "steer2edit.json").read_text())
+    created = receipt["details"]["created"]
+    assert (
+        created["settings"] == ["attention_bias", "mlp_bias"] and created["biases"] == 3 * 7 and created["zeros"] == 15
+    )
+    ops = [change["op"] for change in receipt["changed"]]
+    assert ops.count("NewBias") == 6 and ops.count("zeros") == 15
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("attention_bias") is config.pop("mlp_bias") is True
+    before = json.loads((model.folder / "config.json").read_text())
+    assert config == {key: value for key, value in before.items() if key not in ("attention_bias", "mlp_bias")}
+
+    difference = compare(model.checkpoint, open_checkpoint(out))
+    recovered, left_out = recover_plan(difference, model.checkpoint, model.spec)
+    assert {e.tensor for e in recovered.edits if isinstance(e, NewBias)} == {
+        e.tensor for e in plan.edits if isinstance(e, NewBias)
+    }
+    assert not [name for name in left_out if name.endswith(".bias")]
+    told = run("diff", model.folder, out).output
+    assert "only in the edited checkpoint (15 of them zeros)" in told
+
+    for place in (None, tmp_path / "back"):
+        edited_copy = shutil.copytree(out, tmp_path / f"copy-{place is None}")
+        reverted = revert(edited_copy, model.folder, place)
+        assert reverted.proven and len(reverted.tensors) == len(receipt["changed"])
+        for path in model.folder.iterdir():
+            assert (reverted.folder / path.name).read_bytes() == path.read_bytes(), path.name
+        names = {path.name for path in reverted.folder.iterdir()}
+        assert names <= {path.name for path in model.folder.iterdir()} | {"README.md"}
+
+
+def _a_value(out: Path) -> None:
+    shard = (
+        next(out.glob("model-*new-biases*"))
+        if list(out.glob("*new-biases*"))
+        else out / "model-00002-of-00002.safetensors"
+    )
+    tensors = load_file(shard)
+    name = next(name for name, value in tensors.items() if not bool(value.any()))
+    save_file({**tensors, name: tensors[name] + 1}, shard, {"format": "pt"})
+
+
+def _a_tensor(out: Path) -> None:
+    shard = out / "model-00002-of-00002.safetensors"
+    save_file({**load_file(shard), "model.extra": torch.zeros(2)}, shard, {"format": "pt"})
+
+
+def _the_setting(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "mlp_bias": False}))
+
+
+def _the_index(out: Path) -> None:
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"].popitem()
+    path.write_text(json.dumps(index))
+
+
+def _one_file(out: Path) -> None:
+    shutil.copyfile(out / "model-00001-of-00002.safetensors", out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_a_value, "differs from the plan"),
+        (_a_tensor, "model.extra is not in the plan"),
+        (_the_setting, "config.json is not the base's with the plan's changes"),
+        (_the_index, "model.safetensors.index.json"),
+        (_one_file, "model.safetensors is neither the base's nor"),
+    ],
+)
+def test_what_is_changed_in_an_artefact_is_named(
+    change: Callable[[Path], None], told: str, model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    out = model.emit(model.plan(), "checkpoint", tmp_path / "out")
+    change(out)
+    problems = verify(out, base=model.folder, numbers=False).problems
+    assert any(told in problem for problem in problems), problems
+    if change is not _one_file and change is not _the_setting:
+        with pytest.raises(Exception, match=r"."):
+            revert(out, model.folder, tmp_path / "back")
+
+
+def test_unedited_shards_are_linked_and_the_disk_use_counts_the_biases(
+    model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = model_of("llama-sharded")
+    plan = model.plan()
+    out = model.emit(plan, "checkpoint", tmp_path / "out", link=True)
+    shards = model.checkpoint.shards
+    assert all((out / shard).stat().st_ino == (model.folder / shard).stat().st_ino for shard in shards)
+    assert verify(out, base=model.folder).ok
+    resolved = resolve(plan, model.checkpoint, model.spec)
+    use = disk_use(resolved, "checkpoint", tmp_path / "new", Writing(), whole_model=True, measure=False)
+    assert use.tensors == 9 and use.edited == 0
+    widest = widest_plan(model.checkpoint, model.spec, "constant", None)
+    assert {edit.tensor for edit in plan.edits} <= {edit.tensor for edit in widest.edits}
+
+
+def test_a_control_vector_is_exact_where_the_constant_ends_its_block(
+    model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    for options, exact in (
+        ({"layers": (1, 2)}, True),
+        ({"layer": 0}, False),
+        ({"layer": 1, "place": "after-attention"}, False),
+    ):
+        plan = model.plan(**options)
+        out = tmp_path / str(options)
+        lowering = emit(plan, model.checkpoint, model.spec, "gguf-vector", out)
+        assert lowering.exactness == ("exact" if exact else "approximate")
+        result = verify(out, base=model.folder)
+        assert result.ok, result.problems
+        assert (result.numbers["unexplained"] is not None) is exact
+        if exact:
+            assert result.numbers["difference"] <= 1e-4 < result.numbers["effect"]
+
+
+@pytest.mark.parametrize("to", ["gguf", "mlx"])
+def test_adapters_that_carry_no_bias_say_so(to: str, model_of: Callable[[str], Model], tmp_path: Path) -> None:
+    model = model_of("llama")
+    with pytest.raises(TargetError, match="a bias"):
+        model.emit(model.plan(), to, tmp_path / "out")
+
+
+def test_plans_that_fit_nowhere(model_of: Callable[[str], Model], tmp_path: Path) -> None:
+    model = model_of("llama")
+    plan, d = model.plan(), torch.ones(model.spec.hidden_size)
+    strange = {
+        "is not an operation on a bias to create": Bias("model.layers.1.mlp.down_proj.bias", d),
+        "is not a residual writer": NewBias("model.layers.1.mlp.up_proj.bias", d),
+        "cannot be created": NewBias("model.layers.1.mlp.down_proj.weight", d),
+        "its update has": NewBias("model.layers.1.mlp.down_proj.bias", d[1:]),
+    }
+    for told, edit in strange.items():
+        with pytest.raises(PlanError, match=told):
+            resolve(replace(plan, edits=(edit,)), model.checkpoint, model.spec)
+    with pytest.raises(PlanError, match="creates no biases too"):
+        resolve(replace(plan, structure=Structure(top_k=1)), model.checkpoint, model.spec)
+    huge = replace(plan, edits=tuple(edit.scaled(1e30) for edit in plan.edits))
+    sharded = model_of("llama-sharded")
+    half = replace(huge, base=replace(huge.base, fingerprint=sharded.checkpoint.fingerprint), content={})
+    with pytest.raises(TargetError, match="does not fit BF16"):
+        sharded.emit(half.scaled(1e20), "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
