@@ -22,6 +22,7 @@ RUNS = {
     "chat_cost.py": "MODEL --behavior formal --dtype float32",
     "fp8_rounding.py": "--rows 256 --columns 256",
     "fuzz.py": "--target show --seconds 0.5",
+    "gpu.py": "MODEL --runs 1 --limit 4 --behavior formal --answers 2 --max-new-tokens 3 --dtype float32",
     "generation_speed.py": "MODEL --runs 1 --answers 2 --max-new-tokens 3",
     "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
     "plan_content.py": "MODEL",

@@ -1,6 +1,7 @@
 """Sums of moments, batch by batch; frozen they are statistics.
 
-Sums are float64 and add up over disjoint examples, so they may be kept, reduced over processes and resumed.
+Sums are float64 and add up over disjoint examples, so they may be kept, reduced over processes and resumed. They lie on the
+device of what they sum, so that no batch waits for a transfer; a device without float64 has its sums on the CPU.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any, cast
 
 import torch
 
+<<<<<<< HEAD
 from steer2edit.capture.expert_moments import ExpertSums
 from steer2edit.capture.pairs import Pairs
+=======
+from steer2edit.capture.expert_moments import ExpertSums, add_to
+>>>>>>> af51190 (Capture's sums stay on the model's device and the KL is fetched once a pass: each site and chunk waited for a transfer; a simulated second device shows both, and that no operation mixes devices)
 from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCE_OF, SOURCES, Kind, Population, Side, Source
 from steer2edit.capture.resampling import draws
 from steer2edit.capture.statistics import Moments, Resampled, Statistics
@@ -68,6 +73,7 @@ class Accumulator:
         means = spread @ values
         by_example = self._weights @ means
         squares = self._weights[: len(POPULATIONS)] @ (spread @ values.square())
+<<<<<<< HEAD
         sums = torch.cat((by_example, squares)).to("cpu", torch.float64)
         if (key, side) in self._sums:
             self._sums[key, side] += sums
@@ -76,6 +82,9 @@ class Accumulator:
         if paired and self._shares is not None:
             added = (self._shares.to(means.device) @ means).to("cpu", torch.float64)
             self._differences[key] = self._differences[key] + added if key in self._differences else added
+=======
+        add_to(self._sums, (key, side), torch.cat((by_example, squares)))
+>>>>>>> af51190 (Capture's sums stay on the model's device and the KL is fetched once a pass: each site and chunk waited for a transfer; a simulated second device shows both, and that no operation mixes devices)
         if heads is not None:
             self._add_blocks(key, values.view(len(values), heads, -1).transpose(0, 1), spread)
 
@@ -83,11 +92,7 @@ class Accumulator:
         for source in dict.fromkeys(SOURCE_OF[population] for population in self._populations):
             rows = [i for i, population in enumerate(self._populations) if SOURCE_OF[population] == source]
             scaled = values * spread[rows].sum(dim=0)[:, None]
-            found = (scaled.transpose(1, 2) @ values).to("cpu", torch.float64)  # [heads, d, d]
-            if (key, source) in self._blocks:
-                self._blocks[key, source] += found
-            else:
-                self._blocks[key, source] = found
+            add_to(self._blocks, (key, source), scaled.transpose(1, 2) @ values)  # [heads, d, d]
 
     def add_expert(
         self, layer: int, expert: int, experts: int, values: torch.Tensor, spread: torch.Tensor, weights: torch.Tensor
@@ -101,7 +106,10 @@ class Accumulator:
         sums.add(expert, experts, values.to(spread.dtype), shares, weights.to(spread.dtype))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything summed so far, float64 by name. The states of disjoint examples add up to that of all of them."""
+        """Everything summed so far, float64 on the CPU by name.
+
+        The states of disjoint examples add up to that of all of them.
+        """
         counts = [[counted[population] for population in POPULATIONS] for counted in (self._examples, self._tokens)]
         state = {"total": self._total.clone(), "counts": torch.tensor(counts, dtype=torch.float64)}
         state |= {f"sums/{key}/{side}": sums for (key, side), sums in self._sums.items()}
@@ -109,7 +117,7 @@ class Accumulator:
         state |= {f"pairs/{key}": sums for key, sums in self._differences.items()}
         for layer, experts in self._experts.items():
             state |= {f"experts/{layer}/{name}": sums for name, sums in experts.state().items()}
-        return state
+        return {name: sums.cpu() for name, sums in state.items()}
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor], pairs: Pairs = Pairs()) -> Accumulator:  # noqa: B008

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
+
+K = TypeVar("K")
 
 _SUMS = ("mean", "m2", "weighted", "weight", "tokens")
 
@@ -68,8 +71,9 @@ class ExpertSums:
         """
         if not self._sums:
             wide, flat = (len(shares), experts, values.shape[1]), (len(shares), experts)
-            self._sums = {name: torch.zeros(wide, dtype=torch.float64) for name in _SUMS[:3]}
-            self._sums |= {name: torch.zeros(flat, dtype=torch.float64) for name in _SUMS[3:]}
+            where = home_of(values.device)
+            self._sums = {name: torch.zeros(wide, dtype=torch.float64, device=where) for name in _SUMS[:3]}
+            self._sums |= {name: torch.zeros(flat, dtype=torch.float64, device=where) for name in _SUMS[3:]}
         found = {
             "mean": shares @ values,
             "m2": shares @ values.square(),
@@ -78,7 +82,8 @@ class ExpertSums:
             "tokens": (shares > 0).sum(dim=1),
         }
         for name, value in found.items():
-            self._sums[name][:, expert] += value.to("cpu", torch.float64)
+            sums = self._sums[name] = self._sums[name].to(home_of(value.device))
+            sums[:, expert] += value.to(sums)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The sums by name."""
@@ -95,6 +100,18 @@ class ExpertSums:
             sums["weight"].clone(),
             sums["tokens"].clone(),
         )
+
+
+def home_of(device: torch.device) -> torch.device:
+    """Where float64 sums of a device's values lie: there, or on the CPU where the device knows no float64 (Apple's)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def add_to(sums: dict[K, torch.Tensor], key: K, values: torch.Tensor) -> None:
+    """Add ``values`` to the float64 sum called ``key``, on the values' device."""
+    wide = values.to(home_of(values.device), torch.float64)
+    # a sum that was read from a file is on the CPU
+    sums[key] = wide if key not in sums else sums[key].to(wide.device).add_(wide)
 
 
 def _stored(values: torch.Tensor) -> torch.Tensor:

@@ -122,18 +122,22 @@ class NeutralText:
         reference = None if glance else self._reference
         if reference is not None and loaded.model is not self._loaded.model:
             reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
-        sums = torch.zeros(len(self._rows), 4, dtype=torch.float64)
+        compared: list[torch.Tensor] = []
+        first = at
         for hidden in self._hidden(stage or self.stage, loaded, chosen, progress):
-            for now in torch.split(hidden, _CHUNK):
+            targets = self._targets[at : at + len(hidden)].to(hidden.device)
+            for now, gold in zip(torch.split(hidden, _CHUNK), torch.split(targets, _CHUNK), strict=True):
                 rows = slice(at, at + len(now))
                 at = rows.stop
-                gold = self._targets[rows].to(now.device)
                 logits = loaded.logits(now)
                 if reference is None:
                     found = compare(self._loaded.logits(self._base[rows].to(now.device)), logits, gold)
                 else:
                     found = reference[rows].compare(now, logits, gold)
-                sums.index_add_(0, self._owners[rows], found.double().cpu())
+                compared.append(found)
+        # one transfer for the whole text: each would wait for the device
+        numbers = torch.cat(compared).cpu().double()
+        sums = torch.zeros(len(self._rows), 4, dtype=torch.float64).index_add_(0, self._owners[first:at], numbers)
         kept = sorted(i for batch in chosen for i in batch)
         kl, base_loss, loss, quadratic = (tuple(column.tolist()) for column in sums[kept].T)
         tokens = tuple(map(self._count, kept))
