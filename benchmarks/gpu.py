@@ -25,8 +25,9 @@ from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.capture.run import capture
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
-from steer2edit.data.contrast import behaviors, neutral_text
-from steer2edit.data.questions import builtin_questions
+from steer2edit.data.behavior_file import behavior_files
+from steer2edit.data.contrast import neutral_text
+from steer2edit.data.questions import knowledge_questions
 from steer2edit.data.templates import render_prompts
 from steer2edit.data.tokens import Encoded
 from steer2edit.engines.generation import generate
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
     parser.add_argument("--random", type=float, metavar="BILLIONS", help="a random llama of this size instead")
     parser.add_argument("--work", type=Path, default=Path("."), help="folder of the random model")
-    parser.add_argument("--behavior", default="concise", choices=behaviors())
+    parser.add_argument("--behavior", default="concise", choices=behavior_files())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--batch-tokens", type=int, default=4096)
@@ -66,7 +67,7 @@ def main() -> None:
         examples = _random_examples(loaded, 2 * count)
         text = NeutralText(loaded, [OwnAnswer(e.ids[:128], 1, False) for e in examples[:count]])
     else:
-        examples = Behavior.builtin(options.behavior).encode(loaded.tokenizer, loaded.context)[: options.limit]
+        examples = Behavior.named(options.behavior).encode(loaded.tokenizer, loaded.context)[: options.limit]
         text = NeutralText(loaded, neutral_text(), max_tokens=128 * count)
     plan = random_plan(checkpoint, spec, [MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT], norm=1e-3)
     vectors = {site.key: torch.full((site.out_features,), 1e-6) for site in spec.sites}
@@ -151,7 +152,7 @@ def _watched(stage: Callable[[], object], name: str, device: torch.device, peaks
 def _answers_row(
     loaded: LoadedModel, count: int, most: int, device: torch.device, peaks: dict[str, int], weights: int
 ) -> list[object]:
-    questions = (builtin_questions("knowledge") or [])[:count]
+    questions = knowledge_questions()[:count]
     prompts = render_prompts({q.prompt: q.where for q in questions}, loaded.tokenizer, writing=True)
     texts, name = [prompts[question.prompt] for question in questions], "written answers"
     special = not loaded.tokenizer.chat_template
