@@ -12,12 +12,8 @@ from typing import Any, cast
 
 import torch
 
-<<<<<<< HEAD
-from steer2edit.capture.expert_moments import ExpertSums
-from steer2edit.capture.pairs import Pairs
-=======
 from steer2edit.capture.expert_moments import ExpertSums, add_to
->>>>>>> af51190 (Capture's sums stay on the model's device and the KL is fetched once a pass: each site and chunk waited for a transfer; a simulated second device shows both, and that no operation mixes devices)
+from steer2edit.capture.pairs import Pairs
 from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCE_OF, SOURCES, Kind, Population, Side, Source
 from steer2edit.capture.resampling import draws
 from steer2edit.capture.statistics import Moments, Resampled, Statistics
@@ -73,18 +69,9 @@ class Accumulator:
         means = spread @ values
         by_example = self._weights @ means
         squares = self._weights[: len(POPULATIONS)] @ (spread @ values.square())
-<<<<<<< HEAD
-        sums = torch.cat((by_example, squares)).to("cpu", torch.float64)
-        if (key, side) in self._sums:
-            self._sums[key, side] += sums
-        else:
-            self._sums[key, side] = sums
-        if paired and self._shares is not None:
-            added = (self._shares.to(means.device) @ means).to("cpu", torch.float64)
-            self._differences[key] = self._differences[key] + added if key in self._differences else added
-=======
         add_to(self._sums, (key, side), torch.cat((by_example, squares)))
->>>>>>> af51190 (Capture's sums stay on the model's device and the KL is fetched once a pass: each site and chunk waited for a transfer; a simulated second device shows both, and that no operation mixes devices)
+        if paired and self._shares is not None:
+            add_to(self._differences, key, self._shares.to(means.device) @ means)
         if heads is not None:
             self._add_blocks(key, values.view(len(values), heads, -1).transpose(0, 1), spread)
 
