@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from steer2edit.architecture import read_spec
+from steer2edit.architecture.sites import DEEP
 from steer2edit.capture.populations import Source
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Moments, Statistics
@@ -84,8 +85,8 @@ def test_the_deeper_half_of_a_deep_model_carries_the_vector(setup: Scoring) -> N
         scoring = Scoring(setup.checkpoint, replace(setup.spec, layers=count), statistics)
         return steering.plan(scoring, options).method["layers"]
 
-    assert layers(3) == [0, 2] and layers(steering.DEEP - 1) == [0, steering.DEEP - 2]
-    assert layers(steering.DEEP) == [6, 11] and layers(19) == [9, 18]
+    assert layers(3) == [0, 2] and layers(DEEP - 1) == [0, DEEP - 2]
+    assert layers(DEEP) == [6, 11] and layers(19) == [9, 18]
     assert layers(30, steering.Options(layers=(0, 29))) == [0, 29]
     # vectors from elsewhere have their own places
     assert layers(30, vectors={"format": "any"}) == [0, 29]

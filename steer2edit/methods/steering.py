@@ -134,17 +134,12 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     return EditPlan(base, tuple(edits), tables, method)
 
 
-DEEP = 12
-"""From so many layers on the first half is left alone. Measured on 18 and 30 layers; with 6, the first ones are needed."""
-
-
 def _deeper_half(scoring: Scoring) -> tuple[int, int] | None:
     """The layers that carry the vector by default: all of a shallow model's.
 
     Vectors from elsewhere have their own places, and stay there.
     """
-    layers = scoring.spec.layers
-    return None if layers < DEEP or "vectors" in scoring.statistics.source else (layers // 2, layers - 1)
+    return None if "vectors" in scoring.statistics.source else scoring.spec.deeper_half
 
 
 class _Terms:

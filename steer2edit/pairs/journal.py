@@ -1,0 +1,144 @@
+"""The journal of a run: every answer is written down when it is there, so that a killed run goes on where it was.
+
+It is a file of lines. The first holds the run's settings, each other one a key and its value. What a kill left half written at
+the end is dropped. A later line of the same key counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from steer2edit.errors import DataError, Steer2EditError, shown
+from steer2edit.files.untrusted import parse_json, read_bytes
+from steer2edit.notices import notice
+
+JOURNAL = "journal.jsonl"
+FORMAT = "steer2edit.journal.1"
+_MAX_BYTES = 8 << 30
+_ASIDE = ("versions",)
+"""What may be otherwise when a run goes on: it is recorded and not compared."""
+
+
+def key_of(*parts: Any) -> str:
+    """24 hex digits that stand for plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()[:24]
+
+
+class Journal:
+    """The values by key, in memory and in the file.
+
+    ``settings`` are plain values that what is written depends on. Raises DataError where the file is of other settings, or not
+    a journal.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._values: dict[str, Any] = {}
+        head = {"format": FORMAT, "settings": _plain(settings)}
+        try:
+            whole = self._read(head) if path.exists() else 0
+            self._file: IO[bytes] = open(path, "r+b" if path.exists() else "x+b")  # noqa: SIM115
+            self._file.truncate(whole)
+            self._file.seek(whole)
+        except OSError as error:
+            raise Steer2EditError(f"cannot write {path}: {error.strerror or error}") from None
+        if not whole:
+            self._line(head)
+            self.sync()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Write a value down; :meth:`sync` makes it safe."""
+        self._values[key] = value
+        self._line({"key": key, "value": value})
+
+    def sync(self) -> None:
+        """Force what was written to the disk. Raises Steer2EditError where the disk is full."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise Steer2EditError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+    def _line(self, value: Any) -> None:
+        try:
+            self._file.write(json.dumps(value, ensure_ascii=True).encode("ascii") + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise Steer2EditError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+    def _read(self, head: Mapping[str, Any]) -> int:
+        """Take up the values of a file, and say how many bytes of it are whole lines. Raises DataError."""
+        data = read_bytes(self.path, _MAX_BYTES)
+        lines = data.split(b"\n")
+        if len(lines) == 1 and len(data) < 1 << 16 and not data.rstrip(b"\0"):
+            return 0  # killed before the first line was there
+        first = _parsed(lines[0]) if len(lines) > 1 else None
+        if not isinstance(first, dict) or first.get("format") != FORMAT or not isinstance(first.get("settings"), dict):
+            if len(lines) == 1 and b'{"format": "steer2edit.journal'.startswith(data[:30]):
+                return 0
+            raise DataError(f"{self.path} is not a journal of steer2edit data; give another folder")
+        _compare(first["settings"], head["settings"], self.path)
+        whole = len(lines[0]) + 1
+        for line in lines[1:-1]:
+            entry = _parsed(line)
+            if not isinstance(entry, dict) or entry.keys() != {"key", "value"} or not isinstance(entry["key"], str):
+                break
+            self._values[entry["key"]] = entry["value"]
+            whole += len(line) + 1
+        if whole < len(data):
+            notice(f"{len(data) - whole} bytes at the end of {self.path.name} are half written and dropped")
+        return whole
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _compare(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    one, two = _flat(known), _flat(wanted)
+    other = [key for key in {**one, **two} if one.get(key) != two.get(key)]
+    if other:
+        lines = "; ".join(f"{key} was {shown(one.get(key))} and is {shown(two.get(key))}" for key in other[:5])
+        raise DataError(
+            f"{path.parent} holds data of other settings: {lines}. Give another folder, or --force to begin anew"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in _ASIDE:
+            continue
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,100 @@
+"""Answers through the journal: what is there is not written again, and what is new is written down at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from steer2edit.engines.engine import Answer, Engine, Request, Sampling
+from steer2edit.errors import DataError
+from steer2edit.files.schema import TEXT, check
+from steer2edit.pairs.journal import Journal, key_of
+from steer2edit.progress import Progress, silent
+
+BATCH = 64
+"""Answers that are asked for at a time: a kill loses these at most."""
+_ANSWER: Any = {"text": str, "tokens": int, "ended": bool, "thought": TEXT, "thought_tokens": int}
+
+
+@dataclass
+class Pace:
+    """How many answers and tokens were written, and in how many seconds; answers from the journal do not count."""
+
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all answers together, by the clock."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """A block whose seconds count."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An engine, and the journal that its answers go through.
+
+    ``name`` tells apart the answers of several engines. Where ``alone``, an answer does not depend on its batch by even a
+    rounding, as a server's; then what is there of a broken batch is kept.
+    """
+
+    engine: Engine
+    journal: Journal
+    name: str = "answers"
+    batch: int = BATCH
+    alone: bool = False
+    progress: Progress = silent
+    pace: Pace = field(default_factory=Pace)
+
+    def write(self, requests: Sequence[Request], sampling: Sampling, stage: str) -> list[Answer]:
+        """The answers in the order of the requests. A request that comes twice is asked once."""
+        keys = [self._key(request, sampling) for request in requests]
+        # prompts of like length are answered together; the same batches in every run
+        order = sorted(
+            {key: i for i, key in reversed(list(enumerate(keys)))}.values(), key=lambda i: (_size(requests[i]), keys[i])
+        )
+        with self.progress(stage, total=len(order)) as advance:
+            for first in range(0, len(order), self.batch):
+                chosen = order[first : first + self.batch]
+                missing = [i for i in chosen if keys[i] not in self.journal]
+                if missing and not self.alone:
+                    missing = chosen
+                advance(len(chosen) - len(missing))
+                if not missing:
+                    continue
+                with self.pace.timed():
+                    for place, answer in self.engine.write([requests[i] for i in missing], sampling):
+                        self.journal.add(keys[missing[place]], asdict(answer))
+                        self.pace.answers += 1
+                        self.pace.tokens += answer.tokens + answer.thought_tokens
+                        advance(1)
+                self.journal.sync()
+        return [_read(self.journal[key]) for key in keys]
+
+    def _key(self, request: Request, sampling: Sampling) -> str:
+        asked = [list(message) for message in request.messages]
+        return key_of(self.name, asked, request.prefix, request.sample, asdict(sampling))
+
+
+def _size(request: Request) -> int:
+    return sum(len(message.content) for message in request.messages)
+
+
+def _read(value: Mapping[str, Any]) -> Answer:
+    try:
+        check(value, _ANSWER, "an answer of the journal")
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return Answer(**{key: value[key] for key in _ANSWER})

@@ -1,0 +1,254 @@
+"""Sorting, pairing, filtering and dealing out answers: the laws of the parts that need no model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer2edit.data.prompts import Message, prompt_digest
+from steer2edit.data.questions import Question
+from steer2edit.engines.engine import Answer
+from steer2edit.errors import DataError
+from steer2edit.pairs import filters
+from steer2edit.pairs.filters import Allowed, Tally, sample_fault, sift
+from steer2edit.pairs.lengths import lengths
+from steer2edit.pairs.near_duplicates import repeated, similarity
+from steer2edit.pairs.samples import Labelled, Pair, Sample, samples_of
+from steer2edit.pairs.sorting import by_answer, by_function, by_length, by_pattern
+from steer2edit.pairs.split import SHARES, deal
+from steer2edit.pairs.tails import LEAST_PAIRED, ends
+
+LONG = "the river runs past the old house and nobody in the village remembers who built it or when it was left"
+OTHER = "a cat sleeps on warm stone while two birds argue above the red roof about where the worms are today"
+
+
+def sample(text: str, prompt: str = "why", *, ended: bool = True, number: int = 0, **more: object) -> Sample:
+    question = Question((Message("user", prompt),), prompt, **more)  # type: ignore[arg-type]
+    return Sample(question, Answer(text, len(text.split()), ended), number)
+
+
+def pair(positive: str, negative: str, prompt: str = "why", *, ended: bool = True) -> Pair:
+    return Pair(sample(positive, prompt, ended=ended), sample(negative, prompt))
+
+
+# sorting
+
+
+def test_length_is_that_of_the_thought_alone_where_there_is_one() -> None:
+    thinking = Sample(sample("x").question, Answer("one two", 2, True, "so long a thought", 90))
+    assert by_length([sample("one two three"), thinking]) == [3.0, 90.0]
+
+
+def test_a_thought_is_stripped_or_kept_or_alone() -> None:
+    thinking = Sample(sample("x").question, Answer(" Yes. ", 2, True, "hm", 1))
+    assert thinking.response() == "Yes."
+    assert thinking.response("keep") == "<think>\nhm\n</think>\n\nYes."
+    assert thinking.response("only") == "<think>\nhm\n</think>"
+    assert sample("Yes.").response("only") == "Yes."
+
+
+def test_patterns_answers_and_functions_give_a_number_to_each_answer() -> None:
+    asked = [sample("It is 42.", answers=("42",)), sample("It is 41.", answers=("42",)), sample("It is 42.")]
+    right = by_answer(asked)
+    assert right[:2] == [1.0, 0.0] and math.isnan(right[2])
+    assert by_answer([sample("Paris", choices=("Paris", "Rome"), labels=(True, False))]) == [1.0]
+    assert by_pattern([sample("Is it?"), sample("It is.")], r"\?$") == [1.0, 0.0]
+    assert by_function(asked, lambda prompt, answer: len(prompt) + len(answer)) == [12.0, 12.0, 12.0]
+
+
+@pytest.mark.parametrize("function", [lambda p, a: 1 / 0, lambda p, a: math.nan, lambda p, a: "no number"])
+def test_a_function_that_fails_is_named(function: object) -> None:
+    with pytest.raises(DataError, match="lambda"):
+        by_function([sample("x")], function)  # type: ignore[arg-type]
+
+
+# tails
+
+numbers = st.lists(st.tuples(st.integers(0, 5), st.integers(-50, 50)), min_size=1, max_size=60)
+
+
+@settings(max_examples=80, deadline=None)
+@given(numbers, st.floats(0.01, 0.5), st.booleans())
+def test_a_pair_is_of_one_prompt_and_its_first_is_better(
+    answers: list[tuple[int, int]], share: float, more: bool
+) -> None:
+    prompts, values = [p for p, _ in answers], [float(v) for _, v in answers]
+    found = ends(values, prompts, share, more=more)
+    for good, bad in found.pairs:
+        assert prompts[good] == prompts[bad]
+        assert values[good] > values[bad] if more else values[good] < values[bad]
+    used = [i for pair in found.pairs for i in pair]
+    assert len(used) == len(set(used))
+    assert found.prompts == len({prompts[good] for good, _ in found.pairs})
+    assert not set(found.better) & set(found.worse)
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, st.floats(0.01, 0.4), st.dictionaries(st.integers(0, 5), st.integers(-99, 99)))
+def test_what_a_prompt_asks_for_makes_no_pair(
+    answers: list[tuple[int, int]], share: float, shifts: dict[int, int]
+) -> None:
+    prompts, values = [p for p, _ in answers], [float(v) for _, v in answers]
+    # three values at least, in one prompt: otherwise each of the two is an end
+    prompts, values = [*prompts, 9, 9, 9], [*values, 0.0, 1.0, 2.0]
+    shifted = [value + shifts.get(prompt, 0) for prompt, value in zip(prompts, values, strict=True)]
+    if len(set(values)) > 2 and len(set(shifted)) > 2:
+        assert ends(values, prompts, share).pairs == ends(shifted, prompts, share).pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, st.floats(0.01, 0.2))
+def test_a_larger_share_gives_no_fewer_pairs(answers: list[tuple[int, int]], share: float) -> None:
+    prompts, values = [p for p, _ in answers], [float(v) for _, v in answers]
+    assert len(ends(values, prompts, share).pairs) <= len(ends(values, prompts, 2 * share).pairs)
+
+
+def test_two_values_are_the_ends_whatever_the_share() -> None:
+    found = ends([1, 0, 1, 1, 0, 0], ["a", "a", "b", "b", "c", "c"], 0.01)
+    assert found.pairs == ((0, 1),)
+    assert found.better == (0, 2, 3) and found.worse == (1, 4, 5)
+    assert not ends([1, 1], ["a", "a"], 0.5).better
+    assert not found.paired
+    many = [1.0, 0.0] * LEAST_PAIRED
+    assert ends(many, [i // 2 for i in range(len(many))], 0.1).paired
+
+
+def test_answers_without_a_number_are_left_out() -> None:
+    found = ends([math.nan, 3, 1, 2, math.nan], ["a"] * 5, 0.3)
+    assert found.pairs == ((1, 2),)
+    assert ends([math.nan], ["a"], 0.3).pairs == ()
+
+
+# filters
+
+CASES = {
+    filters.EMPTY: pair("…", LONG),
+    filters.CUT: pair(OTHER, LONG, ended=False),
+    filters.LOOPS: pair("and so it goes on " * 30, LONG, ended=False),
+    filters.REFUSES: pair("I'm sorry, but as an AI language model I have no style.", LONG),
+    filters.ALIKE: pair(LONG, LONG + "."),
+}
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_each_filter_takes_what_it_is_for_and_is_counted(reason: str) -> None:
+    fine = pair(OTHER, "Short.", "what")
+    left, tally = sift([CASES[reason], fine])
+    assert left == [fine]
+    assert tally == Tally(2, {reason: 1})
+    assert str(tally) == f"kept 1 of 2 (1 {reason})"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I cannot respond in that tone.",
+        "Here is a blunt answer: no.",
+        "I'll answer in a formal tone.",
+        "I am only an AI.",
+    ],
+)
+def test_answers_that_speak_of_their_instruction_are_refusals(text: str) -> None:
+    assert sample_fault(sample(text)) == filters.REFUSES
+    assert sample_fault(sample(text), Allowed(refusals=True)) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["I can't find my keys, where did you look?", "Here is a list: one, two.", "An AI can do that.", LONG]
+)
+def test_plain_answers_are_not_refusals(text: str) -> None:
+    assert sample_fault(sample(text)) is None
+
+
+def test_a_cut_answer_may_be_allowed() -> None:
+    assert sift([CASES[filters.CUT]], Allowed(cut=True))[1].kept == 1
+
+
+def test_a_repeated_answer_is_left_out_the_second_time_on_either_side() -> None:
+    rows = [pair(LONG, OTHER, "one"), pair(LONG + " indeed", "No.", "two"), pair("Yes.", OTHER, "three")]
+    left, tally = sift(rows)
+    assert left == rows[:1] and tally.reasons == {filters.REPEATED: 2}
+    # short answers to different prompts are not copies
+    assert sift([pair("Yes.", LONG, "one"), pair("Yes.", OTHER, "two")])[1].kept == 2
+
+
+def test_the_judge_sees_what_no_other_filter_takes() -> None:
+    seen = []
+
+    def judge(rows: object) -> list[str | None]:
+        seen.extend(rows)  # type: ignore[arg-type]
+        return [filters.INCOHERENT, None]
+
+    rows = [pair("…", LONG), pair(LONG, "No.", "one"), pair(OTHER, "No.", "two")]
+    left, tally = sift(rows, judge=judge)
+    assert seen == rows[1:] and left == rows[2:]
+    assert tally.reasons == {filters.EMPTY: 1, filters.INCOHERENT: 1}
+    assert tally.kept == len(left)
+
+
+texts = st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=14).map(" ".join), max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts)
+def test_what_is_left_has_no_near_duplicates_and_what_goes_has_one(rows: list[str]) -> None:
+    gone = repeated(rows)
+    left = [i for i in range(len(rows)) if i not in gone and len(rows[i].split()) >= 8]
+    assert all(similarity(rows[a], rows[b]) < 0.7 for a in left for b in left if a < b)
+    assert all(any(similarity(rows[a], rows[b]) >= 0.7 for b in left if b < a) for a in gone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts)
+def test_kept_and_left_out_are_all_rows(rows: list[str]) -> None:
+    made = [pair(text, OTHER + str(i), f"prompt {i}") for i, text in enumerate(rows)]
+    left, tally = sift(made)
+    assert tally.offered == len(made) and tally.kept == len(left)
+    assert all(row in made for row in left)
+
+
+def test_labelled_answers_are_sifted_like_pairs() -> None:
+    rows = [Labelled(sample(LONG, "a"), "positive"), Labelled(sample(LONG, "b"), "negative")]
+    assert sift(rows)[1].kept == 2
+    assert [s.question.where for s in samples_of([*rows, pair("x", "y", "c")], "positive")] == ["a", "c"]
+
+
+# parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.text(max_size=8), max_size=80), st.integers(0, 5))
+def test_prompts_are_dealt_out_once_and_by_themselves(prompts: set[str], seed: int) -> None:
+    digests = sorted({prompt_digest(prompt) for prompt in prompts})
+    parts = deal(digests, seed)
+    assert set(parts) == set(digests)
+    assert parts == deal(reversed(digests), seed)
+    if len(digests) >= 3:
+        assert set(parts.values()) == set(SHARES)
+        for part, share in SHARES.items():
+            assert abs(list(parts.values()).count(part) - share * len(digests)) < 2
+
+
+def test_another_seed_deals_otherwise() -> None:
+    digests = [prompt_digest(str(i)) for i in range(40)]
+    assert deal(digests, 0) != deal(digests, 1)
+
+
+# lengths
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1), st.lists(st.integers(0, 30), min_size=1))
+def test_the_area_is_the_share_of_rightly_ordered_answers(positive: list[int], negative: list[int]) -> None:
+    found = lengths(positive, negative)
+    wins = sum((n > p) + (n == p) / 2 for p in positive for n in negative)
+    assert found.auc == pytest.approx(wins / (len(positive) * len(negative)))
+    assert lengths(negative, positive).auc == pytest.approx(1 - found.auc)
+
+
+def test_length_alone_may_separate() -> None:
+    assert lengths([1, 2, 3], [7, 8, 9]).separates and lengths([7, 8], [1, 2]).separates
+    assert not lengths([1, 9], [2, 8]).separates

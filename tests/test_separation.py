@@ -1,0 +1,103 @@
+"""Agreement and separability: what they are of pairs with one direction, with none, and of a model's own activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROWS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer2edit.capture.per_example import stream_means
+from steer2edit.capture.run import capture
+from steer2edit.data.answers import LABELS
+from steer2edit.data.contrast import Example
+from steer2edit.data.tokens import encode
+from steer2edit.pairs.separation import LEAST_PROMPTS, agreement, d_prime, projections, separation
+
+
+def made(size: float, count: int = 40, seed: int = 0) -> torch.Tensor:
+    """Pairs of noise, ``[pairs, 2, layers, features]``, whose positive answers lie ``size`` further along one direction."""
+    draws = torch.Generator().manual_seed(seed)
+    pairs = torch.randn(count, 2, 3, 64, generator=draws)
+    direction = torch.nn.functional.normalize(torch.randn(3, 64, generator=draws), dim=-1)
+    pairs[:, 0] += size * direction
+    return pairs
+
+
+def test_a_direction_is_found_and_noise_is_not() -> None:
+    numbers = [separation(made(size), range(40)) for size in (0.0, 2.0, 5.0)]
+    assert all(number is not None for number in numbers)
+    none, some, strong = (number for number in numbers if number is not None)
+    assert none.d_prime < none.chance and abs(none.agreement) < 0.02
+    assert none.d_prime < some.d_prime < strong.d_prime and strong.d_prime > 3
+    assert strong.agreement > 0.1 and strong.chance < 1.5
+
+
+def test_swapped_labels_take_it_away() -> None:
+    pairs = made(5.0)
+    pairs[::2] = pairs[::2].flip(1)
+    number = separation(pairs, range(40))
+    assert number is not None
+    assert number.d_prime < number.chance + 0.3
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.1, 9))
+def test_neither_scale_nor_a_common_shift_changes_anything(seed: int, scale: float) -> None:
+    pairs = made(2.0, seed=seed)
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    one, two = separation(pairs, range(40)), separation(pairs * scale, range(40))
+    assert one is not None and two is not None
+    assert one.d_prime == pytest.approx(two.d_prime, rel=1e-3)
+    moved = separation(pairs + shift, range(40))
+    assert moved is not None and one.agreement == pytest.approx(moved.agreement, abs=1e-4)
+
+
+def test_a_pair_has_no_part_in_the_vector_that_it_is_tried_on() -> None:
+    pairs = made(0.0, count=10)
+    folds = torch.arange(10) % 5
+    before = projections(pairs, folds)
+    pairs[3, 0] += 100.0
+    after = projections(pairs, folds)
+    # its own projection moves by a fixed vector; that of the other member of its pair does not
+    assert torch.equal(before[3, 1], after[3, 1])
+    assert not torch.equal(before[0], after[0])
+
+
+def test_pairs_of_one_prompt_are_one_draw() -> None:
+    pairs = made(2.0, count=20)
+    assert separation(pairs, [i % (LEAST_PROMPTS - 1) for i in range(20)]) is None
+    number = separation(pairs, [i % LEAST_PROMPTS for i in range(20)])
+    assert number is not None and (number.pairs, number.prompts) == (20, LEAST_PROMPTS)
+
+
+def test_agreement_is_the_mean_cosine() -> None:
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for i, a in enumerate(rows) for b in rows[i + 1 :]
+    ]
+    assert float(agreement(rows)) == pytest.approx(sum(cosines) / len(cosines))
+    assert float(agreement(rows[:1].repeat(3, 1))) == pytest.approx(1)
+    assert float(agreement(torch.zeros(3, 4))) == 0
+
+
+def test_d_prime_of_known_numbers() -> None:
+    p, n = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0.0, 1.0, 2.0])
+    assert float(d_prime(p, n)) == pytest.approx(3.0)
+    assert float(d_prime(p, p)) == 0
+
+
+def test_what_is_read_of_single_examples_is_what_a_capture_takes_the_mean_of(loaded: Any) -> None:
+    examples = [Example(row["prompt"], row[label], label, "x", i) for i, row in enumerate(ROWS) for label in LABELS]
+    encoded = encode(examples, loaded.tokenizer)
+    means = stream_means(loaded, encoded, batch_tokens=100)
+    statistics = capture(loaded, encoded)
+    for side, label in enumerate(LABELS):
+        for layer in range(loaded.spec.layers):
+            expected = statistics.mean(f"residual.{layer}", "output", label)
+            assert torch.allclose(means[side::2, layer].double().mean(0), expected, atol=1e-5)
+    whole = stream_means(loaded, encoded, batch_tokens=10_000)
+    assert torch.allclose(means, whole, atol=1e-5)
