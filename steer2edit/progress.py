@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -13,20 +13,26 @@ EVERY_SECONDS = 10.0
 """How long a run without a terminal is silent within one stage, at most."""
 
 
+class Advance(Protocol):
+    """Takes each further amount done, and a note on how it goes, such as "80 tokens/s"."""
+
+    def __call__(self, amount: float, note: str = "") -> None: ...
+
+
 class Progress(Protocol):
-    """Opens a stage of ``total`` units; what it yields is called with each further amount done."""
+    """Opens a stage of ``total`` units, and yields what is called as the work goes on."""
 
-    def __call__(self, stage: str, total: float) -> AbstractContextManager[Callable[[float], None]]: ...
+    def __call__(self, stage: str, total: float) -> AbstractContextManager[Advance]: ...
 
 
 @contextmanager
-def silent(stage: str, total: float) -> Iterator[Callable[[float], None]]:
+def silent(stage: str, total: float) -> Iterator[Advance]:
     """No progress at all."""
-    yield lambda amount: None
+    yield lambda amount, note="": None
 
 
 @contextmanager
-def bar(stage: str, total: float) -> Iterator[Callable[[float], None]]:
+def bar(stage: str, total: float) -> Iterator[Advance]:
     """A progress bar on stderr where that is a terminal, and :func:`lines` where it is not."""
     if not sys.stderr.isatty():
         with lines(stage, total) as advance:
@@ -35,25 +41,33 @@ def bar(stage: str, total: float) -> Iterator[Callable[[float], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc=stage, unit_scale=True, file=sys.stderr, leave=False) as line:
-        yield lambda amount: line.update(amount) and None
+
+        def advance(amount: float, note: str = "") -> None:
+            if note:
+                line.set_postfix_str(note, refresh=False)
+            line.update(amount)
+
+        yield advance
 
 
 @contextmanager
-def lines(stage: str, total: float) -> Iterator[Callable[[float], None]]:
-    """Lines on stderr, with counts and seconds: one when the stage ends, and one every ``EVERY_SECONDS`` before that.
+def lines(stage: str, total: float) -> Iterator[Advance]:
+    """Lines on stderr, with counts and times: one when the stage ends, and one every ``EVERY_SECONDS`` before that.
 
     A stage that ends again within that time under the same name is counted and not shown.
     """
     started = shown = time.monotonic()
     done = 0.0
 
-    def advance(amount: float) -> None:
+    def advance(amount: float, note: str = "") -> None:
         nonlocal done, shown
         done += amount
         now = time.monotonic()
         if done < total and now - shown >= EVERY_SECONDS:
             shown = now
-            _say(f"{stage}: {_count(done)} of {_count(total)}, {now - started:.0f} s")
+            left = f", about {_left((now - started) * (total - done) / done)} left" if done else ""
+            rate = f", {note}" if note else ""
+            _say(f"{stage}: {_count(done)} of {_count(total)}, {now - started:.0f} s{rate}{left}")
 
     yield advance
     now = time.monotonic()
@@ -75,6 +89,10 @@ def _say(line: str) -> None:
 
 def _count(amount: float) -> str:
     return f"{amount:,.0f}"
+
+
+def _left(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _seconds(seconds: float) -> str:

@@ -37,10 +37,20 @@ def test_a_stage_says_how_far_it_is_from_time_to_time_and_what_was_done(
             advance(1000)
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "capture: 3,000 of 8,000, 12 s",
-        "capture: 6,000 of 8,000, 24 s",
+        "capture: 3,000 of 8,000, 12 s, about 20 s left",
+        "capture: 6,000 of 8,000, 24 s, about 8 s left",
         "capture: 8,000 done in 32 s",
     ]
+
+
+def test_a_note_says_how_it_goes(clock: _Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with bar("write", 1000) as advance:
+        clock.now += 2 * EVERY_SECONDS
+        advance(20, "80 tokens/s")
+        clock.now += 2 * EVERY_SECONDS
+        advance(0)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "write: 20 of 1,000, 20 s, 80 tokens/s, about 16 min left"
 
 
 def test_stages_of_one_name_that_follow_each_other_are_counted_and_not_repeated(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from steer2edit.files.cache_folder import cache_folder, write_cached
 from steer2edit.files.schema import check
 from steer2edit.files.untrusted import JSON_BYTES, parse_json, read_bytes
 from steer2edit.notices import notice
-from steer2edit.progress import Progress, silent
+from steer2edit.progress import Advance, Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
 ANSWER_TOKENS = 80
@@ -123,7 +123,7 @@ def _each_rendered(tokenizer: Any, prompts: Sequence[Prompt], arguments: Templat
 
 
 def _named(progress: Progress) -> Progress:
-    def staged(stage: str, total: float) -> AbstractContextManager[Callable[[float], None]]:
+    def staged(stage: str, total: float) -> AbstractContextManager[Advance]:
         return progress("the base's own answers (kept for later runs)", total)
 
     return staged

@@ -1,4 +1,4 @@
-"""The journal of a run: every answer is written down when it is there, so that a killed run goes on where it was.
+"""The journal of a run: every answer is written down at once, so that a killed run goes on.
 
 It is a file of lines. The first holds the run's settings, each other one a key and its value. What a kill left half written at
 the end is dropped. A later line of the same key counts.

@@ -25,7 +25,7 @@ def shingles(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def similarity(a: str, b: str) -> float:
-    """The share of both texts' trigrams that they have in common, from 0 to 1; two texts without a word are alike."""
+    """The share of both texts' trigrams that they have in common. Two texts without a word are alike."""
     one, two = shingles(a), shingles(b)
     return len(one & two) / len(one | two) if one | two else 1.0
 

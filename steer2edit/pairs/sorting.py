@@ -1,4 +1,4 @@
-"""What answers are sorted by: one number for each, by length, by a pattern, a function, a judge, or the right answer.
+"""What answers are sorted by: length, a pattern, a function, a judge, or the right answer.
 
 A way to sort is one function from answers to numbers. An answer without a number (nan) is left out.
 """

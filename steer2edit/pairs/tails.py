@@ -1,4 +1,4 @@
-"""The ends of sorted answers: pairs of one prompt where both ends have one, classes of several prompts where they have not.
+"""The ends of sorted answers: pairs of one prompt where both ends have one, else classes of several prompts.
 
 Prompts differ in what they ask for: a long answer to a long question is not a behaviour. So answers are compared with the
 mean of their own prompt, and an end is a share of all answers by that difference.

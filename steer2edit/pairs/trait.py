@@ -1,4 +1,4 @@
-"""From a sentence to instructions and questions: a model writes the opposite of a trait, and what to ask for it to show.
+"""From a sentence to instructions and questions. A model writes the opposite of a trait, and what shows both.
 
 What is written is checked before it is used. Where a model writes nothing usable, plain forms stand in, and a notice says so.
 """
@@ -81,7 +81,7 @@ def instructions(trait: Trait, opposite: str | None) -> Instructions:
 
 
 def write_opposite(trait: Trait, writer: Writer, seed: int = 0) -> str | None:
-    """The opposite of a trait in the words of a model, of several tries the first that can be used; None for none."""
+    """The opposite of a trait in the words of a model: the first usable one of several tries, or None."""
     shown_examples = "\n\n".join(f"Style: {style}\nOpposite: {other}" for style, other in _EXAMPLES)
     prompt = (
         "Here are styles of writing, each with its opposite.\n\n"
@@ -101,7 +101,9 @@ def write_opposite(trait: Trait, writer: Writer, seed: int = 0) -> str | None:
 
 
 def read_opposite(text: str, trait: Trait) -> str | None:
-    """The opposite in what a model wrote; None where there is none: too long or short, the trait again, or an example's."""
+    """The opposite in what a model wrote.
+
+    None where it is too long or short, the trait again, or one of the examples."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return None

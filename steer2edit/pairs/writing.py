@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,14 +31,15 @@ class Pace:
         """Tokens of all answers together, by the clock."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """A block whose seconds count."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds += time.monotonic() - started
+    def timed(self, answers: Iterable[tuple[int, Answer]]) -> Iterator[tuple[int, Answer]]:
+        """The answers as they come, counted; what is done with them meanwhile counts as time too."""
+        before = time.monotonic()
+        for place, answer in answers:
+            now = time.monotonic()
+            self.seconds, before = self.seconds + now - before, now
+            self.answers += 1
+            self.tokens += answer.tokens + answer.thought_tokens
+            yield place, answer
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,9 @@ class Writer:
                 advance(len(chosen) - len(missing))
                 if not missing:
                     continue
-                with self.pace.timed():
-                    for place, answer in self.engine.write([requests[i] for i in missing], sampling):
-                        self.journal.add(keys[missing[place]], asdict(answer))
-                        self.pace.answers += 1
-                        self.pace.tokens += answer.tokens + answer.thought_tokens
-                        advance(1)
+                for place, answer in self.pace.timed(self.engine.write([requests[i] for i in missing], sampling)):
+                    self.journal.add(keys[missing[place]], asdict(answer))
+                    advance(1, f"{self.pace.tokens_per_second:.0f} tokens/s")
                 self.journal.sync()
         return [_read(self.journal[key]) for key in keys]
 
