@@ -8,6 +8,7 @@ from pathlib import Path
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.request import CompileRequest, Protected
+from steer2edit.capture.attribution import by_gradients
 from steer2edit.capture.protect import protected
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
@@ -73,9 +74,16 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 progress=progress,
             )
         assert statistics is not None  # one of the two was given
-        if request.vectors is not None:
-            statistics = substituted(request.vectors, statistics, checkpoint, spec)
-        statistics = with_vector(statistics, request.vector)
+        vectors = request.vectors
+        if request.vector == "gradient" and request.behavior is not None:
+            examples = request.behavior.encode(loaded.tokenizer, loaded.context)
+            vectors = by_gradients(
+                loaded, examples, name=request.behavior.name, batch_tokens=request.batch_tokens, progress=progress
+            )
+        if vectors is not None:
+            statistics = substituted(vectors, statistics, checkpoint, spec)
+        else:
+            statistics = with_vector(statistics, request.vector)
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
         scoring = Scoring(checkpoint, spec, protected(statistics, others))
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)

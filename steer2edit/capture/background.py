@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
+from steer2edit.data import contrast
 from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.neutral import NeutralChats, OwnNeutral
 from steer2edit.data.templates import TemplateArguments, templated
@@ -37,6 +38,16 @@ def prose(loaded: LoadedModel, texts: Sequence[str], label: Literal["background"
 def chats(answers: Sequence[OwnAnswer], label: Literal["chat", "keep"]) -> list[Encoded]:
     """Answers as examples whose span is the answer."""
     return [Encoded(one.ids, one.start, label, row) for row, one in enumerate(answers)]
+
+
+def background_examples(
+    loaded: LoadedModel, background: OwnNeutral | None = None, progress: Progress = silent
+) -> list[Encoded]:
+    """The background alone, without answers of the model's own: the packaged prose, or a text or chats in its place."""
+    if isinstance(background, NeutralChats):
+        return chats(chat_answers(loaded, background, "--background", progress=progress), "chat")
+    text = contrast.background_text() if background is None else background
+    return prose(loaded, [text] if isinstance(text, str) else list(text), "background")
 
 
 def texts_to_keep(

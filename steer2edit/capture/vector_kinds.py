@@ -25,7 +25,7 @@ from steer2edit.capture.statistics import Resampled, Statistics
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError, shown
 
-VectorKind = Literal["mean", "pca", "median"]
+VectorKind = Literal["mean", "pca", "median", "gradient"]
 _ROWS: Mapping[Kind, slice] = {
     "bootstrap": slice(1, 1 + RESAMPLES["bootstrap"]),
     "shuffled": slice(1 + RESAMPLES["bootstrap"], None),
@@ -45,6 +45,11 @@ def with_vector(statistics: Statistics, kind: VectorKind) -> Statistics:
         raise PlanError(f"there is no vector {shown(kind)}; there are {', '.join(get_args(VectorKind))}")
     if kind == "mean":
         return statistics
+    if kind == "gradient":
+        raise PlanError(
+            "--vector gradient runs the model on contrast data, and statistics hold none: make the vectors with "
+            "steer2edit vectors MODEL --kind gradient, and give their file as --vectors"
+        )
     if "vectors" in statistics.source:
         raise PlanError(
             f"--vector {kind} is made of contrast data, and the vector comes from elsewhere; give one of the two"

@@ -23,10 +23,11 @@ from steer2edit.cli.plan import plan, scale, show
 from steer2edit.cli.push import push
 from steer2edit.cli.report import report
 from steer2edit.cli.tune import tune
+from steer2edit.cli.vectors import vectors
 
 _HEADINGS = {
     "Start": ("demo", "compile", "verify", "chat"),
-    "Stages of a compile": ("capture", "plan", "show", "scale", "emit"),
+    "Stages of a compile": ("capture", "vectors", "plan", "show", "scale", "emit"),
     "Measure": ("eval", "tune", "report"),
     "Mixtures of experts": ("experts",),
     "Exchange": ("import", "diff", "revert", "push"),
@@ -53,6 +54,24 @@ def main() -> None:
 
 
 for command in (
-    capture, chat, compile, demo, diff, emit, evaluate, experts, import_, plan, push, report, revert, scale, show, tune, verify,
-):  # fmt: skip
+    *(
+        capture,
+        chat,
+        compile,
+        demo,
+        diff,
+        emit,
+        evaluate,
+        experts,
+        import_,
+        plan,
+        push,
+        report,
+        revert,
+        scale,
+        show,
+        tune,
+    ),
+    *(vectors, verify),
+):
     main.add_command(command)

@@ -199,8 +199,9 @@ class VectorsFlags(FlagGroup):
         "Steering vectors made elsewhere, in place of the captured difference (see steer2edit import).",
         "--vectors",
     )
-    vector: Literal["mean", "pca", "median"] = option(
-        "mean", "Vector of the pairs' differences: their mean, principal direction, or geometric median."
+    vector: Literal["mean", "pca", "median", "gradient"] = option(
+        "mean",
+        "Vector of the pairs' differences: their mean, principal direction or geometric median; or one of gradients (GrAInS).",
     )
 
     def check(self) -> None:
