@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass
 class Dictionary:
-    """``atoms`` [n, hidden], float32, each of length one; ``origins`` are the row and position of the token behind each."""
+    """``atoms`` [n, hidden], float32, each of length one. ``origins`` are label, row and position of the token behind each."""
 
     atoms: torch.Tensor
     origins: list[tuple[str, int, int]] = field(default_factory=list)
