@@ -38,7 +38,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.engines.vllm_engine import VllmEngine
+from steer2edit.engines.vllm_engine import VllmCandidates
 from steer2edit.errors import DataError, Steer2EditError
 from steer2edit.evaluation.baselines import instructed, random_direction, steering_at, to_kl
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, Row, measure, open_candidate, plan_candidate
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         limit=options.limit,
     )
     if options.engine == "vllm":
-        suite = replace(suite, run=VllmEngine(options.dtype, min(loaded.context, 8192)))
+        suite = replace(suite, run=VllmCandidates(options.dtype, min(loaded.context, 8192)))
     scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, experiment.behavior))
     rows = Rows(options.out / "rows.jsonl", identity(options, checkpoint))
     tasks = suite.tasks("report")

@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates: tuple[str, ...]) -> Suite:
-    from steer2edit.engines.vllm_engine import VllmEngine
+    from steer2edit.engines.vllm_engine import VllmCandidates
 
     if (
         compared.baselines
@@ -188,7 +188,7 @@ def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates:
             "vLLM runs checkpoints and adapters: emit plans first (steer2edit emit PLAN MODEL --to lora), and leave "
             "baselines to --engine transformers"
         )
-    return replace(suite, run=VllmEngine(dtype))
+    return replace(suite, run=VllmCandidates(dtype))
 
 
 def _plan_of(where: str) -> EditPlan:

