@@ -71,7 +71,7 @@ def open_named(
     rate: float | None = None,
     key_variable: str | None = None,
 ) -> Engine:
-    """The engine of a model's folder or Hub id, in this process, or of a server's URL, which begins with http."""
+    """The engine of a model's folder or Hub id, in this process, or of a server's URL."""
     if is_url(where):
         return open_engine(server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable)
     checkpoint = open_checkpoint(where)

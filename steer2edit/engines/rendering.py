@@ -1,4 +1,4 @@
-"""Requests as tokens, and rows of tokens as answers, for engines that run a model of which the tokenizer is here."""
+"""Requests as tokens, and rows of tokens as answers, for engines that have the model's tokenizer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Requests to a server that speaks the OpenAI API: many at a time, retried, paced, and bounded in what they bring back.
+"""Requests to a server that speaks the OpenAI API.
 
-The ``openai`` client sends them; the key comes from an environment variable, and is neither shown nor kept.
+Many are under way at a time. They are retried and paced, and replies are bounded. The ``openai`` client sends them; the key comes from an environment variable, and is neither shown nor kept.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class _Pace:
 
 
 def _addresses(url: str) -> tuple[list[str], str]:
-    """The URLs under which the API may be, and the URL as it may be shown: without user, password and query."""
+    """The URLs under which the API may be, and the URL without user, password and query."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     try:
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
