@@ -1,6 +1,7 @@
 """Requests to a server that speaks the OpenAI API.
 
-Many are under way at a time. They are retried and paced, and replies are bounded. The ``openai`` client sends them; the key comes from an environment variable, and is neither shown nor kept.
+Many are under way at a time. They are retried and paced, and replies are bounded. The ``openai`` client sends them; the key
+comes from an environment variable, and is neither shown nor kept.
 """
 
 from __future__ import annotations
