@@ -16,7 +16,8 @@ from typing import Any
 from right_choice import names_right
 from train_lora import Loss, train
 
-from steer2edit.data.behavior import Behavior, instruction
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.behavior_file import open_behavior
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
@@ -168,7 +169,7 @@ class Bench:
     def opened(self, method: str) -> Iterator[tuple[Apply, str]]:
         """What applies a method at a strength, and the instruction that goes with it."""
         if method in UNSCALED:
-            text = instruction([self.behavior.name]) if method == "instruction" else ""
+            text = open_behavior(self.behavior.name).positive if method == "instruction" else ""
             if text is None:
                 raise Steer2EditError(f"there is no instruction for {self.behavior.name}")
             yield (lambda _strength: nullcontext()), text

@@ -112,7 +112,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         if request.questions is None or not request.report:
             return Compiled(plan, statistics, folders, lowerings)
         evaluation = prove(loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told)
-        write_pages(plan, evaluation, folders.values())
+        write_pages(plan, evaluation, folders.values(), request.behavior.examples if request.behavior else ())
         return Compiled(plan, statistics, folders, lowerings, evaluation)
 
 

@@ -16,8 +16,6 @@ from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.bootstrap import estimate
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.data.behavior import instruction
-from steer2edit.data.behavior_file import behavior_files
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.evaluation.answers import Answers
@@ -239,12 +237,6 @@ def test_an_instruction_stands_before_every_prompt(tmp_path: Path) -> None:
 
 def empty() -> EditPlan:
     return EditPlan(Base("m", None, "f" * 64), ())
-
-
-def test_every_built_in_behaviour_has_an_instruction() -> None:
-    assert all(instruction([name]) for name in behavior_files())
-    assert instruction(["concise", "formal"]) == f"{instruction(['concise'])} {instruction(['formal'])}"
-    assert instruction([]) is None
 
 
 def test_another_adapter_is_scaled_to_the_same_kl(

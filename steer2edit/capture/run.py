@@ -295,6 +295,7 @@ def capture_statistics(
         "background": hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest(),
         "chat": answers_hash(chat) if chat else None,
         **({"keep": answers_hash(kept)} if kept else {}),
+        **({"origin": [dict(one) for one in behavior.origin]} if behavior.origin else {}),
         **({"metric": behavior.metric.described()} if behavior.metric is not None else {}),
         "prompts": sorted({prompt_digest(example.prompt) for example in behavior.examples}),
         **({"distinct_prompts": evidence.distinct_prompts(behavior.examples)} if behavior.examples else {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import click
 
@@ -49,13 +49,15 @@ class ReportFlags(FlagGroup):
     heading: ClassVar[str] = "Report"
 
     questions: tuple[str, ...] = option(
-        (), "Held-out questions; a built-in behaviour has its own. With --plan, one file for each plan.", "--eval"
+        (),
+        "Held-out questions; a behaviour and a folder of data have their own. With --plan, one file for each plan.",
+        "--eval",
     )
     told: str | None = option(
         None,
         "Compare with the base under this instruction; 'none' for no such row.",
         metavar="TEXT",
-        shown_default="that of the built-in behaviour",
+        shown_default="that of the behaviour",
     )
     aim: str | None = option(
         None,
@@ -153,11 +155,9 @@ def compile(
         texts_to_keep=data.read_keep(),
         runtime=model_flags.runtime(),
         batch_tokens=data.batch_tokens,
-        questions=None
-        if (report.no_report or writing.dry_run) and aim is None
-        else held_out(report.questions, data.behavior),
+        questions=None if (report.no_report or writing.dry_run) and aim is None else data.questions(report.questions),
         report=not report.no_report,
-        told=instruction_of(report.told, data.behavior),
+        told=data.instruction(report.told),
         aim=aim,
         force=force.force,
         writing=writing.writing(),
@@ -175,25 +175,6 @@ def compile(
         "evaluation": compiled.evaluation and summary(compiled.evaluation),
     }
     print_result(result, printed.as_json, lambda _: _render(compiled, model, model_flags.revision))
-
-
-def held_out(sources: tuple[str, ...], behaviors: tuple[str, ...]) -> Any:
-    """The questions of --eval, or those that come with --behavior; None where there are neither."""
-    from steer2edit.data.behavior_file import open_behavior
-    from steer2edit.data.questions import read_questions
-
-    if sources:
-        return [question for source in sources for question in read_questions(source)]
-    return [question for name in behaviors for question in open_behavior(name).read_questions()] or None
-
-
-def instruction_of(told: str | None, behaviors: tuple[str, ...]) -> str | None:
-    """The instruction of --told, or that of the built-in behaviours; None for none."""
-    from steer2edit.data.behavior import instruction
-
-    if told == "none":
-        return None
-    return told or instruction(behaviors)
 
 
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:

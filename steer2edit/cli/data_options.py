@@ -17,13 +17,18 @@ from steer2edit.files.untrusted import parse_json
 from steer2edit.options import option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from steer2edit.architecture import ModelSpec
     from steer2edit.capture.statistics import Statistics
     from steer2edit.capture.vectors import Vectors
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.data.behavior import Behavior
+    from steer2edit.data.behavior_file import BehaviorFile
+    from steer2edit.data.data_folder import DataFolder
     from steer2edit.data.metric_choice import MetricChoice
     from steer2edit.data.neutral import NeutralChats
+    from steer2edit.data.questions import Question
     from steer2edit.runtime.model import LoadedModel
 
 
@@ -66,7 +71,8 @@ class DataFlags(TemplateFlags):
 
     data: tuple[str, ...] = option(
         (),
-        "Contrast data: a JSONL, JSON, CSV or Parquet file, or a dataset's id on the Hub. Repeatable.",
+        "Contrast data: a JSONL, JSON, CSV or Parquet file, a dataset's id on the Hub, or a folder that steer2edit data made, "
+        "which brings its questions and its metric. Repeatable.",
         metavar="DATA",
     )
     behavior: tuple[str, ...] = option(
@@ -103,13 +109,36 @@ class DataFlags(TemplateFlags):
         """Whether contrast data is named."""
         return bool(self.data or self.behavior)
 
+    def sources(self) -> list[BehaviorFile | DataFolder]:
+        """The behaviours of --behavior, and the folders of --data: what brings questions, an instruction and a metric."""
+        from steer2edit.data.behavior_file import open_behavior
+        from steer2edit.data.data_folder import open_data_folder
+
+        folders = [open_data_folder(source) for source in self.data if Path(source).is_dir()]
+        return [*map(open_behavior, self.behavior), *folders]
+
     @property
     def metric(self) -> MetricChoice | None:
-        """The metric of the behaviours that are named; None where they have none, or several."""
-        from steer2edit.data.behavior_file import open_behavior
+        """The metric of what is named; None where it has none, or several."""
         from steer2edit.data.metric_choice import shared_metric
 
-        return shared_metric(open_behavior(name).metric for name in self.behavior)
+        found = [source.metric for source in self.sources()]
+        return shared_metric(found) if len(found) == len(self.data) + len(self.behavior) else None
+
+    def questions(self, files: Sequence[str]) -> list[Question] | None:
+        """The questions of ``files`` (--eval), or those that come with what is named; None where there are neither."""
+        from steer2edit.data.questions import read_questions
+
+        if files:
+            return [question for file in files for question in read_questions(file)]
+        return [question for source in self.sources() for question in source.read_questions()] or None
+
+    def instruction(self, told: str | None) -> str | None:
+        """The instruction ``told`` (--told), or those of what is named; None for none, or where one has none."""
+        if told == "none":
+            return None
+        texts = [source.positive for source in self.sources()]
+        return told or (" ".join(map(str, texts)) if texts and all(texts) else None)
 
     def read_behavior(self, vectors: Vectors | None = None) -> Behavior:
         """The behaviour; beside vectors from elsewhere it needs no examples."""
@@ -235,12 +264,12 @@ class ProtectFlags(FlagGroup):
         """The directions' sources. Raises UsageError for what is neither a behaviour nor a file."""
         from steer2edit.capture.statistics import Statistics
         from steer2edit.data.behavior import Behavior
-        from steer2edit.data.behavior_file import SUFFIX, behavior_files
+        from steer2edit.data.behavior_file import behavior_files, is_behavior
         from steer2edit.importers import read_vectors
 
         found: list[Behavior | Statistics | Vectors] = []
         for name in self.protect:
-            if (name in behavior_files() and not Path(name).exists()) or name.lower().endswith(SUFFIX):
+            if is_behavior(name):
                 found.append(Behavior.named(name, data.system, chat_template_kwargs=data.template_arguments))
             elif not Path(name).expanduser().exists():
                 raise click.UsageError(

@@ -34,7 +34,7 @@ class BaselineFlags(FlagGroup):
         None,
         "Compare with the base under this instruction; 'none' for no such row.",
         metavar="TEXT",
-        shown_default="that of the built-in behaviour",
+        shown_default="that of the behaviour",
     )
     against: tuple[Path, ...] = option(
         (),
@@ -102,7 +102,7 @@ def evaluate(
 ) -> None:
     """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text.
 
-    --data or --stats are needed for the baselines only; --behavior also brings the questions.
+    --data or --stats are needed for the baselines only; --behavior and a folder of data also bring the questions.
     """
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.baselines import steering
@@ -133,10 +133,9 @@ def evaluate(
             kl = suite.neutral.budget.measure(changed).kl
         chosen += [adapter_at(loaded, folder, suite.neutral, kl) for folder in compared.against]
     if (compared.told or compared.baselines) and chosen:
-        from steer2edit.cli.compile import instruction_of
         from steer2edit.evaluation.baselines import instructed
 
-        if text := instruction_of(compared.told, data.behavior):
+        if text := data.instruction(compared.told):
             chosen += instructed(chosen[0], loaded, text)
     if compared.baselines or strengths:
         scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
@@ -156,7 +155,7 @@ def evaluate(
             )
         else:
             chosen += steering(loaded, scoring, strengths)
-    name = " + ".join(data.behavior) or None
+    name = " + ".join(source.name for source in data.sources()) or None
     context = {"model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "behavior": name}
     evaluation = assess(loaded, suite, chosen, split=engine.split, context=context, progress=progress_bar())
     if engine.tasks:

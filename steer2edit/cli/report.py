@@ -22,6 +22,9 @@ class PageFlags(FlagGroup):
 
     out: Path = option(..., "Page to write, *.html.", "-o", "--out")
     evaluation: Path | None = option(None, "Evaluation of this plan that eval -o wrote.")
+    data: str | None = option(
+        None, "Data of the plan (a file, a folder or a behaviour), to show eight pairs of it.", metavar="DATA|NAME"
+    )
     pngs: bool = option(False, "Write each figure as a PNG file too, beside the page.", "--png")
 
 
@@ -29,9 +32,20 @@ class PageFlags(FlagGroup):
 @click.argument("source", metavar="STUDY|PLAN|DIR", type=PATH)
 def report(source: Path, page: PageFlags, replace: ReplaceFlags) -> None:
     """Write one page that shows what an edit does: trade-off, changes, answers, and how to load and reproduce it."""
+    from dataclasses import replace as replaced
+
+    from steer2edit.data.behavior import Behavior
+    from steer2edit.data.behavior_file import is_behavior
+    from steer2edit.report.data import check_data
     from steer2edit.report.load import read_report
     from steer2edit.report.page import write_report
 
     replace.check(page.out, "report")
-    write_report(read_report(source, page.evaluation), page.out, pngs=page.pngs)
+    found = read_report(source, page.evaluation)
+    if page.data is not None:
+        read = Behavior.named if is_behavior(page.data) else Behavior.from_data
+        examples = read(page.data).examples
+        check_data(found.plan, examples)
+        found = replaced(found, examples=examples)
+    write_report(found, page.out, pngs=page.pngs)
     click.echo(str(page.out))

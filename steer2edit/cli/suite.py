@@ -31,7 +31,7 @@ class SuiteFlags(FlagGroup):
     heading: ClassVar[str] = "Questions"
 
     questions: str | None = option(
-        None, "Held-out questions; a built-in behaviour has its own.", "--eval", metavar="FILE"
+        None, "Held-out questions; a behaviour and a folder of data have their own.", "--eval", metavar="FILE"
     )
     useful: str | None = option(
         None,
@@ -57,12 +57,10 @@ class SuiteFlags(FlagGroup):
 
     def read_questions(self, data: DataFlags) -> Sequence[Question]:
         """The held-out questions. Raises UsageError where there are none."""
-        from steer2edit.cli.compile import held_out
-
-        questions: Sequence[Question] | None = held_out((self.questions,) if self.questions else (), data.behavior)
+        questions = data.questions((self.questions,) if self.questions else ())
         if questions is None:
             raise click.UsageError(
-                "give --eval FILE with held-out questions (or --behavior NAME, which brings its own)"
+                "give --eval FILE with held-out questions (or --behavior NAME or --data FOLDER, which bring their own)"
             )
         return questions
 

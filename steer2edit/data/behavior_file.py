@@ -6,13 +6,14 @@ docs/data.md has the keys. A built-in behaviour is a file like any other, and it
 from __future__ import annotations
 
 import difflib
+import hashlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from steer2edit.data.contrast import Example, read_contrast
+from steer2edit.data.contrast import Example, as_chats, read_contrast
 from steer2edit.data.everyday import everyday_prompts
 from steer2edit.data.measurement import Measurement, read_measurements
 from steer2edit.data.metric_choice import MetricChoice, read_metric
@@ -62,8 +63,13 @@ class BehaviorFile:
                 f"the behaviour {self.name} has no pairs: {brief(self.path)} names no file of them; make them "
                 "(steer2edit data), or give --data"
             )
-        examples = read_contrast(self.pairs)
-        return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
+        return as_chats(read_contrast(self.pairs))
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the data came from, for plans: the behaviour's file by its hash, and whether it is a built-in one."""
+        kind = "built-in behaviour" if self.path.parent == FOLDER else "behaviour file"
+        return {"kind": kind, "file": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
     def read_questions(self) -> list[Question]:
         """The held-out questions; none where the file names none."""
@@ -81,6 +87,11 @@ class BehaviorFile:
 def behavior_files() -> tuple[str, ...]:
     """Names of the built-in behaviours."""
     return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
+
+
+def is_behavior(source: str) -> bool:
+    """Whether a text is the name of a built-in behaviour or the path of a behaviour's file."""
+    return source in behavior_files() or source.lower().endswith(SUFFIX)
 
 
 def builtin_questions(name: str) -> list[Question] | None:

@@ -10,13 +10,13 @@ import importlib.resources
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steer2edit.data import formats
 from steer2edit.data.answers import LABELS, Label
-from steer2edit.data.prompts import Prompt, prompt_digest
+from steer2edit.data.prompts import Message, Prompt, prompt_digest
 from steer2edit.data.records import Build, read_source
 from steer2edit.errors import DataError, listing
 from steer2edit.notices import notice
@@ -49,6 +49,11 @@ def read_contrast(source: str | Path, limit: int | None = None) -> list[Example]
         summary = ", ".join(f"{count} rows of {form}" for form, count in names.items())
         notice(f"{name} holds {summary}")
     return _both(chosen_rows(examples, limit, name), str(source))
+
+
+def as_chats(examples: Iterable[Example]) -> list[Example]:
+    """The examples with each text prompt as one user message."""
+    return [replace(e, prompt=(Message("user", e.prompt),)) if isinstance(e.prompt, str) else e for e in examples]
 
 
 @dataclass(frozen=True)

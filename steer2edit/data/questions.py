@@ -27,7 +27,10 @@ _EXPECTED = 'expected at least "prompt"'
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out row; what it does not have is empty. ``labels`` says of each choice whether it is true."""
+    """One held-out row; what it does not have is empty. ``labels`` says of each choice whether it is true.
+
+    ``split`` is the split that a folder of data put it in; None where the prompt's hash decides.
+    """
 
     prompt: Prompt
     where: str
@@ -36,6 +39,7 @@ class Question:
     choices: tuple[str, ...] = ()
     labels: tuple[bool, ...] = ()
     answers: tuple[str, ...] = ()
+    split: Split | None = None
 
     @property
     def digest(self) -> str:
@@ -54,10 +58,10 @@ def knowledge_questions() -> list[Question]:
 
 
 def take(questions: Iterable[Question], split: Split, seed: int = 0) -> list[Question]:
-    """The questions of one split. Another ``seed`` deals the prompts out otherwise."""
+    """The questions of one split. Another ``seed`` deals out otherwise those that do not say their split."""
     if split not in get_args(Split):
         raise DataError(f"there is no split {shown(split)}; there are select and report")
-    return [question for question in questions if _side(question.digest, seed) == split]
+    return [question for question in questions if (question.split or _side(question.digest, seed)) == split]
 
 
 def refuse_seen(questions: Sequence[Question], seen: Iterable[str], what: str) -> None:

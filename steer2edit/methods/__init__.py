@@ -93,6 +93,6 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
     described = {key: statistics.source.get(key) for key in _DESCRIBED}
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
-    optional = ("keep", "metric", "vector", "vectors", "protect")
+    optional = ("keep", "metric", "origin", "vector", "vectors", "protect")
     described |= {key: statistics.source[key] for key in optional if key in statistics.source}
     return {**described, "examples": stored_counts(statistics.examples), "tokens": stored_counts(statistics.tokens)}

@@ -34,7 +34,10 @@ __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "NewBias", "
 
 FORMAT = "steer2edit.plan.1"
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
-DATA: Any = {"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]}
+DATA: Any = {
+    **{"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]},
+    **{"metric?": ({"name": str, "goal": str}, None), "origin?": ([{"kind": str}], None)},
+}
 BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
 _DESCRIBED: Any = {
     "base": BASE,

@@ -13,12 +13,14 @@ from typing import Any
 
 from steer2edit import __version__
 from steer2edit.artefact.receipt import read_receipt
+from steer2edit.data.contrast import Example
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.atomic import write_bytes, write_text
 from steer2edit.files.layout import REPORT
 from steer2edit.notices import notice
 from steer2edit.plan import EditPlan
 from steer2edit.report.changes import changed, loading, reproduction
+from steer2edit.report.data import shown_data
 from steer2edit.report.drawing import Drawing
 from steer2edit.report.figures import of_plan
 from steer2edit.report.markup import STYLE, figures, section, tag
@@ -34,7 +36,7 @@ class Report:
     """The contents of a report: a plan, and what is known besides.
 
     ``trials`` and ``settings`` are a study's, as ``tune.StudyResult.described`` has them; ``receipt`` is an artefact's;
-    ``command`` is the command line of the run.
+    ``command`` is the command line of the run. ``examples`` are the data that the plan was made of.
     """
 
     plan: EditPlan
@@ -43,15 +45,21 @@ class Report:
     trials: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    examples: Sequence[Example] = ()
 
 
-def write_pages(plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path]) -> None:
-    """Write the report page of a compile into each artefact's folder. Without matplotlib, no page is written."""
+def write_pages(
+    plan: EditPlan, evaluation: Evaluation, folders: Iterable[Path], examples: Sequence[Example] = ()
+) -> None:
+    """Write the report page of a compile into each artefact's folder, with some of its ``examples``.
+
+    Without matplotlib, no page is written.
+    """
     if not importlib.util.find_spec("matplotlib"):
         notice(f"no {REPORT} is written: its figures need matplotlib (pip install 'steer2edit[plots]')")
         return
     for folder in folders:
-        write_report(Report(plan, evaluation, receipt=read_receipt(folder)), folder / REPORT)
+        write_report(Report(plan, evaluation, receipt=read_receipt(folder), examples=examples), folder / REPORT)
 
 
 def write_report(report: Report, path: Path, pngs: bool = False) -> list[Path]:
@@ -91,6 +99,7 @@ def _page(report: Report, drawings: Sequence[Drawing]) -> str:
         section("tradeoff", "Trade-off", figures(one for one in drawings if one.name == "tradeoff")),
         section("candidates", "Candidates", *candidates(evaluation)),
         section("answers", "Before and after", *answers(evaluation)),
+        section("data", "Where the data came from", *shown_data(plan, report.examples)),
         section("changed", "What changed", *changed(plan, [one for one in drawings if one.name != "tradeoff"])),
         section("selection", "Selection", *selection(report.trials, report.settings, evaluation)),
         section("load", "Load it", *loading(plan, report.receipt)),

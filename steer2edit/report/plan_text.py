@@ -15,6 +15,7 @@ from steer2edit.options import options_of
 from steer2edit.plan import Edit, EditPlan, LowRank, Measured, Scale
 from steer2edit.plan.measured import KL_NAMES, TEXT_NAMES
 from steer2edit.plan.operations import addition_of, scales_of
+from steer2edit.report.data import origin_line
 
 _KINDS = {
     "attn_out": "head",
@@ -72,6 +73,7 @@ def render_summary(plan: EditPlan) -> str:
         "Base": f"{plan.base.name}{f', revision {plan.base.revision}' if plan.base.revision else ''} "
         f"(fingerprint {plan.base.fingerprint[:12]})",
         "Data": data_line(plan),
+        "From": origin_line(plan),
         "Method": method_line(plan.method),
         "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}; Frobenius norm of all updates {plan.norm:.4g}",
         "Strength": strength_line(plan.measured),
