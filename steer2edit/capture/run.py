@@ -9,7 +9,7 @@ chosen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +37,7 @@ from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.tokens import Encoded
 from steer2edit.engines.chats import chat_answers
 from steer2edit.engines.own_answers import OwnAnswer
+from steer2edit.errors import PlanError
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.by_layer import Layers
@@ -55,10 +56,12 @@ def capture(
     keep: Path | None = None,
     keep_every: float = EVERY_SECONDS,
     layers: Layers | None = None,
+    stream_moments: Collection[int] = (),
     progress: Progress = silent,
 ) -> Statistics:
     """Moments at every writer, and of the residual stream after every block.
 
+    After the blocks ``stream_moments`` the stream's whole second moment is kept, ``hidden²`` numbers for each source of text.
     ``batch_tokens`` bounds a batch with its padding; the result does not depend on it beyond float rounding.
     ``source`` is stored with the statistics (model fingerprint, data hash). The processes of a ``world`` share the batches,
     and each has the whole result. Sums are kept at ``keep`` every ``keep_every`` seconds, and a run that finds its own there
@@ -75,7 +78,14 @@ def capture(
     accumulator, done, kept = Accumulator(pairs), 0, None
     if keep is not None and layers is None:
         ids = [(stored_name(e.label), e.row, e.start, e.ids, e.last) for e in examples]
-        described = {"source": source, "examples": ids, "batch_tokens": batch_tokens, "world": asdict(world)}
+        described: dict[str, Any] = {
+            "source": source,
+            "examples": ids,
+            "batch_tokens": batch_tokens,
+            "world": asdict(world),
+        }
+        if stream_moments:
+            described["stream_moments"] = sorted(stream_moments)
         kept = Partial(keep, identity(described), keep_every)
         accumulator, done = kept.load(len(plan), pairs)
     stage = f"capture, which goes on after {done} of {len(plan)} batches" if done else "capture"
@@ -83,11 +93,11 @@ def capture(
 
     def run() -> None:
         if layers is not None:
-            with _capturing(loaded, span), layers.gated():
+            with _capturing(loaded, span, stream_moments), layers.gated():
                 _through_layers(layers, [[examples[i] for i in indices] for indices in plan], span, pad, progress)
             return
         total = sum(lengths[i] for indices in plan for i in indices)
-        with _capturing(loaded, span), progress(stage, total=total) as advance:
+        with _capturing(loaded, span, stream_moments), progress(stage, total=total) as advance:
             advance(sum(lengths[i] for indices in plan[:done] for i in indices))
             for number, indices in enumerate(plan[done:], start=done + 1):
                 chosen = [examples[i] for i in indices]
@@ -217,7 +227,7 @@ def _counted(chosen: Sequence[Encoded], width: int, scope: Scope) -> tuple[torch
 
 
 @contextmanager
-def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
+def _capturing(loaded: LoadedModel, span: _Span, stream_moments: Collection[int]) -> Iterator[None]:
     def writer(site: Site) -> Any:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             span.add(site.key, "input", inputs[0], site.heads, site.in_features)
@@ -225,9 +235,11 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
 
         return hook
 
-    def block(key: str) -> Any:
+    def block(layer: int) -> Any:
+        blocks = 1 if layer in stream_moments else None
+
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            span.add(key, "output", output[0] if isinstance(output, tuple) else output)
+            span.add(f"residual.{layer}", "output", output[0] if isinstance(output, tuple) else output, blocks)
 
         return hook
 
@@ -247,7 +259,7 @@ def _capturing(loaded: LoadedModel, span: _Span) -> Iterator[None]:
             stack.callback(loaded.module(site).register_forward_hook(writer(site)).remove)
         for layer in range(loaded.spec.layers):
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
-            stack.callback(module.register_forward_hook(block(f"residual.{layer}")).remove)
+            stack.callback(module.register_forward_hook(block(layer)).remove)
         yield
 
 
@@ -264,6 +276,7 @@ def capture_statistics(
     keep: Path | None = None,
     keep_every: float = EVERY_SECONDS,
     layers: Layers | None = None,
+    stream_moments: Collection[int] = (),
     progress: Progress = silent,
 ) -> Statistics:
     """Run the model over the behaviour's examples and the background once; the result remembers of what it is.
@@ -272,8 +285,13 @@ def capture_statistics(
     English one where ``background`` is none; and answers under the model's template, its own to the packaged prompts where
     neither ``chat`` nor ``background`` are any. Answers are generated first. Without examples the background is captured alone,
     for vectors from elsewhere. On ``texts_to_keep`` the edit is to have no push.
-    ``world``, ``keep``, ``keep_every`` and ``layers`` are those of :func:`capture.capture`.
+    ``world``, ``keep``, ``keep_every``, ``layers`` and ``stream_moments`` are those of :func:`capture.capture`. Raises PlanError
+    for moments of layers that are not there.
     """
+    if strange := [layer for layer in stream_moments if not 0 <= layer < loaded.spec.layers]:
+        raise PlanError(
+            f"--stream-moments {strange[0]} is not in this model, which has the layers 0-{loaded.spec.layers - 1}"
+        )
     arguments = behavior.chat_template_kwargs
     if isinstance(background, NeutralChats):
         given, background = background, None
@@ -320,5 +338,6 @@ def capture_statistics(
         keep=keep,
         keep_every=keep_every,
         layers=layers,
+        stream_moments=stream_moments,
         progress=progress,
     )

@@ -28,6 +28,19 @@ class BackgroundFlags(FlagGroup):
 
 
 @dataclass(frozen=True)
+class MomentsFlags(FlagGroup):
+    """What is captured beside the usual."""
+
+    heading: ClassVar[str] = "Data"
+
+    stream_moments: tuple[int, ...] = option(
+        (),
+        "Keep the whole covariance of the stream after this layer, for ablation --eraser leace. Repeatable.",
+        rare=True,
+    )
+
+
+@dataclass(frozen=True)
 class LargeFlags(FlagGroup):
     """Models larger than memory, and several processes."""
 
@@ -60,6 +73,7 @@ class StatisticsFlags(FlagGroup):
 @command(
     data=CaptureFlags,
     background=BackgroundFlags,
+    moments=MomentsFlags,
     model_flags=ModelFlags,
     large=LargeFlags,
     output=StatisticsFlags,
@@ -71,6 +85,7 @@ def capture(
     model: str,
     data: CaptureFlags,
     background: BackgroundFlags,
+    moments: MomentsFlags,
     model_flags: ModelFlags,
     large: LargeFlags,
     output: StatisticsFlags,
@@ -137,6 +152,7 @@ def capture(
             keep=keep,
             keep_every=output.keep_every,
             layers=layers,
+            stream_moments=moments.stream_moments,
             progress=progress_bar() if world.rank == 0 else silent,
         )
         world.together(lambda: statistics.save(out) if world.rank == 0 else None)

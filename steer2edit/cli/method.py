@@ -48,7 +48,9 @@ class MethodFlags(FlagGroup):
         method = values.pop("method")
         names = {param.name: None for param in cls.params()}
         given = {str(name): values.pop(name) for name in names if name in values}
-        return cls(method, {name.removeprefix("method_"): value for name, value in given.items() if value is not None})
+        return cls(
+            method, {name.removeprefix("method_"): value for name, value in given.items() if value not in (None, ())}
+        )
 
     def options(self) -> Any:
         """The method's own Options. Raises UsageError for options of other methods."""
