@@ -13,7 +13,7 @@ from conftest import ROWS, save_tiny
 from family_configs import family_config
 from family_models import Case
 
-from steer2edit.architecture import MatrixRole, Site, read_spec
+from steer2edit.architecture import Site, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
@@ -26,7 +26,7 @@ from steer2edit.errors import PlanError, TargetError
 from steer2edit.lowering import resolve
 from steer2edit.lowering.rewrite import edited_blocks
 from steer2edit.methods import ablation, make_plan, own_strength
-from steer2edit.plan import Bias, EditPlan, LowRank
+from steer2edit.plan import Bias, EditPlan, LowRank, NewBias
 from steer2edit.runtime.model import load_model
 from steer2edit.scoring.scores import Scoring
 
@@ -161,7 +161,12 @@ def test_the_mean_that_is_put_back_is_the_texts(gpt2: Scoring, population: str) 
         assert float(r @ y) == pytest.approx(float(r.double() @ mean), abs=1e-4)
 
 
-def test_a_mean_without_a_bias_is_refused(case: Scoring, gpt2: Scoring) -> None:
-    with pytest.raises(PlanError, match=r"attn_out\.0: it has no bias"):
-        planned(case, restore="negative")
-    assert all(site.role is not MatrixRole.EXPERT_OUT for site in gpt2.spec.sites)
+def test_a_mean_that_has_no_bias_gets_one_or_is_refused(
+    case: Scoring, tmp_path: Path, statistics_of: Callable[..., Any]
+) -> None:
+    plan = planned(case, restore="negative", direction_layer=1)
+    assert all(isinstance(plan.edit_of(str(site.new_bias)), NewBias) for site in case.spec.sites)
+    folder = save_tiny(tmp_path / "mistral", family_config("mistral"))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(PlanError, match=r"attn_out\.0: it has no bias, and no setting"):
+        planned(Scoring(checkpoint, read_spec(checkpoint), statistics_of(folder)), restore="negative")

@@ -97,10 +97,21 @@ def test_a_mean_that_is_left_is_the_head_with_its_mean_input(build: Build) -> No
     mean = one.statistics.x_bar("attn_out.1")[columns].float()
     expected = logits(case, change=inputs_replaced(case, {"attn_out.1": (columns, mean)}))
     assert torch.allclose(logits(case, change=lambda loaded: edited(loaded, plan)), expected, atol=1e-5)
-    with pytest.raises(PlanError, match=r"attn_out\.1 has no bias"):
+    with pytest.raises(PlanError, match=r"attn_out\.1: it has no bias, and no setting"):
         make_plan(
-            scoring(build("llama")), method="silence", options=silence.Options(components="attn.1.h2", leave="mean")
+            scoring(build("mistral")), method="silence", options=silence.Options(components="attn.1.h2", leave="mean")
         )
+
+
+def test_the_mean_of_a_writer_without_a_bias_is_a_new_one(build: Build, tmp_path: Path) -> None:
+    case = build("llama")
+    one = scoring(case)
+    plan = make_plan(one, method="silence", options=silence.Options(components="attn.1.h2", leave="mean"))
+    columns = slice(32, 48)
+    mean = one.statistics.x_bar("attn_out.1")[columns].float()
+    expected = logits(case, change=inputs_replaced(case, {"attn_out.1": (columns, mean)}))
+    emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")
+    assert torch.allclose(logits(case, tmp_path / "out"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

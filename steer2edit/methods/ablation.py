@@ -27,7 +27,7 @@ from steer2edit.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from steer2edit.architecture import Site
+    from steer2edit.architecture import ModelSpec, Site
     from steer2edit.plan import Edit, EditPlan
     from steer2edit.scoring.scores import Analysis, Scoring
 
@@ -124,15 +124,17 @@ def _check(scoring: Scoring, options: Options, layer: int, sites: list[Site]) ->
             f"--eraser leace needs writers that add to the stream directly; a norm stands behind {behind[0]}"
         )
     if options.restore != "nothing":
-        problems = [f"{site.key}: {why}" for site in sites if (why := _no_mean(site))]
+        problems = [why for site in sites if (why := _no_mean(spec, site))]
         if problems:
             raise PlanError(f"--restore {options.restore} is a constant in each writer's bias:\n{listing(problems)}")
 
 
-def _no_mean(site: Site) -> str:
+def _no_mean(spec: ModelSpec, site: Site) -> str:
+    from steer2edit.methods._biases import no_bias
+
     if site.expert is not None:
-        return "the mean of a single expert's output was not captured"
-    return "" if site.bias_vector is not None else "it has no bias"
+        return f"{site.key}: the mean of a single expert's output was not captured"
+    return no_bias(spec, site)
 
 
 def _eraser(scoring: Scoring, site: Site, R: torch.Tensor, duals: torch.Tensor | None) -> _Eraser:
@@ -166,12 +168,17 @@ def _edit(site: Site, eraser: _Eraser, found: Analysis, options: Options) -> Edi
 
 def _bias_edits(scoring: Scoring, site: Site, eraser: _Eraser, options: Options) -> list[Edit]:
     """The bias without its part along the directions, and with the mean that is put back."""
-    from steer2edit.plan import Bias
+    import torch
 
-    if site.bias_vector is None:
+    from steer2edit.methods._biases import bias_edit
+
+    restored = options.restore != "nothing" and site is not scoring.spec.embedding
+    gone = torch.zeros(site.out_features)
+    if site.bias_vector is not None:
+        gone = scoring.checkpoint.read(site.locate(scoring.checkpoint, site.bias_vector)).float()
+    elif not restored:
         return []
-    gone = scoring.checkpoint.read(site.locate(scoring.checkpoint, site.bias_vector)).float()
-    if options.restore != "nothing" and site is not scoring.spec.embedding:
+    if options.restore != "nothing" and restored:
         mean: torch.Tensor = scoring.statistics.mean(site.key, "output", options.restore).float()
         gone = gone - mean
-    return [Bias(site.bias_vector, -options.alpha * eraser.removed(gone))]
+    return [bias_edit(site, -options.alpha * eraser.removed(gone))]

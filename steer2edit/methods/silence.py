@@ -13,7 +13,7 @@ This is zero and mean ablation, as in circuit analysis. Listed components need n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -26,7 +26,7 @@ from steer2edit.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from steer2edit.architecture import Site
+    from steer2edit.architecture import ModelSpec, Site
     from steer2edit.plan import Edit, EditPlan, Scores
     from steer2edit.scoring.scores import Scoring
 
@@ -76,6 +76,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     Raises PlanError where no component is chosen, or a mean has no bias to be in; ArchitectureError for names that are not there.
     """
     from steer2edit.architecture.components import read_components
+    from steer2edit.methods._biases import no_bias
     from steer2edit.plan import Base, EditPlan
 
     if options.components is not None and options.strongest is not None:
@@ -90,7 +91,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     sites = [spec.site(key) for key in chosen]
     if not sites:
         raise PlanError("no component is chosen to be silenced")
-    problems = [f"{site.key} has no bias" for site in sites if site.bias_vector is None]
+    problems = [why for site in sites if (why := no_bias(spec, site))]
     if options.leave == "mean" and problems:
         raise PlanError(f"the mean that is left would be a bias:\n{listing(problems)}\nUse --leave nothing.")
     edits: list[Edit] = []
@@ -103,6 +104,27 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     names = [name for site in sites for name in _told(site, chosen[site.key])]
     method = {"name": "silence", **asdict(options), "silenced": names}
     return EditPlan(Base.of(scoring.checkpoint), tuple(edits), tables, method)
+
+
+def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
+    """The scales of listed components, or an update of their rank for every matrix in which the strongest may be."""
+    import torch
+
+    from steer2edit.architecture.components import read_components
+    from steer2edit.plan import LowRank, Scale
+
+    if options.components is not None:
+        chosen = read_components(_names(options.components), spec)
+        sites = {site: numbers for site in spec.sites if (numbers := chosen.get(site.key))}
+        return [Scale(site.matrix, (~_columns(site, numbers)).double(), "columns") for site, numbers in sites.items()]
+    zero = torch.zeros(1, 1)  # one number for all matrices
+    edits = []
+    for site in _sites(spec, options):
+        rank = min(
+            (options.strongest or 1) * (site.in_features // site.components), site.in_features, site.out_features
+        )
+        edits.append(LowRank(site.matrix, zero.expand(site.out_features, rank), zero.expand(rank, site.in_features)))
+    return edits
 
 
 def _names(text: str) -> list[str]:
@@ -125,18 +147,10 @@ def _tables(scoring: Scoring, options: Options, progress: Progress) -> dict[str,
     """The scores among which the strongest are, by site, with no strength."""
     import torch
 
-    from steer2edit.architecture import MatrixRole
     from steer2edit.plan import EditPlan
 
     spec = scoring.spec
-    first, last = spec.layer_range(options.layers)
-    wanted = {"heads": (True,), "neurons": (False,), "both": (True, False)}[options.kind]
-    roles = (MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT)
-    sites = [
-        site
-        for site in spec.sites
-        if first <= site.layer <= last and site.role.kind in roles and (site.heads is not None) in wanted
-    ]
+    sites = _sites(spec, options)
     if options.scores_from is None:
         sites, _ = scoring.routed_enough(sites, MIN_TOKENS)
         return {one.site.key: one.table for one in scoring.score(sites, progress)}
@@ -151,6 +165,20 @@ def _tables(scoring: Scoring, options: Options, progress: Progress) -> dict[str,
             "these layers; the methods component and steering record them"
         )
     return {key: replace(table, lam=torch.zeros_like(table.g)) for key, table in found.items()}
+
+
+def _sites(spec: ModelSpec, options: Options) -> list[Site]:
+    """The matrices among whose components the strongest are."""
+    from steer2edit.architecture import MatrixRole
+
+    first, last = spec.layer_range(options.layers)
+    wanted = {"heads": (True,), "neurons": (False,), "both": (True, False)}[options.kind]
+    roles = (MatrixRole.ATTN_OUT, MatrixRole.MLP_OUT)
+    return [
+        site
+        for site in spec.sites
+        if first <= site.layer <= last and site.role.kind in roles and (site.heads is not None) in wanted
+    ]
 
 
 def _strongest(tables: Mapping[str, Scores], options: Options) -> dict[str, tuple[int, ...]]:
@@ -182,7 +210,8 @@ def _strongest(tables: Mapping[str, Scores], options: Options) -> dict[str, tupl
 def _silenced(scoring: Scoring, site: Site, numbers: tuple[int, ...], options: Options) -> list[Edit]:
     import torch
 
-    from steer2edit.plan import Bias, Scale
+    from steer2edit.methods._biases import bias_edit
+    from steer2edit.plan import Scale
 
     if len(numbers) == site.components and site.bias_vector is not None and options.leave == "nothing":
         # all of a writer: its bias goes too
@@ -194,14 +223,13 @@ def _silenced(scoring: Scoring, site: Site, numbers: tuple[int, ...], options: O
         return [scale]
     from steer2edit.scoring.scores import written
 
-    assert site.bias_vector is not None
     statistics = scoring.statistics
     x = (
         statistics.x_bar(site.key)
         if options.mean_of == "contrast"
         else statistics.mean(site.key, "input", options.mean_of)
     )
-    return [scale, Bias(site.bias_vector, written(scoring.checkpoint, site, x.float() * gone))]
+    return [scale, bias_edit(site, written(scoring.checkpoint, site, x.float() * gone))]
 
 
 def _columns(site: Site, numbers: tuple[int, ...]) -> torch.Tensor:

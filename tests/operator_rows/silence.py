@@ -37,8 +37,7 @@ ROWS = (
         "--method silence --components attn.1.h2 --leave mean",
         "a hook sets the inputs of the chosen components to their means",
         lambda subject: _without(subject, {"attn_out.1": [2]}, mean=True),
-        exactness="exact where the writer has a bias, refused elsewhere",
+        exactness="exact where the writer has a bias or can get one, refused elsewhere",
         carried={"checkpoint": EXACT},
-        families=("gpt2",),
     ),
 )
