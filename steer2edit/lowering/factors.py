@@ -46,7 +46,7 @@ def rank_notes(rank: int) -> tuple[str, ...]:
 
 
 def _low_rank_form(resolved: Resolved, edit: Edit, site: Site) -> LowRank:
-    """An edit as a low-rank update: for ``R W C + B A`` the parts ``W (C - 1)``, ``(R - 1) W C`` and ``B A``."""
+    """An edit as one low-rank update. ``R W C + B A`` has the parts ``W (C - 1)``, ``(R - 1) W C`` and ``B A``."""
     scales = {one.axis: one for one in scales_of(edit)}
     if not scales:
         assert isinstance(edit, LowRank), edit
