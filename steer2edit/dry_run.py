@@ -32,6 +32,7 @@ from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_f
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.measured import TextKind
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
+from steer2edit.runtime.number_format import resolved_dtype
 from steer2edit.strength.kl import MAX_TOKENS
 from steer2edit.strength.neutral_texts import packaged_prompts
 
@@ -104,7 +105,7 @@ def dry_run(request: CompileRequest) -> DryRun:
     plan = widest_plan(checkpoint, spec, request.method, request.options)
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
     device = pick_device(request.runtime.device)
-    dtype = _dtype(request.runtime, device)
+    dtype = _dtype(request.runtime, device, checkpoint.path)
     tokenizer = load_tokenizer(checkpoint.path, request.runtime.trust_remote_code)
     examples, tokens, own = _tokens(tokenizer, request)
     kind, read, compared, written_for_it = _neutral(tokenizer, request)
@@ -180,10 +181,9 @@ def _numel(checkpoint: Checkpoint, name: str) -> int:
     return info.nbytes // (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 1)
 
 
-def _dtype(runtime: Runtime, device: torch.device) -> torch.dtype:
-    if runtime.dtype != "auto":
-        return getattr(torch, runtime.dtype)  # type: ignore[no-any-return]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def _dtype(runtime: Runtime, device: torch.device, folder: Path) -> torch.dtype:
+    name = resolved_dtype(runtime.dtype, device, folder)
+    return torch.bfloat16 if name == "auto" else getattr(torch, name)
 
 
 def _tokens(tokenizer: Any, request: CompileRequest) -> tuple[int, int, int]:

@@ -50,7 +50,8 @@ class ModelFlags(RevisionFlags):
 
     device: str = option("auto", "Device that the model runs on: auto, cpu, cuda, cuda:N or mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number format of the running model; auto is float32 on a CPU, and the stored format elsewhere."
+        "auto",
+        "Number format of the running model; auto is the stored one, or float32 on a CPU without instructions for bfloat16.",
     )
     device_map: str | None = option(
         None,

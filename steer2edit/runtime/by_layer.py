@@ -23,6 +23,7 @@ from steer2edit.architecture import ModelSpec
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import ArchitectureError, CheckpointError, Steer2EditError
 from steer2edit.runtime.model import LoadedModel, Runtime, empty_model, load_tokenizer, load_weights, pick_device
+from steer2edit.runtime.number_format import resolved_dtype
 
 
 class Layers:
@@ -168,7 +169,7 @@ def opened_by_layer(
         raise Steer2EditError(f"cannot make a folder in {scratch}: {error.strerror or error}") from None
     try:
         device = pick_device(runtime.device)
-        dtype = "float32" if runtime.dtype == "auto" and device.type == "cpu" else runtime.dtype
+        dtype = resolved_dtype(runtime.dtype, device, checkpoint.path)
         tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
         empty = empty_model(checkpoint.path, runtime.trust_remote_code)
         placing = _placing(empty, spec.block_modules, str(device))

@@ -24,6 +24,7 @@ from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.notices import notice
 from steer2edit.runtime.launch import process_of
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
+from steer2edit.runtime.number_format import resolved_dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +42,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a model runs. ``auto`` is the best device, and float32 on a CPU, the stored dtype elsewhere.
+    """Where and how a model runs. ``auto`` is the best device, and the stored dtype.
+
+    On a CPU ``auto`` is float32, but for models stored in bfloat16 where the processor has instructions for it.
 
     ``device_map`` and ``offload_folder`` are transformers' own. With ``tensor_parallel`` the processes that torchrun started
     hold parts of each matrix, as transformers' plan for the family says.
@@ -157,9 +160,7 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runti
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     """The causal language model of a folder, in evaluation mode, on its device."""
     device = pick_device(runtime.device)
-    dtype: Any = runtime.dtype
-    if dtype == "auto" and device.type == "cpu" and runtime.device_map is None:
-        dtype = "float32"
+    dtype: Any = runtime.dtype if runtime.device_map is not None else resolved_dtype(runtime.dtype, device, path)
     if dtype != "auto":
         dtype = getattr(torch, dtype)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
