@@ -334,6 +334,23 @@ def test_adapters_that_carry_no_bias_say_so(to: str, model_of: Callable[[str], M
         model.emit(model.plan(), to, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_peft_adapter_carries_constants_as_biases_of_lora_b(
+    name: str, model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    """On a base with biases, and on one without."""
+    model = model_of(name)
+    plan = merge([model.plan(layer=1), make_plan(model.scoring).scaled(0.3)])
+    out = model.emit(plan, "lora", tmp_path / "out")
+    assert json.loads((out / "adapter_config.json").read_text())["lora_bias"] is True
+    result = verify(out, base=model.folder)
+    assert result.ok, result.problems
+    assert result.numbers["difference"] <= 1e-4 < result.numbers["effect"]
+    alone = model.emit(model.plan(layer=1), "lora", tmp_path / "alone")
+    assert verify(alone, base=model.folder).ok
+    assert "vLLM refuses such an adapter" in (alone / "steer2edit.json").read_text()
+
+
 def test_plans_that_fit_nowhere(model_of: Callable[[str], Model], tmp_path: Path) -> None:
     model = model_of("llama")
     plan, d = model.plan(), torch.ones(model.spec.hidden_size)

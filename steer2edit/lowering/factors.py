@@ -36,8 +36,12 @@ def expert_factors(edits: Mapping[str, LowRank], sites: Sequence[Site], rank: in
 
 
 def low_rank_forms(resolved: Resolved) -> dict[str, LowRank]:
-    """Every edit as the low-rank update that it is, by site key. All are of matrices, and none scales a whole one."""
-    return {site.key: _low_rank_form(resolved, edit, site) for edit, site in resolved.edits.values()}
+    """Every edit of a matrix as the low-rank update that it is, by site key. None scales a whole one; biases are left out."""
+    return {
+        site.key: _low_rank_form(resolved, edit, site)
+        for edit, site in resolved.edits.values()
+        if edit.tensor == site.matrix
+    }
 
 
 def rank_notes(rank: int) -> tuple[str, ...]:

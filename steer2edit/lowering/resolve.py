@@ -118,8 +118,11 @@ def located(checkpoint: Checkpoint, edit: Edit, site: Site) -> TensorInfo:
     return site.locate(checkpoint, edit.tensor)
 
 
-def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False) -> str:
-    """Why an adapter cannot carry an edit; "" where it can. ``experts``: whether it can carry those of this model's experts."""
+def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False, biases: bool = False) -> str:
+    """Why an adapter cannot carry an edit; "" where it can.
+
+    ``experts`` and ``biases``: whether it can carry those of this model's experts, and of its writers' biases.
+    """
     if site.role is MatrixRole.EMBED:
         return "the embedding"
     if site.role is MatrixRole.ROUTER:
@@ -127,7 +130,7 @@ def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False) -> str:
     if site.expert is not None and not experts:
         return "an expert among several"
     if isinstance(edit, Bias) or edit.tensor != site.matrix:
-        return "a bias"
+        return "" if biases and isinstance(edit, Bias) and site.expert is None else "a bias"
     scales = scales_of(edit)
     if isinstance(edit, Assign) or any(one.axis == "whole" for one in scales):
         return "a gain"

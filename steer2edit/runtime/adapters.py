@@ -69,6 +69,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # peft reads a property that transformers 5 renamed; any other warning is worth seeing
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # where the base has no bias, the adapter's is added all the same; only merging is not possible
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed", category=UserWarning)
         # PEFT goes on with what it made up for them
         warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():

@@ -3,7 +3,7 @@
 Every engine reads this layout: magnitudes inside float32 tensors, ``lora_alpha == r``, one rank, a list of target modules. Every
 layer of a targeted type has a pair of tensors, which are zero where nothing is edited. A layer's routed experts are one parameter
 of three dimensions in PEFT: ``lora_A`` [experts · r, in] has an expert's rows together, ``lora_B`` [out, r · experts] its columns
-``experts`` apart.
+``experts`` apart. A change of a writer's bias, or a new one, is the bias of ``lora_B`` (PEFT's ``lora_bias``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.config import text_config
@@ -35,6 +37,7 @@ from steer2edit.lowering import (
     rank_notes,
     writer_factors,
 )
+from steer2edit.plan import Bias
 from steer2edit.progress import Progress
 
 SUMMARY = "A PEFT LoRA adapter beside the base, for PEFT and vLLM."
@@ -82,7 +85,15 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     refused = [
         f"{name}: {why}"
         for name, (edit, site) in resolved.edits.items()
-        if (why := adapter_refusal(edit, site, experts=spec.model_type in EXPERTS) or _peft_refusal(spec, site))
+        if (
+            why := adapter_refusal(edit, site, experts=spec.model_type in EXPERTS, biases=True)
+            or _peft_refusal(spec, site)
+            or (
+                "a bias of a matrix that PEFT takes for a parameter"
+                if isinstance(edit, Bias) and _moved(spec, site)
+                else ""
+            )
+        )
     ]
     if refused:
         raise TargetError(
@@ -91,8 +102,9 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
     edits = low_rank_forms(resolved)
-    rank = max(edit.B.shape[1] for edit in edits.values())
-    leaves = {_leaf(site) for site in spec.sites if site.key in edits and site.expert is None}
+    biases = {site.key: edit.delta for edit, site in resolved.edits.values() if isinstance(edit, Bias)}
+    rank = max((edit.B.shape[1] for edit in edits.values()), default=1)
+    leaves = {_leaf(site) for site in spec.sites if {site.key} & {*edits, *biases} and site.expert is None}
     targeted = [site for site in spec.sites if site.expert is None and _leaf(site) in leaves]
     experts: dict[str, list[Site]] = {}
     for site in (site for site in spec.sites if site.expert is not None):
@@ -107,7 +119,14 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         B, A = writer_factors(edits.get(site.key), site, rank)
         tensors[f"base_model.model.{site.module}.lora_A.weight"] = A
         tensors[f"base_model.model.{site.module}.lora_B.weight"] = B
-    moved = [site for site in targeted if spec.model_type in MOVED_BY_PEFT and _leaf(site) == "down_proj"]
+        if biases:
+            zeros = torch.zeros(site.out_features)
+            tensors[f"base_model.model.{site.module}.lora_B.bias"] = biases.get(site.key, zeros).clone()
+    moved = [site for site in targeted if _moved(spec, site)]
+    if biases and (moved or experts):
+        raise TargetError(
+            "PEFT gives biases to modules alone, and this plan edits parameters too. Use --to checkpoint."
+        )
     save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -119,6 +138,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
+        **({"lora_bias": True} if biases else {}),
         "fan_in_fan_out": bool(targeted) and targeted[0].orientation == "in_out",
         "target_modules": _target_modules([site for site in targeted if site not in moved], resolved.checkpoint),
     }
@@ -127,11 +147,21 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         config["target_parameters"] = sorted(parameters)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     changes = tuple(Change(edit.tensor, "LowRank", edit.norm) for edit in edits.values())
+    changes += tuple(
+        Change(edit.tensor, type(edit).__name__, edit.norm)
+        for edit, _ in resolved.edits.values()
+        if isinstance(edit, Bias)
+    )
     notes = ["Stored in float32: cast to bf16, an adapter loses about three digits.", *rank_notes(rank)]
     if resolved.checkpoint.config.get("model_type") in NO_PLACE_IN_VLLM:
         notes.append(
             "By its source, vLLM 0.32 loads this adapter and ignores it: it does not rename this model's modules. Serve --to "
             "checkpoint there."
+        )
+    if biases:
+        notes.append(
+            "Its biases (lora_bias) are PEFT's: vLLM refuses such an adapter, and PEFT cannot merge it into a model without "
+            "biases. Serve --to checkpoint there."
         )
     if experts:
         notes.append(
@@ -171,6 +201,10 @@ def load_snippet(place: Place) -> Snippet:
 def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
     """All files: the target wrote each of them for loading."""
     return set(names)
+
+
+def _moved(spec: ModelSpec, site: Site) -> bool:
+    return spec.model_type in MOVED_BY_PEFT and _leaf(site) == "down_proj"
 
 
 def _peft_refusal(spec: ModelSpec, site: Site) -> str:
