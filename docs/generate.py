@@ -24,7 +24,7 @@ from steer2edit.architecture.wrappers import MULTIMODAL
 from steer2edit.cli.app import main as command_line
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag
-from steer2edit.data import formats
+from steer2edit.data import formats, metric_choice
 from steer2edit.options import AnyLayer, Between, Option, options_of
 from steer2edit.targets.lora import NO_ADAPTER
 
@@ -141,6 +141,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "operators": _operators,
     "targets": _targets,
     "formats": formats.table,
+    "metrics": metric_choice.table,
     "importers": lambda: "\n".join(f"- {importer.description}" for importer in importers.importers()),
 }
 

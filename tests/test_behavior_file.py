@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROWS, run
 
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_behavior, read_behavior_file
+from steer2edit.data.measurement import MeasuredMetric, Measurement, as_toml
 from steer2edit.data.metric_choice import METRICS, MetricChoice
 from steer2edit.errors import DataError
 
@@ -154,3 +156,53 @@ def test_a_behaviour_in_a_folder_is_compiled_as_a_packaged_one_is(tiny_llama: Pa
 def test_a_name_that_is_none_names_those_there_are() -> None:
     with pytest.raises(DataError, match=r"cautious, concise.*Did you mean concise\?"):
         open_behavior("concice")
+
+
+def test_the_list_says_what_each_is_and_what_was_measured() -> None:
+    result = run("behaviors")
+    assert result.exit_code == 0
+    listed = {one["name"]: one for one in json.loads(run("behaviors", "--json").stdout)["behaviors"]}
+    assert sorted(listed) == list(behavior_files())
+    for name in behavior_files():
+        file = open_behavior(name)
+        assert f"\n{name}\n" in f"\n{result.stdout}"
+        assert " ".join(file.description.split()[:6]) in " ".join(result.stdout.split())
+        assert listed[name]["pairs"] * 2 == len(file.read_pairs())
+        assert listed[name]["questions"] == len(file.read_questions())
+        assert len(listed[name]["measured"]) == len(file.measured)
+
+
+MEASURED = Measurement(
+    "model",
+    'steer2edit compile "model" --behavior rhyme',
+    32,
+    ("KL in chat", 0.1),
+    True,
+    (
+        MeasuredMetric("length", "less", "tokens", (60.0, 50.5, 70.0), (40.0, 30.0, 50.0), (-20.0, -25.0, -15.0)),
+        MeasuredMetric("answers right", "more", "", (0.5, 0.4, 0.6), (0.4, 0.3, 0.5), (-0.1, -0.15, -0.05)),
+        MeasuredMetric("loops", "less", "", (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    ),
+)
+
+
+def test_one_is_shown_whole_with_its_pairs_and_its_losses(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    bare = written(tmp_path, f'pairs = "pairs.jsonl"\n{LEAST}')
+    shown = run("behaviors", bare).stdout
+    assert "nothing yet" in shown and "Pair 3" in shown and "Pair 4" not in shown
+    whole = written(tmp_path, f'pairs = "pairs.jsonl"\n{LEAST}{as_toml([MEASURED])}')
+    shown = " ".join(run("behaviors", whole).stdout.split())
+    assert "length 60 → 40 tokens (-20 [-25, -15]) on 32 questions, steerable, at a KL in chat of 0.1" in shown
+    assert "worse: answers right 0.5 → 0.4 (-0.1 [-0.15, -0.05])" in shown
+    assert MEASURED.command in shown and "loops" not in shown
+    plain = json.loads(run("behaviors", whole, "--json").stdout)
+    assert [metric["worse"] for metric in plain["measured"][0]["metrics"]] == [False, True, False]
+    assert plain["first_pairs"][0] == {key: ROWS[0][key] for key in ("prompt", "positive", "negative")}
+    assert run("behaviors", "concice").exit_code == 2
+
+
+@pytest.mark.parametrize("steerable", [True, False, None])
+def test_measurements_are_read_as_they_are_written(tmp_path: Path, steerable: bool | None) -> None:
+    both = (MEASURED, replace(MEASURED, model='other\n "model"', steerable=steerable))
+    assert open_behavior(written(tmp_path, LEAST + as_toml(both))).measured == both

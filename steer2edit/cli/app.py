@@ -9,6 +9,7 @@ import threading
 import click
 
 from steer2edit import __version__
+from steer2edit.cli.behaviors import behaviors
 from steer2edit.cli.capture import capture
 from steer2edit.cli.chat import chat
 from steer2edit.cli.command import MainGroup
@@ -26,7 +27,7 @@ from steer2edit.cli.tune import tune
 from steer2edit.cli.vectors import vectors
 
 _HEADINGS = {
-    "Start": ("demo", "compile", "verify", "chat"),
+    "Start": ("demo", "behaviors", "compile", "verify", "chat"),
     "Stages of a compile": ("capture", "vectors", "plan", "show", "scale", "emit"),
     "Measure": ("eval", "tune", "report"),
     "Mixtures of experts": ("experts",),
@@ -54,6 +55,7 @@ def main() -> None:
 
 
 for command in (
+    behaviors,
     *(
         capture,
         chat,

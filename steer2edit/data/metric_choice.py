@@ -119,6 +119,16 @@ class MetricChoice:
         }
 
 
+def table() -> str:
+    """The metrics as a table in Markdown, for docs/data.md."""
+    rows = ["| metric | what it is | better | it is measured on |", "|---|---|---|---|"]
+    for name, kind in METRICS.items():
+        unit = f", {kind.unit}" if kind.unit else ""
+        pattern = "; takes `pattern`" if kind.takes_pattern else ""
+        rows.append(f"| `{name}` | {kind.description}{unit}{pattern} | {' or '.join(kind.goals)} | {kind.needs} |")
+    return "\n".join(rows)
+
+
 def read_metric(value: object, where: str = "metric") -> tuple[MetricChoice | None, list[str]]:
     """The metric that a file's value names, and what is wrong with it.
 
