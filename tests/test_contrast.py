@@ -310,10 +310,9 @@ def mean_words(name: str) -> tuple[float, float]:
 
 
 def test_lengths_are_what_the_behaviours_say() -> None:
-    assert set(behavior_files()) == {"cautious", "concise", "formal", "plain", "truthful", "warm"}
     positive, negative = mean_words("concise")
     assert positive <= negative / 3
-    for name in ("truthful", "formal", "cautious", "plain", "warm"):
+    for name in sorted(set(behavior_files()) - {"concise"}):
         positive, negative = mean_words(name)
         assert abs(positive - negative) <= 0.2 * min(positive, negative)
 
