@@ -1,7 +1,7 @@
 """How well a judge's probabilities agree with labels.
 
-The measure is the area under the ROC curve, with its interval. The packaged labels are in ``labelled_answers.jsonl``: sixty answers of three traits, written and labelled by hand, some of them
-without sense.
+The measure is the area under the ROC curve, with its interval. The packaged labels are in ``labelled_answers.jsonl``: sixty
+answers of three traits, written and labelled by hand, some of them without sense.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A judge: a model that says whether an answer shows a trait, and whether it is coherent.
 
-It says so by the probabilities of yes and no. A judge is tried before it is used, on answers that people labelled (``agreement.py``). What it cannot tell apart it is not asked.
+It says so by the probabilities of yes and no. A judge is tried before it is used, on answers that people labelled
+(``agreement.py``). What it cannot tell apart it is not asked.
 """
 
 from __future__ import annotations
