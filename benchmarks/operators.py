@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ from operator_rows.subject import Subject
 from steer2edit import targets
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.numbers import PROMPTS
-from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.errors import Steer2EditError, TargetError, first_line
@@ -39,12 +37,11 @@ def subject_of(folder: str, behavior: str, limit: int) -> Subject:
     checkpoint = open_checkpoint(folder)
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="float32"))
     data = Behavior.named(behavior).limited(limit)
-    statistics = capture_statistics(loaded, checkpoint, replace(data, name=behavior), chat=())
     ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     contexts, _ = pad_right(ids, loaded.padding, loaded.device)
     # rows of one length, so that no padding is compared
     shortest = min(map(len, ids))
-    return Subject(Path(folder).name, loaded, checkpoint, statistics, contexts[:, :shortest])
+    return Subject(Path(folder).name, loaded, checkpoint, data, contexts[:, :shortest])
 
 
 def main() -> None:

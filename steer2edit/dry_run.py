@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,9 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
     """A plan of zeros on every matrix that a method may edit with these options; ``widest`` of the method's module says which."""
     module = methods.load(method)
     options = module.Options() if options is None else options
+    if hasattr(options, "layers"):
+        # which layers are discriminative is not known before the data is captured
+        options = replace(options, layers=methods.edited_layers(options))
     if hasattr(module, "widest"):
         return EditPlan(Base.of(checkpoint), tuple(module.widest(spec, options)))
     first, last = spec.layer_range(getattr(options, "layers", None))

@@ -12,6 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _KEY = "option"
+DISCRIMINATIVE = "discriminative"
+"""In place of a range of layers: those that ``scoring.discriminative`` finds."""
 
 
 @dataclass(frozen=True)

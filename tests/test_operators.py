@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import llama_config, save_tiny
+from conftest import ROWS, llama_config, save_tiny
 from family_configs import family_config
 from family_models import CONTEXTS
 from operator_rows import all_rows
@@ -16,20 +15,26 @@ from operator_rows.row import Row
 from operator_rows.subject import Subject
 
 from steer2edit import targets
+from steer2edit.data.answers import LABELS
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.contrast import Example
 from steer2edit.errors import TargetError
 
+BEHAVIOR = Behavior(
+    "rows", [Example(row["prompt"], row[label], label, "test", i) for i, row in enumerate(ROWS) for label in LABELS]
+)
 CASES = [(row, family) for row in all_rows() for family in row.families]
 
 
 @pytest.fixture(scope="module")
-def subject_of(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[..., Any]) -> Callable[[str], Subject]:
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
     subjects: dict[str, Subject] = {}
 
     def make(family: str) -> Subject:
         if family not in subjects:
             folder = tmp_path_factory.mktemp("operators") / family
             save_tiny(folder, llama_config() if family == "llama" else family_config(family))
-            subjects[family] = Subject.of(family, folder, statistics_of(folder), CONTEXTS)
+            subjects[family] = Subject.of(family, folder, BEHAVIOR, CONTEXTS)
         return subjects[family]
 
     return make

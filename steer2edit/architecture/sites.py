@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -177,7 +177,7 @@ class ModelSpec:
         layers = ", ".join(str(router.layer) for router in self.routers) or "none"
         raise ArchitectureError(f"layer {layer} has no experts; the layers that are mixtures: {layers}")
 
-    def layer_range(self, chosen: tuple[int, int] | None) -> tuple[int, int]:
+    def layer_range(self, chosen: Sequence[int] | None) -> tuple[int, int]:
         """First and last layer of ``chosen``, or of the whole model. Raises ArchitectureError where they are not there."""
         first, last = chosen or (0, self.layers - 1)
         if not 0 <= first <= last < self.layers:

@@ -35,7 +35,7 @@ _LEAST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """How a dictionary is made: its largest size, atoms in a decomposition, and the share of energy that may be missed."""
+    """How a dictionary is made: its largest size, atoms in a decomposition, and the energy that may be missed."""
 
     atoms: int = 512
     sparsity: int = 8

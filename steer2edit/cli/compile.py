@@ -112,6 +112,7 @@ def compile(
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
     from steer2edit.evaluation.summary import summary
+    from steer2edit.methods import edited_layers
     from steer2edit.strength.aim import Aim
 
     aim = Aim.read(report.aim) if report.aim is not None else None
@@ -133,7 +134,7 @@ def compile(
         raise click.UsageError("several --eval belong to several --plan; give one")
     stats.check(data)
     vectors.check()
-    steering = vectors.read(getattr(method.options(), "layers", None))
+    steering = vectors.read(edited_layers(method.options()))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(
         model,

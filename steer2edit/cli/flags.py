@@ -29,12 +29,15 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 
 
 class Layers(_ParamType):
-    """A first and a last layer, such as 4-20."""
+    """A first and a last layer, such as 4-20, or one of the ``words``."""
 
     name = "layers"
 
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or value in self.words:
             return value
         try:
             return read_layers(value)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import click
 
 from steer2edit import methods
-from steer2edit.cli.flags import Flag, FlagGroup, flag, shown_default
+from steer2edit.cli.flags import Flag, FlagGroup, Layers, flag, shown_default
 from steer2edit.errors import Steer2EditError
-from steer2edit.options import Option, options_of
+from steer2edit.options import DISCRIMINATIVE, Option, options_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class MethodFlags(FlagGroup):
             if len(kinds) > 1:
                 raise Steer2EditError(f"the methods {' and '.join(owners)} declare {flags[-1]} with different types")
             one = next(iter(owners.values()))
-            found.append(flag(one, cls.heading, name=f"method_{one.name}", default=None, help=_shared_help(owners)))
+            made = flag(one, cls.heading, name=f"method_{one.name}", default=None, help=_shared_help(owners))
+            if one.name == "layers":
+                made.type, made.metavar = Layers(DISCRIMINATIVE), f"FIRST-LAST|{DISCRIMINATIVE}"
+            found.append(made)
         return found
 
     @classmethod

@@ -116,7 +116,7 @@ def plan(
     from steer2edit.capture.protect import protected
     from steer2edit.capture.vector_kinds import with_vector
     from steer2edit.capture.vectors import substituted
-    from steer2edit.methods import make_plan
+    from steer2edit.methods import edited_layers, make_plan
     from steer2edit.scoring.scores import Scoring
     from steer2edit.strength.neutral_texts import neutral_texts
     from steer2edit.strength.settle import settle_strength
@@ -125,7 +125,7 @@ def plan(
     vectors.check()
     replace.check(output.out, "plan")
     checkpoint, spec = model_flags.open(model)
-    statistics, steering = source.read(checkpoint, options), vectors.read(getattr(options, "layers", None))
+    statistics, steering = source.read(checkpoint, options), vectors.read(edited_layers(options))
     if source.stats is None and (steering is not None or protect.protect):
         raise click.UsageError("--vectors and --protect change what was captured: give --stats too")
     if steering is not None:

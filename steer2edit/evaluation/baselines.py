@@ -28,6 +28,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.adapters import adapted
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
+from steer2edit.scoring.discriminative import within
 from steer2edit.scoring.scores import TINY, Scoring, analyse
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.line_search import Strength
@@ -191,7 +192,10 @@ def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
     # nothing is stable under shuffled labels, and that is not the question here
     if "stable" in options:
         options["stable"] = False
-    shuffled = Scoring(scoring.checkpoint, scoring.spec, scoring.statistics.shuffled(index))
+    spec = scoring.spec
+    if "discriminative_layers" in method:
+        spec = within(spec, method["discriminative_layers"])
+    shuffled = Scoring(scoring.checkpoint, spec, scoring.statistics.shuffled(index))
     return of_norm(
         make_plan(shuffled, method=module.__name__.rsplit(".", 1)[-1], options=module.Options(**options)), plan.norm
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.notices import notice
+from steer2edit.options import DISCRIMINATIVE
 from steer2edit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def make_plan(
     Raises PlanError where the statistics are of another model, or show no difference of the classes, or too few prompts
     to tell which components are stable.
     """
+    from steer2edit.scoring.discriminative import discriminative_layers, within
     from steer2edit.scoring.mean_effect import record_mean_effect
 
     checkpoint, statistics = scoring.checkpoint, scoring.statistics
@@ -60,7 +62,15 @@ def make_plan(
         statistics.check_contrast()
     if statistics.examples["keep"] and not hasattr(module.Options, "keep_as"):
         notice(f"the method {method} does not know the texts of --keep: its edit may push on them")
-    plan: EditPlan = module.plan(scoring, module.Options() if options is None else options, progress)
+    options = module.Options() if options is None else options
+    chosen = None
+    if getattr(options, "layers", None) == DISCRIMINATIVE:
+        chosen = discriminative_layers(statistics, scoring.spec)
+        options = replace(options, layers=(chosen[0], chosen[-1]))
+    limited = scoring if chosen is None else replace(scoring, spec=within(scoring.spec, chosen))
+    plan: EditPlan = module.plan(limited, options, progress)
+    if chosen is not None:
+        plan = replace(plan, method={**plan.method, "discriminative_layers": chosen})
     if scoring.untested is not None:
         if not plan.edits:
             raise PlanError(f"{scoring.untested}; give more rows, or --all-components, which edits without that test")
@@ -69,6 +79,12 @@ def make_plan(
     plan = plan.computed_from(checkpoint, scoring.spec)
     checkpoint.check_unchanged()
     return replace(plan, data=describe_data(statistics))
+
+
+def edited_layers(options: Any) -> tuple[int, int] | None:
+    """The first and last layer that a method's options name; None for all, or for those that the statistics decide."""
+    layers = getattr(options, "layers", None)
+    return None if layers == DISCRIMINATIVE else layers
 
 
 def needs_no_statistics(options: Any) -> bool:

@@ -10,6 +10,9 @@ the best stand-in of rank 1, and its error is known before anything is written:
 
     v aᵀ,   a = S⁻¹μ / (μᵀS⁻¹μ),   S = E[x xᵀ],  μ = E[x]:   E‖v aᵀx − v‖² / E‖v aᵀx‖² = 1 − κ,   κ = μᵀS⁻¹μ.
 
+A hook that keeps the stream's length, ``‖h‖ (h + v) / ‖h + v‖``, is another operator, with one exception: after the last block
+only the final norm reads the stream, and no norm sees a length. There both give the same logits.
+
 The mean of a is one on all texts alike: contrast data, prose and chat count the same. S is known within a head; between heads
 it is taken for the means' alone, so the error is an estimate. Strength 1 adds v, the difference of the classes' means.
 """
@@ -51,6 +54,9 @@ class Options:
         "Place of the vector: the stream after the block, the stream between attention and MLP, or each writer's output.",
     )
     sites: Literal["attn", "mlp", "both"] = option("both", "The matrices that carry the vector.")
+    norm_preserving: bool = option(
+        False, "Keep the stream's length, as some hooks do: exact at the last layer, refused at others.", rare=True
+    )
     stand_in: bool = option(
         False, "Where no bias can carry the constant, take the best edit of rank 1 in attention, with its error."
     )
@@ -62,6 +68,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     from steer2edit.plan import Base, EditPlan
 
     layers = _layers(scoring, options)
+    if options.norm_preserving:
+        _check_norm_preserving(scoring.spec, options, layers)
     wanted = [pair for layer in layers for pair in _wanted(scoring, options, layer)]
     wanted = [(site, v) for site, v in wanted if bool(v.any())]
     if not wanted:
@@ -125,6 +133,24 @@ def _layers(scoring: Scoring, options: Options) -> Sequence[int]:
         return [spec.layers // 2]
     first, last = spec.layer_range(options.layers)
     return range(first, last + 1)
+
+
+def _check_norm_preserving(spec: ModelSpec, options: Options, layers: Sequence[int]) -> None:
+    """Raise PlanError unless the vector is added where only the final norm reads the stream."""
+    from steer2edit.architecture.find_family import family_of
+
+    last = spec.layers - 1
+    if list(layers) != [last] or options.place != "after-block":
+        raise PlanError(
+            f"--norm-preserving is asked for at {_named(layers)}, {options.place}: a factor of the stream's length there depends "
+            "on the token, and later blocks add to what it has scaled, so no weight gives it. Only after the last block, where "
+            f"the final norm alone reads the stream, is it the plain addition: --layer {last} --place after-block"
+        )
+    if family_of(spec.model_type) is None:
+        raise PlanError(
+            f"the type {spec.model_type} is not described, so it is not known that a norm follows its last block; "
+            "--norm-preserving needs that"
+        )
 
 
 def _wanted(scoring: Scoring, options: Options, layer: int) -> list[tuple[Site, torch.Tensor]]:

@@ -29,7 +29,10 @@ _LEGEND = (
     "score: cosine, from -1 to 1, of the steering vector with what the component writes on the contrast data.\n"
     "edit: Frobenius norm of the component's edit; it is negative where the edit works against the component."
 )
-_NOT_OPTIONS = ("name", "plans", "experts", "layers", "grade", "experts_left_alone", "ranks", "left_out", "silenced")
+_NOT_OPTIONS = (
+    *("name", "plans", "experts", "layers", "grade", "experts_left_alone"),
+    *("ranks", "left_out", "silenced", "discriminative_layers"),
+)
 
 
 def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
@@ -205,6 +208,8 @@ def _names_line(names: Sequence[str], limit: int = 12) -> str:
 
 
 def _layer_range(plan: EditPlan) -> str:
+    if chosen := plan.method.get("discriminative_layers"):
+        return f" in {len(chosen)} discriminative layers ({_names_line([str(layer) for layer in chosen])})"
     found = plan.method.get("layers")
     if not isinstance(found, (list, tuple)) or len(found) != 2:
         return ""

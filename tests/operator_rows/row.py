@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from operator_rows.subject import Subject
-from steer2edit.capture.vector_kinds import with_vector
+from steer2edit.capture.attribution import by_gradients
+from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vector_kinds import VectorKind, with_vector
+from steer2edit.capture.vectors import substituted
 from steer2edit.cli.compile import compile as compile_command
-from steer2edit.cli.data_options import VectorsFlags
+from steer2edit.cli.data_options import CaptureFlags, VectorsFlags
 from steer2edit.cli.method import MethodFlags
+from steer2edit.data.tokens import Span
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.scoring.scores import Scoring
@@ -30,13 +34,22 @@ ABSENT: Mapping[str, frozenset[str]] = {"gpt2": frozenset({"mlx"})}
 
 
 def planned(subject: Subject, command: str) -> EditPlan:
-    """What ``steer2edit compile MODEL --behavior … COMMAND`` plans at strength 1, of the subject's statistics."""
+    """What ``steer2edit compile MODEL --behavior … COMMAND`` plans at strength 1, of the subject's behaviour."""
     words = ["MODEL", "--behavior", "concise", "--out", "OUT", *shlex.split(command)]
     values = dict(compile_command.make_context("compile", words).params)
     flags = MethodFlags.take(values)
-    statistics = with_vector(subject.statistics, VectorsFlags.take(values).vector)
+    statistics = steered(subject, CaptureFlags.take(values).span, VectorsFlags.take(values).vector)
     scoring = Scoring(subject.checkpoint, subject.spec, statistics)
     return make_plan(scoring, method=flags.method, options=flags.options())
+
+
+def steered(subject: Subject, span: Span, vector: VectorKind) -> Statistics:
+    """The subject's statistics with the vector that ``--span`` and ``--vector`` give."""
+    statistics = subject.captured(span)
+    if vector != "gradient":
+        return with_vector(statistics, vector)
+    examples = replace(subject.behavior, span=span).encode(subject.loaded.tokenizer, subject.loaded.context)
+    return substituted(by_gradients(subject.loaded, examples), statistics, subject.checkpoint, subject.spec)
 
 
 @dataclass(frozen=True)

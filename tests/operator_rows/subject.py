@@ -14,31 +14,45 @@ import torch
 from steer2edit import targets
 from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import emit
+from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.tokens import Span
 from steer2edit.lowering import AppliedPlan, PeftAdapter, StreamShift, WholeModel, resolve
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.adapters import adapted
 from steer2edit.runtime.hooks import edited, stream_shifted
-from steer2edit.runtime.model import LoadedModel, load_weights
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model, load_weights
 
 
 @dataclass
 class Subject:
-    """A model in float32 with the ``statistics`` of a behaviour; ``contexts`` [rows, tokens] are what logits are compared on."""
+    """A model in float32, captured on a ``behavior``; ``contexts`` [rows, tokens] are what logits are compared on."""
 
     family: str
     loaded: LoadedModel
     checkpoint: Checkpoint
-    statistics: Statistics
+    behavior: Behavior
     contexts: torch.Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
+    _captured: dict[Span, Statistics] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, family: str, folder: Path, statistics: Statistics, contexts: torch.Tensor) -> Subject:
+    def of(cls, family: str, folder: Path, behavior: Behavior, contexts: torch.Tensor) -> Subject:
         checkpoint = open_checkpoint(folder)
-        spec = read_spec(checkpoint)
-        return cls(family, LoadedModel(load_weights(folder), None, spec, folder), checkpoint, statistics, contexts)
+        loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="float32"))
+        return cls(family, loaded, checkpoint, behavior, contexts)
+
+    def captured(self, span: Span = "matched") -> Statistics:
+        """The behaviour's statistics, with prose as the background, read once for each span."""
+        if span not in self._captured:
+            behavior = replace(self.behavior, span=span)
+            self._captured[span] = capture_statistics(self.loaded, self.checkpoint, behavior, chat=())
+        return self._captured[span]
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.captured()
 
     @property
     def spec(self) -> ModelSpec:
