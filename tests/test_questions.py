@@ -19,12 +19,12 @@ from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import prompt_text
 
 FEWER = {
-    "blunt": 40,
-    "fewer-hedges": 40,
-    "less-flattery": 40,
-    "no-lists": 40,
-    "prompt-language": 40,
-    "step-by-step": 40,
+    "blunt": 65,
+    "fewer-hedges": 65,
+    "less-flattery": 65,
+    "no-lists": 65,
+    "prompt-language": 65,
+    "step-by-step": 65,
 }
 """The least number of questions in each half, of behaviours that have fewer than the others."""
 
