@@ -19,6 +19,7 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.metric_choice import read_metric
 from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question, knowledge_questions
 from steer2edit.errors import PlanError
@@ -205,9 +206,10 @@ def _measure(
     ]
     candidates.append(plan_candidate(loaded, "together", plan, note=" + ".join(called)))
     found = {}
-    for name, asked in zip(called, questions, strict=True):
+    for name, part, asked in zip(called, parts, questions, strict=True):
         if asked:
-            suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF)
+            own, _ = read_metric(part.data.get("metric"))
+            suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF, metric=own)
             found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
     return found
 

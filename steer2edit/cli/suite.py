@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from steer2edit.architecture import ModelSpec
+    from steer2edit.capture.statistics import Statistics
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.data.questions import Question
     from steer2edit.evaluation.suite import Suite
@@ -56,7 +57,10 @@ class SuiteFlags(FlagGroup):
     split_seed: int = option(0, "Seed that deals the questions out to the two splits.", rare=True)
 
     def read_questions(self, data: DataFlags) -> Sequence[Question]:
-        """The held-out questions. Raises UsageError where there are none."""
+        """The held-out questions. Raises UsageError where there are none, and DataError for a pattern that is none."""
+        from steer2edit.data.user_scores import check_patterns
+
+        check_patterns(self.patterns)
         questions = data.questions((self.questions,) if self.questions else ())
         if questions is None:
             raise click.UsageError(
@@ -64,14 +68,20 @@ class SuiteFlags(FlagGroup):
             )
         return questions
 
-    def suite(self, loaded: LoadedModel, questions: Sequence[Question], data: DataFlags) -> Suite:
-        """What candidates are measured on."""
+    def suite(
+        self,
+        loaded: LoadedModel,
+        questions: Sequence[Question],
+        data: DataFlags,
+        statistics: Statistics | None = None,
+    ) -> Suite:
+        """What candidates are measured on; the metric is that of the data, else the one that ``statistics`` name."""
+        from steer2edit.data.metric_choice import read_metric
         from steer2edit.data.questions import knowledge_questions, read_questions
-        from steer2edit.data.user_scores import check_patterns, load_function
+        from steer2edit.data.user_scores import load_function
         from steer2edit.evaluation.suite import Suite
         from steer2edit.strength.neutral_texts import neutral_texts
 
-        check_patterns(self.patterns)
         useful = self.useful
         return Suite(
             questions,
@@ -90,7 +100,7 @@ class SuiteFlags(FlagGroup):
             chat_template_kwargs=data.template_arguments,
             limit=self.limit,
             seed=self.split_seed,
-            metric=data.metric,
+            metric=data.metric or read_metric(None if statistics is None else statistics.source.get("metric"))[0],
         )
 
 

@@ -122,8 +122,8 @@ def tune(
     if stored is None and not data.any:
         raise click.UsageError("give --data, --behavior or --stats: exactly one of them")
     loaded = model_flags.load(checkpoint, spec)
-    suite = asked.suite(loaded, questions, data)
     scoring = scoring_of(stored, data, checkpoint, spec, model_flags, loaded)
+    suite = asked.suite(loaded, questions, data, scoring.statistics)
     click.echo(study_work(search, suite, not output.no_report), err=True)
     study = run_study(
         loaded,
