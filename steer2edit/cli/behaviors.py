@@ -78,8 +78,7 @@ def _first_pairs(file: BehaviorFile) -> list[dict[str, str]]:
 
 def _metric_text(file: BehaviorFile) -> str:
     metric, unit = file.metric, f" ({file.metric.kind.unit})" if file.metric.kind.unit else ""
-    pattern = f", pattern {metric.pattern}" if metric.pattern else ""
-    return f"{metric.title or metric.name}{unit}, {metric.goal} is better: {metric.kind.description}{pattern}"
+    return f"{metric.title or metric.name}{unit}, {metric.goal} is better: {metric.kind.description}"
 
 
 def _data_text(file: BehaviorFile) -> str:
@@ -119,6 +118,7 @@ def _render_whole(file: BehaviorFile) -> str:
         "Negative": file.negative,
         "Rubric": file.rubric or "none",
         "Metric": _metric_text(file),
+        **({"Pattern": file.metric.pattern} if file.metric.pattern else {}),
         "Data": _data_text(file),
         "File": str(file.path),
     }
