@@ -11,7 +11,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from steer2edit.architecture.config import TEXT_CONFIGS, class_defaults
+from steer2edit.architecture.config import (
+    HIDDEN,
+    TEXT_CONFIGS,
+    TextConfig,
+    class_defaults,
+    head_count,
+    head_size,
+    integer,
+    layer_values,
+)
 from steer2edit.architecture.families import WRITER_LEAVES
 from steer2edit.architecture.family import Family
 from steer2edit.architecture.sites import Site
@@ -82,6 +91,26 @@ def missing_around(
     return problems
 
 
+def key_shapes(checkpoint: Checkpoint, text: TextConfig, prefix: str, layers: int) -> list[str]:
+    """Key and value matrices that do not fit the number of heads that a config without num_key_value_heads means."""
+    values, types = text.values, class_defaults(text.model_type)
+    if "num_key_value_heads" in text.given or not types or values.get("v_head_dim") is not None:
+        return []
+    heads = head_count(values, optional=True)
+    own = values.get("num_key_value_heads") is not None
+    groups = integer(values, "num_key_value_heads") if own else heads
+    rows = groups * head_size(values, integer(values, *HIDDEN), heads)
+    alike = [layer for layer in range(layers) if layer_values(values, layer) is values]
+    names = [f"{prefix}{layer}.self_attn.{leaf}_proj.weight" for layer in alike for leaf in "kv"]
+    shapes = {name: checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors}
+    return [
+        f"{name} has the shape {list(shape)}; expected {rows} rows: config.json gives no num_key_value_heads, which "
+        f"means {groups} heads for keys and values"
+        for name, shape in shapes.items()
+        if rows and shape[:1] != (rows,)
+    ]
+
+
 def around(prefix: str) -> str:
     """The prefix of what is around the blocks, in a checkpoint whose blocks have this one: ``model.`` for ``model.layers.``."""
     return "".join(prefix.removesuffix(".").rpartition(".")[:2])
@@ -129,13 +158,18 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config, *(config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict))]
 
 
-def _has_head(checkpoint: Checkpoint, family: Family) -> bool:
-    names = {f"{head}.weight" for head in (family.head, "lm_head")}
-    return any(
-        f"{inside}{name}" in checkpoint.tensors
+def head_tensor(checkpoint: Checkpoint, family: Family) -> str | None:
+    """The name of the unembedding's matrix; None where the file has none."""
+    names = (
+        f"{inside}{head}.weight"
         for inside in ("", "language_model.", "text_model.", "model.")
-        for name in names
+        for head in (family.head, "lm_head")
     )
+    return next((name for name in names if name in checkpoint.tensors), None)
+
+
+def _has_head(checkpoint: Checkpoint, family: Family) -> bool:
+    return head_tensor(checkpoint, family) is not None
 
 
 def _leaves(checkpoint: Checkpoint, prefix: str, layers: int) -> dict[int, set[str]]:

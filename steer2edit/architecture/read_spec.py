@@ -14,7 +14,6 @@ from steer2edit.architecture.carriers import BiasSetting, bias_settings
 from steer2edit.architecture.config import (
     HIDDEN,
     TextConfig,
-    class_defaults,
     head_count,
     head_size,
     integer,
@@ -23,9 +22,18 @@ from steer2edit.architecture.config import (
     number,
     text_config,
 )
-from steer2edit.architecture.coverage import around, is_tied, left_over, missing_around, missing_in_blocks
+from steer2edit.architecture.coverage import (
+    around,
+    head_tensor,
+    is_tied,
+    key_shapes,
+    left_over,
+    missing_around,
+    missing_in_blocks,
+)
 from steer2edit.architecture.family import Family, Orientation, Part
 from steer2edit.architecture.find_family import family_of, find_family
+from steer2edit.architecture.read_readers import ReaderFinder
 from steer2edit.architecture.refusals import refuse_unfit
 from steer2edit.architecture.routers import Router, read_router
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Norm, Site, part_of
@@ -61,14 +69,16 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
     family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)
     settings = bias_settings(checkpoint, model_type, text.given, prefix, layers)
-    reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings)
+    known = family_of(str(config.get("model_type"))) is not None or by_type is not None
+    finder = ReaderFinder(checkpoint, family, model_type, prefix, module, hidden, known)
+    reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings, finder)
     for layer in range(layers):
         reader.layer(layer)
     embedding, problems = _embedding(checkpoint, family, prefix, module, hidden)
     problems = [
         *problems,
         *reader.problems,
-        *_key_shapes(checkpoint, text, prefix, layers),
+        *key_shapes(checkpoint, text, prefix, layers),
         *missing_in_blocks(checkpoint, prefix, reader.sites, family, values, layers),
         *missing_around(checkpoint, prefix, family, config, model_type),
         *left_over(checkpoint, prefix, layers, reader.claimed),
@@ -81,6 +91,9 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.name} ({model_type or 'no model_type'}) does not match the {family.name} layout:\n"
             f"{listing(problems, _NAMED)}"
         )
+    tied = is_tied(checkpoint, family, config)
+    norm = None if family.final_norm is None else f"{around(prefix)}{family.final_norm}.weight"
+    head = None if tied else finder.unembedding(head_tensor(checkpoint, family), norm, layers - 1)
     return ModelSpec(
         model_type=model_type,
         family=family.name,
@@ -88,11 +101,13 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         layers=layers,
         sites=tuple(reader.sites),
         embedding=embedding,
-        tied_embeddings=is_tied(checkpoint, family, config),
+        tied_embeddings=tied,
         block_modules=module,
         routers=tuple(reader.routers),
         frozen=tuple(reader.frozen),
         bias_settings=settings,
+        readers=(*reader.readers, *((head,) if head is not None else ())),
+        undescribed=tuple(reader.undescribed),
     )
 
 
@@ -109,14 +124,17 @@ class _Reader:
         hidden: int,
         heads: int,
         settings: tuple[BiasSetting, ...],
+        finder: ReaderFinder,
     ) -> None:
         self.checkpoint, self.values, self.family = checkpoint, values, family
         self.creatable = {name for setting in settings for name in setting.creates}
-        self.prefix, self.module, self.hidden, self.heads = prefix, module, hidden, heads
+        self.prefix, self.module, self.hidden, self.heads, self.finder = prefix, module, hidden, heads, finder
         self.sites: list[Site] = []
         self.routers: list[Router] = []
         self.problems: list[str] = []
         self.frozen: list[str] = []
+        self.readers: list[Site] = []
+        self.undescribed: list[str] = []
         self.claimed: set[str] = set()
 
     def layer(self, layer: int) -> None:
@@ -141,6 +159,10 @@ class _Reader:
             self._writer(layer, MatrixRole.PER_LAYER_OUT, family.per_layer_out, family.per_layer_norm)
         if len(self.sites) == before and family.partial:
             self.problems.append(f"layer {layer}: no writer was found")
+        router = self.routers[-1] if routed and self.routers and self.routers[-1].layer == layer else None
+        readers, undescribed = self.finder.layer(layer, self.sites[before:], router)
+        self.readers += readers
+        self.undescribed += undescribed
 
     def _writer(
         self,
@@ -308,26 +330,6 @@ def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[st
     elif site.heads is not None and site.heads * head_size != site.in_features:
         problems.append(f"{info.name} has {site.in_features} input columns; expected {site.heads} heads of {head_size}")
     return problems
-
-
-def _key_shapes(checkpoint: Checkpoint, text: TextConfig, prefix: str, layers: int) -> list[str]:
-    """Key and value matrices that do not fit the number of heads that a config without num_key_value_heads means."""
-    values, types = text.values, class_defaults(text.model_type)
-    if "num_key_value_heads" in text.given or not types or values.get("v_head_dim") is not None:
-        return []
-    heads = head_count(values, optional=True)
-    own = values.get("num_key_value_heads") is not None
-    groups = integer(values, "num_key_value_heads") if own else heads
-    rows = groups * head_size(values, integer(values, *HIDDEN), heads)
-    alike = [layer for layer in range(layers) if layer_values(values, layer) is values]
-    names = [f"{prefix}{layer}.self_attn.{leaf}_proj.weight" for layer in alike for leaf in "kv"]
-    shapes = {name: checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors}
-    return [
-        f"{name} has the shape {list(shape)}; expected {rows} rows: config.json gives no num_key_value_heads, which "
-        f"means {groups} heads for keys and values"
-        for name, shape in shapes.items()
-        if rows and shape[:1] != (rows,)
-    ]
 
 
 def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> tuple[Site, list[str]]:

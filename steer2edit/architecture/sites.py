@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from typing import Literal
 
 from steer2edit.architecture.carriers import BiasSetting
 from steer2edit.architecture.family import Orientation
@@ -19,7 +20,12 @@ DEEP = 12
 
 
 class MatrixRole(str, Enum):
-    """What a site is to the residual stream. A mixer is whatever stands in attention's place (Mamba, convolution)."""
+    """What a matrix is to the residual stream. A mixer is whatever stands in attention's place (Mamba, convolution).
+
+    The first seven are writers. The others are readers: attention's (``*_LATENT`` are the matrices that MLA's latents come from,
+    INDEX those of sparse attention's indexer), a mixer's, an MLP's or an expert's, the router and the unembedding.
+    ``MIXER_INSIDE`` is a matrix between an attention's or a mixer's readers and its writer.
+    """
 
     ATTN_OUT = "attn_out"
     MIXER_OUT = "mixer_out"
@@ -27,15 +33,48 @@ class MatrixRole(str, Enum):
     EXPERT_OUT = "expert_out"
     SHARED_EXPERT_OUT = "shared_expert_out"
     PER_LAYER_OUT = "per_layer_out"
-    ROUTER = "router"
     EMBED = "embed"
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    QKV = "qkv"
+    Q_LATENT = "q_latent"
+    KV_LATENT = "kv_latent"
+    ATTN_GATE = "attn_gate"
+    INDEX = "index"
+    MIXER_IN = "mixer_in"
+    MIXER_INSIDE = "mixer_inside"
+    GATE = "gate"
+    UP = "up"
+    GATE_UP = "gate_up"
+    SHARED_GATE = "shared_gate"
+    PER_LAYER_GATE = "per_layer_gate"
+    ROUTER = "router"
+    UNEMBED = "unembed"
 
     @property
     def kind(self) -> MatrixRole:
         """ATTN_OUT for all that moves information between tokens, MLP_OUT for all that works on each token by itself."""
-        if self in (MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT):
+        if self in _BETWEEN_TOKENS:
             return MatrixRole.ATTN_OUT
-        return self if self in (MatrixRole.EMBED, MatrixRole.ROUTER) else MatrixRole.MLP_OUT
+        alone = (MatrixRole.EMBED, MatrixRole.ROUTER, MatrixRole.UNEMBED)
+        return self if self in alone else MatrixRole.MLP_OUT
+
+
+_BETWEEN_TOKENS = frozenset(
+    {
+        *(MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT),
+        *(MatrixRole.Q, MatrixRole.K, MatrixRole.V, MatrixRole.QKV, MatrixRole.Q_LATENT, MatrixRole.KV_LATENT),
+        *(MatrixRole.ATTN_GATE, MatrixRole.INDEX, MatrixRole.MIXER_IN, MatrixRole.MIXER_INSIDE),
+    }
+)
+Reads = Literal["norm", "stream", "inside", "unknown"]
+"""What a reader's input is.
+
+``norm``: a norm's output, times a number at most. ``stream``: the residual stream, as it is or changed by something else than a
+plain norm. ``inside``: what another reader made, such as a latent. ``unknown``: nothing is known of it.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +90,21 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class InputNorm:
+    """A norm before a reader: the reader's input is ``gain * n + bias`` for the normalised stream n, times a number at most.
+
+    The gain is ``offset`` + the values of ``tensor``, and 1 where there is no tensor. ``module`` is the norm's in transformers.
+    """
+
+    module: str
+    tensor: str | None
+    offset: float
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class Site:
-    """One weight matrix at the residual stream.
+    """One weight matrix that writes to the residual stream or reads from it.
 
     ``in_features`` and ``out_features`` are those of ``y = W x`` whatever the file's ``orientation``. ``heads`` is the
     number of attention heads, each a block of ``in_features / heads`` input columns, and None elsewhere, where the
@@ -61,6 +113,10 @@ class Site:
     included, at its end, or the tensor that holds the number. ``expert`` is the expert's number. Where a tensor holds several
     experts, ``part`` is ``(which, of how many)`` equal parts of its first stored axis; ``module`` is then that of all the
     experts.
+
+    A reader says what it ``reads``, and ``norm_before`` is the norm whose output that is. ``label`` tells readers of one role in
+    one block apart. Where transformers holds a reader's matrix together with another one, ``output_part`` is ``(which, of how
+    many)`` equal parts of the module's output; where it is divided, ``modules`` are those of its rows, in order.
     """
 
     role: MatrixRole
@@ -78,12 +134,18 @@ class Site:
     part: tuple[int, int] | None = None
     multiplier: float = 1.0
     block_scale: str | float | None = None
+    label: str = ""
+    reads: Reads = "inside"
+    norm_before: InputNorm | None = None
+    output_part: tuple[int, int] | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """Stable name used in statistics and plans: ``attn_out.3``, ``expert_out.3.17``."""
+        """Stable name used in statistics and plans: ``attn_out.3``, ``expert_out.3.17``, ``q.3``, ``up/shared.3``."""
+        head = f"{self.role.value}/{self.label}" if self.label else self.role.value
         tail = "" if self.expert is None else f".{self.expert}"
-        return f"{self.role.value}.{self.layer}{tail}"
+        return f"{head}.{self.layer}{tail}"
 
     @property
     def vector_key(self) -> str:
@@ -116,19 +178,6 @@ class Site:
         return part_of(checkpoint.tensors[self.tensor], self.part)
 
 
-def _router_site(router: Router, hidden: int) -> Site:
-    return Site(
-        role=MatrixRole.ROUTER,
-        layer=router.layer,
-        tensor=router.tensor,
-        module=router.router_module,
-        orientation="out_in",
-        out_features=router.experts,
-        in_features=hidden,
-        bias=router.bias,
-    )
-
-
 def _name(tensor: str, part: tuple[int, int] | None) -> str:
     """What plans call a tensor, or a part of it."""
     return tensor if part is None else part_name(tensor, part[0])
@@ -143,6 +192,8 @@ def part_of(info: TensorInfo, part: tuple[int, int] | None) -> TensorInfo:
 class ModelSpec:
     """What the compiler knows of a model: ``sites`` are the writers, attention before MLP, layer by layer.
 
+    ``readers`` are the other matrices of the blocks, in the same order, routers among them, and the unembedding where it is a
+    matrix of its own. ``undescribed`` are matrices of the blocks of which nothing is known.
     ``routers`` are those of the layers that are mixtures of experts; ``frozen`` tensors hold writers in a format that is read
     by no one here, and stay as they are. ``bias_settings`` are the settings of config.json that would give writers a bias.
     """
@@ -158,6 +209,8 @@ class ModelSpec:
     routers: tuple[Router, ...] = ()
     frozen: tuple[str, ...] = ()
     bias_settings: tuple[BiasSetting, ...] = ()
+    readers: tuple[Site, ...] = ()
+    undescribed: tuple[str, ...] = ()
 
     def site(self, key: str) -> Site:
         """The writer called ``key``; KeyError where there is none."""
@@ -165,9 +218,18 @@ class ModelSpec:
 
     @cached_property
     def owners(self) -> Mapping[str, Site]:
-        """The site of each matrix and bias that a plan may name, also of biases to create, embedding and routers among them."""
-        sites = (*self.sites, self.embedding, *(_router_site(router, self.hidden_size) for router in self.routers))
+        """The site of each matrix and bias that a plan may name: writers, the embedding, readers with the routers.
+
+        Biases to create are among them.
+        """
+        sites = (*self.sites, self.embedding, *self.readers)
         return {name: site for site in sites for name in (site.matrix, site.bias_vector, site.new_bias) if name}
+
+    def why_unknown(self, name: str) -> str:
+        """Why no site has a tensor of this name."""
+        if name in self.undescribed:
+            return f"{name} is a matrix of {self.model_type} that is not described, and cannot be edited"
+        return f"{name} is not a matrix or bias that can be edited in a {self.model_type or 'nameless'} model"
 
     def router(self, layer: int) -> Router:
         """The router of a layer. Raises ArchitectureError where that layer is not a mixture."""

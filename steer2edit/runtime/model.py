@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
 from steer2edit.data.templates import processor_template, templated
@@ -142,6 +142,8 @@ class LoadedModel:
 
     def module(self, site: Site) -> Any:
         """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""
+        if site.role is MatrixRole.UNEMBED:
+            return self.model.get_output_embeddings()
         try:
             return self.model.get_submodule(site.module)
         except AttributeError:
