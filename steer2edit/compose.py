@@ -161,7 +161,7 @@ def overlap(plans: Sequence[EditPlan], spec: ModelSpec) -> tuple[Overlap, ...]:
     for (i, first), (j, second) in combinations(enumerate(plans), 2):
         mine, theirs = _low_rank(first), _low_rank(second)
         shared, product = [], 0.0
-        for site in spec.sites:
+        for site in (*spec.sites, *spec.readers):
             if site.matrix in mine and site.matrix in theirs:
                 a, b = mine[site.matrix], theirs[site.matrix]
                 inner = _inner(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conftest import save_tiny
 from family_configs import INSIDE, family_config
 from family_models import Case, blocks, last_logits, renamed
+from reader_laws import check_readers, single_readers
 
 from steer2edit.architecture import MatrixRole
 from steer2edit.architecture.families import FAMILIES
@@ -109,10 +111,16 @@ def test_without_its_writers_a_model_knows_no_context(case: Case) -> None:
     assert torch.equal(last_logits(loaded), silent)
 
 
+def test_readers_are_all_that_reads_the_stream(case: Case) -> None:
+    check_readers(case.checkpoint, case.loaded())
+
+
 @pytest.mark.parametrize("method", ["component", "ablation"])
 def test_plans_become_checkpoints_and_adapters_that_verify(case: Case, method: str, tmp_path: Path) -> None:
     plan = case.plan(method)
     assert plan.edits
+    if method == "component":
+        plan = replace(plan, edits=(*plan.edits, *single_readers(case.checkpoint, case.spec)))
     carries_biases = any(isinstance(edit, Bias) for edit in plan.edits)
     assert carries_biases == (method == "ablation" and any(site.bias for site in case.spec.sites))
     no_adapter = case.spec.model_type in NO_ADAPTER

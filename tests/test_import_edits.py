@@ -110,6 +110,7 @@ def lora(folder: Path, targets_of: tuple[str, ...] = ("o_proj",), **changes: Any
         {},
         {"use_rslora": True},
         {"rank_pattern": {"1.self_attn.o_proj": 4}, "alpha_pattern": {"layers.0.self_attn.o_proj": 1}},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"k_proj": 3}},
     ],
 )
 def test_peft_adapters_are_the_update_that_peft_merges(
@@ -120,7 +121,7 @@ def test_peft_adapters_are_the_update_that_peft_merges(
     result = run("import", tmp_path / "adapter", "--model", scoring.checkpoint.path, "-o", tmp_path / "p.safetensors")
     assert result.exit_code == 0, result.output
     plan = EditPlan.load(tmp_path / "p.safetensors")
-    assert len(plan.edits) == LAYERS
+    assert len(plan.edits) == (7 if "target_modules" in changes else 1) * LAYERS
     merged = model.merge_and_unload().state_dict()
     for edit in plan.edits:
         assert isinstance(edit, LowRank)
@@ -131,16 +132,54 @@ def test_peft_adapters_are_the_update_that_peft_merges(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_difference_of_adapters_is_the_difference_of_their_updates_at_its_rank(
+    tmp_path: Path, scoring: Scoring
+) -> None:
+    base = scoring.checkpoint.path
+    for name, changes in (("plus", {}), ("minus", {"r": 3, "lora_alpha": 3})):
+        lora(base, target_modules="all-linear", **changes).save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+    out = tmp_path / "d.plan.safetensors"
+    found = run("import", tmp_path / "plus", tmp_path / "minus", "--difference", "--model", base, "-o", out)
+    assert found.exit_code == 0, found.output
+    plan = EditPlan.load(out)
+    parts = [read(tmp_path / name).plan(scoring.checkpoint, scoring.spec) for name in ("plus", "minus")]  # type: ignore[union-attr]
+    assert len(plan.edits) == 7 * LAYERS
+    for edit in plan.edits:
+        plus, minus = (part.edit_of(edit.tensor) for part in parts)
+        assert isinstance(edit, LowRank) and isinstance(plus, LowRank) and isinstance(minus, LowRank)
+        assert len(edit.A) == 5
+        assert torch.allclose(edit.dense(), plus.dense() - minus.dense(), atol=1e-5 * edit.norm)
+    emit(plan.scaled(0.3), scoring.checkpoint, scoring.spec, "lora", tmp_path / "lora")
+    assert verify(tmp_path / "lora", base).ok
+    # half of one adapter taken from it: plans are subtracted too, and what both have is stored once
+    half = tmp_path / "half.plan.safetensors"
+    parts[0].scaled(0.5).save(half)
+    assert run("import", tmp_path / "plus", half, "--difference", "--model", base, "-o", out, "--force").exit_code == 0
+    for edit in EditPlan.load(out).edits:
+        plus = parts[0].edit_of(edit.tensor)
+        assert isinstance(edit, LowRank) and isinstance(plus, LowRank) and len(edit.A) == 2
+        assert torch.allclose(edit.dense(), 0.5 * plus.dense(), atol=1e-5 * edit.norm)
+    for arguments, said in (
+        ((tmp_path / "plus", "--difference", "--model", base), "takes two sources"),
+        ((tmp_path / "plus", tmp_path / "minus", "--model", base), "add --difference"),
+        ((tmp_path / "plus", tmp_path / "minus", "--difference"), "name their base"),
+        ((tmp_path / "plus", tmp_path / "plus", "--difference", "--model", base), "their difference is nothing"),
+    ):
+        refused = run("import", *arguments, "-o", tmp_path / "x.plan.safetensors")
+        assert refused.exit_code == 2 and said in refused.output
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_that_are_more_than_plain_lora_are_refused(tmp_path: Path, scoring: Scoring) -> None:
     for name, changes, said in (
         ("dora", {"use_dora": True}, "DoRA"),
         ("bias", {"bias": "all"}, "biases are replaced"),
         ("head", {"modules_to_save": ["lm_head"]}, "whole modules are replaced"),
-        ("reader", {"targets_of": ("q_proj", "o_proj")}, "q_proj does not write to the residual stream"),
     ):
         lora(scoring.checkpoint.path, **changes).save_pretrained(tmp_path / name)  # type: ignore[attr-defined,arg-type]
         with pytest.raises(DataError, match=said):
             read(tmp_path / name).plan(scoring.checkpoint, scoring.spec)  # type: ignore[union-attr]
+    lora(scoring.checkpoint.path, ("q_proj", "o_proj")).save_pretrained(tmp_path / "reader")  # type: ignore[attr-defined]
     config = tmp_path / "reader/adapter_config.json"
     sound = json.loads(config.read_text())
     config.write_text(json.dumps({**sound, "r": 5}))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from family_models import CONTEXTS
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case, experts_down, writing_parameters
+from reader_laws import check_readers, reader_plan
 from safetensors.torch import load_file, save_file
 
 from steer2edit import methods
@@ -29,6 +30,9 @@ from steer2edit.plan import Assign, Base, Edit, EditPlan, LowRank, Scale, Struct
 from steer2edit.runtime.expert_modules import experts_module
 from steer2edit.runtime.hooks import edited
 from steer2edit.scoring.scores import Scoring
+
+
+ROUTER = MatrixRole.ROUTER
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,10 @@ def test_without_its_writers_a_mixture_knows_no_context(case: Case) -> None:
     assert torch.equal(last(), silent)
 
 
+def test_readers_are_all_that_reads_the_stream(case: Case) -> None:
+    check_readers(case.checkpoint, case.loaded())
+
+
 def rewritten(source: Path, folder: Path, drop: str | None = None, **config: Any) -> Path:
     """A copy of a checkpoint without one tensor, or with other config values."""
     folder.mkdir()
@@ -92,8 +100,11 @@ def rewritten(source: Path, folder: Path, drop: str | None = None, **config: Any
     return folder
 
 
-def random_plan(case: Case, size: float = 0.3) -> EditPlan:
-    """A rank-1 edit of every writer, of ``size`` times its output, and a gain, a row and a bias where there are such."""
+def random_plan(case: Case, size: float = 0.3, readers: bool = False) -> EditPlan:
+    """A rank-1 edit of every writer, of ``size`` times its output, and a gain, a row and a bias where there are such.
+
+    With ``readers`` also an edit of every reader but the routers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def direction(n: int) -> torch.Tensor:
@@ -107,6 +118,9 @@ def random_plan(case: Case, size: float = 0.3) -> EditPlan:
     ]
     for site in silenced:
         edits += [Scale.whole(name, 0.5) for name in (site.matrix, site.bias_vector) if name]
+    if readers:
+        owners = case.spec.owners
+        edits += [e for e in reader_plan(case.checkpoint, case.spec).edits if owners[e.tensor].role is not ROUTER]
     for router in case.spec.routers:
         edits.append(Assign(router.tensor, (2, 5), torch.stack([direction(case.spec.hidden_size) for _ in range(2)])))
         if router.bias:
@@ -115,7 +129,7 @@ def random_plan(case: Case, size: float = 0.3) -> EditPlan:
 
 
 def test_a_plan_becomes_a_checkpoint_that_is_the_model_under_hooks(case: Case, tmp_path: Path) -> None:
-    plan = random_plan(case)
+    plan = random_plan(case, readers=True)
     plan.save(tmp_path / "x.plan.safetensors")
     assert EditPlan.load(tmp_path / "x.plan.safetensors").hash == plan.hash
     lowering = emit(plan, case.checkpoint, case.spec, "checkpoint", tmp_path / "out")

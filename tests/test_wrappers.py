@@ -12,6 +12,7 @@ import pytest
 import torch
 from family_models import Case, blocks, last_logits
 from mixture_models import experts_down, writing_parameters
+from reader_laws import check_readers, single_readers
 from wrapper_models import AROUND, WRAPPED, WRAPPERS
 
 from steer2edit.architecture import MatrixRole
@@ -63,9 +64,14 @@ def test_every_writer_is_a_module_of_the_whole_model_and_there_are_no_others(cas
     assert torch.equal(last_logits(loaded), silent)
 
 
+def test_readers_are_all_that_reads_the_stream(case: Case) -> None:
+    check_readers(case.checkpoint, case.loaded())
+
+
 def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(case: Case, tmp_path: Path) -> None:
     plan = case.plan("component")
     assert plan.edits
+    plan = replace(plan, edits=(*plan.edits, *single_readers(case.checkpoint, case.spec)))
     plain = replace(plan, edits=tuple(edit for edit in plan.edits if in_adapters(case, edit.tensor)))
     carried = {"checkpoint": plan, "lora": plain} if plain.edits else {"checkpoint": plan}
     if plain.edits != plan.edits:
@@ -78,7 +84,7 @@ def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(
         assert result.ok, result.problems
         assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
     edited = open_checkpoint(tmp_path / "checkpoint")
-    ours = {site.tensor for site in case.spec.sites}
+    ours = {site.tensor for site in (*case.spec.sites, *case.spec.readers)}
     assert edited.tensors.keys() == case.checkpoint.tensors.keys()
     for name in edited.tensors.keys() - ours:
         assert torch.equal(edited.read(name), case.checkpoint.read(name))

@@ -25,7 +25,14 @@ class ReaderFinder:
     """Finds the readers of one checkpoint, block by block; ``known`` is whether the model type is described."""
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, model_type: str, prefix: str, module: str, hidden: int, known: bool
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        model_type: str,
+        prefix: str,
+        module: str,
+        hidden: int,
+        known: bool,
     ) -> None:
         self.checkpoint, self.family, self.model_type = checkpoint, family, model_type
         self.prefix, self.module, self.hidden, self.known = prefix, module, hidden, known
@@ -246,4 +253,3 @@ def role_of(leaf: str) -> MatrixRole | None:
 
 def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) == 2 and 0 not in info.shape and (info.dtype in EDITABLE or info.dtype == FP8)
-

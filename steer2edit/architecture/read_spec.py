@@ -13,7 +13,6 @@ from typing import Any
 from steer2edit.architecture.carriers import BiasSetting, bias_settings
 from steer2edit.architecture.config import (
     HIDDEN,
-    TextConfig,
     head_count,
     head_size,
     integer,

@@ -1,4 +1,4 @@
-"""Readers as data: which matrix of a block is which, by its name, and which norm each family puts before them.
+"""Readers as data: each matrix by its name, and the norm that each family puts before it.
 
 Names are those of the checkpoint's tensors inside one block, without ``.weight``. The reader laws of the tests decide whether an
 entry is right.
@@ -55,7 +55,9 @@ LABELLED = (MatrixRole.INDEX, MatrixRole.MIXER_IN, MatrixRole.MIXER_INSIDE)
 
 @dataclass(frozen=True)
 class Norms:
-    """The norms before a block's readers: before attention's and other mixers', before the MLP's, and before routed experts'.
+    """The norms before a block's readers.
+
+    ``attention`` is before those of attention and other mixers, ``mlp`` before the MLP's, ``experts`` before the routed experts'.
 
     Of several names the first that a block has counts; a block that has none of them gives its readers the stream itself.
     ``experts`` is the MLP's norm where it is None. ``offset`` is what the norms add to their stored gain, ``last_offset`` what
@@ -102,9 +104,7 @@ NORMS: Mapping[str, Norms] = {
     "recurrent_gemma": Norms(("temporal_pre_norm",), ("channel_pre_norm",), offset=1.0),
     **dict.fromkeys(("olmo", "nanochat"), replace(_PLAIN, weights=False)),
     "stablelm": Norms(mlp=("post_attention_layernorm", "input_layernorm")),
-    "falcon": Norms(
-        ("ln_attn", "input_layernorm"), ("ln_mlp", "post_attention_layernorm", "input_layernorm")
-    ),
+    "falcon": Norms(("ln_attn", "input_layernorm"), ("ln_mlp", "post_attention_layernorm", "input_layernorm")),
     "ctrl": Norms(("layernorm1",), ("layernorm2",)),
     "mpt": Norms(("norm_1",), ("norm_2",)),
     # the first block has no norm before attention, the unembedding a layer of its own before it
@@ -136,7 +136,10 @@ MODULES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "laguna": (("mlp.shared_expert.", "mlp.shared_experts."),),
     "hy_v3": (("mlp.shared_mlp.", "mlp.shared_experts."),),
     "minimax_m3_vl_text": (
-        *(("self_attn.index_q_proj", "self_attn.indexer.q_proj"), ("self_attn.index_k_proj", "self_attn.indexer.k_proj")),
+        *(
+            ("self_attn.index_q_proj", "self_attn.indexer.q_proj"),
+            ("self_attn.index_k_proj", "self_attn.indexer.k_proj"),
+        ),
         *_SPARSE_BLOCK,
     ),
     "kimi_linear": (

@@ -54,6 +54,11 @@ class MatrixRole(str, Enum):
     UNEMBED = "unembed"
 
     @property
+    def writes(self) -> bool:
+        """Whether its output goes into the residual stream; other matrices read from it, or lie between."""
+        return self in _WRITERS
+
+    @property
     def kind(self) -> MatrixRole:
         """ATTN_OUT for all that moves information between tokens, MLP_OUT for all that works on each token by itself."""
         if self in _BETWEEN_TOKENS:
@@ -62,6 +67,12 @@ class MatrixRole(str, Enum):
         return self if self in alone else MatrixRole.MLP_OUT
 
 
+_WRITERS = frozenset(
+    {
+        *(MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT, MatrixRole.MLP_OUT, MatrixRole.EXPERT_OUT),
+        *(MatrixRole.SHARED_EXPERT_OUT, MatrixRole.PER_LAYER_OUT, MatrixRole.EMBED),
+    }
+)
 _BETWEEN_TOKENS = frozenset(
     {
         *(MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT),
@@ -91,9 +102,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class InputNorm:
-    """A norm before a reader: the reader's input is ``gain * n + bias`` for the normalised stream n, times a number at most.
+    """A norm before a reader.
 
-    The gain is ``offset`` + the values of ``tensor``, and 1 where there is no tensor. ``module`` is the norm's in transformers.
+    The reader's input is ``gain * n + bias`` for the normalised stream n, times a number at most. The gain is ``offset`` + the
+    values of ``tensor``, and 1 where there is no tensor. ``module`` is the norm's in transformers.
     """
 
     module: str
@@ -213,7 +225,7 @@ class ModelSpec:
     undescribed: tuple[str, ...] = ()
 
     def site(self, key: str) -> Site:
-        """The writer called ``key``; KeyError where there is none."""
+        """The writer or reader called ``key``; KeyError where there is none."""
         return self._by_key[key]
 
     @cached_property
@@ -226,10 +238,12 @@ class ModelSpec:
         return {name: site for site in sites for name in (site.matrix, site.bias_vector, site.new_bias) if name}
 
     def why_unknown(self, name: str) -> str:
-        """Why no site has a tensor of this name."""
-        if name in self.undescribed:
+        """Why a plan can edit nothing of this name."""
+        if name in self.undescribed or f"{name}.weight" in self.undescribed:
             return f"{name} is a matrix of {self.model_type} that is not described, and cannot be edited"
-        return f"{name} is not a matrix or bias that can be edited in a {self.model_type or 'nameless'} model"
+        return (
+            f"{name} is neither a writer nor a reader of the residual stream that is known in a {self.model_type} model"
+        )
 
     def router(self, layer: int) -> Router:
         """The router of a layer. Raises ArchitectureError where that layer is not a mixture."""
@@ -253,4 +267,4 @@ class ModelSpec:
 
     @cached_property
     def _by_key(self) -> Mapping[str, Site]:
-        return {site.key: site for site in self.sites}
+        return {site.key: site for site in (*self.sites, *self.readers)}

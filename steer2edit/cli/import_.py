@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.flags import Flag, FlagGroup, flag
-from steer2edit.cli.options import JsonFlags, ReplaceFlags, RevisionFlags
+from steer2edit.cli.options import JsonFlags, ReplaceFlags, RevisionFlags, read_plan
 from steer2edit.cli.output import print_result
 from steer2edit.cli.plan import print_plan
 from steer2edit.importers.source import Reading
@@ -44,6 +44,26 @@ class ImportFlags(RevisionFlags):
 
 
 @dataclass(frozen=True)
+class DifferenceFlags(FlagGroup):
+    """What is made of two sources."""
+
+    heading: ClassVar[str] = "Source"
+
+    difference: bool = option(
+        False, "Subtract the edits of MINUS from those of SOURCE, as contrastive weight steering does; needs --model."
+    )
+
+    def check(self, minus: str | None, model: str | None) -> None:
+        """Raise UsageError unless a second source and --difference come together."""
+        if self.difference and minus is None:
+            raise click.UsageError("--difference takes two sources: SOURCE and MINUS")
+        if minus is not None and not self.difference:
+            raise click.UsageError("two sources are read for their difference alone: add --difference")
+        if self.difference and model is None:
+            raise click.UsageError("--difference is one of finished edits: name their base with --model")
+
+
+@dataclass(frozen=True)
 class ImportOut(FlagGroup):
     """Where the result goes."""
 
@@ -55,12 +75,21 @@ class ImportOut(FlagGroup):
 
 
 @command(
-    "import", reading=ReadingFlags, model_flags=ImportFlags, output=ImportOut, replace=ReplaceFlags, printed=JsonFlags
+    "import",
+    reading=ReadingFlags,
+    difference=DifferenceFlags,
+    model_flags=ImportFlags,
+    output=ImportOut,
+    replace=ReplaceFlags,
+    printed=JsonFlags,
 )
 @click.argument("source")
+@click.argument("minus", required=False)
 def import_(
     source: str,
+    minus: str | None,
     reading: ReadingFlags,
+    difference: DifferenceFlags,
     model_flags: ImportFlags,
     output: ImportOut,
     replace: ReplaceFlags,
@@ -70,12 +99,17 @@ def import_(
 
     Vectors: control-vector GGUF (repeng, llama.cpp), the steering-vectors library's SteeringVector, Steer2Edit's direction
     files, .pt, .npz, .npy and .safetensors by layer, SAELens folders. Edits (with --model): Steer2Edit's edit packs, PEFT and
-    GGUF LoRA adapters. SOURCE may be a repository on the Hub.
+    GGUF LoRA adapters. SOURCE may be a repository on the Hub. With --difference,
+    SOURCE and MINUS are adapters or plans of one base.
     """
     from steer2edit.capture.vectors import Vectors
     from steer2edit.files.hub import fetch
     from steer2edit.importers import read
 
+    difference.check(minus, model_flags.model)
+    if minus is not None:
+        _import_difference((source, minus), reading.reading, model_flags, output.out, replace, printed)
+        return
     content = read(fetch(source), reading.reading)
     replace.check(output.out, "vectors" if isinstance(content, Vectors) else "plan")
     if not isinstance(content, Vectors):
@@ -94,6 +128,40 @@ def import_(
         "norms": {place: float(vector.norm()) for place, vector in content.directions.items()},
     }
     print_result(result, printed.as_json, _render)
+
+
+def _import_difference(
+    sources: tuple[str, str],
+    reading: Reading,
+    model_flags: ImportFlags,
+    out: Path,
+    replace: ReplaceFlags,
+    printed: JsonFlags,
+) -> None:
+    """Write the difference of two sets of edits, each an adapter, another source of edits, or a plan."""
+    from steer2edit.capture.vectors import Vectors
+    from steer2edit.errors import DataError
+    from steer2edit.files.hub import fetch
+    from steer2edit.importers import read
+    from steer2edit.importers.difference import difference
+
+    replace.check(out, "plan")
+    assert model_flags.model is not None  # checked before
+    checkpoint, spec = model_flags.open(model_flags.model)
+    plans = []
+    for source in sources:
+        if source.endswith(".plan.safetensors"):
+            plan = read_plan(source)
+            plan.check_base(checkpoint)
+        else:
+            content = read(fetch(source), reading)
+            if isinstance(content, Vectors):
+                raise DataError(f"{source} holds steering vectors; a difference is one of finished edits")
+            plan = content.plan(checkpoint, spec)
+        plans.append(plan)
+    plan = difference(*plans)
+    plan.save(out)
+    print_plan(plan, out, printed.as_json)
 
 
 def _render(result: dict[str, Any]) -> str:

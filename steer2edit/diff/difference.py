@@ -84,7 +84,7 @@ def fused_parts(spec: ModelSpec | None) -> dict[str, int]:
 
     A tensor of three axes has one slice for each row in any case.
     """
-    sites = (site for site in spec.sites if site.part is not None) if spec is not None else ()
+    sites = (site for site in (*spec.sites, *spec.readers) if site.part is not None) if spec is not None else ()
     return {name: site.part[1] for site in sites for name in (site.tensor, site.bias) if name and site.part}
 
 
@@ -162,7 +162,7 @@ def _other_files(base: Checkpoint, edited: Checkpoint) -> tuple[str, ...]:
 def recover_plan(
     difference: CheckpointDifference, base: Checkpoint, spec: ModelSpec
 ) -> tuple[EditPlan, dict[str, str]]:
-    """The plan of all low-rank differences at residual writers and their biases, and of scaled rows and columns.
+    """The plan of all low-rank differences at writers, readers and their biases, and of scaled rows and columns.
 
     For every other difference, the reason why it is not in the plan.
 
@@ -173,7 +173,7 @@ def recover_plan(
     for found in difference.tensors:
         site = spec.owners.get(found.tensor)
         if site is None:
-            left_out[found.tensor] = "no residual writer"
+            left_out[found.tensor] = "neither a writer nor a reader of the residual stream"
         elif found.delta is not None:
             edits.append(Bias(found.tensor, found.delta))
         elif found.scaled is not None:

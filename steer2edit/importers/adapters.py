@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters as plans: ``ΔW = s B A`` on residual writers, with s = alpha/r, or alpha/√r for rslora."""
+"""PEFT LoRA adapters as plans: ``ΔW = s B A`` on writers and readers, with s = alpha/r, or alpha/√r for rslora."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from steer2edit.architecture import ModelSpec
+from steer2edit.architecture import ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, DataError, PlanError, listing
 from steer2edit.files.atomic import load_tensors
@@ -127,18 +127,21 @@ class PeftAdapter:
     base_layers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def plan(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
-        """A low-rank edit for each writer that the adapter changes. Raises DataError listing all that is not a writer."""
-        dense = (site for site in spec.sites if site.expert is None)
-        sites = {name: site for site in dense for name in (site.module, site.tensor.removesuffix(".weight"))}
+        """A low-rank edit for each matrix that the adapter changes. Raises DataError listing all that cannot be edited."""
+        single = [site for site in (*spec.sites, *spec.readers) if site.expert is None]
+        sites = {name: site for site in single for name in (site.module, site.tensor.removesuffix(".weight")) if name}
         known = {_common_name(name): site for name, site in sites.items()}
+        in_parts = {_common_name(one) for site in single for one in _partly(site)}
         edits: list[Edit] = []
         problems = self._changed_base_layers(checkpoint)
         for module, (B, A) in self.factors.items():
             site = sites.get(module) or known.get(_common_name(module))
             if not bool(B.any() and A.any()):
                 continue
-            if site is None:
-                problems.append(f"{module} does not write to the residual stream")
+            if _common_name(module) in in_parts:
+                problems.append(f"{module} is a matrix that transformers divides, or holds together with another one")
+            elif site is None:
+                problems.append(_unknown(module, spec))
             elif (B.shape[0], A.shape[1]) != (site.out_features, site.in_features):
                 problems.append(
                     f"{module} is {site.out_features} x {site.in_features}, its update {B.shape[0]} x {A.shape[1]}"
@@ -149,8 +152,8 @@ class PeftAdapter:
                 edits.append(LowRank(site.matrix, B.clone(), A.clone()))
         if problems:
             raise DataError(
-                f"{len(problems)} of the adapter's modules cannot be part of a plan, which edits residual writers "
-                f"(such as {spec.sites[0].module}) alone:\n{listing(problems)}"
+                f"{len(problems)} of the adapter's modules cannot be part of a plan, which edits the matrices that write to the "
+                f"residual stream and read from it (such as {spec.sites[0].module}):\n{listing(problems)}"
             )
         doubled = [edit.tensor for edit in edits]
         if again := sorted({name for name in doubled if doubled.count(name) > 1}):
@@ -172,6 +175,17 @@ class PeftAdapter:
             if ours is None or not torch.equal(ours.float(), tensor.float()):
                 problems.append(f"{module}.base_layer.weight was saved too, and is not the base's weight")
         return problems
+
+
+def _partly(site: Site) -> tuple[str, ...]:
+    """Modules that hold a part of a site's matrix, or others beside it."""
+    return site.modules or ((site.module,) if site.output_part is not None else ())
+
+
+def _unknown(module: str, spec: ModelSpec) -> str:
+    if module.rpartition(".")[2] in ("lm_head", "embed_out") and spec.tied_embeddings:
+        return f"{module} is tied to the embedding, and an edit would change both"
+    return spec.why_unknown(module)
 
 
 def _common_name(name: str) -> str:

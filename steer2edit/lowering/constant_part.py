@@ -22,7 +22,7 @@ def constant_parts(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> d
         site = spec.owners[edit.tensor]
         if isinstance(edit, LowRank) and edit.mean_effect is not None and site.role not in _CONDITIONAL:
             vector = edit.B.double() @ edit.mean_effect.double()
-        elif isinstance(edit, Bias) and site.norm is None and site.role not in _CONDITIONAL:
+        elif isinstance(edit, Bias) and site.norm is None and site.role.writes and site.role not in _CONDITIONAL:
             vector = edit.delta.double()
         else:
             unknown.append(f"{edit.tensor}: {_reason(edit, site)}")
@@ -39,6 +39,8 @@ def _reason(edit: Edit, site: Site) -> str:
         return "the embedding's edit adds another vector from token to token"
     if site.role in _CONDITIONAL:
         return "an expert's edit acts only on tokens that are routed to it"
+    if not site.role.writes:
+        return "it changes what a block reads, and adds no vector to the stream"
     if isinstance(edit, Bias):
         return "a bias before a norm"
     if not isinstance(edit, LowRank):

@@ -81,10 +81,10 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved
     for edit in plan.edits:
         site = spec.owners.get(edit.tensor)
         if site is None:
-            problems.append(f"{edit.tensor} is not a residual writer of {checkpoint.name}")
+            problems.append(spec.why_unknown(edit.tensor))
         elif isinstance(edit, NewBias) != (edit.tensor == site.new_bias):
             problems.append(_no_such_bias(edit, checkpoint))
-        elif isinstance(edit, Assign) != (site.role is MatrixRole.ROUTER):
+        elif not _allowed(edit, site):
             problems.append(f"{edit.tensor}: {edit.op} is not an operation on a {site.role.value}")
         elif not edit.fits(shape := _shape(site, edit.tensor)):
             shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in edit.parts().items())
@@ -109,6 +109,16 @@ def _no_such_bias(edit: Edit, checkpoint: Checkpoint) -> str:
     return f"{edit.tensor} is not in {checkpoint.name}: {edit.op} is not an operation on a bias to create"
 
 
+def _allowed(edit: Edit, site: Site) -> bool:
+    """Whether an operation is one on this kind of matrix.
+
+    Rows are set in routers alone, and of them the matrix may also take an update.
+    """
+    if site.role is not MatrixRole.ROUTER:
+        return not isinstance(edit, Assign)
+    return isinstance(edit, Assign) or (isinstance(edit, LowRank) and edit.tensor == site.matrix)
+
+
 def _shape(site: Site, name: str) -> tuple[int, ...]:
     return (site.out_features, site.in_features) if name == site.matrix else (site.out_features,)
 
@@ -127,8 +137,14 @@ def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False, biases: bo
         return "the embedding"
     if site.role is MatrixRole.ROUTER:
         return "a router"
+    if site.role is MatrixRole.UNEMBED:
+        return "the unembedding, which not every engine's adapters reach"
+    if site.expert is not None and site.role is not MatrixRole.EXPERT_OUT:
+        return "an input matrix of an expert among several, which no engine was seen to apply"
     if site.expert is not None and not experts:
         return "an expert among several"
+    if site.modules or site.output_part is not None:
+        return "a matrix that transformers divides, or holds together with another one"
     if isinstance(edit, Bias) or edit.tensor != site.matrix:
         return "" if biases and isinstance(edit, Bias) and site.expert is None else "a bias"
     scales = scales_of(edit)

@@ -51,6 +51,25 @@ class LowRank:
         A[: self.A.shape[0]] = self.A / share[:, None]
         return B, A
 
+    def compressed(self) -> LowRank | None:
+        """The same update at its numerical rank, or None where nothing is left of it.
+
+        By QR and a small SVD in float64. Singular values under float32's rounding of the factors are left out.
+        """
+        left, right = torch.linalg.qr(self.B.double()), torch.linalg.qr(self.A.double().T)
+        U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
+        sizes = self.B.double().norm(dim=0) * self.A.double().norm(dim=1)
+        rounding = float(sizes.square().sum().sqrt()) * torch.finfo(torch.float32).eps
+        rank = int(S.gt(rounding).sum())
+        if not rank:
+            return None
+        root = S[:rank].sqrt()
+        B, A = (left.Q @ U[:, :rank]) * root, (root[:, None] * Vh[:rank]) @ right.Q.T
+        effect = self.mean_effect
+        if effect is not None:
+            effect = (U[:, :rank].T @ left.R @ effect.double() / root).float()
+        return LowRank(self.tensor, B.float(), A.float(), effect)
+
     @property
     def norm(self) -> float:
         """Frobenius norm of the update, without forming it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,14 +36,20 @@ class Routed:
 
 
 Visit = Callable[[Routed], torch.Tensor | None]
+Again = Callable[[torch.Tensor], torch.Tensor]
+"""The output, float32, for another input, float32."""
+Widen = Callable[[torch.Tensor, torch.Tensor, Again], torch.Tensor]
+"""Changes what an expert's input matrices give, the gate's first: ``(x [n, hidden], wide [n, width], again) -> wide``."""
 Decide = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def visiting(model: Any, router: Router, visit: Visit) -> Iterator[None]:
+def visiting(
+    model: Any, router: Router, visit: Visit, widened: Mapping[int | None, Widen] = MappingProxyType({})
+) -> Iterator[None]:
     """Within the block, ``visit`` sees every expert of the layer that has tokens.
 
-    What it returns is the output instead.
+    What it returns is the output instead. ``widened`` changes what the input matrices of some experts give.
     """
     module = experts_module(model, router)
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
@@ -52,7 +59,7 @@ def visiting(model: Any, router: Router, visit: Visit) -> Iterator[None]:
         )
     with ExitStack() as stack:
         run = _llama4(model, router, stack) if _scales_inputs(module) else _indexed
-        stack.enter_context(_replaced(module, lambda *args, **kwargs: run(module, visit, *args, **kwargs)))
+        stack.enter_context(_replaced(module, lambda *args, **kwargs: run(module, visit, widened, *args, **kwargs)))
         yield
 
 
@@ -179,20 +186,30 @@ def routing_tensor(model: Any, router: Router, *, bias: bool) -> torch.Tensor:
     return held[0]  # type: ignore[no-any-return]
 
 
-def inner(module: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+def inner(module: Any, x: torch.Tensor, expert: int, widen: Widen | None = None) -> torch.Tensor:
     """The input of an expert's output matrix, [n, in], for tokens ``x`` [n, hidden]."""
-    if hasattr(module, "mlp"):  # DBRX stacks its experts' matrices
-        mlp = module.mlp
-        rows = _stacked(module, expert)
-        return mlp.activation_fn(x @ mlp.w1[rows].T) * (x @ mlp.v1[rows].T)  # type: ignore[no-any-return]
+
+    def wide_of(x: torch.Tensor) -> torch.Tensor:
+        if hasattr(module, "mlp"):  # DBRX stacks its experts' matrices
+            rows = _stacked(module, expert)
+            return torch.cat((x @ module.mlp.w1[rows].T, x @ module.mlp.v1[rows].T), dim=-1)
+        if _scales_inputs(module):
+            return x @ module.gate_up_proj[expert]  # type: ignore[no-any-return]
+        matrix = (module.gate_up_proj if module.has_gate else module.up_proj)[expert]
+        biases = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+        bias = None if biases is None else biases[expert]
+        return functional.linear(x, matrix.T if module.is_transposed else matrix, bias)
+
+    wide = wide_of(x)
+    if widen is not None:
+        wide = widen(x.float(), wide.float(), lambda other: wide_of(other.to(x.dtype)).float()).to(wide.dtype)
+    if hasattr(module, "mlp"):
+        gate, up = wide.chunk(2, dim=-1)
+        return module.mlp.activation_fn(gate) * up  # type: ignore[no-any-return]
     if _scales_inputs(module):
-        gate, up = (x @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = wide.chunk(2, dim=-1)
         return up * module.act_fn(gate)  # type: ignore[no-any-return]
-    gated = module.has_gate
-    matrix = (module.gate_up_proj if gated else module.up_proj)[expert]
-    bias = (module.gate_up_proj_bias if gated else module.up_proj_bias)[expert] if module.has_bias else None
-    wide = functional.linear(x, matrix.T if module.is_transposed else matrix, bias)
-    return module._apply_gate(wide) if gated else module.act_fn(wide)  # type: ignore[no-any-return]
+    return module._apply_gate(wide) if module.has_gate else module.act_fn(wide)  # type: ignore[no-any-return]
 
 
 def output(module: Any, h: torch.Tensor, expert: int) -> torch.Tensor:
@@ -207,13 +224,18 @@ def output(module: Any, h: torch.Tensor, expert: int) -> torch.Tensor:
 
 
 def _indexed(
-    module: Any, visit: Visit, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    module: Any,
+    visit: Visit,
+    widened: Mapping[int | None, Widen],
+    tokens: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     rows = tokens.reshape(-1, tokens.shape[-1])
     total = torch.zeros_like(rows)
     for expert in torch.bincount(chosen.flatten()).nonzero()[:, 0].tolist():
         token, slot = torch.where(chosen == expert)
-        h = inner(module, rows[token], expert)
+        h = inner(module, rows[token], expert, widened.get(expert))
         routed = Routed(expert, token, weights[token, slot], h, output(module, h, expert))
         found = visit(routed)
         given = routed.output if found is None else found
@@ -230,14 +252,14 @@ def _llama4(model: Any, router: Router, stack: ExitStack) -> Callable[..., torch
 
     stack.callback(model.get_submodule(router.router_module).register_forward_hook(keep).remove)
 
-    def run(module: Any, visit: Visit, inputs: torch.Tensor) -> torch.Tensor:
+    def run(module: Any, visit: Visit, widened: Mapping[int | None, Widen], inputs: torch.Tensor) -> torch.Tensor:
         by_expert = inputs.view(router.experts, -1, inputs.shape[-1])
         result = torch.zeros_like(by_expert)
         for expert in range(router.experts):
             token = scores[0][:, expert].nonzero()[:, 0]
             if not len(token):
                 continue
-            h = inner(module, by_expert[expert, token], expert)
+            h = inner(module, by_expert[expert, token], expert, widened.get(expert))
             # the score is in the input already
             routed = Routed(expert, token, torch.ones_like(h[:, 0]), h, output(module, h, expert))
             found = visit(routed)

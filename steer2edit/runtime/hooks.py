@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,18 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.config import TOP_K
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.plan import Assign, Bias, Edit, EditPlan, LowRank, Scale
-from steer2edit.plan.operations import addition_of, scales_of
+from steer2edit.plan.operations import ScaleAdd, addition_of, scales_of
 from steer2edit.runtime import expert_modules
-from steer2edit.runtime.expert_modules import Routed, Visit, experts_module, routing_tensor, visiting, without
+from steer2edit.runtime.expert_modules import (
+    Again,
+    Routed,
+    Visit,
+    Widen,
+    experts_module,
+    routing_tensor,
+    visiting,
+    without,
+)
 from steer2edit.runtime.model import LoadedModel, device_of
 
 
@@ -32,17 +42,29 @@ def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterat
     with ExitStack() as stack:
         for site, edits in _by_site(loaded.spec, plan):
             if site.role is MatrixRole.ROUTER:
-                stack.enter_context(_routing_set(loaded, site, edits))
-            elif site.expert is None:
+                stack.enter_context(_routing_set(loaded, site, [edit.scaled(strength) for edit in edits]))
+            elif site.role is MatrixRole.EMBED:
                 module = loaded.module(site)
-                hook = _embedding_hook if site.role is MatrixRole.EMBED else _linear_hook
-                stack.enter_context(_hooked(module, hook(site, edits, strength, device_of(module))))
+                stack.enter_context(_hooked(module, _embedding_hook(site, edits, strength, device_of(module))))
+            elif site.expert is None:
+                for module, part, outputs in _modules(loaded, site, edits):
+                    hook = _linear_hook(site, part, strength, device_of(module), outputs)
+                    stack.enter_context(_hooked(module, hook))
         for layer, experts in _experts_by_layer(loaded.spec, plan).items():
             router = loaded.spec.router(layer)
             module = experts_module(loaded.model, router)
             device = device_of(module)
-            changes = {site.expert: _changes(site, edits, strength, device) for site, edits in experts}
-            stack.enter_context(visiting(loaded.model, router, _changing(module, changes)))
+            changes = {
+                site.expert: _changes(site, edits, strength, device)
+                for site, edits in experts
+                if site.role is MatrixRole.EXPERT_OUT
+            }
+            inputs: dict[int | None, list[tuple[Site, list[Change]]]] = {}
+            for site, edits in experts:
+                if site.role is not MatrixRole.EXPERT_OUT:
+                    inputs.setdefault(site.expert, []).append((site, _changes(site, edits, strength, device)))
+            widened = {expert: _widening(ones) for expert, ones in inputs.items()}
+            stack.enter_context(visiting(loaded.model, router, _changing(module, changes), widened))
         for layer, gone in plan.structure.remove.items():
             stack.enter_context(without(loaded.model, loaded.spec.router(layer), gone, absent=True))
         if plan.structure.top_k is not None:
@@ -86,7 +108,7 @@ def stream_shifted(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> 
 def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:
     unknown = [edit.tensor for edit in plan.edits if edit.tensor not in spec.owners]
     if unknown:
-        raise PlanError(f"the plan edits {unknown[0]}, which is not a residual writer of this model")
+        raise PlanError(f"the plan does not fit this model: {spec.why_unknown(unknown[0])}")
     grouped: dict[str, tuple[Site, list[Edit]]] = {}
     for edit in plan.edits:
         site = spec.owners[edit.tensor]
@@ -102,8 +124,6 @@ def _experts_by_layer(spec: ModelSpec, plan: EditPlan) -> dict[int, list[tuple[S
     return found
 
 
-Again = Callable[[torch.Tensor], torch.Tensor]
-"""The output, float32, of the module for another input, float32."""
 Change = Callable[[torch.Tensor, torch.Tensor, Again], torch.Tensor]
 
 
@@ -148,6 +168,64 @@ def _output_gain(site: Site, scales: Sequence[Scale]) -> torch.Tensor | None:
             f"the plan scales {alone} alone; expected one gain, or one of each row, for {', '.join(sorted(names))}"
         )
     return first
+
+
+def _widening(inputs: Sequence[tuple[Site, Sequence[Change]]]) -> Widen:
+    """What edits of an expert's input matrices make of their outputs, which lie side by side."""
+
+    def widen(x: torch.Tensor, wide: torch.Tensor, again: Again) -> torch.Tensor:
+        wide = wide.clone()
+        for site, changes in inputs:
+            # a gate comes first; an expert without one has the other matrix alone
+            first = wide.shape[-1] - site.out_features if site.role is MatrixRole.UP else 0
+            columns = slice(first, first + site.out_features)
+            y = wide[..., columns]
+            for change in changes:
+                y = change(x, y, _columns_of(again, columns))
+            wide[..., columns] = y
+        return wide
+
+    return widen
+
+
+def _columns_of(again: Again, columns: slice) -> Again:
+    return lambda x: again(x)[..., columns]
+
+
+def _modules(
+    loaded: LoadedModel, site: Site, edits: list[Edit]
+) -> Iterator[tuple[Any, list[Edit], tuple[int, int] | None]]:
+    """The modules that hold a site's rows, each with its part of the edits.
+
+    Also the part of a module's output that is the site's.
+    """
+    if not site.modules:
+        yield loaded.module(site), edits, site.output_part
+        return
+    first = 0
+    for name in site.modules:
+        module = loaded.model.get_submodule(name)
+        rows = slice(first, first + module.weight.shape[0])
+        first = rows.stop
+        yield module, [_of_rows(edit, rows) for edit in edits], None
+
+
+def _of_rows(edit: Edit, rows: slice) -> Edit:
+    """An edit's part in some rows of its matrix."""
+    if isinstance(edit, ScaleAdd):
+        scales = tuple(_scale_of_rows(one, rows) for one in edit.scales)
+        return replace(edit, scales=scales, added=None if edit.added is None else _added_to_rows(edit.added, rows))
+    if isinstance(edit, Scale):
+        return _scale_of_rows(edit, rows)
+    return edit if isinstance(edit, Assign) else _added_to_rows(edit, rows)
+
+
+def _scale_of_rows(edit: Scale, rows: slice) -> Scale:
+    return replace(edit, factors=edit.factors[rows]) if edit.axis == "rows" else edit
+
+
+def _added_to_rows(edit: LowRank | Bias, rows: slice) -> LowRank | Bias:
+    return replace(edit, B=edit.B[rows]) if isinstance(edit, LowRank) else replace(edit, delta=edit.delta[rows])
 
 
 def _changing(module: Any, changes: Mapping[int | None, Sequence[Change]]) -> Visit:
@@ -203,18 +281,26 @@ def _experts_per_token(loaded: LoadedModel, top_k: int) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def _linear_hook(site: Site, edits: list[Edit], strength: float, device: torch.device) -> Callable[..., torch.Tensor]:
+def _linear_hook(
+    site: Site, edits: list[Edit], strength: float, device: torch.device, part: tuple[int, int] | None
+) -> Callable[..., torch.Tensor]:
     changes = _changes(site, edits, strength, device)
 
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         def again(x: torch.Tensor) -> torch.Tensor:
             # forward, not a call: this hook runs once
-            return module.forward(x.to(inputs[0].device, inputs[0].dtype)).to(output.device, torch.float32)  # type: ignore[no-any-return]
+            y: torch.Tensor = module.forward(x.to(inputs[0].device, inputs[0].dtype)).to(output.device, torch.float32)
+            return y if part is None else y.chunk(part[1], dim=-1)[part[0]]
 
         # of a model on several devices a hook sees the input before it was moved
         x, y = inputs[0].to(output.device, torch.float32), output.to(torch.float32)
+        if part is not None:
+            whole, y = list(y.chunk(part[1], dim=-1)), y.chunk(part[1], dim=-1)[part[0]]
         for change in changes:
             y = change(x, y, again)
+        if part is not None:
+            whole[part[0]] = y
+            y = torch.cat(whole, dim=-1)
         return y.to(output.dtype)
 
     return hook

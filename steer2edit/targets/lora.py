@@ -37,7 +37,7 @@ from steer2edit.lowering import (
     rank_notes,
     writer_factors,
 )
-from steer2edit.plan import Bias
+from steer2edit.plan import Bias, LowRank
 from steer2edit.progress import Progress
 
 SUMMARY = "A PEFT LoRA adapter beside the base, for PEFT and vLLM."
@@ -58,11 +58,12 @@ NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # takes them for the experts'
 MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
     "deepseek_ocr2_text": tuple(MatrixRole),
-    "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT),
-    "laguna": (MatrixRole.SHARED_EXPERT_OUT,),
+    "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
+    "laguna": (MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
     "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT,),
 }
-# PEFT takes a target called down_proj for the fused experts' matrix, and leaves dense and shared MLPs of that name out
+# PEFT takes targets of these names for the fused experts' matrices, and leaves dense and shared MLPs' out
+_EXPERTS_NAMES = ("gate_proj", "up_proj", "down_proj")
 MOVED_BY_PEFT = (
     *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
     *("exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "qwen3_moe", "qwen3_next"),
@@ -77,6 +78,8 @@ EXPERTS = (
 NO_PLACE_IN_VLLM = (
     *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
 )
+
+_ANY = LowRank("", torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
@@ -104,8 +107,9 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     edits = low_rank_forms(resolved)
     biases = {site.key: edit.delta for edit, site in resolved.edits.values() if isinstance(edit, Bias)}
     rank = max((edit.B.shape[1] for edit in edits.values()), default=1)
-    leaves = {_leaf(site) for site in spec.sites if {site.key} & {*edits, *biases} and site.expert is None}
-    targeted = [site for site in spec.sites if site.expert is None and _leaf(site) in leaves]
+    single = [site for site in (*spec.sites, *spec.readers) if not adapter_refusal(replace(_ANY, tensor=site.matrix), site)]
+    leaves = {_leaf(site) for site in single if {site.key} & {*edits, *biases}}
+    targeted = [site for site in single if _leaf(site) in leaves]
     experts: dict[str, list[Site]] = {}
     for site in (site for site in spec.sites if site.expert is not None):
         experts.setdefault(site.module, []).append(site)
@@ -204,7 +208,7 @@ def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
 
 
 def _moved(spec: ModelSpec, site: Site) -> bool:
-    return spec.model_type in MOVED_BY_PEFT and _leaf(site) == "down_proj"
+    return spec.model_type in MOVED_BY_PEFT and _leaf(site) in _EXPERTS_NAMES
 
 
 def _peft_refusal(spec: ModelSpec, site: Site) -> str:
