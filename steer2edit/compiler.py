@@ -20,7 +20,7 @@ from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering
-from steer2edit.methods import make_plan
+from steer2edit.methods import make_plan, scaling
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
@@ -101,6 +101,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 kl_budget=request.kl_budget,
                 class_budgets=request.class_budgets,
                 neutral=texts,
+                scaled=scaling(plan),
             )
 
         lowerings = {

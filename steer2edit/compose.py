@@ -30,6 +30,7 @@ from steer2edit.evaluation.summary import summary
 from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
+from steer2edit.methods import scaling
 from steer2edit.plan import EditPlan, LowRank, Measured, merge
 from steer2edit.plan.operations import addition_of
 from steer2edit.progress import Progress, silent
@@ -148,10 +149,12 @@ def rescale(
     if factor is not None:
         if not math.isfinite(factor):
             raise PlanError(f"--by is {factor}, expected a finite number")
-        return bare.at_strength(factor)
+        return bare.at_strength(factor, scaling(plan))
     if loaded is None or neutral is None:
         raise PlanError("a KL budget is measured: it needs the model")
-    settled = settle_strength(loaded, bare, kl_budget=kl_budget, class_budgets=class_budgets, neutral=neutral)
+    settled = settle_strength(
+        loaded, bare, kl_budget=kl_budget, class_budgets=class_budgets, neutral=neutral, scaled=scaling(plan)
+    )
     return replace(settled, measured=replace(settled.measured, strength=before * _strength(settled)))
 
 

@@ -98,7 +98,7 @@ def lora(folder: Path, targets_of: tuple[str, ...] = ("o_proj",), **changes: Any
     from steer2edit.runtime.model import load_weights
 
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": list(targets_of), "init_lora_weights": False}
-    torch.manual_seed(1)
+    torch.manual_seed(changes.pop("seed", 1))
     model = get_peft_model(load_weights(folder), LoraConfig(**{**settings, **changes}, task_type="CAUSAL_LM"))
     return model  # type: ignore[return-value]
 
@@ -136,7 +136,7 @@ def test_a_difference_of_adapters_is_the_difference_of_their_updates_at_its_rank
     tmp_path: Path, scoring: Scoring
 ) -> None:
     base = scoring.checkpoint.path
-    for name, changes in (("plus", {}), ("minus", {"r": 3, "lora_alpha": 3})):
+    for name, changes in (("plus", {}), ("minus", {"r": 3, "lora_alpha": 3, "seed": 2})):
         lora(base, target_modules="all-linear", **changes).save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
     out = tmp_path / "d.plan.safetensors"
     found = run("import", tmp_path / "plus", tmp_path / "minus", "--difference", "--model", base, "-o", out)

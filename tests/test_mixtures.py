@@ -31,7 +31,6 @@ from steer2edit.runtime.expert_modules import experts_module
 from steer2edit.runtime.hooks import edited
 from steer2edit.scoring.scores import Scoring
 
-
 ROUTER = MatrixRole.ROUTER
 
 

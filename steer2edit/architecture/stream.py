@@ -1,4 +1,4 @@
-"""What happens to a write on its way into the residual stream: gains and factors."""
+"""What happens to a write on its way into the residual stream, and to a read on its way out: gains and factors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
         return torch.ones(site.out_features)
     gains = [checkpoint.read(name).float() + site.norm.offset for name in (site.norm.first, site.norm.tensor) if name]
     return torch.stack(gains).prod(dim=0)
+
+
+def input_gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """The gain of the norm before a reader, float32 ``[in]``; ones where there is none."""
+    norm = site.norm_before
+    if norm is None or norm.tensor is None:
+        return torch.ones(site.in_features)
+    return checkpoint.read(norm.tensor).float() + norm.offset
+
+
+def input_bias(checkpoint: Checkpoint, site: Site) -> torch.Tensor | None:
+    """What the norm before a reader adds, float32 ``[in]``; None where it adds nothing."""
+    norm = site.norm_before
+    return None if norm is None or norm.bias is None else checkpoint.read(norm.bias).float()
 
 
 def factor(checkpoint: Checkpoint, site: Site) -> float:

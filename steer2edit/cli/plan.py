@@ -116,7 +116,7 @@ def plan(
     from steer2edit.capture.protect import protected
     from steer2edit.capture.vector_kinds import with_vector
     from steer2edit.capture.vectors import substituted
-    from steer2edit.methods import edited_layers, make_plan
+    from steer2edit.methods import edited_layers, make_plan, scaling
     from steer2edit.scoring.scores import Scoring
     from steer2edit.strength.neutral_texts import neutral_texts
     from steer2edit.strength.settle import settle_strength
@@ -147,9 +147,10 @@ def plan(
                 progress_bar(),
                 chat_template_kwargs=statistics.source.get("chat_template_kwargs"),
             ),
+            scaled=scaling(edits),
         )
     elif strength.strength is not None:
-        edits = edits.at_strength(strength.strength)
+        edits = edits.at_strength(strength.strength, scaling(edits))
     edits.save(output.out)
     print_plan(edits, output.out, printed.as_json)
 

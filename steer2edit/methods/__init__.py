@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,17 @@ def own_strength(options: Any) -> float | None:
     """The strength that a method's options ask for where neither strength nor budget is given; None: the KL budget decides."""
     strength: float | None = getattr(options, "strength", None)
     return strength
+
+
+def scaling(plan: EditPlan) -> Callable[[EditPlan, float], EditPlan]:
+    """How a plan is given another strength: ``EditPlan.scaled``, or what its method has in that place.
+
+    A rotation's strength is its angle, and its edits do not grow with it. A composition's parts have one factor.
+    """
+    from steer2edit.plan import EditPlan
+
+    name = str(plan.method.get("name"))
+    return getattr(load(name), "scaled", EditPlan.scaled) if name in names() else EditPlan.scaled
 
 
 _DESCRIBED = ("name", "data", "system", "span", "background", "chat", "prompts")

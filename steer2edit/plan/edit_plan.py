@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,15 +189,16 @@ class EditPlan:
         scores = {key: replace(table, lam=table.lam * factor) for key, table in self.scores.items()}
         return replace(self, edits=tuple(edit.scaled(factor) for edit in self.edits), scores=scores)
 
-    def at_strength(self, strength: float) -> EditPlan:
+    def at_strength(self, strength: float, scaled: Callable[[EditPlan, float], EditPlan] | None = None) -> EditPlan:
         """The plan at ``strength`` times its present strength, recorded in ``measured``.
 
-        Raises PlanError for strengths that are not finite, or beyond ``LARGEST_STRENGTH``.
+        ``scaled`` stands for :meth:`scaled` where a method has another one. Raises PlanError for strengths that are not finite,
+        or beyond ``LARGEST_STRENGTH``.
         """
         total = strength * (1.0 if self.measured.strength is None else self.measured.strength)
         check_strength(strength)
         check_strength(total)
-        return replace(self.scaled(strength), measured=replace(self.measured, strength=total))
+        return replace((scaled or EditPlan.scaled)(self, strength), measured=replace(self.measured, strength=total))
 
     def reweighted(self, tensors: Mapping[str, float], keys: Mapping[str, float]) -> EditPlan:
         """Multiply each tensor's edit, and each site's lam, by its own factor.

@@ -151,15 +151,24 @@ def analyse(checkpoint: Checkpoint, site: Site, v_hat: torch.Tensor, x_bar: torc
     return Analysis(projection, squares.sqrt_())
 
 
+def applied(checkpoint: Checkpoint, site: Site, x: torch.Tensor) -> torch.Tensor:
+    """``W x`` [out, n], float32, of inputs ``x`` [in, n]; W is read once. Raises CheckpointError for NaN or infinity."""
+    columns = x.to(torch.float32)
+    blocks = _wide_blocks(checkpoint, site)
+    if site.orientation == "out_in":
+        product = torch.cat([wide @ columns for _, wide in blocks])
+    else:
+        product = torch.zeros(site.out_features, columns.shape[1])
+        for first, wide in blocks:
+            product += wide.T @ columns[first : first + len(wide)]
+    if not bool(product.isfinite().all()):
+        raise CheckpointError(f"{site.matrix} holds NaN or infinity; the checkpoint is damaged")
+    return product
+
+
 def written(checkpoint: Checkpoint, site: Site, x: torch.Tensor) -> torch.Tensor:
     """What a site's matrix gives for one input ``x`` [in], without its bias: ``W x``, float32 [out]. Reads the matrix once."""
-    result = torch.zeros(site.out_features)
-    for first, wide in _wide_blocks(checkpoint, site):
-        if site.orientation == "out_in":
-            result[first : first + len(wide)] = wide @ x
-        else:
-            result += x[first : first + len(wide)] @ wide
-    return result
+    return applied(checkpoint, site, x[:, None])[:, 0]
 
 
 # Both give V W, and the squares of Analysis.norms.

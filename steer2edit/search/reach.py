@@ -11,20 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import measure, plan_candidate
 from steer2edit.evaluation.metrics import Metric, Task, attributes
 from steer2edit.evaluation.suite import Suite
+from steer2edit.methods import scaling
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.aim import Aim
 from steer2edit.strength.meet import meet
-from steer2edit.strength.settle import settle_strength
+from steer2edit.strength.settle import applying, settle_strength
 
 LARGEST_KL = 0.5
 """The KL, in nats per token, beyond which no strength is tried unless a budget is given."""
@@ -72,7 +71,7 @@ def settle_by_aim(
     It holds what was measured, and digests of the prompts that it was chosen by. Raises what :func:`reach` raises.
     """
     reached = reach(loaded, plan, suite, aim, largest_kl=largest_kl, progress=progress)
-    settled = settle_strength(loaded, plan, strength=reached.strength, neutral=suite.neutral)
+    settled = settle_strength(loaded, plan, strength=reached.strength, neutral=suite.neutral, scaled=scaling(plan))
     chosen_by = tuple(sorted({question.digest for question in suite.questions("select")}))
     measured = replace(settled.measured, aim=reached.described(), selected_on=chosen_by)
     return replace(settled, measured=measured)
@@ -94,18 +93,19 @@ def reach(
     reaches the aim, with the value that came nearest.
     """
     largest_kl = LARGEST_KL if largest_kl is None else largest_kl
+    scaled = scaling(plan)
     task, metric = _task_of(suite.tasks("select"), aim.metric)
     aim = replace(aim, metric=metric.name)
 
     def value_at(strength: float) -> float:
-        at = plan.scaled(strength) if strength else EditPlan(Base("", None, ""), ())
+        at = scaled(plan, strength) if strength else EditPlan(Base("", None, ""), ())
         row = measure(plan_candidate(loaded, f"strength {strength:.3g}", at), [task], progress)
         return row.samples[metric.name].estimate(metric).value
 
     base = value_at(0.0)
     if base == aim.value:
         raise PlanError(f"the base's {metric.name} is {base:.3g} already, which is the aim")
-    largest = meet(partial(edited, loaded, plan), suite.neutral.budget, largest_kl, f"{aim}").strength
+    largest = meet(applying(loaded, plan, scaled), suite.neutral.budget, largest_kl, f"{aim}").strength
     strength, value, steps = weakest(value_at, base, aim.value, largest)
     if strength is None:
         nearest = min((abs(v - aim.value), v, s) for s, v in steps)

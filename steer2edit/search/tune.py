@@ -294,7 +294,7 @@ def _suggest_option(trial: Any, name: str, option: Option, layers: int) -> Any:
 
 
 def _with_strength(plan: EditPlan, strength: float) -> EditPlan:
-    return plan.scaled(strength) if strength != 1 else plan
+    return methods.scaling(plan)(plan, strength) if strength != 1 else plan
 
 
 def _objectives(tasks: Sequence[Task], search: Search) -> tuple[Metric, Metric]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -13,9 +13,10 @@ from steer2edit.plan.edit_plan import check_strength
 from steer2edit.plan.measured import ClassStrength, TextKind
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
-from steer2edit.strength.meet import at, meet
+from steer2edit.strength.meet import Apply, at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
 
+Scaled = Callable[[EditPlan, float], EditPlan]
 KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.1, "prose": 0.05}
 """The budget where none is asked for, by the kind of text that it is on, in nats per token."""
 
@@ -28,13 +29,15 @@ def settle_strength(
     kl_budget: float | None = None,
     class_budgets: Mapping[MatrixRole, float] | None = None,
     neutral: NeutralTexts,
+    scaled: Scaled = EditPlan.scaled,
 ) -> EditPlan:
     """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it.
 
     The budget is on the first text, and the cost on the other one is measured once, at the strength that is settled.
     ``class_budgets`` give attention and MLPs each a KL of their own, measured with the other class switched off; a budget
-    of 0 leaves a class out. ``kl_budget`` then bounds them together, where it is given. Raises PlanError where the plan
-    edits a class that has no budget.
+    of 0 leaves a class out. ``kl_budget`` then bounds them together, where it is given. ``scaled`` gives the plan at a strength
+    where that is not so many times its edits (``methods.scaling``). Raises PlanError where the plan edits a class that has no
+    budget.
     """
     if strength is not None:
         check_strength(strength, "--strength")
@@ -45,11 +48,17 @@ def settle_strength(
         )
     classes: dict[str, ClassStrength] = {}
     text = neutral.budget
+    linear = scaled is EditPlan.scaled
+    if class_budgets is not None and not linear:
+        raise PlanError(
+            f"the strength of the method {plan.method.get('name')} is not a factor of its edits, so that attention and MLPs "
+            "have none of their own: give --kl-budget"
+        )
     if class_budgets is not None:
         plan, classes = _settle_classes(loaded, plan, class_budgets, neutral)
     elif kl_budget is None and strength is None:
         kl_budget = KL_BUDGETS[text.kind]
-    apply = partial(edited, loaded, plan)
+    apply = applying(loaded, plan, scaled)
     if strength is not None or kl_budget is None:
         kl_budget = None
         settled = at(apply, text, 1.0 if strength is None else strength)
@@ -65,7 +74,14 @@ def settle_strength(
         costs={text.kind: settled.divergence, **others},
         steps=settled.steps,
     )
-    return replace(plan.scaled(settled.strength), measured=measured)
+    return replace(scaled(plan, settled.strength), measured=measured)
+
+
+def applying(loaded: LoadedModel, plan: EditPlan, scaled: Scaled) -> Apply:
+    """The model under the plan at a strength, as a function of the strength."""
+    if scaled is EditPlan.scaled:
+        return partial(edited, loaded, plan)
+    return lambda strength: edited(loaded, scaled(plan, strength))
 
 
 def _settle_classes(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint.gguf import Fields, library, read_gguf, write_gguf
 from steer2edit.errors import PlanError, TargetError, listing
 from steer2edit.lowering import (
@@ -80,6 +80,21 @@ EXPERTS = (
 )
 """Model types whose experts' edits were run in llama.cpp, and had the plan's numbers there (docs/engines.md)."""
 
+READERS = (
+    *("apertus", "arcee", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4"),
+    *("gpt_bigcode", "granite", "hunyuan_v1_dense", "jais2", "llama", "minicpm3", "mistral", "nemotron", "olmo"),
+    *("olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+    *("qwen3", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "gpt_oss", "granitemoe"),
+    *("mixtral", "olmoe"),
+)
+"""Model types whose readers llama.cpp's converter was seen to keep as they are, up to the order of rows (docs/engines.md)."""
+REORDERED = ("arcee", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo", "smollm3")
+"""Of them those whose query and key rows it brings into another order: of each head, row i and row i + d/2 become neighbours."""
+_NOT_ADAPTED = (MatrixRole.ROUTER, MatrixRole.UNEMBED)
+# the converter makes two tensors of it
+_TAKEN_APART = {"deepseek_v2": "kv_b_proj", "deepseek_v3": "kv_b_proj"}
+
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
@@ -89,11 +104,11 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     refused = [
         f"{name}: {why}"
         for name, one in resolved.edits.items()
-        if (why := adapter_refusal(*one, experts=spec.model_type in EXPERTS))
+        if (why := adapter_refusal(*one, experts=spec.model_type in EXPERTS) or _reader_refusal(spec, one[1]))
     ]
     if refused:
         raise TargetError(
-            f"a GGUF adapter carries low-rank edits of writers only, and none of these:\n{listing(refused)}\n"
+            f"a GGUF adapter carries low-rank edits of matrices, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
     architecture = architecture_of(spec)
@@ -105,6 +120,8 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             continue
         stacked = sites[0].expert is not None
         B, A = expert_factors(edits, sites, rank) if stacked else writer_factors(edits[sites[0].key], sites[0], rank)
+        order = row_order(spec, sites[0])
+        B = B if order is None else B[order].contiguous()
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A, B
     fields: Fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
     write_gguf(folder / FILE, architecture, tensors, fields)
@@ -152,11 +169,13 @@ def read_back(path: Path, base: Base, spec: ModelSpec) -> EditPlan:
     for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
         A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if name not in writers or A is None or B is None:
-            raise PlanError(f"{path}: {name} is not a writer of this model, or half of its pair is missing")
+            raise PlanError(f"{path}: {name} is not a matrix of this model, or half of its pair is missing")
         # alpha 0 stands for "no alpha" in llama.cpp
         alpha = float(fields.get("adapter.lora.alpha", 0.0))
         scale = alpha / B.shape[-1] if alpha else 1.0
         sites = writers[name]
+        order = row_order(spec, sites[0])
+        B = B if order is None else B[order.argsort()]
         if sites[0].expert is None:
             A, B = A[None], B[None]
         if not len(A) == len(B) == len(sites):
@@ -175,15 +194,38 @@ def architecture_of(spec: ModelSpec) -> str:
     return ARCHITECTURES[spec.model_type]
 
 
+def row_order(spec: ModelSpec, site: Site) -> torch.Tensor | None:
+    """The rows of a matrix, int64, in the order that llama.cpp's converter gives them; None where it keeps their order."""
+    if spec.model_type not in REORDERED or site.role not in (MatrixRole.Q, MatrixRole.K):
+        return None
+    heads = next(one.heads for one in spec.sites if one.layer == site.layer and one.heads is not None)
+    queries = next(one for one in spec.readers if one.layer == site.layer and one.role is MatrixRole.Q)
+    width = queries.out_features // heads
+    return torch.arange(site.out_features).view(-1, 2, width // 2).transpose(1, 2).reshape(-1)
+
+
+def _reader_refusal(spec: ModelSpec, site: Site) -> str:
+    if site.role.writes:
+        return ""
+    if spec.model_type not in READERS or _TAKEN_APART.get(spec.model_type, "-") in site.tensor:
+        return "a matrix that llama.cpp's converter changes, or may change, in this model type"
+    return ""
+
+
 def tensor_names(spec: ModelSpec, architecture: str) -> dict[str, str]:
-    """GGUF's name of each writer's matrix, by site key, from the gguf library's own tables. A layer's experts have one name."""
+    """GGUF's name of each matrix that an adapter can carry, by site key, from the gguf library's own tables.
+
+    A layer's experts have one name.
+    """
     gguf = library()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
         raise TargetError(f"the installed gguf library does not know the architecture {architecture}; upgrade it")
     table = gguf.get_tensor_name_map(kinds[architecture], spec.layers)
     names: dict[str, str] = {}
-    for site in spec.sites:
+    single = [site for site in spec.readers if site.expert is None and site.role not in _NOT_ADAPTED]
+    readers = [site for site in single if not _reader_refusal(spec, site)]
+    for site in (*spec.sites, *readers):
         if site.expert is not None:
             if spec.model_type in EXPERTS:
                 names[site.key] = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.FFN_DOWN_EXP].format(bid=site.layer)}.weight"
