@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from steer2edit.architecture import ModelSpec, Site
+from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.errors import CheckpointError, PlanError, TargetError, listing
 from steer2edit.files.atomic import load_tensors, save_tensors
@@ -70,7 +70,9 @@ MODULES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "gpt_neox": (("gpt_neox.layers.", "model.h."),),
     "gptj": (("transformer.h.", "model.h."),),
     "laguna": ((".shared_experts.", ".shared_expert."),),
-    "lfm2_moe": ((".feed_forward.w2", ".feed_forward.down_proj"),),
+    "lfm2_moe": tuple(
+        (f".feed_forward.w{n}", f".feed_forward.{one}_proj") for n, one in ((2, "down"), (1, "gate"), (3, "up"))
+    ),
     "nemotron_h": (("model.layers.", "backbone.layers."),),
     **dict.fromkeys(("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl"), _WRAPPED),
 }
@@ -92,6 +94,10 @@ EXPERTS: Mapping[str, tuple[str, str]] = {
 }
 """The same of a layer's routed experts, whose output matrices are one module there."""
 
+NO_READERS = ("afmoe", "cohere2", "exaone4", "lfm2", "mamba2", "olmo3")
+"""Model types whose readers' names were not compared."""
+_TAKEN_APART = "kv_b_proj"  # mlx-lm has two modules for it
+
 
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the adapter into ``folder``. Raises TargetError for edits and families that no adapter of mlx-lm can carry."""
@@ -102,16 +108,16 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     refused = [
         f"{name}: {why}"
         for name, one in resolved.edits.items()
-        if (why := adapter_refusal(*one, experts=kind in EXPERTS))
+        if (why := adapter_refusal(*one, experts=kind in EXPERTS) or _reader_refusal(one[1], kind))
     ]
     if refused:
         raise TargetError(
-            f"an adapter for mlx-lm carries low-rank edits of writers only, and none of these:\n{listing(refused)}\n"
+            f"an adapter for mlx-lm carries low-rank edits of matrices, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
     edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())
-    edited = [site for site in spec.sites if site.key in edits]
+    edited = [site for site in _carried(spec, kind) if site.key in edits]
     first = min(site.layer for site in edited)
     keys = {_key(module_name(site, kind), site) for site in edited}
     tensors: dict[str, torch.Tensor] = {}
@@ -180,7 +186,7 @@ def read_back(folder: Path, resolved: Resolved) -> EditPlan:
     for name in sorted({name.rpartition(".")[0] for name in tensors}):
         sites, a, b = modules.get(name), tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if sites is None or a is None or b is None:
-            raise PlanError(f"{folder / FILE}: {name} is not a writer of this model, or half of its pair is missing")
+            raise PlanError(f"{folder / FILE}: {name} is not a matrix of this model, or half of its pair is missing")
         # of no layers, mlx-lm takes all
         reached = sites[0].layer >= (spec.layers - count if count > 0 else 0)
         if not reached or _key(name, sites[0]) not in keys or b.shape[-1 if b.ndim == 3 else 0] != rank:
@@ -202,17 +208,32 @@ def model_kind(checkpoint: Checkpoint) -> str:
 
 
 def module_name(site: Site, kind: str) -> str:
-    """mlx-lm's path of a writer's module."""
+    """mlx-lm's path of a matrix's module."""
     name = site.module
     for theirs, ours in (*MODULES[kind], *((EXPERTS[kind],) if site.expert is not None else ())):
         name = name.replace(theirs, ours, 1)
     return name
 
 
+def _carried(spec: ModelSpec, kind: str) -> list[Site]:
+    """The writers, and the readers that an adapter can carry."""
+    apart = (MatrixRole.ROUTER, MatrixRole.UNEMBED)
+    single = [site for site in spec.readers if site.expert is None and site.role not in apart]
+    return [*spec.sites, *(site for site in single if not _reader_refusal(site, kind))]
+
+
+def _reader_refusal(site: Site, kind: str) -> str:
+    if site.role.writes:
+        return ""
+    if kind in NO_READERS or _TAKEN_APART in site.tensor:
+        return f"a matrix whose module in {COMPARED} is another one, or was not compared"
+    return ""
+
+
 def _modules(spec: ModelSpec, kind: str) -> dict[str, list[Site]]:
     """Every module that an adapter can carry, with its site, or with those of a layer's experts in their order."""
     modules: dict[str, list[Site]] = {}
-    for site in spec.sites:
+    for site in _carried(spec, kind):
         if site.expert is None or kind in EXPERTS:
             modules.setdefault(module_name(site, kind), []).append(site)
     return modules
