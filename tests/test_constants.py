@@ -356,7 +356,7 @@ def test_plans_that_fit_nowhere(model_of: Callable[[str], Model], tmp_path: Path
     plan, d = model.plan(), torch.ones(model.spec.hidden_size)
     strange = {
         "is not an operation on a bias to create": Bias("model.layers.1.mlp.down_proj.bias", d),
-        "is not a residual writer": NewBias("model.layers.1.mlp.up_proj.bias", d),
+        "is neither a writer nor a reader": NewBias("model.layers.1.mlp.up_proj.bias", d),
         "cannot be created": NewBias("model.layers.1.mlp.down_proj.weight", d),
         "its update has": NewBias("model.layers.1.mlp.down_proj.bias", d[1:]),
     }

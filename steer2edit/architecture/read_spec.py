@@ -68,8 +68,10 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
     family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)
     settings = bias_settings(checkpoint, model_type, text.given, prefix, layers)
-    known = family_of(str(config.get("model_type"))) is not None or by_type is not None
-    finder = ReaderFinder(checkpoint, family, model_type, prefix, module, hidden, known)
+    outer = str(config.get("model_type"))
+    described = outer if family_of(outer) is not None else model_type
+    known = family_of(described) is not None
+    finder = ReaderFinder(checkpoint, family, described, prefix, module, hidden, known)
     reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings, finder)
     for layer in range(layers):
         reader.layer(layer)

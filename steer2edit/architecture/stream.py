@@ -1,4 +1,4 @@
-"""What happens to a write on its way into the residual stream, and to a read on its way out: gains and factors."""
+"""What happens to a write on its way into the residual stream, and to a read out of it."""
 
 from __future__ import annotations
 

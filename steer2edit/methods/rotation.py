@@ -64,7 +64,9 @@ class Options:
 
 
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
-    """A rank-2 edit for each reader of the norms in the chosen layers, and one for its bias where the norm has one.
+    """A rank-2 edit for each reader of a norm in the chosen layers.
+
+    Where the norm has a bias, the reader's bias is edited too.
 
     Raises PlanError where no layer is discriminative, and for blocks whose readers do not all read a known norm.
     """

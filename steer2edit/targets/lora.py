@@ -61,14 +61,14 @@ MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
     "deepseek_ocr2_text": tuple(MatrixRole),
     "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
     "laguna": (MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
-    "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT,),
+    "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
 }
 # PEFT takes targets of these names for the fused experts' matrices, and leaves dense and shared MLPs' out
 _EXPERTS_NAMES = ("gate_proj", "up_proj", "down_proj")
 MOVED_BY_PEFT = (
     *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
     *("exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "qwen3_moe", "qwen3_next"),
-    *("sarvam_mla", "solar_open"),
+    *("qwen3_omni_moe_text", "sarvam_mla", "solar_open"),
 )
 # types whose experts' edits were run in PEFT, and had the plan's numbers there (docs/engines.md)
 EXPERTS = (
