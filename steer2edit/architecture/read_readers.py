@@ -22,21 +22,15 @@ _NO_MATRIX = re.compile(r"(conv|conv1d|conv_1d)$|A_log$|rg_lru\.")
 
 
 class ReaderFinder:
-    """Finds the readers of one checkpoint, block by block; ``known`` is whether the model type is described."""
+    """Finds the readers of one checkpoint, block by block; ``model_type`` is the described one, None where none is."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        model_type: str,
-        prefix: str,
-        module: str,
-        hidden: int,
-        known: bool,
+        self, checkpoint: Checkpoint, family: Family, model_type: str | None, prefix: str, module: str, hidden: int
     ) -> None:
-        self.checkpoint, self.family, self.model_type = checkpoint, family, model_type
-        self.prefix, self.module, self.hidden, self.known = prefix, module, hidden, known
-        self.norms = NORMS.get(model_type, Norms())
+        self.checkpoint, self.family, self.known = checkpoint, family, model_type is not None
+        self.model_type = model_type or ""
+        self.prefix, self.module, self.hidden = prefix, module, hidden
+        self.norms = NORMS.get(self.model_type, Norms())
         self._by_layer: dict[int, list[str]] = {}
         block = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
         for name in checkpoint.tensors:

@@ -68,10 +68,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
     family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)
     settings = bias_settings(checkpoint, model_type, text.given, prefix, layers)
-    outer = str(config.get("model_type"))
-    described = outer if family_of(outer) is not None else model_type
-    known = family_of(described) is not None
-    finder = ReaderFinder(checkpoint, family, described, prefix, module, hidden, known)
+    described = next((one for one in (str(config.get("model_type")), model_type) if family_of(one) is not None), None)
+    finder = ReaderFinder(checkpoint, family, described, prefix, module, hidden)
     reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings, finder)
     for layer in range(layers):
         reader.layer(layer)
