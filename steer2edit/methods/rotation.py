@@ -10,8 +10,8 @@ the classes' mean streams after the block whose difference agrees best with thos
 2510.26243); ``b2`` is the first principal component of all blocks' differences, or the mean stream itself, without its part
 along b1. Its sign is such that a positive angle turns the typical stream towards b1.
 
-Discriminative layers are turned: those whose stream has the class means on both sides of the background's mean along b1. A
-writer's output joins a stream that was not turned, so this is not a turn of the stream.
+Discriminative layers are turned unless --layers says otherwise. A writer's output joins a stream that was not turned, so this is
+not a turn of the stream.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from steer2edit.errors import PlanError, listing
 from steer2edit.methods._shared import LAYERS
 from steer2edit.notices import notice
-from steer2edit.options import AnyLayer, Between, option
+from steer2edit.options import DISCRIMINATIVE, AnyLayer, Between, option
 from steer2edit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Options:
     second_axis: Literal["pca", "mean"] = option(
         "pca", "The plane's other axis: the main component of all layers' directions, or the mean stream."
     )
-    every_layer: bool = option(False, "Turn the reads of every layer, not of the discriminative ones alone.")
-    layers: tuple[int, int] | None = option(None, LAYERS)
+    layers: tuple[int, int] | None = option(DISCRIMINATIVE, LAYERS, shown_default=DISCRIMINATIVE)
 
     @property
     def strength(self) -> float:
@@ -66,9 +65,8 @@ class Options:
 def plan(scoring: Scoring, options: Options = Options(), progress: Progress = silent) -> EditPlan:
     """A rank-2 edit for each reader of a norm in the chosen layers.
 
-    Where the norm has a bias, the reader's bias is edited too.
-
-    Raises PlanError where no layer is discriminative, and for blocks whose readers do not all read a known norm.
+    Where the norm has a bias, the reader's bias is edited too. Raises PlanError for blocks whose readers do not all read a
+    known norm.
     """
     from steer2edit.plan import Base, EditPlan
 
@@ -77,21 +75,13 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
         raise PlanError(f"--angle is {options.angle:g}, expected degrees from -180 to 180, and not 0")
     layer, plane = plane_of(statistics, spec, options)
     first, last = spec.layer_range(options.layers)
-    layers = list(range(first, last + 1))
-    if not options.every_layer:
-        layers = [one for one in layers if is_discriminative(statistics, one, plane[:, 0])]
-        if not layers:
-            raise PlanError(
-                f"in no layer from {first} to {last} do the class means lie on both sides of the background's along the "
-                "direction; --every-layer turns them all, --direction-layer takes another direction"
-            )
-    sites = readers_of(spec, layers)
+    sites = readers_of(spec, range(first, last + 1))
     edits: list[Edit] = []
     with progress("plan", total=len(sites)) as advance:
         for site in sites:
             edits += _turned(checkpoint, site, plane, options.angle)
             advance(1)
-    described = {**asdict(options), "direction_layer": layer, "layers": [first, last], "turned": layers}
+    described = {**asdict(options), "direction_layer": layer, "layers": [first, last]}
     return EditPlan(Base.of(checkpoint), tuple(edits), method={"name": "rotation", **described})
 
 
@@ -200,21 +190,6 @@ def plane_of(statistics: Statistics, spec: ModelSpec, options: Options) -> tuple
         raise PlanError("the plane's two axes are one: the layers' directions do not differ; try --second-axis mean")
     second = rest / rest.norm()
     return layer, torch.stack([first, second if float(second @ mean) >= 0 else -second], dim=1)
-
-
-def is_discriminative(statistics: Statistics, layer: int, direction: torch.Tensor) -> bool:
-    """Whether the stream that a block reads has the class means on both sides of the background's mean.
-
-    Without a background the sides are those of zero. The first block's stream, the embedding, is not captured.
-    """
-    if layer == 0:
-        return False
-    key = f"residual.{layer - 1}"
-    centre = 0.0
-    if statistics.examples["background"] and (key, "output", "background") in statistics.moments:
-        centre = float(statistics.mean(key, "output", "background").double() @ direction)
-    sides = [float(statistics.mean(key, "output", label).double() @ direction) - centre for label in _CLASSES]
-    return sides[0] * sides[1] < 0
 
 
 _CLASSES: tuple[Literal["positive", "negative"], ...] = ("positive", "negative")

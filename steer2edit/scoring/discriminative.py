@@ -50,5 +50,6 @@ def discriminative_layers(statistics: Statistics, spec: ModelSpec) -> list[int]:
 
 
 def within(spec: ModelSpec, layers: Collection[int]) -> ModelSpec:
-    """The model with the writers of some layers alone: what a method edits when it is limited to them."""
-    return replace(spec, sites=tuple(site for site in spec.sites if site.layer in layers))
+    """The model with the matrices of some layers alone: what a method edits when it is limited to them."""
+    sites, readers = (tuple(site for site in one if site.layer in layers) for one in (spec.sites, spec.readers))
+    return replace(spec, sites=sites, readers=readers)

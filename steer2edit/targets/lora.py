@@ -108,7 +108,9 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     edits = low_rank_forms(resolved)
     biases = {site.key: edit.delta for edit, site in resolved.edits.values() if isinstance(edit, Bias)}
     rank = max((edit.B.shape[1] for edit in edits.values()), default=1)
-    single = [site for site in (*spec.sites, *spec.readers) if not adapter_refusal(replace(_ANY, tensor=site.matrix), site)]
+    single = [
+        site for site in (*spec.sites, *spec.readers) if not adapter_refusal(replace(_ANY, tensor=site.matrix), site)
+    ]
     leaves = {_leaf(site) for site in single if {site.key} & {*edits, *biases}}
     targeted = [site for site in single if _leaf(site) in leaves]
     experts: dict[str, list[Site]] = {}

@@ -50,7 +50,7 @@ def _turning(subject: Subject, degrees: float) -> Mapping[str, Hook]:
 
 _SYSTEM, _COMMAND = (
     "Selective Steering (2601.19375)",
-    "--method rotation --angle 40 --direction-layer 1 --second-axis mean --every-layer",
+    "--method rotation --angle 40 --direction-layer 1 --second-axis mean --layers 0-2",
 )
 ROWS = (
     Row(
@@ -65,10 +65,10 @@ ROWS = (
     Row(
         _SYSTEM,
         "the same with LayerNorms, whose bias is corrected in the readers' biases",
-        _COMMAND.replace("40", "25"),
+        _COMMAND.replace("40", "25").replace("0-2", "0-1"),
         "a forward hook on every norm before attention and MLP turns its output in the plane",
         lambda subject: _turning(subject, 25),
-        carried={"checkpoint": EXACT},
+        carried={"checkpoint": EXACT, "lora": EXACT},
         families=("gpt2",),
     ),
 )
