@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROWS, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from steer2edit.data import behavior_file
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_behavior, read_behavior_file
 from steer2edit.data.measurement import MeasuredMetric, Measurement, as_toml
@@ -151,6 +155,38 @@ def test_a_behaviour_in_a_folder_is_compiled_as_a_packaged_one_is(tiny_llama: Pa
         result = run(command, tiny_llama, "--out", tmp_path / "no.stats.safetensors", "--behavior", wrong)
         assert result.exit_code == 2 and "colour is not a key" in " ".join(result.stderr.split())
     assert not (tmp_path / "no.stats.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-of-this-name/x", "", ".", "x" * 5000 + ".toml"])
+def test_a_text_that_can_be_no_file_is_an_error(name: str) -> None:
+    with pytest.raises(DataError):
+        open_behavior(name)
+    with pytest.raises(DataError):
+        Behavior.from_data(name)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "goal", "pattern", "model"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    key=st.sampled_from(["description", "rubric", "metric", "prompts", "pairs", "questions", "measured"]), value=VALUES
+)
+def test_whatever_a_key_holds_is_read_or_named(key: str, value: object) -> None:
+    table = {**behavior_file.tomllib.loads(LEAST), key: value}
+    with mock.patch.object(behavior_file, "read_toml", return_value=table):
+        problem = key
+        try:
+            read_behavior_file(Path("any.toml"))
+        except DataError as error:
+            problem = str(error)
+    assert key in problem
 
 
 def test_a_name_that_is_none_names_those_there_are() -> None:

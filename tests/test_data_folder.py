@@ -6,12 +6,16 @@ import html
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROWS, run
 from data_folders import DESCRIBED, QUESTIONS, write_data_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steer2edit.capture.statistics import Statistics
+from steer2edit.data import data_folder
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.data_folder import RECEIPT, open_data_folder
 from steer2edit.data.metric_choice import MetricChoice
@@ -168,3 +172,29 @@ def test_an_aim_is_reached_on_the_questions_for_selection(folder: Path, tiny_lla
     assert result.exit_code == 0, result.stderr
     plan = EditPlan.load(tmp_path / "out" / "steer2edit" / "plan.safetensors")
     assert set(plan.measured.selected_on) == SELECT
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    key=st.sampled_from(["behavior", "metric", "made", "rows", "verdict", "files"]),
+    inner=st.sampled_from(["name", "positive", "kept", "word", "train.jsonl", "goal"]),
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.lists(st.integers(), max_size=2),
+    whole=st.booleans(),
+)
+def test_whatever_a_receipt_holds_is_read_or_named(
+    folder: Path, key: str, inner: str, value: object, whole: bool
+) -> None:
+    receipt = json.loads((folder / RECEIPT).read_text())
+    changed = {**receipt, key: value if whole else {**receipt[key], inner: value}}
+    with mock.patch.object(data_folder, "_receipt", return_value=(changed, "0" * 64)):
+        problem = "cannot be used as a folder of data"
+        try:
+            assert open_data_folder(folder).origin["kind"] == "folder"
+        except DataError as error:
+            problem = str(error)
+    assert "cannot be used as a folder of data" in problem

@@ -13,7 +13,7 @@ import click
 
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.options import ModelFlags, progress_bar, read_own_neutral
-from steer2edit.files.untrusted import parse_json
+from steer2edit.files.untrusted import local, parse_json
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class DataFlags(TemplateFlags):
         from steer2edit.data.behavior_file import open_behavior
         from steer2edit.data.data_folder import open_data_folder
 
-        folders = [open_data_folder(source) for source in self.data if Path(source).is_dir()]
+        here = [path for source in self.data if (path := local(source)) is not None]
+        folders = [open_data_folder(path) for path in here if path.is_dir()]
         return [*map(open_behavior, self.behavior), *folders]
 
     @property

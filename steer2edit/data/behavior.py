@@ -13,6 +13,7 @@ from steer2edit.data.data_folder import DataFolder, open_data_folder
 from steer2edit.data.metric_choice import MetricChoice, shared_metric
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import MAX_TOKENS, Encoded, Span, encode
+from steer2edit.files.untrusted import local
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class Behavior:
 
         Raises DataError listing every problem.
         """
-        if Path(source).is_dir():
-            behavior = cls.of(open_data_folder(source), system, span, chat_template_kwargs, max_tokens)
+        folder = local(source)
+        if folder is not None and folder.is_dir():
+            behavior = cls.of(open_data_folder(folder), system, span, chat_template_kwargs, max_tokens)
             return behavior if limit is None else behavior.limited(limit)
         examples = contrast.read_contrast(source, limit)
         return cls(

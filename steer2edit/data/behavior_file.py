@@ -20,7 +20,7 @@ from steer2edit.data.metric_choice import MetricChoice, read_metric
 from steer2edit.data.prompts import Message, Prompt, text_fault
 from steer2edit.data.questions import Question, read_questions
 from steer2edit.errors import DataError, brief, listing, shown
-from steer2edit.files.untrusted import read_bytes
+from steer2edit.files.untrusted import local, read_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,8 +104,11 @@ def open_behavior(name_or_path: str | Path) -> BehaviorFile:
     known = behavior_files()
     if str(name_or_path) in known:
         return read_behavior_file(FOLDER / f"{name_or_path}{SUFFIX}")
-    if Path(name_or_path).suffix.lower() == SUFFIX or Path(name_or_path).is_file():
-        return read_behavior_file(Path(name_or_path).expanduser())
+    path = local(name_or_path)
+    if path is not None and not path.is_dir():
+        return read_behavior_file(path)
+    if str(name_or_path).lower().endswith(SUFFIX):
+        raise DataError(f"{brief(name_or_path)} does not exist; expected a behaviour's file (docs/data.md)")
     near = difflib.get_close_matches(str(name_or_path), known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise DataError(
@@ -141,8 +144,6 @@ def read_behavior_file(path: Path) -> BehaviorFile:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file. Raises DataError, with the line of what is not TOML."""
-    if not path.exists():
-        raise DataError(f"{brief(path)} does not exist; expected a behaviour's file ({SUFFIX}; docs/data.md)")
     try:
         return tomllib.loads(read_bytes(path, _MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:

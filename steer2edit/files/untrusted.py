@@ -19,6 +19,15 @@ _JSON_PIECES = 8_000_000
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def local(name: str | Path) -> Path | None:
+    """The file or folder here that a text names, with ``~`` for the home folder; None where there is none of that name."""
+    try:
+        path = Path(name).expanduser()
+        return path if str(name) and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return None
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError for whatever is none: opening a pipe may wait for ever."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
