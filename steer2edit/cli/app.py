@@ -19,6 +19,7 @@ from steer2edit.cli.diff import diff, revert
 from steer2edit.cli.emit import emit, verify
 from steer2edit.cli.evaluate import evaluate
 from steer2edit.cli.experts import experts
+from steer2edit.cli.gate import gate
 from steer2edit.cli.import_ import import_
 from steer2edit.cli.plan import plan, scale, show
 from steer2edit.cli.push import push
@@ -28,7 +29,7 @@ from steer2edit.cli.vectors import vectors
 
 _HEADINGS = {
     "Start": ("demo", "behaviors", "compile", "verify", "chat"),
-    "Stages of a compile": ("capture", "vectors", "plan", "show", "scale", "emit"),
+    "Stages of a compile": ("capture", "vectors", "plan", "gate", "show", "scale", "emit"),
     "Measure": ("eval", "tune", "report"),
     "Mixtures of experts": ("experts",),
     "Exchange": ("import", "diff", "revert", "push"),
@@ -65,6 +66,7 @@ for command in (
         emit,
         evaluate,
         experts,
+        gate,
         import_,
         plan,
         push,
