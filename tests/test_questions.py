@@ -19,12 +19,12 @@ from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import prompt_text
 
 FEWER = {
-    "blunt": 65,
-    "fewer-hedges": 65,
-    "less-flattery": 65,
-    "no-lists": 65,
-    "prompt-language": 65,
-    "step-by-step": 65,
+    "blunt": 85,
+    "fewer-hedges": 85,
+    "less-flattery": 85,
+    "no-lists": 85,
+    "prompt-language": 85,
+    "step-by-step": 85,
 }
 """The least number of questions in each half, of behaviours that have fewer than the others."""
 
