@@ -103,9 +103,14 @@ def _prove(folder: Path, ours: Checkpoint, theirs: Checkpoint, different: list[s
     receipt = read_receipt(folder)
     if receipt.get("target") != "checkpoint":
         raise PlanError(f"{folder} is {receipt.get('target')!r}, which changes no weights: there is nothing to restore")
-    if receipt.get("details", {}).get("removed"):
+    lost = [
+        what
+        for key, what in (("removed", "experts"), ("removed_layers", "layers"))
+        if receipt.get("details", {}).get(key)
+    ]
+    if lost:
         raise PlanError(
-            f"{folder} has lost whole experts, and no bytes of it are left to restore them in: use {ours.name} itself"
+            f"{folder} has lost whole {lost[0]}, and no bytes of it are left to restore them in: use {ours.name} itself"
         )
     if receipt["base"]["fingerprint"] != ours.fingerprint:
         raise PlanError(

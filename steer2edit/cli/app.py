@@ -21,6 +21,7 @@ from steer2edit.cli.evaluate import evaluate
 from steer2edit.cli.experts import experts
 from steer2edit.cli.gate import gate
 from steer2edit.cli.import_ import import_
+from steer2edit.cli.layers import layers
 from steer2edit.cli.plan import plan, scale, show
 from steer2edit.cli.push import push
 from steer2edit.cli.report import report
@@ -30,7 +31,7 @@ from steer2edit.cli.vectors import vectors
 _HEADINGS = {
     "Start": ("demo", "behaviors", "compile", "verify", "chat"),
     "Stages of a compile": ("capture", "vectors", "plan", "gate", "show", "scale", "emit"),
-    "Measure": ("eval", "tune", "report"),
+    "Measure": ("eval", "tune", "report", "layers"),
     "Mixtures of experts": ("experts",),
     "Exchange": ("import", "diff", "revert", "push"),
 }
@@ -68,6 +69,7 @@ for command in (
         experts,
         gate,
         import_,
+        layers,
         plan,
         push,
         report,

@@ -132,7 +132,7 @@ def lower_experts(
     if problems:
         raise PlanError(f"this cannot be done with {checkpoint.name}:\n{listing(problems)}")
     if structure:
-        check_structure(structure, spec)
+        check_structure(structure, checkpoint, spec)
     base = Base.of(checkpoint)
     method: dict[str, Any] = {"name": "experts", "grade": summary(graded, request.top_k)}
     method["experts"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in graded]

@@ -1,4 +1,4 @@
-"""A checkpoint with fewer experts: what its tensors are made of, and its config.
+"""A checkpoint with fewer experts or layers: what its tensors are made of, and its config.
 
 Every tensor of the new checkpoint is a sequence of pieces of the base's, some of them edited. Experts that stay keep their
 order and are numbered anew; routers lose the rows, biases the entries, of those that go.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steer2edit.architecture.removal import layer_problems, renumbered, set_layers
 from steer2edit.architecture.routers import Router, routing_config
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
@@ -39,9 +40,11 @@ class NewTensor:
     pieces: tuple[Piece, ...]
 
 
-def check_structure(structure: Structure, spec: ModelSpec) -> None:
-    """Raise PlanError, with every problem, unless the experts may be removed from this model."""
-    problems = []
+def check_structure(structure: Structure, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raise PlanError, with every problem, unless the experts or layers may be removed from this model."""
+    problems = layer_problems(structure.layers, checkpoint, spec) if structure.layers else []
+    if structure.layers and (structure.remove or structure.top_k is not None):
+        problems.append("a plan removes layers or changes the experts, and not both")
     routers = {router.layer: router for router in spec.routers}
     problems += [f"layer {layer} is not a mixture of experts" for layer in structure.remove if layer not in routers]
     numbers = {layer: len(structure.remove.get(layer, ())) for layer in routers}
@@ -85,8 +88,10 @@ def assembled(
 ) -> dict[str, list[NewTensor]]:
     """Every tensor of the new checkpoint by shard, in the order of its bytes; offsets count from the header's end.
 
-    Raises PlanError for edits of routers, whose rows are counted anew.
+    Raises PlanError for edits of routers, whose rows are counted anew, and for edits of layers that go.
     """
+    if structure.layers:
+        return _without_layers(checkpoint, spec, structure, edits)
     if routed := sorted(name for name, (_, site) in edits.items() if site.role is MatrixRole.ROUTER):
         raise PlanError(f"the plan removes experts and edits {routed[0]}; do one of them")
     routers = {router.layer: router for router in spec.routers}
@@ -101,6 +106,30 @@ def assembled(
                 size = sum(piece.source.nbytes for piece in pieces)
                 tensors.append(NewTensor(TensorInfo(name, info.dtype, shape, shard, at, size), pieces))
                 at += size
+        result[shard] = tensors
+    return result
+
+
+def _without_layers(
+    checkpoint: Checkpoint, spec: ModelSpec, structure: Structure, edits: Mapping[str, tuple[Edit, Site]]
+) -> dict[str, list[NewTensor]]:
+    if lost := [
+        name for name, (_, site) in edits.items() if site.layer in structure.layers and site is not spec.embedding
+    ]:
+        raise PlanError(f"the plan edits {lost[0]}, whose layer it removes")
+    whole = {name: one for name, one in edits.items() if one[1].part is None}
+    if len(whole) < len(edits):
+        raise PlanError("the plan removes layers and edits experts that share a tensor; remove the layers first")
+    result: dict[str, list[NewTensor]] = {}
+    for shard in checkpoint.shards:
+        infos = sorted((i for i in checkpoint.tensors.values() if i.shard == shard), key=lambda i: (i.offset, i.nbytes))
+        tensors, at = [], 0
+        for info in infos:
+            name = renumbered(info.name, structure.layers, spec)
+            if name is not None:
+                place = TensorInfo(name, info.dtype, info.shape, shard, at, info.nbytes)
+                tensors.append(NewTensor(place, (Piece(info, whole.get(info.name)),)))
+                at += info.nbytes
         result[shard] = tensors
     return result
 
@@ -160,9 +189,12 @@ def header_of(tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> byte
 
 
 def changed_config(config: Mapping[str, Any], structure: Structure) -> dict[str, Any]:
-    """The config with the new number of experts and of experts per token, wherever it gives them."""
+    """The config with the new number of experts, of experts per token and of layers, wherever it gives them."""
     result: dict[str, Any] = json.loads(json.dumps(config))
     text = next((result[key] for key in _TEXT_CONFIGS if isinstance(result.get(key), dict)), result)
+    if structure.layers:
+        set_layers(text, structure.layers)
+        return result
     counts, per_token = routing_config(text)
     gone = len(next(iter(structure.remove.values()))) if structure.remove else 0
     for path, value in counts.items():

@@ -99,7 +99,9 @@ def resolve(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec) -> Resolved
             "Leave the embedding out."
         )
     if plan.structure and any(isinstance(edit, NewBias) for edit in plan.edits):
-        raise PlanError("a plan that changes the experts creates no biases too: do the first, and plan on the result")
+        raise PlanError(
+            "a plan that changes experts or layers creates no biases too: do the first, and plan on the result"
+        )
     return Resolved(plan, checkpoint, spec, edits)
 
 

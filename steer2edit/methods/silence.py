@@ -58,6 +58,10 @@ class Options:
     leave: Literal["nothing", "mean"] = option(
         "nothing", "What is left of a component: nothing, or the mean of what it writes, in its writer's bias."
     )
+    prune: bool = option(
+        False,
+        "Remove layers that are named as a whole from the model, in place of silencing them; for whole checkpoints only.",
+    )
     mean_of: Literal["contrast", "background", "chat"] = option(
         "contrast", "Texts over which that mean is taken.", rare=True
     )
@@ -94,6 +98,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     problems = [why for site in sites if (why := no_bias(spec, site))]
     if options.leave == "mean" and problems:
         raise PlanError(f"the mean that is left would be a bias:\n{listing(problems)}\nUse --leave nothing.")
+    if options.prune:
+        return _pruned(scoring, options, chosen)
     edits: list[Edit] = []
     with progress("plan", total=len(sites)) as advance:
         for site in sites:
@@ -104,6 +110,24 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     names = [name for site in sites for name in _told(site, chosen[site.key])]
     method = {"name": "silence", **asdict(options), "silenced": names}
     return EditPlan(Base.of(scoring.checkpoint), tuple(edits), tables, method)
+
+
+def _pruned(scoring: Scoring, options: Options, chosen: Mapping[str, tuple[int, ...]]) -> EditPlan:
+    """A plan that removes layers. Raises PlanError where less than a whole layer is chosen, or the model cannot lose one."""
+    from steer2edit.architecture.removal import layer_problems
+    from steer2edit.plan import Base, EditPlan, Structure
+
+    spec = scoring.spec
+    layers = tuple(sorted({spec.site(key).layer for key in chosen}))
+    kept = [s.key for s in spec.sites if s.layer in layers and len(chosen.get(s.key, ())) < s.components]
+    if kept or options.leave != "nothing":
+        why = f"something of {kept[0]} is left" if kept else "--leave mean leaves something of them"
+        raise PlanError(f"--prune removes whole layers, and {why}: name layers as a whole, such as layer.5")
+    if problems := layer_problems(layers, scoring.checkpoint, spec):
+        raise PlanError(f"layers cannot be removed from this model:\n{listing(problems)}")
+    structure = Structure(layers=layers)
+    method = {"name": "silence", **asdict(options), "removed_layers": list(layers)}
+    return EditPlan(Base.of(scoring.checkpoint), (), {}, method, structure=structure)
 
 
 def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:

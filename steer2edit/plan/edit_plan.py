@@ -45,7 +45,7 @@ _DESCRIBED: Any = {
     "scored": [str],
     "method": METHOD,
     "measured": MEASURED,
-    "structure?": {"remove": {str: [int]}, "top_k": (int, None)},
+    "structure?": {"remove": {str: [int]}, "top_k": (int, None), "layers?": [int]},
     "content?": {str: str},
     "data": DATA,
 }
@@ -92,20 +92,28 @@ class Base:
 
 @dataclass(frozen=True)
 class Structure:
-    """Changes of the architecture: experts removed, by layer, and how many each token passes through from now on.
+    """Changes of the architecture: experts removed, by layer, how many each token passes through, and ``layers`` removed.
 
-    Edits count the experts as the base does: what is removed is removed last.
+    Edits count the experts and layers as the base does: what is removed is removed last.
     """
 
     remove: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     top_k: int | None = None
+    layers: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.remove) or self.top_k is not None
+        return self.removes or self.top_k is not None
+
+    @property
+    def removes(self) -> bool:
+        """Whether tensors go, or lose a part."""
+        return bool(self.remove or self.layers)
 
     def described(self) -> dict[str, Any]:
         """As JSON."""
-        return {"remove": {str(layer): list(gone) for layer, gone in self.remove.items()}, "top_k": self.top_k}
+        removed = {str(layer): list(gone) for layer, gone in self.remove.items()}
+        layers = {"layers": list(self.layers)} if self.layers else {}
+        return {"remove": removed, "top_k": self.top_k, **layers}
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Structure:
@@ -119,7 +127,10 @@ class Structure:
         top_k = described["top_k"]
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"its experts per token are {top_k!r}")
-        return cls(remove, top_k)
+        layers = tuple(described.get("layers", ()))
+        if any(type(n) is not int or n < 0 for n in layers) or list(layers) != sorted(set(layers)):
+            raise ValueError("its removed layers are not different numbers in order")
+        return cls(remove, top_k, layers)
 
 
 @dataclass(frozen=True)
@@ -311,7 +322,7 @@ def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> 
     if len({plan.base.fingerprint for plan in merged}) > 1:
         raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in merged}))}")
     if any(plan.structure for plan in merged):
-        raise PlanError("a plan that removes experts cannot be merged: it changes what the others count")
+        raise PlanError("a plan that removes experts or layers cannot be merged: it changes what the others count")
     content = _merged_content(merged)
     edits: dict[str, Edit] = {}
     for plan, factor in zip(merged, factors, strict=True):

@@ -82,6 +82,7 @@ def render_summary(plan: EditPlan) -> str:
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
         "Silenced": _names_line(plan.method.get("silenced", ())),
+        "Removed": f"layers {_names_line([str(n) for n in plan.structure.layers])}" if plan.structure.layers else "",
         "Stability": _stability_line(plan),
     }
     lines = [f"{label:<9}  {text}" for label, text in rows.items() if text]

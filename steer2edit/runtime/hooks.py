@@ -37,7 +37,8 @@ def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterat
 
     The update is applied as ``y + B (A x)`` at each edited matrix, in the activations' dtype or better, so a plan is tried
     without touching a weight. Where columns are scaled, the module runs again on its input times their factors. Routers' rows
-    and biases are set, and set back. Removed experts are masked as *absent*.
+    and biases are set, and set back. Removed experts are masked as *absent*. Removed layers run, so that a cache counts right,
+    and their stream goes on as it came.
     """
     with ExitStack() as stack:
         for site, edits in _by_site(loaded.spec, plan):
@@ -65,6 +66,9 @@ def edited(loaded: LoadedModel, plan: EditPlan, strength: float = 1.0) -> Iterat
                     inputs.setdefault(site.expert, []).append((site, _changes(site, edits, strength, device)))
             widened = {expert: _widening(ones) for expert, ones in inputs.items()}
             stack.enter_context(visiting(loaded.model, router, _changing(module, changes), widened))
+        for layer in plan.structure.layers:
+            block = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
+            stack.callback(block.register_forward_hook(_skipping, with_kwargs=True).remove)
         for layer, gone in plan.structure.remove.items():
             stack.enter_context(without(loaded.model, loaded.spec.router(layer), gone, absent=True))
         if plan.structure.top_k is not None:
@@ -103,6 +107,11 @@ def stream_shifted(loaded: LoadedModel, vectors: Mapping[int, torch.Tensor]) -> 
             module = loaded.model.get_submodule(f"{loaded.spec.block_modules}{layer}")
             stack.enter_context(_hooked(module, shifting(vector)))
         yield
+
+
+def _skipping(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    stream = args[0] if args else kwargs["hidden_states"]
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
 def _by_site(spec: ModelSpec, plan: EditPlan) -> list[tuple[Site, list[Edit]]]:

@@ -1,4 +1,4 @@
-"""A checkpoint without the plan's removed experts: shards of the same names, with a new layout.
+"""A checkpoint without the plan's removed experts or layers: shards of the same names, with a new layout.
 
 The kernel copies the pieces that no edit touches, from their place in the base to their place here.
 """
@@ -29,27 +29,27 @@ CONFIG = "config.json"
 
 
 def write_config(resolved: Resolved, folder: Path) -> None:
-    """Write config.json with the plan's numbers of experts. Raises PlanError where the model cannot be pruned so."""
-    check_structure(resolved.plan.structure, resolved.spec)
+    """Write config.json with the plan's numbers of experts and layers. Raises PlanError where the model cannot be pruned so."""
+    check_structure(resolved.plan.structure, resolved.checkpoint, resolved.spec)
     text = json.dumps(_config(resolved), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def rewritten_files(resolved: Resolved) -> dict[str, Mapping[str, Any]]:
     """The JSON files that the structure changes, with their new content."""
-    check_structure(resolved.plan.structure, resolved.spec)
+    check_structure(resolved.plan.structure, resolved.checkpoint, resolved.spec)
     files: dict[str, Mapping[str, Any]] = {CONFIG: _config(resolved)}
     index = resolved.checkpoint.index
-    if resolved.plan.structure.remove and index is not None:
+    if resolved.plan.structure.removes and index is not None:
         files[index] = _index(resolved.checkpoint, index, _assembled(resolved))
     return files
 
 
 def lower_pruned(resolved: Resolved, folder: Path, progress: Progress, writing: Writing) -> Lowering:
-    """Write the shards, the index and the config of the model without the plan's removed experts."""
+    """Write the shards, the index and the config of the model without the plan's removed experts or layers."""
     checkpoint = resolved.checkpoint
     if scaled := [name for name, (_, site) in resolved.edits.items() if site.locate(checkpoint, name).dtype == FP8]:
-        raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts first, and edit the result")
+        raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts or layers first, and edit the result")
     write_config(resolved, folder)
     shards = _assembled(resolved)
     if (index := checkpoint.index) is not None:
@@ -92,19 +92,27 @@ def _config(resolved: Resolved) -> dict[str, Any]:
 
 
 def _lowering(resolved: Resolved, shards: Mapping[str, Sequence[NewTensor]], edited: Sequence[Change]) -> Lowering:
-    checkpoint, spec, remove = resolved.checkpoint, resolved.spec, resolved.plan.structure.remove
+    checkpoint, spec, structure = resolved.checkpoint, resolved.spec, resolved.plan.structure
+    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in resolved.edits.items()})
+    exactness = f"exact, the rest up to one rounding to {', '.join(dtypes)}" if dtypes else "exact"
+    sizes = {"shards": len(shards), "bytes": _total(shards)}
+    if structure.layers:
+        details: dict[str, Any] = {
+            **sizes,
+            "removed_layers": list(structure.layers),
+            "layers": spec.layers - len(structure.layers),
+        }
+        return Lowering(exactness, tuple(edited), (), details)
+    remove = structure.remove
     routers = [spec.router(layer) for layer in remove]
     names = [name for router in routers for name in (router.tensor, router.bias) if name]
     changes = [*edited, *(_pruned_change(checkpoint, shards, name) for name in names)]
     experts = spec.routers[0].experts - len(next(iter(remove.values())))
-    dtypes = sorted({site.locate(checkpoint, name).dtype for name, (_, site) in resolved.edits.items()})
     details = {
-        "shards": len(shards),
-        "bytes": _total(shards),
+        **sizes,
         "removed": {str(layer): list(gone) for layer, gone in remove.items()},
         "experts": experts,
     }
-    exactness = f"exact, the rest up to one rounding to {', '.join(dtypes)}" if dtypes else "exact"
     return Lowering(exactness, tuple(changes), tuple(_engine_notes(experts)), details)
 
 

@@ -58,7 +58,7 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
     checkpoint, edits, created = resolved.checkpoint, resolved.rewritten, new_biases(resolved)
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     copy_other_files(checkpoint, folder)
-    if resolved.plan.structure.remove:
+    if resolved.plan.structure.removes:
         return _pruned.lower_pruned(resolved, folder, progress, writing)
     if resolved.plan.structure:
         _pruned.write_config(resolved, folder)
@@ -104,7 +104,7 @@ def verify(resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
         checkpoint, folder, rewritten_files, lambda name: _needed(name, {*shards, checkpoint.index or SINGLE})
     )
     files = frozenset({*shards, *others.files, *rewritten_files})
-    if structure.remove:
+    if structure.removes:
         tensors, pruned, wrong = _pruned.compare_pruned(resolved, folder, progress)
         return Comparison(tensors, files, pruned, (*wrong, *others.problems), (), others.notes)
     result = compare_shards(resolved, folder, progress, created)

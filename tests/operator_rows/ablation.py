@@ -76,7 +76,7 @@ ROWS = (
         "--method ablation --direction-layer 1 --alpha 0.5",
         "a forward hook on every writer takes half of r̂ out of its output",
         lambda subject: _ablating(subject, 1, 0.5),
-        carried={"checkpoint": EXACT, **MEAN_EFFECT},
+        carried={"checkpoint": EXACT, "lora": EXACT, **MEAN_EFFECT},
         families=("gpt2",),
     ),
     Row(
@@ -121,6 +121,6 @@ ROWS = (
         "a forward hook on every writer moves its output along r̂ to the other class's mean",
         _to_the_other_class,
         exactness="exact where every writer has a bias or can get one, refused elsewhere",
-        carried={"checkpoint": EXACT, **MEAN_EFFECT},
+        carried={"checkpoint": EXACT, "lora": EXACT, **MEAN_EFFECT},
     ),
 )

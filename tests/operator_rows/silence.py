@@ -38,6 +38,6 @@ ROWS = (
         "a hook sets the inputs of the chosen components to their means",
         lambda subject: _without(subject, {"attn_out.1": [2]}, mean=True),
         exactness="exact where the writer has a bias or can get one, refused elsewhere",
-        carried={"checkpoint": EXACT},
+        carried={"checkpoint": EXACT, "lora": EXACT},
     ),
 )
