@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from steer2edit.data.answers import LABELS
+from steer2edit.data.contrast import Example
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric, Sample
 from steer2edit.plan import Base, EditPlan, LowRank, Measured, Scores
@@ -181,13 +183,14 @@ HOSTILE = [
 def hostile_report(text: str) -> Report:
     """A report in which every name and text that comes from data is ``text``."""
     plan = make_plan(2, 2, 4, name=text)
+    origin = {"kind": "folder", "way": text, "kept": text, "offered": text, "verdict": text, "receipt": text}
     plan = dataclasses.replace(
         plan,
         base=Base(text, text, text),
         # a safetensors header is UTF-8: no tensor's name holds half a character
         edits=(dataclasses.replace(plan.edits[0], tensor=text.encode("utf-8", "replace").decode()),),
         method={"name": text, text: text, "nested": [{text: text}]},
-        data={**plan.data, "data": text, "examples": {text: text}, "system": text},
+        data={**plan.data, "data": text, "examples": {text: text}, "system": text, "origin": [origin]},
     )
     metrics = (Metric(f"{text}u", "utility", "less", text), Metric(f"{text}a", "attribute", "more", text))
     samples = {metric.name: Sample((1.0, 2.0, 4.0)) for metric in metrics}
@@ -202,4 +205,5 @@ def hostile_report(text: str) -> Report:
         {**trial, "params": {text: text}, "state": trial["state"] if i else text} for i, trial in enumerate(trials)
     ]
     receipt = {"target": text, "exactness": text, "notes": [text], "versions": {text: text}}
-    return Report(plan, evaluation, receipt, trials, study, text)
+    examples = [Example(text, text, label, text, 0) for label in LABELS]
+    return Report(plan, evaluation, receipt, trials, study, text, examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from collections.abc import Callable
@@ -172,6 +173,20 @@ def test_an_aim_is_reached_on_the_questions_for_selection(folder: Path, tiny_lla
     assert result.exit_code == 0, result.stderr
     plan = EditPlan.load(tmp_path / "out" / "steer2edit" / "plan.safetensors")
     assert set(plan.measured.selected_on) == SELECT
+
+
+def test_a_search_chooses_on_the_folders_questions_by_its_metric(
+    folder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "neutral.txt").write_text("the old cat sees a small bird and the river runs . " * 30)
+    result = run(
+        "tune", tiny_llama, "--data", folder, "--utility", "none", "--neutral", tmp_path / "neutral.txt", "--trials", 3,
+        "--max-new-tokens", 4, "--allow-broken", "--no-report", "--kl-range", "0.005,0.1", "-o", tmp_path / "study", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    settings = json.loads(result.stdout)["settings"]
+    assert settings["attribute"] == {"name": "letters", "goal": "more"}
+    assert settings["selected_on"] == hashlib.sha256(" ".join(sorted(SELECT)).encode()).hexdigest()
 
 
 @settings(deadline=None, max_examples=60)

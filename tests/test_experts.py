@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, run
+from conftest import run
+from data_folders import write_data_folder
 from mask_laws import artefact, everywhere, largest, logits, mask_plan, reference, selected, silenced
 from mixture_models import EXPERTS, MIXTURE_TYPES, MODELS, TOP_K, Case, mixture_config, save_mixture
 
@@ -252,8 +253,7 @@ def test_false_discovery_rates_are_benjamini_and_hochbergs() -> None:
 
 def test_the_commands_profile_show_and_mask(build: Callable[[str], Case], tmp_path: Path) -> None:
     folder = build("deepseek_v3").folder
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = write_data_folder(tmp_path / "data")
     stats, plot = tmp_path / "x.stats.safetensors", tmp_path / "map.png"
     made = run("experts", "profile", folder, "--data", data, "-o", stats, "--plot", plot, "--json")
     assert made.exit_code == 0, made.output
