@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,25 +50,30 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--behavior", default="concise")
     parser.add_argument("--limit", type=int, default=12, help="rows of the behaviour that are captured")
-    parser.add_argument("--only", default="", help="systems whose name holds this text")
+    parser.add_argument("--only", default="", help="systems whose names hold one of these texts, with commas between")
+    parser.add_argument("--to", action="append", help="targets that are measured, all of them without it; repeatable")
     given = parser.parse_args()
     subject = subject_of(given.model, given.behavior, given.limit)
     lines = []
-    for row in (row for row in all_rows() if given.only in row.system):
+    for row in (row for row in all_rows() if any(one in row.system for one in given.only.split(","))):
         try:
             plan, hooked = row.planned(subject), subject.hooked(row.hooks(subject))
         except Steer2EditError as error:
             lines.append([row.system, row.command, "", first_line(error)])
             continue
         effect = float((hooked - subject.base).abs().max())
-        lines.append([row.system, row.command, f"{effect:.2g}", ", ".join(_errors(subject, plan, hooked, effect))])
+        lines.append(
+            [row.system, row.command, f"{effect:.2g}", ", ".join(_errors(subject, plan, hooked, effect, given.to))]
+        )
         print(lines[-1], file=sys.stderr, flush=True)
     print(tabulate(lines, ["system", "command", "effect", "error by target"], tablefmt="github", disable_numparse=True))
 
 
-def _errors(subject: Subject, plan: EditPlan, hooked: torch.Tensor, effect: float) -> list[str]:
+def _errors(
+    subject: Subject, plan: EditPlan, hooked: torch.Tensor, effect: float, chosen: Sequence[str] | None
+) -> list[str]:
     found = []
-    for target in targets.names():
+    for target in chosen or targets.names():
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 error = float((subject.artefact(plan, target, Path(scratch) / "out") - hooked).abs().max()) / effect

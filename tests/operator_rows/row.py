@@ -48,8 +48,10 @@ def steered(subject: Subject, span: Span, vector: VectorKind) -> Statistics:
     statistics = subject.captured(span)
     if vector != "gradient":
         return with_vector(statistics, vector)
-    examples = replace(subject.behavior, span=span).encode(subject.loaded.tokenizer, subject.loaded.context)
-    return substituted(by_gradients(subject.loaded, examples), statistics, subject.checkpoint, subject.spec)
+    if span not in subject.gradients:
+        examples = replace(subject.behavior, span=span).encode(subject.loaded.tokenizer, subject.loaded.context)
+        subject.gradients[span] = by_gradients(subject.loaded, examples)
+    return substituted(subject.gradients[span], statistics, subject.checkpoint, subject.spec)
 
 
 @dataclass(frozen=True)

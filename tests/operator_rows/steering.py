@@ -16,7 +16,7 @@ def _least_energy(subject: Subject) -> Mapping[str, Hook]:
     statistics = subject.statistics
     hooks = {}
     for site in subject.spec.sites:
-        if site.role.kind is MatrixRole.ATTN_OUT:
+        if _carries(subject, site):
             # without chats the prose has the weight of both backgrounds, 0.4 of the remaining 0.6
             parts = [statistics.block_moments(site.key, source) for source in ("contrast", "background")]
             S = _whole(parts[0].double() / 3 + parts[1].double() * 2 / 3)
@@ -48,7 +48,13 @@ def _constant(subject: Subject) -> Mapping[str, Hook]:
         v = statistics.difference(site.key)
         return lambda _x, y: y + v
 
-    return {site.module: adding(site) for site in subject.spec.sites if site.role.kind is MatrixRole.ATTN_OUT}
+    return {site.module: adding(site) for site in subject.spec.sites if _carries(subject, site)}
+
+
+def _carries(subject: Subject, site: Site) -> bool:
+    """Attention's writers; of 12 layers or more, those of the deeper half."""
+    layers = subject.spec.layers
+    return site.role.kind is MatrixRole.ATTN_OUT and site.layer >= (layers // 2 if layers >= 12 else 0)
 
 
 ROWS = (

@@ -16,6 +16,7 @@ from steer2edit.architecture import ModelSpec, Site, read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
+from steer2edit.capture.vectors import Vectors
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import Span
@@ -35,6 +36,7 @@ class Subject:
     checkpoint: Checkpoint
     behavior: Behavior
     contexts: torch.Tensor
+    gradients: dict[Span, Vectors] = field(default_factory=dict)
     _captured: dict[Span, Statistics] = field(default_factory=dict)
 
     @classmethod
