@@ -19,12 +19,12 @@ from steer2edit.errors import DataError
 from steer2edit.evaluation.metrics import prompt_text
 
 FEWER = {
-    "blunt": 85,
-    "fewer-hedges": 85,
-    "less-flattery": 85,
-    "no-lists": 85,
-    "prompt-language": 85,
-    "step-by-step": 85,
+    "blunt": 100,
+    "fewer-hedges": 100,
+    "less-flattery": 100,
+    "no-lists": 100,
+    "prompt-language": 100,
+    "step-by-step": 100,
 }
 """The least number of questions in each half, of behaviours that have fewer than the others."""
 
