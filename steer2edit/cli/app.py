@@ -14,6 +14,7 @@ from steer2edit.cli.capture import capture
 from steer2edit.cli.chat import chat
 from steer2edit.cli.command import MainGroup
 from steer2edit.cli.compile import compile
+from steer2edit.cli.data import data
 from steer2edit.cli.demo import demo
 from steer2edit.cli.diff import diff, revert
 from steer2edit.cli.emit import emit, verify
@@ -30,6 +31,7 @@ from steer2edit.cli.vectors import vectors
 
 _HEADINGS = {
     "Start": ("demo", "behaviors", "compile", "verify", "chat"),
+    "Data": ("data",),
     "Stages of a compile": ("capture", "vectors", "plan", "gate", "show", "scale", "emit"),
     "Measure": ("eval", "tune", "report", "layers"),
     "Mixtures of experts": ("experts",),
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 for command in (
-    behaviors,
+    *(behaviors, data),
     *(
         capture,
         chat,

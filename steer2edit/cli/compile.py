@@ -14,6 +14,7 @@ from steer2edit.cli.data_options import CaptureFlags, ProtectFlags, StatsFlags, 
 from steer2edit.cli.dry_run import dry_run_compile
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.method import MethodFlags
+from steer2edit.cli.missing_data import MissingDataFlags
 from steer2edit.cli.options import (
     ForceFlags,
     JsonFlags,
@@ -72,6 +73,7 @@ class ReportFlags(FlagGroup):
 @command(
     cls=WeightsCommand,
     data=CaptureFlags,
+    missing=MissingDataFlags,
     stats=StatsFlags,
     vectors=VectorsFlags,
     protect=ProtectFlags,
@@ -90,6 +92,7 @@ class ReportFlags(FlagGroup):
 def compile(
     model: str,
     data: CaptureFlags,
+    missing: MissingDataFlags,
     stats: StatsFlags,
     vectors: VectorsFlags,
     protect: ProtectFlags,
@@ -116,6 +119,8 @@ def compile(
     from steer2edit.strength.aim import Aim
 
     aim = Aim.read(report.aim) if report.aim is not None else None
+    if missing.trait is not None and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
+        raise click.UsageError("--trait asks for data to be made; give it without --plan, --stats and --vectors")
     if plans.plans:
         if protect.protect:
             raise click.UsageError(
@@ -134,6 +139,8 @@ def compile(
         raise click.UsageError("several --eval belong to several --plan; give one")
     stats.check(data)
     vectors.check()
+    if stats.stats is None and vectors.vectors_file is None:
+        data = missing.with_data(data, model, model_flags, output.out, writing.dry_run)
     steering = vectors.read(edited_layers(method.options()))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(

@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TemplateFlags(FlagGroup):
-    """What stands around the prompts."""
+class TemplateArgumentFlags(FlagGroup):
+    """Arguments for the chat template."""
 
     heading: ClassVar[str] = "Data"
 
-    system: str | None = option(None, "System message to put before every prompt.")
     chat_template_kwargs: tuple[str, ...] = option(
         (),
         "Argument for the chat template, such as enable_thinking=false; the value is JSON or text. Repeatable.",
@@ -61,6 +60,13 @@ class TemplateFlags(FlagGroup):
                 raise click.BadParameter(f"{name.strip()} is given twice", param_hint="--chat-template-kwargs")
             found[name.strip()] = _json_or_text(value)
         return found or None
+
+
+@dataclass(frozen=True)
+class TemplateFlags(TemplateArgumentFlags):
+    """What stands around the prompts."""
+
+    system: str | None = option(None, "System message to put before every prompt.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,9 @@ class DataFlags(TemplateFlags):
         None, "Texts on which the edit has no mean push: prose, or chats (.jsonl) of which the answers count.", "--keep"
     )
     batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
+    despite_verdict: bool = option(
+        False, "Take a folder of data whose own verdict is that it does not hold the behaviour.", rare=True
+    )
 
     @property
     def most_rows(self) -> int | None:
@@ -144,6 +153,7 @@ class DataFlags(TemplateFlags):
     def read_behavior(self, vectors: Vectors | None = None) -> Behavior:
         """The behaviour; beside vectors from elsewhere it needs no examples."""
         from steer2edit.data.behavior import Behavior
+        from steer2edit.data.data_folder import DataFolder
 
         arguments = self.template_arguments
         if vectors is not None and not self.any:
@@ -158,6 +168,9 @@ class DataFlags(TemplateFlags):
             raise click.UsageError(
                 f"{'--data' if self.data else '--behavior'} names the same source twice; give it once"
             )
+        for source in self.sources():
+            if isinstance(source, DataFolder) and not self.despite_verdict:
+                source.check_verdict()
         parts = [read(source, self.system, self.span, arguments, max_tokens=self.max_tokens) for source in sources]
         behavior = Behavior.joined(parts)
         return behavior if self.most_rows is None else behavior.limited(self.most_rows)

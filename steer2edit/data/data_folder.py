@@ -64,6 +64,16 @@ class DataFolder:
             for question in read_questions(self.path / name)
         ]
 
+    def check_verdict(self) -> None:
+        """Raise DataError where the receipt says that the data does not hold the behaviour."""
+        found = self.receipt.get("verdict") or {}
+        if found.get("word") == "not":
+            why = "; ".join(map(str, found.get("reasons") or ())) or f"see {RECEIPT}"
+            raise DataError(
+                f"{brief(self.path)} does not hold the behaviour {self.name}: {why}. Make other data (steer2edit data), or take "
+                "it all the same with --despite-verdict"
+            )
+
     @property
     def origin(self) -> dict[str, Any]:
         """Where the data came from, for plans, which are published: no text of a row or an instruction."""

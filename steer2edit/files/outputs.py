@@ -24,11 +24,13 @@ KINDS = {
     "evaluation": "an evaluation file",
     "study": "a study's result file",
     "interference": "an interference file",
+    "data": "the receipt of a folder of data",
+    "rows": "rows of contrast data (JSON lines)",
     "report": "a report page",
     "picture": "a picture (PNG, SVG or PDF)",
 }
 _IN_METADATA = ("plan", "statistics", "vectors", "partial")
-_IN_FORMAT = ("evaluation", "study", "interference")
+_IN_FORMAT = ("evaluation", "study", "interference", "data")
 _HEADER_BYTES = 100 << 20
 _PICTURES = (b"\x89PNG", b"%PDF")
 # what the system and Python leave in any folder
@@ -142,6 +144,8 @@ def _recognised(path: Path, kind: str) -> bool:
             tail = file.read()
     except (OSError, ValueError):
         return False
+    if kind == "rows":
+        return not head or head.startswith(b'{"prompt": ')
     if kind == "report":
         return head.startswith(b"<!DOCTYPE html>") and b"Made by steer2edit" in tail
     return head.startswith(_PICTURES) or b"<svg" in head

@@ -6,17 +6,17 @@ A way to sort is one function from answers to numbers. An answer without a numbe
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from steer2edit.data.answer_text import matches
 from steer2edit.data.marking import is_exact, names_right
+from steer2edit.data.metric_choice import Goal
 from steer2edit.data.prompts import Prompt
 from steer2edit.errors import DataError
 from steer2edit.pairs.samples import Sample
 
 SortBy = Literal["length", "pattern", "function", "judge", "answer"]
-Goal = Literal["more", "less"]
 Values = list[float]
 
 
@@ -31,9 +31,8 @@ def by_length(samples: Sequence[Sample]) -> Values:
 
 
 def by_pattern(samples: Sequence[Sample], pattern: str) -> Values:
-    """1 where the regular expression is found in the answer, else 0."""
-    expression = re.compile(pattern)
-    return [float(expression.search(sample.answer.text) is not None) for sample in samples]
+    """1 where the regular expression is found in the answer, else 0. Raises DataError where it takes seconds to look."""
+    return [float(matches(pattern, sample.answer.text) > 0) for sample in samples]
 
 
 def by_function(samples: Sequence[Sample], function: Callable[[str, str], float]) -> Values:

@@ -14,6 +14,7 @@ from steer2edit.engines.engine import Request, Sampling
 from steer2edit.errors import DataError, shown
 from steer2edit.notices import notice
 from steer2edit.pairs.near_duplicates import repeated, similarity, words_of
+from steer2edit.pairs.telling import Instructions
 from steer2edit.pairs.writing import Writer
 
 FORMS = (
@@ -60,18 +61,6 @@ class Trait:
         return cls(name, description)
 
 
-@dataclass(frozen=True)
-class Instructions:
-    """Opposite instructions; the same place in both has the same wording."""
-
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-
-    def of(self, index: int) -> tuple[str, str]:
-        """The positive and the negative one of a prompt by its number."""
-        return self.positive[index % len(self.positive)], self.negative[index % len(self.negative)]
-
-
 def instructions(trait: Trait, opposite: str | None) -> Instructions:
     """Instructions of every form for the trait and for its opposite; without one, for the trait denied."""
     against = _NEGATED.format(trait.description) if opposite is None else opposite
@@ -110,9 +99,11 @@ def read_opposite(text: str, trait: Trait) -> str | None:
     line = re.sub(r"^(?:the )?opposite(?: style| of the last style)?\s*(?:is|:)\s*", "", lines[0], flags=re.IGNORECASE)
     line = line.strip(" \"'*…").rstrip(".!").strip()
     known = [trait.description, *(part for example in _EXAMPLES for part in example)]
-    if not 2 <= len(words_of(line)) <= 40 or ":" in line or line.endswith("?"):
+    words = words_of(line)
+    # a line that speaks of styles and opposites describes the task
+    if not 2 <= len(words) <= 30 or ":" in line or line.endswith("?") or {"opposite", "style", "styles"} & set(words):
         return None
-    if any(similarity(line, one) >= 0.5 for one in known) or set(words_of(line)) <= set(words_of(trait.description)):
+    if any(similarity(line, one) >= 0.5 for one in known) or set(words) <= set(words_of(trait.description)):
         return None
     return line
 

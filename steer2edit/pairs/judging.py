@@ -1,0 +1,117 @@
+"""A judge's opinion on rows, through the journal: whether answers are coherent, and whether they show their side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from steer2edit.data.prompts import Prompt
+from steer2edit.errors import DataError
+from steer2edit.pairs.filters import CONTRADICTS, INCOHERENT
+from steer2edit.pairs.journal import Journal, key_of
+from steer2edit.pairs.measure import Difference, difference
+from steer2edit.pairs.samples import Pair, Row, Sample
+from steer2edit.progress import Progress, silent
+
+COHERENT = 0.5
+"""Least probability of yes of an answer that is called coherent."""
+_BATCH = 64
+
+
+class Judge(Protocol):
+    """Probabilities of yes, one for each answer; nan where the judge says neither yes nor no."""
+
+    def shows(self, trait: str, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """How likely it is that each answer shows the trait."""
+
+    def coherent(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """How likely it is that each answer is coherent and to the point."""
+
+    def described(self) -> dict[str, Any]:
+        """For the receipt."""
+
+
+class Judged:
+    """A judge with a journal. ``trait`` is what answers are to show; None where there is none to look for."""
+
+    def __init__(self, judge: Judge, journal: Journal, trait: str | None, progress: Progress = silent) -> None:
+        self._judge, self._journal, self._trait, self._progress = judge, journal, trait, progress
+
+    def shows(self, samples: Sequence[Sample]) -> list[float]:
+        """How likely each answer shows the trait; nan for all without a trait."""
+        if self._trait is None:
+            return [math.nan] * len(samples)
+        return self._asked("shows", self._trait, samples)
+
+    def sorted(self, samples: Sequence[Sample]) -> list[float]:
+        """What answers are sorted by. Raises DataError where the judge has no opinion on any of them."""
+        found = self.shows(samples)
+        if all(map(math.isnan, found)):
+            raise DataError(
+                "the judge has no opinion on any answer: it does not tell labelled answers apart, or says neither yes nor no; "
+                "give another --judge"
+            )
+        return found
+
+    def coherent(self, samples: Sequence[Sample]) -> list[float]:
+        """How likely each answer is coherent."""
+        return self._asked("coherent", "", samples)
+
+    def described(self) -> dict[str, Any]:
+        """What was asked, for the receipt."""
+        return {"trait": self._trait, "least_coherence": COHERENT}
+
+    def faults(self, rows: Sequence[Row]) -> list[str | None]:
+        """Why each row is left out: incoherent, or the negative answer shows the trait as much as the positive.
+
+        Where the judge says neither yes nor no, the row stays.
+        """
+        samples = [sample for row in rows for _, sample in _sides(row)]
+        sound = dict(zip(map(id, samples), self.coherent(samples), strict=True))
+        shown = dict(zip(map(id, samples), self.shows(samples), strict=True))
+        found: list[str | None] = []
+        for row in rows:
+            if any(sound[id(sample)] < COHERENT for _, sample in _sides(row)):
+                found.append(INCOHERENT)
+            elif isinstance(row, Pair) and shown[id(row.positive)] <= shown[id(row.negative)]:
+                found.append(CONTRADICTS)
+            else:
+                found.append(None)
+        return found
+
+    def differences(self, rows: Sequence[Row]) -> list[Difference]:
+        """Positive minus negative answers in the probability that they show the trait, of all rows before the sifting."""
+        samples = [sample for row in rows for _, sample in _sides(row)]
+        shown = dict(zip(map(id, samples), self.shows(samples), strict=True))
+        found = difference(rows, lambda sample: shown[id(sample)])
+        return [] if found is None else [Difference("the judge's yes", "more", found)]
+
+    def _asked(self, what: str, trait: str, samples: Sequence[Sample]) -> list[float]:
+        keys = [key_of("judge", what, trait, _plain(one.question.prompt), one.answer.text) for one in samples]
+        places = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._journal}
+        order = sorted(places.values(), key=lambda i: keys[i])
+        with self._progress(f"judge: {what}", total=len(order)) as advance:
+            for first in range(0, len(order), _BATCH):
+                chosen = order[first : first + _BATCH]
+                prompts = [samples[i].question.prompt for i in chosen]
+                answers = [samples[i].answer.text for i in chosen]
+                values = (
+                    self._judge.shows(trait, prompts, answers)
+                    if what == "shows"
+                    else self._judge.coherent(prompts, answers)
+                )
+                for i, value in zip(chosen, values, strict=True):
+                    self._journal.add(keys[i], None if math.isnan(value) else value)
+                self._journal.sync()
+                advance(len(chosen))
+        return [math.nan if (value := self._journal[key]) is None else float(value) for key in keys]
+
+
+def _sides(row: Row) -> tuple[tuple[str, Sample], ...]:
+    return row.sides if isinstance(row, Pair) else ((row.side, row.sample),)
+
+
+def _plain(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps([list(message) for message in prompt])

@@ -1,0 +1,231 @@
+"""Contrast data on one page: prompts → answers → rows → filters → parts → measures → folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from steer2edit.data.metric_choice import MetricChoice
+from steer2edit.data.questions import Question
+from steer2edit.data.templates import TemplateArguments
+from steer2edit.engines.engine import Engine, Sampling
+from steer2edit.errors import DataError
+from steer2edit.files.locks import claimed
+from steer2edit.pairs.filters import Allowed, Tally, sift
+from steer2edit.pairs.folder import check_folder, question_rows, train_rows, write_folder
+from steer2edit.pairs.from_trait import FromTrait
+from steer2edit.pairs.journal import JOURNAL, Journal
+from steer2edit.pairs.judging import Judge, Judged
+from steer2edit.pairs.lengths import Lengths, lengths
+from steer2edit.pairs.measure import Difference, differences, read_separation
+from steer2edit.pairs.questions import chosen_questions
+from steer2edit.pairs.samples import Row, Think, samples_of
+from steer2edit.pairs.separation import Separation
+from steer2edit.pairs.split import deal
+from steer2edit.pairs.verdict import Verdict, verdict
+from steer2edit.pairs.ways import Sorted, Way
+from steer2edit.pairs.writing import BATCH, Pace, Writer
+from steer2edit.progress import Progress, silent
+from steer2edit.runtime.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What data to make, and where it goes.
+
+    ``way`` says how rows come about, from answers to ``questions``. ``metric`` is what later commands measure, where it is
+    known. ``trait`` is what a judge looks for. ``origin`` holds further plain values for the receipt, such as the file of a
+    behaviour. Of the prompts ``max_prompts`` are used at most, the same ones whatever their order.
+    """
+
+    out: Path
+    name: str
+    description: str
+    questions: Sequence[Question]
+    way: Way | FromTrait
+    metric: MetricChoice | None = None
+    trait: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    think: Think = "strip"
+    allowed: Allowed = field(default_factory=Allowed)
+    chat_template_kwargs: TemplateArguments | None = None
+    max_prompts: int | None = None
+    batch: int = BATCH
+    seed: int = 0
+    force: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Who writes the answers, the instructions and questions, and who judges; ``loaded`` is the model that the data is for.
+
+    Without ``loaded`` nobody reads the rows. The judge is None where there is none.
+    """
+
+    answers: Engine
+    writer: Engine
+    loaded: LoadedModel | None
+    judge: Judge | None = None
+
+    def described(self) -> dict[str, Any]:
+        """All of them, for the journal and the receipt."""
+        return {
+            "engine": self.answers.described(),
+            "writer": self.writer.described(),
+            "judge": None if self.judge is None else self.judge.described(),
+            "read_by": None if self.loaded is None else self.loaded.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it. ``reused`` says that every answer was there already."""
+
+    folder: Path
+    receipt: dict[str, Any]
+    rows: tuple[Row, ...]
+    tally: Tally
+    answers: Tally | None
+    lengths: Lengths | None
+    separation: Separation | None
+    differences: tuple[Difference, ...]
+    verdict: Verdict
+    pace: Pace
+    reused: bool
+
+
+def make_data(request: DataRequest, engines: Engines, progress: Progress = silent) -> Made:
+    """Write answers, make rows of them, and put the folder in place; a run that was killed goes on.
+
+    No other run can write the folder meanwhile. The files depend on the request and the engines alone, not on interruptions.
+    Raises DataError where no row is left, where the folder holds data of other settings, and for whatever is wrong with the
+    input.
+    """
+    questions = chosen_questions(request.questions, request.max_prompts)
+    with claimed([request.out]):
+        check_folder(request.out, request.force)
+        request.out.mkdir(parents=True, exist_ok=True)
+        with Journal(request.out / JOURNAL, _settings(request, engines, questions)) as journal:
+            return _made(request, engines, questions, journal, progress)
+
+
+def _made(
+    request: DataRequest, engines: Engines, questions: list[Question], journal: Journal, progress: Progress
+) -> Made:
+    common: dict[str, Any] = {"journal": journal, "batch": request.batch, "progress": progress}
+    writer = Writer(engines.answers, name="answers", alone=_alone(engines.answers), **common)
+    before = len(journal)
+    way = request.way
+    told: dict[str, Any] = {}
+    if isinstance(way, FromTrait):
+        author = Writer(engines.writer, name="writer", alone=_alone(engines.writer), **common)
+        way, questions, told = way.resolved(author, questions, request.sampling.seed)
+    judged = None if engines.judge is None else Judged(engines.judge, journal, request.trait, progress)
+    if isinstance(way, Sorted) and way.by == "judge" and judged is not None:
+        way = replace(way, judge=judged.sorted)
+    written = way.rows(questions, writer, request.sampling, request.allowed)
+    rows, tally = sift(written.rows, request.allowed, None if judged is None else judged.faults)
+    if not rows:
+        raise DataError(
+            f"no row is left to make data of: {_why(written.answers, tally)}; every answer is in {request.out / JOURNAL}. Give "
+            "other instructions or prompts, more --max-new-tokens, or a stronger model (--answers-by)"
+        )
+    # in the order of their prompts' digests: a file says nothing about the order of its source
+    rows = sorted(rows, key=lambda row: row.question.digest)
+    parts = deal([row.question.digest for row in rows], request.seed)
+    by_part = {
+        part: [row for row in rows if parts[row.question.digest] == part] for part in ("train", "select", "report")
+    }
+    found = (
+        None
+        if engines.loaded is None
+        else read_separation(
+            engines.loaded,
+            [*by_part["train"], *by_part["select"]],
+            think=request.think,
+            chat_template_kwargs=request.chat_template_kwargs,
+            seed=request.seed,
+            progress=progress,
+        )
+    )
+    differ = differences(rows, request.metric)
+    if judged is not None:
+        differ += judged.differences(written.rows)
+    long = _lengths(rows)
+    result = verdict(found, differ, read=engines.loaded is not None)
+    receipt = {
+        "behavior": {"name": request.name, "description": request.description, **told},
+        "metric": None if request.metric is None else request.metric.described(),
+        "origin": request.origin,
+        "made": way.described(),
+        **written.more,
+        "prompts": len(questions),
+        "sampling": asdict(request.sampling),
+        "think": request.think,
+        "seed": request.seed,
+        **({"chat_template_kwargs": dict(request.chat_template_kwargs)} if request.chat_template_kwargs else {}),
+        **engines.described(),
+        **({"judged": judged.described()} if judged is not None else {}),
+        "answers": None if written.answers is None else _counts(written.answers),
+        "rows": {**_counts(tally), **{part: len(own) for part, own in by_part.items()}},
+        "lengths": None if long is None else long.to_json(),
+        "differences": [one.to_json() for one in differ],
+        "separation": None if found is None else found.to_json(),
+        "verdict": result.to_json(),
+    }
+    files = {
+        "train": train_rows(by_part["train"], request.think),
+        "select": question_rows(by_part["select"]),
+        "report": question_rows(by_part["report"]),
+    }
+    write_folder(request.out, files, receipt)  # type: ignore[arg-type]
+    return Made(
+        request.out, receipt, tuple(rows), tally, written.answers, long, found, tuple(differ), result, writer.pace,
+        len(journal) == before,
+    )  # fmt: skip
+
+
+def _settings(request: DataRequest, engines: Engines, questions: Sequence[Question]) -> dict[str, Any]:
+    """Everything that the files depend on, in plain values."""
+    asked = [
+        [question.digest, list(question.answers), list(question.choices), list(question.labels)]
+        for question in questions
+    ]
+    return {
+        "name": request.name,
+        "trait": request.trait,
+        "made": request.way.described(),
+        "metric": None if request.metric is None else request.metric.described(),
+        "prompts": hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()[:16],
+        "number_of_prompts": len(questions),
+        "sampling": asdict(request.sampling),
+        "think": request.think,
+        "allowed": asdict(request.allowed),
+        "chat_template_kwargs": dict(request.chat_template_kwargs or {}),
+        "batch": request.batch,
+        "seed": request.seed,
+        **engines.described(),
+    }
+
+
+def _alone(engine: Engine) -> bool:
+    """Whether an engine's answers do not depend on what is asked with them: those of a server."""
+    return engine.described().get("engine") == "server"
+
+
+def _lengths(rows: Sequence[Row]) -> Lengths | None:
+    sides = [[sample.length for sample in samples_of(rows, side)] for side in ("positive", "negative")]
+    return lengths(*sides) if all(sides) else None
+
+
+def _counts(tally: Tally) -> dict[str, Any]:
+    return {"offered": tally.offered, "kept": tally.kept, "left_out": dict(tally.reasons)}
+
+
+def _why(answers: Tally | None, rows: Tally) -> str:
+    return f"of the answers, {answers}; of the rows, {rows}" if answers is not None else str(rows)

@@ -1,0 +1,28 @@
+"""Which prompts data is made from: each once, and a number of them that does not depend on their order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from steer2edit.data.questions import Question
+from steer2edit.errors import DataError
+from steer2edit.notices import notice
+from steer2edit.pairs.near_duplicates import repeated
+from steer2edit.pairs.sorting import prompt_text
+
+
+def chosen_questions(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The questions without repeated prompts, ``limit`` of them at most; which ones depends on what is in them."""
+    distinct = list({question.digest: question for question in reversed(questions)}.values())[::-1]
+    again = repeated([prompt_text(question.prompt) for question in distinct])
+    left = [question for index, question in enumerate(distinct) if index not in again]
+    if dropped := len(questions) - len(left):
+        notice(f"{dropped} of {len(questions)} prompts repeat or nearly repeat another one, and are left out")
+    if not left:
+        raise DataError("there are no prompts to make data from")
+    if limit is None or len(left) <= limit:
+        return left
+    ranked = sorted(left, key=lambda q: hashlib.sha256(q.digest.encode("ascii")).hexdigest())
+    used = {question.digest for question in ranked[:limit]}
+    return [question for question in left if question.digest in used]

@@ -1,0 +1,168 @@
+"""``data`` on the command line: ways that exclude each other, what is printed, and a model that writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run, save_chat_model
+from fake_engine import FakeEngine
+
+from steer2edit.cli.making import Making
+from steer2edit.data.contrast import read_contrast
+from steer2edit.data.data_folder import open_data_folder
+from steer2edit.data.metric_choice import MetricChoice
+from steer2edit.pairs.folder import FILES
+from steer2edit.pairs.journal import JOURNAL
+from steer2edit.pairs.make import Engines
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("models") / "chat")
+
+
+TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --trait, --behavior"),
+        (("--positive", "Be brief."), "go together"),
+        ((*TOLD, "--by", "length"), "each name a way"),
+        (("--trait", "blunt: says it", "--behavior", "formal"), "each name a way"),
+        (("--by", "pattern"), "--by pattern and --pattern go together"),
+        (("--by", "length", "--pattern", "x"), "--by pattern and --pattern go together"),
+        (("--by", "pattern", "--pattern", "("), "not a regular expression"),
+        (("--by", "function", "--function", "no.py:f"), "expected file.py:name"),
+        (("--by", "answer"), "needs --prompts"),
+        (("--by", "judge", "--judge", "self"), "needs --trait"),
+        (("--by", "judge", "--trait", "blunt: says it"), "needs --trait"),
+        (("--by", "answer", "--only-correct", "--prompts", "x.jsonl"), "leaves no wrong ones"),
+        (("--positive-only", *TOLD), "not with --by or --negative"),
+        (("--trait", "blunt"), "a name, a colon and a description"),
+        (("--behavior", "formall"), "Did you mean formal"),
+        (("--by", "length", "--prompts", "nowhere.jsonl"), "does not exist"),
+        ((*TOLD, "--positive", "Be short.", "--negative", "No.", "--negative", "Never."), "unequal numbers"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run("data", tmp_path / "no-model", *arguments, "-o", tmp_path / "data")
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_models_own_answers_become_a_folder(model: Path, tmp_path: Path) -> None:
+    settings = ("--max-prompts", "30", "--max-new-tokens", "12", "--temperature", "1", "--keep-cut", "--json")
+    made = run("data", model, *TOLD, *settings, "-o", tmp_path / "data")
+    # a random model obeys nothing
+    assert made.exit_code == 1, made.output
+    result: dict[str, Any] = json.loads(made.stdout)
+    assert result["verdict"]["word"] == "not" and result["folder"] == str(tmp_path / "data")
+    assert result["written"]["answers"] == 60 and not result["reused"]
+    assert {key: result[key] for key in ("rows", "separation")} == {
+        key: dict(open_data_folder(tmp_path / "data").receipt)[key] for key in ("rows", "separation")
+    }
+    assert len(read_contrast(tmp_path / "data" / FILES["train"])) == 2 * result["rows"]["train"]
+    # half of the journal is lost, and written again as it was
+    journal = tmp_path / "data" / JOURNAL
+    before = [(tmp_path / "data" / name).read_bytes() for name in FILES.values()]
+    journal.write_bytes(journal.read_bytes()[: journal.stat().st_size // 2])
+    again = run("data", model, *TOLD, *settings, "-o", tmp_path / "data")
+    assert 0 < json.loads(again.stdout)["written"]["answers"] <= 60
+    assert [(tmp_path / "data" / name).read_bytes() for name in FILES.values()] == before
+    other = run("data", model, *TOLD, *settings, "--seed", "1", "-o", tmp_path / "data")
+    assert other.exit_code == 2 and "seed was 0 and is 1" in other.stderr
+
+
+def test_the_summary_says_what_to_do(model: Path, tmp_path: Path) -> None:
+    settings = ("--max-prompts", "12", "--max-new-tokens", "8", "--keep-cut", "--samples", "2")
+    made = run("data", model, "--trait", "brief: in very few words", *settings, "-o", tmp_path / "data")
+    assert made.exit_code == 1, made.output
+    assert "Verdict" in made.stdout and "--answers-by" in made.stdout and "fewer than 10 prompts" in made.stdout
+
+
+# data that a compile lacks
+
+TRAIT = ("--trait", "brief: answers briefly, with nothing around it")
+COMPILE = ("--to", "lora", "--no-report", "--strength", "0.1")
+
+
+@pytest.fixture
+def obeying(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(Making, "engines", lambda _making: Engines(engine, engine, None))
+    return engine
+
+
+def test_compile_makes_the_data_that_it_lacks_and_uses_what_is_there(
+    model: Path, obeying: FakeEngine, tmp_path: Path
+) -> None:
+    arguments = (*TRAIT, "--max-prompts", "30", *COMPILE, "--out", tmp_path / "brief")
+    compiled = run("compile", model, *arguments)
+    assert compiled.exit_code == 0, compiled.output
+    assert f"data was made in {tmp_path / 'brief-data'}: kept 30 of 30" in compiled.stderr
+    assert (tmp_path / "brief" / "adapter_model.safetensors").is_file()
+    written = obeying.seen
+    again = run("compile", model, *arguments, "--force")
+    assert again.exit_code == 0 and "is used again" in again.stderr
+    assert obeying.seen <= written + 1
+    # the same folder by its name
+    named = run("compile", model, "--data", tmp_path / "brief-data", *COMPILE, "--out", tmp_path / "two")
+    assert named.exit_code == 0, named.output
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("brief", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_a_behaviour_without_pairs_is_made_too(model: Path, obeying: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'description = "x"\npositive = "Answer briefly."\nnegative = "Answer at length."\n'
+        'metric = {name = "length", goal = "less"}\n'
+    )
+    arguments = ("--behavior", tmp_path / "mine.toml", "--max-prompts", "30", "--data-out", tmp_path / "data")
+    compiled = run("compile", model, *arguments, *COMPILE, "--out", tmp_path / "out")
+    assert compiled.exit_code == 0, compiled.output
+    assert open_data_folder(tmp_path / "data").metric == MetricChoice("length", "less")
+
+
+def test_compile_refuses_data_that_does_not_hold_the_behaviour(
+    model: Path, obeying: FakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'description = "x"\npositive = "Talk like a pirate."\nnegative = "Talk like a clerk."\n'
+        'metric = {name = "length", goal = "less"}\n'
+    )
+    made = run("data", model, "--behavior", tmp_path / "mine.toml", "--max-prompts", "30", "-o", tmp_path / "data")
+    assert made.exit_code == 1, made.output
+    refused = run("compile", model, "--data", tmp_path / "data", *COMPILE, "--out", tmp_path / "out")
+    assert (
+        refused.exit_code == 2 and "do not differ in length" in refused.stderr and "--despite-verdict" in refused.stderr
+    )
+    taken = run("compile", model, "--data", tmp_path / "data", "--despite-verdict", *COMPILE, "--out", tmp_path / "out")
+    assert taken.exit_code == 0, taken.output
+    missing = run(
+        "compile", model, "--behavior", tmp_path / "mine.toml", "--max-prompts", "30", *COMPILE, "--out", tmp_path / "x"
+    )
+    assert missing.exit_code == 2 and "does not hold the behaviour" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*TRAIT, "--behavior", "formal"), "give one of the three"),
+        ((*TRAIT, "--stats", "x.stats.safetensors"), "without --plan, --stats"),
+        (("--behavior", "formal", "--data-out", "x"), "--data-out is for data that is made"),
+        ((*TRAIT, "--dry-run"), "--dry-run makes no data"),
+    ],
+)
+def test_compile_says_what_does_not_go_together(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run("compile", model, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
