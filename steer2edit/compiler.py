@@ -18,6 +18,7 @@ from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.dry_run import check_rooms
 from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering
 from steer2edit.methods import make_plan, scaling
@@ -104,6 +105,11 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 scaled=scaling(plan),
             )
 
+        judge = None
+        if request.judge is not None and request.questions is not None and request.report:
+            labelled = request.behavior.examples if request.behavior is not None else ()
+            judge = TraitJudge(request.judge.open(loaded, request.runtime, labelled), request.judge.trait)
+
         lowerings = {
             target: emit(
                 plan, checkpoint, spec, target, folder, force=request.force, writing=request.writing, progress=progress
@@ -112,7 +118,9 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         }
         if request.questions is None or not request.report:
             return Compiled(plan, statistics, folders, lowerings)
-        evaluation = prove(loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told)
+        evaluation = prove(
+            loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told, judge=judge
+        )
         write_pages(plan, evaluation, folders.values(), request.behavior.examples if request.behavior else ())
         return Compiled(plan, statistics, folders, lowerings, evaluation)
 

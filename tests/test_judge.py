@@ -119,6 +119,6 @@ def test_the_packaged_labels() -> None:
 
 def test_a_question_to_the_judge_is_short_and_plain() -> None:
     text = str(trait_request("Warm: it greets.", "Hello?", "x" * 9000).prompt)
-    assert text.startswith("Question: Hello?\n\nAnswer: xxx") and len(text) < 4300
-    assert "Trait: Warm: it greets." in text and text.endswith("Reply with Yes or No.")
+    assert text.startswith("Trait: Warm: it greets.\n\nQuestion: Hello?\n\nAnswer: xxx") and len(text) < 4300
+    assert text.endswith("Yes or No?")
     assert str(coherence_request("Hello?", "Hi.").prompt).endswith("Reply with Yes or No.")

@@ -225,11 +225,15 @@ def test_a_password_in_the_url_is_neither_shown_nor_kept(serve: Callable[..., Ap
     assert "hunter2" not in str(caught.value) and "t0ps3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("owner", "settings"), [("vllm", {"continue_final_message": True}), ("llamacpp", {})])
+@pytest.mark.parametrize(
+    ("owner", "settings", "repeated"),
+    # llama.cpp gives the prefix again, and vLLM does not
+    [("vllm", {"continue_final_message": True}, ""), ("llamacpp", {}, "The beginning")],
+)
 def test_a_prefix_is_continued_where_the_server_can(
-    serve: Callable[..., Api], owner: str, settings: dict[str, Any]
+    serve: Callable[..., Api], owner: str, settings: dict[str, Any], repeated: str
 ) -> None:
-    api = serve(owner=owner, message=lambda body: {"role": "assistant", "content": " and the rest"})
+    api = serve(owner=owner, message=lambda body: {"role": "assistant", "content": f"{repeated} and the rest"})
     (answer,) = written(engine_of(api), [Request("question", prefix="The beginning")], DRAWN)
     assert answer.text == " and the rest"
     assert api.asked[0]["messages"][-1] == {"role": "assistant", "content": "The beginning"}

@@ -14,6 +14,7 @@ from steer2edit.capture.vectors import Vectors
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question
+from steer2edit.engines.opening import JudgeChoice
 from steer2edit.errors import DataError
 from steer2edit.lowering import Writing
 from steer2edit.methods import METHOD, own_strength
@@ -37,8 +38,8 @@ class CompileRequest:
     ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
     (``strength/neutral_texts.py``). With one target ``out`` is its folder, with several a folder for each inside. Held-out
     ``questions`` ask for an evaluation and a report page, unless ``report`` is False; ``told`` is an instruction that asks for
-    the same behaviour: the edit is compared with it. An ``aim`` takes the weakest strength that reaches it on the selection
-    half of the questions, within ``kl_budget``.
+    the same behaviour: the edit is compared with it. A ``judge`` reads the answers. An ``aim`` takes the weakest strength that
+    reaches it on the selection half of the questions, within ``kl_budget``.
 
     Raises DataError unless exactly one of behaviour and statistics is given, and for an aim without questions or beside another
     strength.
@@ -65,6 +66,7 @@ class CompileRequest:
     batch_tokens: int = 4096
     questions: Sequence[Question] | None = None
     told: str | None = None
+    judge: JudgeChoice | None = None
     report: bool = True
     aim: Aim | None = None
     force: bool = False

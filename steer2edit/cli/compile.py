@@ -13,6 +13,7 @@ from steer2edit.cli.compose import PlansFlags, WeightsCommand, compile_plans
 from steer2edit.cli.data_options import CaptureFlags, ProtectFlags, StatsFlags, VectorsFlags
 from steer2edit.cli.dry_run import dry_run_compile
 from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.missing_data import MissingDataFlags
 from steer2edit.cli.options import (
@@ -81,6 +82,7 @@ class ReportFlags(FlagGroup):
     strength=StrengthFlags,
     model_flags=ModelFlags,
     report=ReportFlags,
+    judged=JudgeFlags,
     plans=PlansFlags,
     output=OutFlags,
     targets=TargetFlags,
@@ -100,6 +102,7 @@ def compile(
     strength: StrengthFlags,
     model_flags: ModelFlags,
     report: ReportFlags,
+    judged: JudgeFlags,
     plans: PlansFlags,
     output: OutFlags,
     targets: TargetFlags,
@@ -122,6 +125,10 @@ def compile(
     if missing.trait is not None and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
         raise click.UsageError("--trait asks for data to be made; give it without --plan, --stats and --vectors")
     if plans.plans:
+        if judged.judge is not None:
+            raise click.UsageError(
+                "--judge reads the answers of one behaviour, and --plan takes finished plans: judge with eval"
+            )
         if protect.protect:
             raise click.UsageError(
                 "--protect clears vectors, and the plans of --plan are made: give it where they are planned"
@@ -166,10 +173,15 @@ def compile(
         questions=None if (report.no_report or writing.dry_run) and aim is None else data.questions(report.questions),
         report=not report.no_report,
         told=data.instruction(report.told),
+        judge=judged.choice(data),
         aim=aim,
         force=force.force,
         writing=writing.writing(),
     )
+    if judged.judge is not None and not writing.dry_run and (report.no_report or request.questions is None):
+        raise click.UsageError(
+            "--judge reads answers to held-out questions: give them (--eval FILE), and no --no-report"
+        )
     if writing.dry_run:
         dry_run_compile(request, printed.as_json)
         return

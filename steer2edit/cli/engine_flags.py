@@ -21,19 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ServerFlags(FlagGroup):
-    """A server that speaks the OpenAI API, and how it is asked."""
+class AskingFlags(FlagGroup):
+    """How a server is asked."""
 
     heading: ClassVar[str] = "Engine"
 
-    server: str | None = option(
-        None,
-        "Server that writes the answers through the OpenAI API (vLLM, llama.cpp, LM Studio, a cloud), with or without /v1.",
-        metavar="URL",
-    )
-    server_model: str | None = option(
-        None, "Name of the model there.", metavar="NAME", shown_default="the only one that the server lists"
-    )
     at_a_time: int = option(8, "Number of requests to a server at a time.", "--requests", minimum=1, rare=True)
     rate: float | None = option(
         None, "Largest number of requests to a server per minute.", minimum=0.01, shown_default="no bound", rare=True
@@ -53,10 +45,26 @@ class ServerFlags(FlagGroup):
 
 
 @dataclass(frozen=True)
+class ServerFlags(AskingFlags):
+    """A server that speaks the OpenAI API, and how it is asked."""
+
+    first: ClassVar[tuple[str, ...]] = ("server", "server_model")
+
+    server: str | None = option(
+        None,
+        "Server that writes the answers through the OpenAI API (vLLM, llama.cpp, LM Studio, a cloud), with or without /v1.",
+        metavar="URL",
+    )
+    server_model: str | None = option(
+        None, "Name of the model there.", metavar="NAME", shown_default="the only one that the server lists"
+    )
+
+
+@dataclass(frozen=True)
 class EngineFlags(ServerFlags):
     """What writes the answers."""
 
-    first: ClassVar[tuple[str, ...]] = ("engine",)
+    first: ClassVar[tuple[str, ...]] = ("engine", "server", "server_model")
 
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "Program that writes the answers, where no server does."

@@ -11,6 +11,7 @@ import click
 from steer2edit.cli.command import command
 from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, find_plan, numbers, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.cli.suite import SuiteFlags, scoring_of
@@ -78,6 +79,7 @@ class EvaluationOut(FlagGroup):
     data=DataFlags,
     stats=StatsFlags,
     asked=SuiteFlags,
+    judged=JudgeFlags,
     compared=BaselineFlags,
     engine=EngineFlags,
     model_flags=ModelFlags,
@@ -93,6 +95,7 @@ def evaluate(
     data: DataFlags,
     stats: StatsFlags,
     asked: SuiteFlags,
+    judged: JudgeFlags,
     compared: BaselineFlags,
     engine: EngineFlags,
     model_flags: ModelFlags,
@@ -119,9 +122,10 @@ def evaluate(
         raise click.UsageError("--baselines are compared with a plan; name one")
     if (compared.baselines or strengths) and stats.stats is None and not data.any:
         raise click.UsageError("baselines need the contrast data: give --data, --behavior or --stats")
+    judge = judged.choice(data)
     loaded = model_flags.load(checkpoint, spec)
     chosen = [open_candidate(loaded, checkpoint, where, model_flags.runtime()) for where in candidates]
-    suite = asked.suite(loaded, questions, data)
+    suite = judged.suite(asked.suite(loaded, questions, data), judge, data, loaded, model_flags)
     if engine.engine == "vllm":
         suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
     if compared.against:

@@ -12,6 +12,7 @@ from steer2edit import methods
 from steer2edit.cli.command import command
 from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags, numbers, progress_bar
 from steer2edit.cli.output import print_result
@@ -75,6 +76,7 @@ class StudyOut(FlagGroup):
     data=DataFlags,
     stats=StatsFlags,
     asked=SuiteFlags,
+    judged=JudgeFlags,
     searched=SearchFlags,
     model_flags=ModelFlags,
     output=StudyOut,
@@ -86,6 +88,7 @@ def tune(
     data: DataFlags,
     stats: StatsFlags,
     asked: SuiteFlags,
+    judged: JudgeFlags,
     searched: SearchFlags,
     model_flags: ModelFlags,
     output: StudyOut,
@@ -121,9 +124,11 @@ def tune(
     stored = kept if kept.is_file() else stats.stats
     if stored is None and not data.any:
         raise click.UsageError("give --data, --behavior or --stats: exactly one of them")
+    judge = judged.choice(data)
     loaded = model_flags.load(checkpoint, spec)
     scoring = scoring_of(stored, data, checkpoint, spec, model_flags, loaded)
     suite = asked.suite(loaded, questions, data, scoring.statistics)
+    suite = judged.suite(suite, judge, data, loaded, model_flags)
     click.echo(study_work(search, suite, not output.no_report), err=True)
     study = run_study(
         loaded,

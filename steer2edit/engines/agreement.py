@@ -90,6 +90,14 @@ TRAITS = {
 """The traits of the packaged labels, as a judge is told them."""
 
 
+def of_both_kinds(labelled: Sequence[LabelledAnswer], most: int) -> list[LabelledAnswer]:
+    """At most ``most`` labels of each kind, spread evenly; none where one of the kinds has too few for a trial."""
+    kinds = [[one for one in labelled if one.shows is kind] for kind in (True, False)]
+    if min(map(len, kinds)) < LEAST_LABELS:
+        return []
+    return [one for kind in kinds for one in kind[:: max(1, len(kind) // most)][:most]]
+
+
 def agreement_of(what: str, yes: Sequence[float], labels: Sequence[bool]) -> Agreement:
     """The agreement of probabilities of yes with labels. Raises DataError for too few labels of a kind.
 

@@ -17,6 +17,8 @@ from steer2edit.engines.engine import Engine, Request
 from steer2edit.notices import notice
 
 Asked = Literal["shows", "coherent"]
+TRIED = 32
+"""Labels of each kind that a judge is tried on, at most, where there are more."""
 _CHARACTERS = 4000
 """Of a prompt and of an answer no more characters are shown to a judge: the beginning tells."""
 
@@ -83,9 +85,7 @@ def tried(
 
 def trait_request(trait: str, prompt: Prompt, answer: str) -> Request:
     """The question whether an answer shows a trait."""
-    return Request(
-        f"{_shown(prompt, answer)}\n\nTrait: {trait.strip()}\n\nDoes the answer show this trait? Reply with Yes or No."
-    )
+    return Request(f"Trait: {trait.strip()}\n\n{_shown(prompt, answer)}\n\nDoes the answer show the trait? Yes or No?")
 
 
 def coherence_request(prompt: Prompt, answer: str) -> Request:

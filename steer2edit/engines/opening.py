@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.contrast import Example
 from steer2edit.data.templates import TemplateArguments
+from steer2edit.engines.agreement import LabelledAnswer, of_both_kinds
 from steer2edit.engines.engine import Engine
+from steer2edit.engines.judge import TRIED, Judge, tried
 from steer2edit.engines.server_client import ServerClient
 from steer2edit.engines.server_engine import ServerEngine
 from steer2edit.engines.transformers_engine import BATCH, TransformersEngine
@@ -17,6 +22,41 @@ from steer2edit.errors import EngineError
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 
 EngineName = Literal["transformers", "vllm"]
+SELF = "self"
+"""The judge that is the model itself."""
+
+
+@dataclass(frozen=True)
+class JudgeChoice:
+    """Who judges, and the trait to look for: ``where`` is "self", a model's folder or Hub id, or a server's URL.
+
+    ``model`` is the judge's name on a server; the rest says how a server is asked.
+    """
+
+    where: str
+    trait: str
+    model: str | None = None
+    at_a_time: int = 8
+    rate: float | None = None
+    key_variable: str | None = None
+
+    def open(
+        self,
+        loaded: LoadedModel,
+        runtime: Runtime = Runtime(),  # noqa: B008
+        examples: Sequence[Example] = (),
+    ) -> Judge:
+        """The judge, tried on labelled answers: on ``examples`` of the trait, or on the packaged ones where there are none.
+
+        "self" is the ``loaded`` model, which has to be without hooks whenever it is asked.
+        """
+        if self.where == SELF:
+            engine: Engine = TransformersEngine(loaded)
+        else:
+            asked: dict[str, Any] = {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
+            engine = open_named(self.where, runtime, model=self.model, **asked)
+        labelled = [LabelledAnswer(self.trait, e.prompt, e.response, e.label == "positive") for e in examples]
+        return tried(engine, of_both_kinds(labelled, TRIED) or None)
 
 
 def open_engine(

@@ -30,7 +30,8 @@ _NO_THOUGHT = {"enable_thinking": False, "thinking": False}
 class _Kind:
     """What a server can do beside the API, told by the owner that it names in its list of models.
 
-    ``everything`` are the settings with which it samples from all tokens, as temperature and top_p alone say.
+    ``everything`` are the settings with which it samples from all tokens, as temperature and top_p alone say. One that
+    ``repeats`` gives a prefix again at the beginning of the answer.
     """
 
     name: str = "unknown"
@@ -38,6 +39,7 @@ class _Kind:
     template: bool = False
     everything: Mapping[str, Any] | None = None
     tokenize: str = ""
+    repeats: bool = False
 
 
 _CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
@@ -45,7 +47,7 @@ _KINDS = {
     "vllm": _Kind("vLLM", _CONTINUED, True, {"top_k": 0, "min_p": 0.0}, "prompt"),
     "sglang": _Kind("SGLang", {"continue_final_message": True}, True, {"top_k": -1, "min_p": 0.0}),
     # it goes on from an assistant's message that is the last
-    "llamacpp": _Kind("llama.cpp", {}, True, {"top_k": 0, "min_p": 0.0}, "content"),
+    "llamacpp": _Kind("llama.cpp", {}, True, {"top_k": 0, "min_p": 0.0}, "content", repeats=True),
 }
 
 
@@ -209,7 +211,10 @@ class ServerEngine:
                 f"{self._client.shown} was asked for an answer to {_named(request)} and gave {shown(choice)} without a message"
             )
         content = message.get("content")
-        thought, text = thought_and_answer(content if isinstance(content, str) else "")
+        content = content if isinstance(content, str) else ""
+        if self._kind.repeats and request.prefix:
+            content = content.removeprefix(request.prefix)
+        thought, text = thought_and_answer(content)
         apart = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(apart, str) and apart.strip():
             thought = apart.strip()

@@ -6,7 +6,7 @@ A metric is one entry: a :class:`Reading` gives its value for one answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from steer2edit.data.templates import TemplateArguments, render_prompts, without
 from steer2edit.data.tokens import texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError
+from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked, prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
@@ -70,7 +71,8 @@ class Answers:
     The behaviour's ``own`` metric comes first where it is one of written answers.
     ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
     text and the answer and gives a number. As a utility there are ``answers right`` (every question has an accepted answer, or
-    choices, which the model is not shown) and the signs of damage, as those of general answers.
+    choices, which the model is not shown) and the signs of damage, as those of general answers. With a ``judge`` there is what
+    it says, apart from the model's own measuring: :meth:`judged`.
     """
 
     questions: Sequence[Question]
@@ -82,6 +84,7 @@ class Answers:
     chat_template_kwargs: TemplateArguments | None = None
     run: Generate = through_transformers
     own: MetricChoice | None = None
+    judge: TraitJudge | None = None
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -106,7 +109,11 @@ class Answers:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        return tuple(reading.metric for reading in self.readings)
+        return *(reading.metric for reading in self.readings), *(self.judge.metrics if self.judge is not None else ())
+
+    def judged(self, answers: Sequence[str]) -> Mapping[str, Sample]:
+        """What the judge says of answers to the questions; nothing without one. No candidate may be on the model."""
+        return {} if self.judge is None else self.judge.samples(self.questions, answers)
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         prompts = render_prompts(

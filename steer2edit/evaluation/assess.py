@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from steer2edit.evaluation.baselines import (
     steering_at,
 )
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
+from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.layout import EVALUATION
 from steer2edit.plan import EditPlan
@@ -83,13 +85,14 @@ def prove(
     progress: Progress = silent,
     *,
     told: str | None = None,
+    judge: TraitJudge | None = None,
 ) -> Evaluation:
     """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
     The KL is that on the text which budgets are on. With an instruction ``told`` the base is also measured under it, and the
-    edit too. Writes the evaluation into each artefact's folder.
+    edit too. A ``judge`` adds its metrics. Writes the evaluation into each artefact's folder.
     """
-    suite = own_suite(scoring, neutral, questions, PROOF)
+    suite = replace(own_suite(scoring, neutral, questions, PROOF), judge=judge)
     kl = neutral_kl(loaded, plan, neutral)
     named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
     controls = random_directions(loaded, plan, neutral, kl)

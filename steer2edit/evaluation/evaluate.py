@@ -20,7 +20,7 @@ from steer2edit.bootstrap import Estimate
 from steer2edit.checkpoint import Checkpoint, read_json
 from steer2edit.data.questions import Question
 from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listing, shown
-from steer2edit.evaluation.answers import ANSWERS_RIGHT
+from steer2edit.evaluation.answers import ANSWERS_RIGHT, Answers
 from steer2edit.evaluation.damage import Damage, damages
 from steer2edit.evaluation.instructed import brief, told
 from steer2edit.evaluation.metrics import Metric, Sample, Task
@@ -204,6 +204,7 @@ def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = si
     """One candidate on every task."""
     samples: dict[str, Sample] = {}
     answers: tuple[str, ...] = ()
+    to_judge: list[tuple[Answers, tuple[str, ...]]] = []
     started = time.perf_counter()
     with candidate.enter() as model:
         for task in brief(tasks) if candidate.brief else tasks:
@@ -213,7 +214,12 @@ def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = si
             outcome = asked.measure(model, _named(progress, candidate.name))
             samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in outcome.samples.items()}
             answers = answers or outcome.answers
+            if isinstance(task, Answers):
+                to_judge.append((task, outcome.answers))
     seconds = time.perf_counter() - started
+    # a judge may be the model itself: it judges with the base's weights
+    for task, written in to_judge:
+        samples |= {name: replace(one, groups=_groups(task, one)) for name, one in task.judged(written).items()}
     return Row(candidate.name, candidate.kind, samples, candidate.note, candidate.strength, answers, seconds)
 
 

@@ -14,6 +14,7 @@ from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers, Generate, through_transformers
+from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.metrics import Choice, Neutral, Preference, Task, prompt_text
 from steer2edit.notices import notice
 from steer2edit.strength.neutral_texts import NeutralTexts
@@ -27,9 +28,10 @@ class Suite:
 
     Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
     answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
-    read. Where the behaviour's own ``metric`` reads written answers, or there are patterns or a function, it writes one to every
-    question. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the questions of each
-    split, ``utility_limit`` those of general use where that is another number, and ``utility_tokens`` bounds their answers.
+    read. Where the behaviour's own ``metric`` reads written answers, or there are patterns, a function or a judge, it writes
+    one to every question. It also writes an answer to every question of general use, which is marked. ``limit`` bounds the
+    questions of each split, ``utility_limit`` those of general use where that is another number, and ``utility_tokens`` bounds
+    their answers.
     """
 
     attribute: Sequence[Question]
@@ -46,6 +48,7 @@ class Suite:
     seed: int = 0
     run: Generate = through_transformers
     metric: MetricChoice | None = None
+    judge: TraitJudge | None = None
 
     def tasks(self, split: Split) -> list[Task]:
         """What is run on one split, the cheapest first. Raises DataError where the split holds no question."""
@@ -83,6 +86,7 @@ class Suite:
         if (
             self.patterns
             or self.function is not None
+            or self.judge is not None
             or (self.metric is not None and self.metric.kind.read is not None)
         ):
             return asked
@@ -120,6 +124,7 @@ class Suite:
             "max_new_tokens": self.max_new_tokens,
             "system": self.system,
             **arguments,
+            **({"judge": self.judge.described()} if self.judge is not None else {}),
         }
 
     @property
@@ -138,6 +143,7 @@ class Suite:
             max_new_tokens=self.max_new_tokens,
             run=self.run,
             own=self.metric,
+            judge=self.judge,
             **self._rendering,
         )
 

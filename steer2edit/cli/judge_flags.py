@@ -1,0 +1,88 @@
+"""The group of flags of a judge.
+
+Heavy imports happen inside the functions, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import click
+
+from steer2edit.cli.engine_flags import AskingFlags
+from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.cli.data_options import DataFlags
+    from steer2edit.cli.options import ModelFlags
+    from steer2edit.engines.opening import JudgeChoice
+    from steer2edit.evaluation.suite import Suite
+    from steer2edit.runtime.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class JudgeFlags(AskingFlags):
+    """A judge of written answers, and what it looks for."""
+
+    heading: ClassVar[str] = "Judge"
+    first: ClassVar[tuple[str, ...]] = ("judge", "rubric", "judge_model")
+
+    judge: str | None = option(
+        None,
+        "Judge of the written answers by its probabilities of yes and no: self for MODEL without an edit, a folder or Hub id, or "
+        "a server's URL.",
+        metavar="self|MODEL|URL",
+    )
+    rubric: str | None = option(
+        None,
+        "Words that say what the judge looks for in an answer.",
+        metavar="TEXT",
+        shown_default="those of the behaviour",
+    )
+    judge_model: str | None = option(
+        None,
+        "Name of the judge on its server.",
+        metavar="NAME",
+        shown_default="the only one that the server lists",
+        rare=True,
+    )
+
+    def choice(self, data: DataFlags) -> JudgeChoice | None:
+        """Who judges what; None without --judge. Raises UsageError where it is not known what to look for."""
+        from steer2edit.engines.opening import JudgeChoice
+
+        if self.judge is None:
+            if self.rubric is not None or self.judge_model is not None:
+                raise click.UsageError("--rubric and --judge-model are for a judge; give --judge too")
+            return None
+        traits = [trait for source in data.sources() if (trait := _trait_of(source))]
+        if self.rubric is None and len(traits) != 1:
+            raise click.UsageError(
+                "--judge needs to know what to look for in an answer; say it with --rubric, such as "
+                "--rubric 'The answer is short and has no introduction.'"
+            )
+        return JudgeChoice(self.judge, self.rubric or traits[0], self.judge_model, **self.asked())
+
+    def suite(
+        self, suite: Suite, choice: JudgeChoice | None, data: DataFlags, loaded: LoadedModel, model: ModelFlags
+    ) -> Suite:
+        """The suite with its judge, tried on the contrast data where there are any."""
+        from steer2edit.evaluation.judged import TraitJudge
+
+        if choice is None:
+            return suite
+        examples = data.read_behavior().examples if data.any else ()
+        return replace(suite, judge=TraitJudge(choice.open(loaded, model.runtime(), examples), choice.trait))
+
+
+def _trait_of(source: object) -> str:
+    """The words of a behaviour or a folder of data for a judge: its rubric, else its description."""
+    receipt = getattr(source, "receipt", {})
+    described = receipt.get("behavior", {}) if isinstance(receipt, dict) else {}
+    return str(
+        getattr(source, "rubric", None)
+        or getattr(source, "description", None)
+        or (described.get("description") if isinstance(described, dict) else None)
+        or ""
+    )
