@@ -91,7 +91,7 @@ TRAITS = {
 
 
 def of_both_kinds(labelled: Sequence[LabelledAnswer], most: int) -> list[LabelledAnswer]:
-    """At most ``most`` labels of each kind, spread evenly; none where one of the kinds has too few for a trial."""
+    """At most ``most`` labels of each kind, spread evenly; none where a kind has too few."""
     kinds = [[one for one in labelled if one.shows is kind] for kind in (True, False)]
     if min(map(len, kinds)) < LEAST_LABELS:
         return []
