@@ -30,7 +30,8 @@ SELF = "self"
 class JudgeChoice:
     """Who judges, and the trait to look for.
 
-    ``where`` is "self", a model's folder or Hub id, or a server's URL. ``model`` is the judge's name on a server; the rest says how a server is asked.
+    ``where`` is "self", a model's folder or Hub id, or a server's URL. ``model`` is the judge's name on a server; the rest says
+    how a server is asked.
     """
 
     where: str
