@@ -87,6 +87,7 @@ def test_each_metric_of_written_answers_reads_one() -> None:
 def test_a_choice_is_read_as_it_was_written(name: str, goal: str, title: str | None) -> None:
     kind = METRICS[name]
     goal = goal if goal in kind.goals else kind.goals[0]
+    title = title if kind.read is not None else None
     choice = MetricChoice(name, goal, "a|b" if kind.takes_pattern else None, title)  # type: ignore[arg-type]
     assert read_metric(choice.described()) == (choice, [])
     assert shared_metric([choice, choice]) == choice
@@ -97,6 +98,12 @@ def test_a_choice_is_read_as_it_was_written(name: str, goal: str, title: str | N
 def test_a_title_is_a_few_words_of_its_own(title: object) -> None:
     choice, faults = read_metric({"name": "lists", "goal": "less", "title": title})
     assert choice is None and any("metric.title" in fault for fault in faults)
+
+
+def test_what_is_read_by_likelihood_keeps_its_name() -> None:
+    for name, kind in METRICS.items():
+        _, faults = read_metric({"name": name, "goal": kind.goals[0], "pattern": "a", "title": "mine"})
+        assert any("keeps its name" in fault for fault in faults) == (kind.read is None)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ METRICS: Mapping[str, MetricKind] = {
 class MetricChoice:
     """A behaviour's metric: a name of :data:`METRICS` and which way is better.
 
-    ``pattern`` is the regular expression of pattern and count. ``title`` is the name in tables in place of the metric's own.
+    ``pattern`` is the regular expression of pattern and count. ``title`` is the name in tables in place of the metric's own, for
+    metrics of written answers.
     """
 
     name: str
@@ -152,6 +153,8 @@ def read_metric(value: object, where: str = "metric") -> tuple[MetricChoice | No
         faults.append(f"{where}.pattern is given, and {name} takes none")
     if title is not None and (not isinstance(title, str) or not re.fullmatch(r"[^\W_](?:[\w \-]{0,38}\w)?", title)):
         faults.append(f"{where}.title is {shown(title)}; expected a few words, up to 40 characters")
+    elif title is not None and kind.read is None:
+        faults.append(f"{where}.title is given, and only metrics of written answers take one: {name} keeps its name")
     elif title in METRICS:
         faults.append(f"{where}.title is {shown(title)}, which is another metric's name")
     if faults:
