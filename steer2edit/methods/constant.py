@@ -58,7 +58,7 @@ class Options:
         False, "Keep the stream's length, as some hooks do: exact at the last layer, refused at others.", rare=True
     )
     stand_in: bool = option(
-        False, "Where no bias can carry the constant, take the best edit of rank 1 in attention, with its error."
+        False, "In place of a bias take the best edit of rank 1 in attention, for types or engines without the bias."
     )
 
 
@@ -74,18 +74,17 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     wanted = [(site, v) for site, v in wanted if bool(v.any())]
     if not wanted:
         raise PlanError(f"the vector is zero in {_named(layers)}: there is no constant to add")
-    without = [site for site, _ in wanted if carrier(site) is None]
     errors: dict[str, float] = {}
     edits: list[Edit] = []
-    if without and not options.stand_in:
+    if not options.stand_in and (without := [site for site, _ in wanted if carrier(site) is None]):
         raise PlanError(_refused(scoring, options, without))
     with progress("plan", total=len(wanted)) as advance:
         for site, v in wanted:
-            if carrier(site) is not None:
-                edits.append(_constant(scoring, site, v))
-            else:
+            if options.stand_in:
                 edit, errors[site.key] = _stand_in(scoring, site, v)
                 edits.append(edit)
+            else:
+                edits.append(_constant(scoring, site, v))
             advance(1)
     method = {
         "name": "constant",
@@ -97,7 +96,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
 
 def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
-    """A bias of zeros at every writer that can have one in the layers of ``options``, or all its matrices' stand-ins."""
+    """A bias of zeros at every writer that can have one in the layers of ``options``, or attention's stand-ins."""
     import torch
 
     from steer2edit.architecture.constants import carrier
@@ -108,11 +107,11 @@ def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
     zero = torch.zeros(1, 1)  # one number for all matrices
     edits: list[Edit] = []
     for site in (one for one in spec.sites if first <= one.layer <= last):
-        if carrier(site) is not None:
+        if options.stand_in and site.heads is not None:
+            edits.append(LowRank(site.matrix, zero.expand(site.out_features, 1), zero.expand(1, site.in_features)))
+        elif not options.stand_in and carrier(site) is not None:
             zeros = torch.zeros(site.out_features)
             edits.append(Bias(site.bias_vector, zeros) if site.bias_vector else NewBias(str(site.new_bias), zeros))
-        elif options.stand_in and site.heads is not None:
-            edits.append(LowRank(site.matrix, zero.expand(site.out_features, 1), zero.expand(1, site.in_features)))
     return edits
 
 
@@ -169,14 +168,13 @@ def _wanted(scoring: Scoring, options: Options, layer: int) -> list[tuple[Site, 
         return [
             (site, statistics.difference(site.vector_key).float() * factor(scoring.checkpoint, site)) for site in chosen
         ]
-    if options.place == "after-block":
+    if options.place == "after-block" and not options.stand_in:
         possible = [site for site in here if ends_block(spec, site)]
-        possible = possible if any(carrier(site) for site in possible) or not options.stand_in else attention
     else:
         possible = attention
     if not possible:
-        raise PlanError(f"layer {layer} has no attention, and nothing in its place; --place after-block needs none")
-    site = next((site for site in reversed(possible) if carrier(site)), possible[-1])
+        raise PlanError(f"layer {layer} has no attention, and nothing in its place: choose another layer")
+    site = next((site for site in reversed(possible) if options.stand_in or carrier(site)), possible[-1])
     return [(site, statistics.difference(f"residual.{layer}").float())]
 
 
@@ -195,9 +193,7 @@ def _stand_in(scoring: Scoring, site: Site, v: torch.Tensor) -> tuple[Edit, floa
 
     found = _functional(scoring.statistics, site)
     if found is None:
-        raise PlanError(
-            f"{site.key} has no stand-in: {_unknown(site)}; --place after-attention or --sites attn avoids it"
-        )
+        raise PlanError(f"{site.key} has no stand-in: {_unknown(site)}")
     a, error = found
     B = v / factor(scoring.checkpoint, site)
     return LowRank(site.matrix, B[:, None].clone(), a[None, :].clone()), error
@@ -279,7 +275,7 @@ def _exact_elsewhere(spec: ModelSpec, options: Options, layers: Sequence[int]) -
 def _unknown(site: Site) -> str:
     if site.norm is not None:
         return "a norm stands behind it, so what a fixed edit adds depends on the token"
-    return "the second moments between its neurons are not captured, so its error is not known"
+    return "the second moments between its neurons are not captured, so its error is not known; attention's are (--sites attn)"
 
 
 def _named(layers: Sequence[int]) -> str:
