@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import llama_config, run, save_tiny
 from family_configs import family_config
+from fp8_models import quantise
 from safetensors.torch import load_file, save_file
 
 from steer2edit.architecture import read_spec
@@ -33,6 +34,7 @@ from steer2edit.plan import Bias, EditPlan, LowRank, NewBias, Structure, merge
 from steer2edit.runtime.hooks import edited, stream_shifted
 from steer2edit.runtime.model import LoadedModel, load_weights
 from steer2edit.scoring.scores import Scoring
+from steer2edit.targets import load
 
 IDS = torch.tensor([[1, 5, 9, 44, 7, 20, 33, 8]])
 
@@ -217,6 +219,10 @@ def test_emitted_verified_compared_and_reverted(name: str, model_of: Callable[[s
     before = json.loads((model.folder / "config.json").read_text())
     assert config == {key: value for key, value in before.items() if key not in ("attention_bias", "mlp_bias")}
 
+    published = load("checkpoint").loading_files(out, sorted(path.name for path in out.iterdir()))
+    assert {created["file"], "config.json", "model.safetensors.index.json"} <= published
+    assert set(open_checkpoint(out).shards) <= published
+
     difference = compare(model.checkpoint, open_checkpoint(out))
     recovered, left_out = recover_plan(difference, model.checkpoint, model.spec)
     assert {e.tensor for e in recovered.edits if isinstance(e, NewBias)} == {
@@ -349,6 +355,32 @@ def test_a_peft_adapter_carries_constants_as_biases_of_lora_b(
     alone = model.emit(model.plan(layer=1), "lora", tmp_path / "alone")
     assert verify(alone, base=model.folder).ok
     assert "vLLM refuses such an adapter" in (alone / "steer2edit.json").read_text()
+
+
+def test_a_matrix_in_fp8_gets_its_bias_in_the_dtype_of_the_others(
+    model_of: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    folder = quantise(model.folder, tmp_path / "fp8")
+    checkpoint = open_checkpoint(folder)
+    spec, plan = read_spec(checkpoint), model.plan()
+    plan = replace(plan, base=replace(plan.base, fingerprint=checkpoint.fingerprint), content={})
+    emit(plan, checkpoint, spec, "checkpoint", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").tensors[plan.edits[0].tensor].dtype == "BF16"
+    result = verify(tmp_path / "out", base=folder)
+    assert result.ok, result.problems
+
+
+def test_engines_that_pass_over_the_bias_are_named(model_of: Callable[[str], Model], tmp_path: Path) -> None:
+    model = model_of("qwen3")
+    plan = model.plan(place="after-attention")
+    notes = emit(plan, model.checkpoint, model.spec, "checkpoint", tmp_path / "out").notes
+    assert any("vLLM 0.32 passes over attention's new biases, as it was seen" in note for note in notes)
+    assert any("llama.cpp refuses new biases in a qwen3 model" in note for note in notes)
+    llama = model_of("llama")
+    llama.emit(llama.plan(), "checkpoint", tmp_path / "llama")
+    told = json.loads((tmp_path / "llama" / "steer2edit.json").read_text())["notes"]
+    assert not any("vLLM" in note or "llama.cpp" in note for note in told)
 
 
 def test_plans_that_fit_nowhere(model_of: Callable[[str], Model], tmp_path: Path) -> None:

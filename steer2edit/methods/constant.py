@@ -100,7 +100,8 @@ def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
     import torch
 
     from steer2edit.architecture.constants import carrier
-    from steer2edit.plan import Bias, LowRank, NewBias
+    from steer2edit.methods._biases import bias_edit
+    from steer2edit.plan import LowRank
 
     layers = options.layers if options.layer is None else (options.layer, options.layer)
     first, last = spec.layer_range(layers)
@@ -110,8 +111,7 @@ def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
         if options.stand_in and site.heads is not None:
             edits.append(LowRank(site.matrix, zero.expand(site.out_features, 1), zero.expand(1, site.in_features)))
         elif not options.stand_in and carrier(site) is not None:
-            zeros = torch.zeros(site.out_features)
-            edits.append(Bias(site.bias_vector, zeros) if site.bias_vector else NewBias(str(site.new_bias), zeros))
+            edits.append(bias_edit(site, torch.zeros(site.out_features)))
     return edits
 
 
@@ -180,10 +180,9 @@ def _wanted(scoring: Scoring, options: Options, layer: int) -> list[tuple[Site, 
 
 def _constant(scoring: Scoring, site: Site, v: torch.Tensor) -> Edit:
     from steer2edit.architecture.stream import factor
-    from steer2edit.plan import Bias, NewBias
+    from steer2edit.methods._biases import bias_edit
 
-    delta = v / factor(scoring.checkpoint, site)
-    return Bias(site.bias_vector, delta) if site.bias_vector else NewBias(str(site.new_bias), delta)
+    return bias_edit(site, v / factor(scoring.checkpoint, site))
 
 
 def _stand_in(scoring: Scoring, site: Site, v: torch.Tensor) -> tuple[Edit, float]:

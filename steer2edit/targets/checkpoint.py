@@ -27,6 +27,7 @@ from steer2edit.notices import notice
 from steer2edit.plan import Edit
 from steer2edit.progress import Progress
 from steer2edit.targets import _pruned
+from steer2edit.targets._bias_engines import remarks as bias_engine_remarks
 from steer2edit.targets._compare_shards import compare_shards
 
 SUMMARY = "The whole model with edited weights, for transformers, vLLM and everything that reads the base."
@@ -81,6 +82,8 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             advance(result.nbytes if isinstance(result, Rewritten) else result)
     if created is not None:
         created.write(folder)
+        for remark in _bias_notes(resolved, created)[1:]:
+            notice(remark)
     checkpoint.check_unchanged()
     lowering = _lowering(resolved, rewritten, created)
     notes = list(lowering.notes)
@@ -174,14 +177,16 @@ def _lowering(resolved: Resolved, rewritten: Sequence[Rewritten], created: NewBi
     if created is not None:
         changes += created.changes
         details |= {"bytes": details["bytes"] + created.nbytes, "created": created.details}
-        notes += engine_notes(resolved, created)
+        notes += _bias_notes(resolved, created)
     return Lowering(_exactness(dtypes), changes, tuple(notes), details)
 
 
-def engine_notes(resolved: Resolved, created: NewBiases) -> list[str]:
-    """What a receipt says of the new biases."""
+def _bias_notes(resolved: Resolved, created: NewBiases) -> list[str]:
+    """What a receipt says of the new biases: where they lie, and which engines do not run them."""
     zeros, keys = len(created.tensors) - len(created.edits), ", ".join(created.keys)
-    return [f"{created.shard} holds {len(created.edits)} new biases, and {zeros} of zeros that come with them: {keys}"]
+    told = f"{created.shard} holds {len(created.edits)} new biases, and {zeros} of zeros that come with them: {keys}"
+    roles = {resolved.spec.owners[name].role for name in created.edits}
+    return [told, *bias_engine_remarks(resolved.spec.model_type, roles)]
 
 
 def _exactness(dtypes: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from steer2edit.methods import constant, make_plan
 from steer2edit.plan import EditPlan, merge
 from steer2edit.scoring.scores import Scoring
 
-CARRIED = {"checkpoint": EXACT, "gguf-vector": EXACT}
+CARRIED = {"checkpoint": EXACT, "lora": EXACT, "gguf-vector": EXACT}
 """A constant after one block: a bias, or llama.cpp's control vector, which is that constant."""
 
 
