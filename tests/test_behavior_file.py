@@ -55,6 +55,11 @@ def test_the_least_file_is_a_behaviour_without_data(tmp_path: Path) -> None:
         file.read_pairs()
 
 
+def test_a_behaviour_whose_data_are_made_may_have_a_metric_of_pairs(tmp_path: Path) -> None:
+    text = LEAST.replace('metric = { name = "length", goal = "less" }', 'metric = "margin"')
+    assert open_behavior(written(tmp_path, text)).metric == MetricChoice("margin", "more")
+
+
 def test_data_lie_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "pairs.jsonl").write_text(PAIRS)
@@ -108,7 +113,6 @@ METRIC_FAULTS = {
     "a pattern too many": ("{ name = 'words', goal = 'less', pattern = 'a' }", "words takes none"),
     "an unknown key": ("{ name = 'words', goal = 'less', size = 3 }", "metric.size is not a key"),
     "a list": ("['length']", "expected a name or a table"),
-    "no questions": ('"margin"', "margin, which needs questions with two responses; questions is missing"),
 }
 
 

@@ -131,8 +131,6 @@ def read_behavior_file(path: Path) -> BehaviorFile:
     pairs, questions = (
         _file(table[key], key, path, faults) if key in table else None for key in ("pairs", "questions")
     )
-    if metric is not None and "questions" not in table and metric.kind.needs != "written answers":
-        faults.append(f"metric is {metric.name}, which needs questions with {metric.kind.needs}; questions is missing")
     if faults:
         raise DataError(f"{brief(path)} cannot be used as a behaviour:\n{listing(faults, limit=30)}")
     assert metric is not None  # nothing is wrong with it
