@@ -119,6 +119,8 @@ def describe_data(statistics: Statistics) -> dict[str, Any]:
     from steer2edit.data.prompts import prompt_digest
 
     described = {key: statistics.source.get(key) for key in _DESCRIBED}
+    if described["prompts"] is None:  # statistics of older versions name none
+        del described["prompts"]
     if described["system"] is not None:
         described["system"] = prompt_digest(described["system"])
     optional = ("keep", "metric", "origin", "vector", "vectors", "protect")
