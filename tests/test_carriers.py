@@ -23,7 +23,7 @@ from steer2edit.architecture.find_family import KNOWN
 from steer2edit.architecture.stream import factor
 from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.plan import Base, EditPlan, NewBias
+from steer2edit.plan import Base, Bias, EditPlan, NewBias
 from steer2edit.runtime.hooks import stream_shifted
 from steer2edit.runtime.model import LoadedModel, load_weights
 
@@ -58,6 +58,7 @@ def added(loaded: LoadedModel, plan: EditPlan) -> Iterator[None]:
     with ExitStack() as stack:
         for edit in plan.edits:
             module = loaded.module(loaded.spec.owners[edit.tensor])
+            assert isinstance(edit, (Bias, NewBias))
             hook = lambda _module, _inputs, output, v=edit.delta: output + v  # noqa: E731
             stack.callback(module.register_forward_hook(hook).remove)
         yield
@@ -93,6 +94,7 @@ def test_new_biases_are_activation_addition_and_nothing_else_changes(model_type:
         if name in checkpoint.tensors:
             assert torch.equal(stored, checkpoint.read(name))
         else:
+            assert edit is None or isinstance(edit, (Bias, NewBias))
             assert torch.equal(stored, torch.zeros_like(stored) if edit is None else edit.delta)
 
 
