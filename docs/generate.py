@@ -114,7 +114,7 @@ def _targets() -> str:
         [_code(f"--to {name}"), targets.summary(name), _yes(module.WHOLE_MODEL), _yes(module.STRUCTURE)]
         for name, module in modules.items()
     ]
-    return _table(["target", "what it is", "a whole model", "can remove experts"], rows)
+    return _table(["target", "what it is", "a whole model", "can remove experts and layers"], rows)
 
 
 def _operators() -> str:

@@ -20,6 +20,7 @@ from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.diff.difference import compare, recover_plan
 from steer2edit.errors import PlanError, TargetError
+from steer2edit.evaluation.baselines import random_direction
 from steer2edit.lowering import resolve
 from steer2edit.lowering.rewrite import edited_blocks
 from steer2edit.plan import Base, Bias, Edit, EditPlan, LowRank, Scale, ScaleAdd, merge
@@ -155,6 +156,25 @@ def test_few_columns_and_rows_are_exact_in_adapters(
     result = verify(tmp_path / "out", base=checkpoint.path)
     assert result.ok, result.problems
     assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+
+
+def test_a_random_control_silences_as_many_other_heads(
+    opened: Callable[[str], tuple[Checkpoint, ModelSpec]],
+) -> None:
+    checkpoint, spec = opened("gpt2")
+    head = columns(spec.sites[0], list(range(8, 16)), 0.0)
+    plan = planned(checkpoint, head, *rows(spec.sites[1]))
+    places = set()
+    for seed in range(12):
+        drawn, matrix, bias = random_direction(plan, seed).edits
+        assert isinstance(drawn, Scale) and isinstance(matrix, Scale) and isinstance(bias, Scale)
+        gone = (drawn.factors == 0).nonzero()[:, 0]
+        assert len(gone) == 8 and int(gone[0]) % 8 == 0 and int(gone[-1]) == int(gone[0]) + 7
+        places.add(int(gone[0]))
+        # a matrix and its bias keep one gain, which hooks need
+        assert torch.equal(matrix.factors, bias.factors)
+        assert torch.equal(matrix.factors.sort().values, rows(spec.sites[1])[0].factors.sort().values)  # type: ignore[union-attr]
+    assert len(places) > 1
 
 
 def test_what_adapters_do_not_carry_is_refused(

@@ -22,7 +22,7 @@ from steer2edit.evaluation.comparison import ADAPTER, BOTH, EQUAL_COST, INSTRUCT
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
-from steer2edit.plan import Bias, Edit, EditPlan, LowRank, ScaleAdd
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank, Scale, ScaleAdd
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.adapters import adapted
@@ -158,7 +158,10 @@ def instructed(edit: Candidate, loaded: LoadedModel, instruction: str) -> list[C
 
 
 def random_direction(plan: EditPlan, seed: int) -> EditPlan:
-    """The plan with every output direction drawn at random; every ‖ΔW‖ stays."""
+    """The plan with every output direction drawn at random; every ‖ΔW‖ stays. Factors of rows or columns change their places.
+
+    So where a plan silences heads, as many others are silenced. What is alike in length is moved alike.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def added(edit: LowRank | Bias) -> LowRank | Bias:
@@ -169,12 +172,24 @@ def random_direction(plan: EditPlan, seed: int) -> EditPlan:
         return _of_norm(replace(edit, B=direction), edit.norm)
 
     def drawn(edit: Edit) -> Edit:
-        if isinstance(edit, ScaleAdd) and edit.added is not None:
-            return replace(edit, added=added(edit.added))
-        # routing and gains have no direction
-        return added(edit) if isinstance(edit, (LowRank, Bias)) else edit
+        if isinstance(edit, Scale):
+            return _elsewhere(edit, seed)
+        if isinstance(edit, ScaleAdd):
+            scales = tuple(_elsewhere(one, seed) for one in edit.scales)
+            return replace(edit, scales=scales, added=None if edit.added is None else added(edit.added))
+        return added(edit) if isinstance(edit, (LowRank, Bias)) else edit  # routing has no direction
 
     return _with(plan, [drawn(edit) for edit in plan.edits])
+
+
+def _elsewhere(scale: Scale, seed: int) -> Scale:
+    """The factors with their blocks in a random order; a block is as wide as all runs of equal factors allow."""
+    factors = scale.factors
+    edges = (factors[1:] != factors[:-1]).nonzero()[:, 0] + 1
+    width = math.gcd(len(factors), *edges.tolist())
+    blocks = factors.view(-1, width)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return replace(scale, factors=blocks[order].flatten())
 
 
 def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
