@@ -161,7 +161,7 @@ def test_the_command_removes_layers_without_statistics(llama: tuple[Checkpoint, 
     out = tmp_path / "x.plan.safetensors"
     run("plan", llama[0].path, "--method", "silence", "--components", "layer.1,layer.2", "--prune", "-o", out)
     assert EditPlan.load(out).structure.layers == (1, 2)
-    assert "layers 1, 2" in run("show", out).stdout
+    assert "layer 1, layer 2" in run("show", out).stdout
 
 
 def test_a_layers_change_is_that_of_the_hidden_states(llama: tuple[Checkpoint, ModelSpec]) -> None:

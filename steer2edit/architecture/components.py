@@ -9,7 +9,8 @@ everything that the layer writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Site
 from steer2edit.errors import ArchitectureError, listing, shown
@@ -41,6 +42,18 @@ def site_name(key: str) -> str:
 def component_name(key: str, index: int) -> str:
     """The name of one component of a site, from the site's key."""
     return f"{site_name(key)}.{letter(key.partition('.')[0])}{index}"
+
+
+def component_names(site: Site, numbers: Sequence[int]) -> list[str]:
+    """Names of several of a site's components, given in order: all of them as the site, and runs as a range."""
+    if len(numbers) == site.components:
+        return [site_name(site.key)]
+    names: list[str] = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        inside = [number for _, number in run]
+        last = f"-{inside[-1]}" if len(inside) > 1 else ""
+        names.append(component_name(site.key, inside[0]) + last)
+    return names
 
 
 def read_components(names: Iterable[str], spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -252,7 +252,8 @@ def _next(edits: EditPlan, out: Path) -> list[str]:
     import shlex
 
     name = shlex.quote(str(out))
+    target = "checkpoint" if edits.structure else "lora"
     return [
         f"  steer2edit show {name}",
-        f"  steer2edit emit {name} MODEL --to lora -o FOLDER    (MODEL: {edits.base.name})",
+        f"  steer2edit emit {name} MODEL --to {target} -o FOLDER    (MODEL: {edits.base.name})",
     ]

@@ -79,7 +79,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
     Raises PlanError where no component is chosen, or a mean has no bias to be in; ArchitectureError for names that are not there.
     """
-    from steer2edit.architecture.components import read_components
+    from steer2edit.architecture.components import component_names, read_components
     from steer2edit.methods._biases import no_bias
     from steer2edit.plan import Base, EditPlan
 
@@ -107,7 +107,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
             if site.key in tables:
                 tables = {**tables, site.key: _removed(scoring, site, tables[site.key], chosen[site.key])}
             advance(1)
-    names = [name for site in sites for name in _told(site, chosen[site.key])]
+    names = [name for site in sites for name in component_names(site, chosen[site.key])]
     method = {"name": "silence", **asdict(options), "silenced": names}
     return EditPlan(Base.of(scoring.checkpoint), tuple(edits), tables, method)
 
@@ -157,14 +157,6 @@ def _names(text: str) -> list[str]:
     if path.is_file():
         text = "\n".join(line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines())
     return text.replace(",", " ").split()
-
-
-def _told(site: Site, numbers: tuple[int, ...]) -> list[str]:
-    from steer2edit.architecture.components import component_name, site_name
-
-    if len(numbers) == site.components:
-        return [site_name(site.key)]
-    return [component_name(site.key, number) for number in numbers]
 
 
 def _tables(scoring: Scoring, options: Options, progress: Progress) -> dict[str, Scores]:

@@ -78,11 +78,11 @@ def render_summary(plan: EditPlan) -> str:
         "Data": data_line(plan),
         "From": origin_line(plan),
         "Method": method_line(plan.method),
-        "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}; Frobenius norm of all updates {plan.norm:.4g}",
+        "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}{_norm(plan)}",
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
         "Silenced": _names_line(plan.method.get("silenced", ())),
-        "Removed": f"layers {_names_line([str(n) for n in plan.structure.layers])}" if plan.structure.layers else "",
+        "Removed": ", ".join(f"layer {layer}" for layer in plan.structure.layers),
         "Stability": _stability_line(plan),
     }
     lines = [f"{label:<9}  {text}" for label, text in rows.items() if text]
@@ -201,6 +201,15 @@ def expert_lines(method: Mapping[str, Any], limit: int = 20) -> list[str]:
             told += f": {one['selected']:.3%} of {one['tokens']} held-out tokens still choose it"
         lines.append(told)
     return [*lines, *([f"… and {len(marks) - limit} more"] if len(marks) > limit else [])]
+
+
+def _norm(plan: EditPlan) -> str:
+    """The size of all updates; that of a scale is not known from the plan alone."""
+    known = [edit for edit in plan.edits if edit.norm is not None]
+    if not known:
+        return ""
+    which = "all updates" if len(known) == len(plan.edits) else f"the {len(known)} updates of known size"
+    return f"; Frobenius norm of {which} {plan.norm:.4g}"
 
 
 def _names_line(names: Sequence[str], limit: int = 12) -> str:
