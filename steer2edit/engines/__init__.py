@@ -1,1 +1,1 @@
-"""Engines that write answers: transformers in this process, and vLLM."""
+"""Engines that write answers: transformers in this process, vLLM, and servers; and the judge."""

