@@ -153,22 +153,25 @@ def _llamacpp() -> tuple[Callable[..., list[Record]], dict[str, str]]:
 
 
 def table(work: Path) -> None:
-    """The results as a Markdown table."""
-    print("| type | writers | effect | vLLM | llama.cpp |\n|---|---|---|---|---|")
+    """The results as a Markdown table of the types that an engine ran, edited or not."""
+    print("| type | writers | vLLM | llama.cpp |\n|---|---|---|---|")
     for case in sorted(cases(work), key=lambda case: case["name"]):
-        row = [case["name"], ", ".join(case["places"]), f"{case['effect']['largest']:.0e}"]
+        row = [case["name"], ", ".join(case["places"])]
         for engine in ("vllm", "llamacpp"):
             path = work / "results" / engine / f"{case['key']}.json"
             cells = json.loads(path.read_text())["cells"] if path.is_file() else {}
             row.append(_verdict(cells))
-        print(f"| {' | '.join(row)} |")
+        if any(not cell.startswith(("–", "not run")) for cell in row[2:]):
+            print(f"| {' | '.join(row)} |")
 
 
 def _verdict(cells: dict[str, Any]) -> str:
     if not cells:
         return "not run"
     if "error" in cells["edited"]:
-        return "refused" if "largest" in cells.get("unedited", {}) else "– (nor the base)"
+        if "unedited" not in cells:
+            return "–"
+        return "refused" if "largest" in cells["unedited"] else "– (nor the base)"
     edited, base = cells["edited"]["largest"], cells["base"]["largest"]
     if edited < 0.01:
         return f"{edited:.0e}"
