@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from statistics import mean
 
 import pytest
@@ -55,6 +56,16 @@ def test_lengths_of_the_two_sides_overlap(name: str, sides: object) -> None:
     area = mean((a > b) + 0.5 * (a == b) for a in positive for b in negative)
     assert 0.3 <= area <= 0.7
     assert all(0.6 <= a / b <= 1.67 for a, b in zip(positive, negative, strict=True))
+
+
+@pytest.mark.parametrize("name", WRITTEN_BY_DOMAINS)
+def test_no_two_prompts_of_a_behaviour_ask_nearly_the_same(name: str) -> None:
+    others: list[frozenset[str]] = []
+    for prompt, _, _ in training(name) + held_out(name):
+        words = frozenset(re.findall(r"\w{4,}", prompt.lower()))
+        near = [other for other in others if len(words) > 2 and len(words & other) > 0.75 * len(words | other)]
+        assert not near, prompt
+        others.append(words)
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_DOMAINS)
