@@ -72,6 +72,8 @@ def test_the_stages_give_what_compile_gives(tiny_llama: Path, data: Path, neutra
         ("--method", "component", "--tau-attn", "0.2", "--tau-mlp", "0.2", "--slope", "2"),
         ("--method", "steering", "--sites", "both", "--carriers", "0.5"),
         ("--method", "constant", "--layer", "2"),
+        ("--method", "silence", "--components", "attn.1.h2,mlp.0.n3-5"),
+        ("--method", "transport", "--layers", "1-1"),
         ("--method", "ablation", "--alpha", "0.3", "--direction-layer", "1", "--embedding"),
     ],
 )

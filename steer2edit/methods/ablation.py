@@ -102,7 +102,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
             edits += _bias_edits(scoring, site, eraser, options)
             advance(1)
     method = {"name": "ablation", **asdict(options), "layers": [first, last]}
-    method["direction_layer"] = None if options.per_layer else layer
+    # as a file gives it back
+    method |= {"direction_layer": None if options.per_layer else layer, "also": list(options.also)}
     return EditPlan(Base.of(checkpoint), tuple(edits), method=method)
 
 

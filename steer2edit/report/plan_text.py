@@ -142,7 +142,9 @@ def method_line(method: Mapping[str, Any]) -> str:
         value = method.get(one.name)
         if one.name == "layers" or value is None or value == defaults[one.name]:
             continue
-        if one.kind is bool:
+        if one.repeated:
+            told += [f"{one.flags[-1]} {item}" for item in value]
+        elif one.kind is bool:
             told += [one.flags[-1]] if value == one.value else []
         else:
             told.append(f"{one.flags[-1]} {number(value) if isinstance(value, float) else value}")
