@@ -14,7 +14,7 @@ import torch
 from conftest import ROWS, run
 
 from steer2edit.bootstrap import LEAST_DRAWS
-from steer2edit.capture.evidence import checked, distinct_prompts
+from steer2edit.capture.evidence import checked, distinct_prompts, telling_first_word
 from steer2edit.capture.run import capture
 from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vectors import Vectors
@@ -231,3 +231,21 @@ def test_an_absurd_strength_is_refused(tiny_llama: Path, tmp_path: Path, strengt
 def test_the_least_number_of_prompts_is_that_of_a_sign_test() -> None:
     chance = [2 * 0.5**draws for draws in (LEAST_DRAWS - 1, LEAST_DRAWS)]
     assert chance[0] > 0.05 >= chance[1]
+
+
+@pytest.mark.parametrize(("yes", "told"), [(0, True), (6, True), (9, False), (12, False)])
+def test_a_first_word_that_tells_the_classes_apart_is_said(yes: int, told: bool) -> None:
+    examples = [
+        Example(
+            "q", f"{'No' if (row >= yes) == (label == 'positive') else 'Yes,'} because of {row}", label, "here", row
+        )
+        for row in range(24)
+        for label in LABELS
+    ]
+    said = telling_first_word(examples)
+    assert (said is not None) == told
+    if said is not None:
+        assert f"{24 - yes} of 24" in said and f"{yes} of 24" in said
+    # one class alone, or few responses, show nothing
+    assert telling_first_word(examples[::2]) is None
+    assert telling_first_word(examples[-8:]) is None

@@ -5,6 +5,7 @@ A draw is a distinct prompt: repeated rows, and several responses to one prompt,
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -16,6 +17,11 @@ from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.tokens import Encoded
 from steer2edit.errors import DataError, listing
 from steer2edit.notices import notice
+
+_WORD = re.compile(r"\w+")
+_TELLING = 1 / 3
+"""A first word tells the classes apart where its shares of both differ by more."""
+_FEWEST_FIRST_WORDS = 10
 
 
 def distinct_prompts(examples: Sequence[Example]) -> dict[str, int]:
@@ -38,6 +44,8 @@ def checked(examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Enc
     shared = max(shared, _shared(examples, tokens, cut, advice))
     if shared:
         notice(f"{shared} of the data's positive examples are negative examples too, and cancel out")
+    if (words := telling_first_word(examples)) is not None:
+        notice(words)
     counts = count(examples)
     if repeated := counts.rows - counts.distinct_rows:
         notice(
@@ -45,6 +53,33 @@ def checked(examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Enc
             "the means count every row"
         )
     return _one_row_for_each_prompt(examples, encoded)
+
+
+def telling_first_word(examples: Sequence[Example]) -> str | None:
+    """What to say where one class begins with a word far more often than the other; None where no word tells them apart.
+
+    An edit of pairs whose positive responses begin with "No" denies whatever it is asked.
+    """
+    firsts: dict[Label, Counter[str]] = {label: Counter() for label in LABELS}
+    for example in examples:
+        if (match := _WORD.search(example.response)) is not None:
+            firsts[example.label][match[0].casefold()] += 1
+    totals = {label: sum(e.label == label for e in examples) for label in LABELS}
+    if not all(totals.values()):
+        return None
+
+    def share(label: Label, word: str) -> float:
+        return firsts[label][word] / totals[label]
+
+    words = {word for counted in firsts.values() for word, times in counted.items() if times >= _FEWEST_FIRST_WORDS}
+    word = max(sorted(words), key=lambda word: abs(share("positive", word) - share("negative", word)), default=None)
+    if word is None or abs(share("positive", word) - share("negative", word)) <= _TELLING:
+        return None
+    numbers = {label: f"{firsts[label][word]} of {totals[label]}" for label in LABELS}
+    return (
+        f"{numbers['positive']} positive responses begin with {word!r}, and {numbers['negative']} negative ones: the edit may be "
+        "that word and nothing more; add rows in which it stands on the other side"
+    )
 
 
 def too_few(prompts: int) -> str:
