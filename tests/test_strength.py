@@ -20,7 +20,7 @@ from steer2edit.architecture import MatrixRole, read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import DataError, PlanError, Steer2EditError
 from steer2edit.methods import make_plan, steering
-from steer2edit.plan import Divergence, EditPlan
+from steer2edit.plan import Base, Divergence, EditPlan, LowRank
 from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
@@ -59,6 +59,23 @@ def test_kl_and_perplexity_are_those_of_the_definition(loaded: LoadedModel, plan
     assert found.tokens == sum(map(len, kls)) == neutral.tokens
     assert found.kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert found.perplexity == pytest.approx(math.exp(float(torch.cat(losses).mean())), rel=1e-4)
+
+
+def test_the_kl_of_an_edited_unembedding_is_that_of_both_models_logits(loaded: LoadedModel) -> None:
+    spec = loaded.spec
+    head = next(site for site in spec.readers if site.role is MatrixRole.UNEMBED)
+    torch.manual_seed(0)
+    edit = LowRank(head.matrix, torch.randn(head.out_features, 1), 0.1 * torch.randn(1, head.in_features))
+    plan = EditPlan(Base("tiny", None, ""), (edit,))
+    neutral = NeutralText(loaded, TEXT, window=50)
+    rows = [torch.tensor([row]) for row in neutral._rows]
+    before = [loaded.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows]
+    with edited(loaded, plan):
+        measured, glanced = neutral.measure(), neutral.measure(glance=True)
+        after = [loaded.model(input_ids=row, use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows]
+    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)])
+    assert measured.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert glanced.kl > 0.01 and neutral.measure().kl == pytest.approx(0, abs=1e-6)
 
 
 def _without_reference(neutral: NeutralText) -> NeutralText:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,6 +124,9 @@ class NeutralText:
         reference = None if glance else self._reference
         if reference is not None and loaded.model is not self._loaded.model:
             reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
+        head = self._loaded.model.get_output_embeddings()
+        if head is not None and head._forward_hooks:  # the unembedding itself is edited: the base's is needed beside it
+            reference = None
         compared: list[torch.Tensor] = []
         first = at
         for hidden in self._hidden(stage or self.stage, loaded, chosen, progress):
@@ -131,7 +136,9 @@ class NeutralText:
                 at = rows.stop
                 logits = loaded.logits(now)
                 if reference is None:
-                    found = compare(self._loaded.logits(self._base[rows].to(now.device)), logits, gold)
+                    with _unhooked(head):
+                        base = self._loaded.logits(self._base[rows].to(now.device))
+                    found = compare(base, logits, gold)
                 else:
                     found = reference[rows].compare(now, logits, gold)
                 compared.append(found)
@@ -204,3 +211,16 @@ class NeutralText:
                 places = [slice(self._starts[i] - 1, len(self._rows[i]) - 1) for i in chosen]
                 yield torch.cat([row[place] for row, place in zip(states, places, strict=True)])
                 advance(sum(map(self._count, chosen)))
+
+
+@contextmanager
+def _unhooked(module: Any) -> Iterator[None]:
+    """Within the block none of the module's forward hooks runs, if there is a module."""
+    hooks = {} if module is None else dict(module._forward_hooks)
+    if hooks:
+        module._forward_hooks.clear()
+    try:
+        yield
+    finally:
+        if hooks:
+            module._forward_hooks.update(hooks)

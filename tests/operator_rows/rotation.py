@@ -13,6 +13,7 @@ from operator_rows.subject import Subject
 NORMS = {
     "llama": ("input_layernorm", "post_attention_layernorm"),
     "gpt2": ("ln_1", "ln_2"),
+    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
 }
 
 
@@ -40,7 +41,7 @@ def _turning(subject: Subject, degrees: float) -> Mapping[str, Hook]:
 
     def hook_of(name: str) -> Hook:
         norm = subject.loaded.model.get_submodule(name)
-        gain = norm.weight.double()
+        gain = norm.weight.double() + (1 if subject.family == "gemma2" else 0)
         bias = norm.bias.double() if getattr(norm, "bias", None) is not None else torch.zeros_like(gain)
         return lambda _x, y: gain * turn((y - bias) / gain) + bias
 
@@ -61,6 +62,15 @@ ROWS = (
         lambda subject: _turning(subject, 40),
         carried=ADAPTERS,
         families=("llama",),
+    ),
+    Row(
+        _SYSTEM,
+        "the same before the readers of a family with norms behind its writers too",
+        _COMMAND.replace("40", "35").replace("0-2", "0-1"),
+        "a forward hook on every norm before attention and MLP turns its output in the plane",
+        lambda subject: _turning(subject, 35),
+        carried=ADAPTERS,
+        families=("gemma2",),
     ),
     Row(
         _SYSTEM,
