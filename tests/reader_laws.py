@@ -44,21 +44,22 @@ def held(loaded: LoadedModel, site: Site) -> torch.Tensor:
         return torch.cat([loaded.model.get_submodule(one).weight for one in site.modules])
     if site.role is MatrixRole.ROUTER:
         module = loaded.module(site)
-        return next(p for p in module.parameters() if p.ndim == 2 and p.shape == (site.out_features, site.in_features))
+        shape = (site.out_features, site.in_features)
+        return torch.as_tensor(next(p for p in module.parameters() if p.shape == shape))
     weight: torch.Tensor = loaded.module(site).weight
     if site.output_part is not None:
         which, count = site.output_part
-        return weight.chunk(count)[which]
+        return torch.as_tensor(weight.chunk(count)[which])
     return weight if site.orientation == "out_in" else weight.T
 
 
 def _held_by_experts(loaded: LoadedModel, site: Site) -> torch.Tensor:
-    module, expert = loaded.module(site), site.expert
+    module: Any = loaded.module(site)
+    expert = site.expert
     assert expert is not None
     if hasattr(module, "mlp"):  # DBRX stacks its experts
         rows = slice(expert * site.out_features, (expert + 1) * site.out_features)
-        stacked: torch.Tensor = (module.mlp.w1 if site.role is MatrixRole.GATE else module.mlp.v1)[rows]  # type: ignore[index]
-        return stacked
+        return torch.as_tensor((module.mlp.w1 if site.role is MatrixRole.GATE else module.mlp.v1)[rows])
     wide: torch.Tensor = (module.gate_up_proj if hasattr(module, "gate_up_proj") else module.up_proj)[expert]
     wide = wide if wide.shape[1] == site.in_features else wide.T
     if site.role is MatrixRole.GATE_UP or wide.shape[0] == site.out_features:
