@@ -287,6 +287,7 @@ def test_other_texts_are_not_traits(text: str) -> None:
         "",
         "no",
         "Style: uses long words",
+        "The opposite of a style is often an extremely detailed and complex language",
         "What is meant?",
         "uses simple everyday words that a child knows",
         "in few words",

@@ -131,6 +131,30 @@ def test_answers_stand_after_a_thought(template: str, arguments: dict[str, Any])
     assert make_tokenizer().decode(found.ids) == f"{THOUGHT}Yes.{END}"
 
 
+@pytest.mark.parametrize(
+    ("template", "opening", "closing"),
+    [
+        (OPENS_THOUGHT, "<think>", "</think>"),
+        (HYBRID, "<think>", "</think>"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n[THINK]\n{% endif"), "[THINK]", "[/THINK]"),
+    ],
+    ids=["opens", "hybrid", "other tag"],
+)
+@pytest.mark.parametrize("answer", ["\n\nYes.", ""], ids=["with the answer", "alone"])
+def test_a_response_that_brings_its_thought_stands_where_thoughts_begin(
+    template: str, opening: str, closing: str, answer: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    examples = [
+        Example("Is it?", f"<think>\nHm.\n</think>{answer}", "positive", "here", 0),
+        Example("Is it?", "No.", "negative", "here", 0),
+    ]
+    thinking, plain = encode(examples, tokenizer, span="response")
+    begin = THOUGHT[: THOUGHT.index("<think>")]
+    assert tokenizer.decode(thinking.ids) == f"{begin}{opening}\nHm.\n{closing}{answer}{END}"
+    assert tokenizer.decode(plain.ids) == f"{begin}{opening}\n\n{closing}\n\nNo.{END}"
+
+
 @pytest.mark.parametrize("template", [OPENS_THOUGHT, HYBRID], ids=["opens", "hybrid"])
 def test_a_model_that_writes_may_think_when_asked_to(template: str) -> None:
     tokenizer = make_tokenizer(template)

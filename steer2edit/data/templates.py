@@ -205,6 +205,21 @@ def thought_and_answer(text: str, opened: bool = False) -> tuple[str | None, str
     return (text[begin:].strip(), "") if opened or start else (None, text)
 
 
+def brings_thought(response: str) -> bool:
+    """Whether a response holds a thought of its own, with the tag that ends it."""
+    return END_OF_THOUGHT.search(response) is not None
+
+
+def continued_thought(text: str, response: str) -> str:
+    """A response that brings its thought, as it goes on from a prompt; in the prompt's own tags where it opens one."""
+    opening = OPEN_THOUGHT.search(text)
+    if opening is None:
+        return response
+    thought, answer = thought_and_answer(response)
+    closing = "[/THINK]" if opening[2] else f"</{opening[1]}>"
+    return f"{thought}\n{closing}" + (f"\n\n{answer.strip()}" if answer.strip() else "")
+
+
 def _ordered(
     tokenizer: Any,
     places: Sequence[tuple[Prompt, str]],

@@ -11,7 +11,15 @@ from steer2edit.data.contrast import Example
 from steer2edit.data.foreign import run_foreign
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.records import grouped
-from steer2edit.data.templates import TemplateArguments, after_an_answer, check_arguments, rendered_prompts, templated
+from steer2edit.data.templates import (
+    TemplateArguments,
+    after_an_answer,
+    brings_thought,
+    check_arguments,
+    continued_thought,
+    rendered_prompts,
+    templated,
+)
 from steer2edit.errors import DataError, listing, shown
 
 MAX_TOKENS = 2048
@@ -139,19 +147,28 @@ def _spans(
 ) -> list[tuple[list[int], int]]:
     """Of each example its tokens and where the response begins; see :func:`encode`."""
     special = not templated(tokenizer)  # a template writes its own; the first would be doubled
-    places: dict[Prompt, str] = {}
-    for example in examples:
-        places.setdefault(example.prompt, example.where)
-    texts = rendered_prompts(places, tokenizer, system, arguments)
+    thinks = [not special and brings_thought(example.response) for example in examples]
+    texts: dict[tuple[Prompt, bool], str] = {}
+    for own in (False, True):
+        places: dict[Prompt, str] = {}
+        for example, its_own in zip(examples, thinks, strict=True):
+            if its_own is own:
+                places.setdefault(example.prompt, example.where)
+        rendered = rendered_prompts(places, tokenizer, system, arguments, own_thought=own) if places else {}
+        texts |= {(prompt, own): text for prompt, text in rendered.items()}
     prompts = dict(zip(texts, _tokenize(list(texts.values()), tokenizer, special), strict=True))
-    wholes = [joined(texts[e.prompt], e.response, spaced=special) for e in examples]
+    wholes = [
+        joined(text, continued_thought(text, example.response) if own else example.response, spaced=special)
+        for example, own in zip(examples, thinks, strict=True)
+        for text in [texts[example.prompt, own]]
+    ]
     end = _end_of_turn(tokenizer, arguments)
     spans: list[tuple[list[int], int]] = []
     problems: list[tuple[str, str]] = []
     limit = max_tokens if context is None else min(max_tokens, context)
     remedy = "the model reads no more; shorten it" if limit == context else "shorten it, or raise --max-tokens"
-    for example, ids in zip(examples, _tokenize(wholes, tokenizer, special), strict=True):
-        start = max(1, common_prefix(prompts[example.prompt], ids))
+    for example, own, ids in zip(examples, thinks, _tokenize(wholes, tokenizer, special), strict=True):
+        start = max(1, common_prefix(prompts[example.prompt, own], ids))
         if start >= len(ids):
             problems.append((example.where, f"the response {shown(example.response)} yields no token"))
         elif start >= limit:
