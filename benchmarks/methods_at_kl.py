@@ -1,0 +1,160 @@
+"""What every method that is compiled gives and costs at one KL in chat: attribute, perplexity, right answers, repetition.
+
+    python benchmarks/methods_at_kl.py MODEL --behavior concise --behavior formal --out methods/SmolLM2
+
+Methods are brought to --kl on the model's own answers in chat (on prose where there is no chat template): rotation by its angle,
+silence by the number of heads that write against the behaviour, the others by their strength. What cannot be brought there is
+named. Questions are those of the reporting half; the table has each method's paired difference from the base with its 95 %
+interval, losses first. Cells are kept in --out: the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from power import say
+from power_cells import Bench, Cell, Journal, Settings, ask, general_questions
+from tabulate import tabulate
+
+from steer2edit.architecture import read_spec
+from steer2edit.bootstrap import Estimate, estimate
+from steer2edit.capture.run import capture_statistics
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data import contrast
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.behavior_file import behavior_files, builtin_questions
+from steer2edit.data.degeneration import repetition
+from steer2edit.data.tokens import Encoded, windows
+from steer2edit.evaluation.likelihood import response_log_probabilities
+from steer2edit.methods import make_plan, names
+from steer2edit.methods.rotation import Options as Rotation
+from steer2edit.methods.silence import Options as Silence
+from steer2edit.runtime.hooks import edited
+from steer2edit.runtime.model import Runtime, load_model
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.meet import Apply
+from steer2edit.strength.neutral_texts import neutral_texts
+
+BETTER: Mapping[str, int] = {"margin": 1, "length": -1, "right": 1, "nats": -1, "repetition": -1}
+"""Metrics, and whether more of them is better (1) or less (-1)."""
+PROSE_TOKENS = 4096
+ANGLE, HEADS = 20.0, 8
+"""Degrees, and heads, of a strength of 1."""
+
+
+def _silence(strength: float) -> Silence:
+    return Silence(strongest=max(1, round(HEADS * strength)), side="against")
+
+
+class Methods(Bench):
+    """A bench whose methods are those of the package, and which measures prose and repetition too."""
+
+    @contextmanager
+    def opened(self, method: str) -> Iterator[tuple[Apply, str]]:
+        """What applies a method at a strength; a rotation's is its angle, and silence's its number of heads."""
+        if method not in names():
+            # the bench calls activation steering by the name that the default method has here
+            with super().opened("steering" if method == "activation" else method) as found:
+                yield found
+        elif method == "rotation":
+            yield self._planned(method, lambda strength: Rotation(angle=ANGLE * strength)), ""
+        elif method == "silence":
+            yield self._planned(method, _silence), ""
+        else:
+            yield partial(edited, self.loaded, make_plan(self.scoring, method=method)), ""
+
+    def _planned(self, method: str, options: Any) -> Apply:
+        return lambda strength: edited(
+            self.loaded, make_plan(self.scoring, method=method, options=options(strength)), 1.0
+        )
+
+    def values(self, method: str, text: str) -> dict[str, list[float]]:
+        """The bench's metrics, nats per token of prose by window, and the repetition of written answers."""
+        found = super().values(method, text)
+        rows = windows(self.loaded.tokenizer, [contrast.neutral_text()], PROSE_TOKENS)
+        prose = [Encoded(tuple(row), 1, "background", i) for i, row in enumerate(rows) if len(row) > 1]
+        found["nats"] = [-float(one.mean()) for one in response_log_probabilities(self.loaded, prose)]
+        questions = self.asked.questions[: self.settings.random_questions]
+        answers, _ = self._written(questions, None, self.settings.length_tokens)
+        tokens = [self.loaded.tokenizer(answer)["input_ids"] for answer in answers]
+        found["repetition"] = [float(repetition(row)) for row in tokens]
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--behavior", action="append", choices=behavior_files(), help="repeatable; default: concise")
+    parser.add_argument("--method", action="append", choices=names(), help="repeatable; default: all")
+    parser.add_argument("--kl", type=float, default=0.1, help="nats per token (default %(default)s)")
+    parser.add_argument("--questions", type=int, default=100, help="for the attribute (default %(default)s)")
+    parser.add_argument("--written", type=int, default=24, help="answers that are written (default %(default)s)")
+    parser.add_argument("--knowledge", type=int, default=48, help="general questions answered (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer (default %(default)s)")
+    parser.add_argument("--kl-rows", type=int, default=16, help="answers behind a KL (default %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    checkpoint = open_checkpoint(given.model)
+    loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=given.dtype))
+    settings = Settings(
+        checkpoint.fingerprint, given.dtype, (given.kl,), (0,), given.questions, given.written, given.knowledge,
+        given.tokens, given.tokens, given.kl_rows, 0.0,
+    )  # fmt: skip
+    journal = Journal(given.out, settings)
+    costs, general = neutral_texts(loaded, limit=given.kl_rows), general_questions(given.knowledge)
+    for name in given.behavior or ["concise"]:
+        asked = ask(builtin_questions(name) or [], settings.seeds, settings.questions)
+        behavior = Behavior.named(name)
+        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
+        bench = Methods(loaded, scoring, behavior, costs, asked, general, settings, given.out)
+        for method in ("base", "activation", *(given.method or names())):
+            for cell in bench.cells(method, journal):
+                journal.add(cell)
+                say(cell, costs.budget.kind)
+        print(f"\n{name}, at a KL of {given.kl:g} on {costs.budget.kind}\n\n{table(journal, name)}", file=sys.stdout)
+
+
+def table(journal: Journal, name: str) -> str:
+    """Each method's paired differences from the base; those that are worse beyond doubt are marked, and come first."""
+    base = journal.cells[name, "base", None]
+    rows = []
+    for cell in (cell for key, cell in journal.cells.items() if key[0] == name and key[1] != "base"):
+        if cell.failed:
+            rows.append((0, [cell.method, *[""] * len(base.values), cell.failed]))
+            continue
+        changes = {metric: difference(cell, base, metric) for metric in base.values}
+        lost = [metric for metric, one in changes.items() if worse(one, BETTER[metric])]
+        shown = [f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in changes.values()]
+        rows.append((len(lost), [cell.method, *shown, f"worse: {', '.join(lost)}" if lost else ""]))
+    rows.sort(key=lambda one: -one[0])
+    means = [f"{sum(values) / len(values):.3g}" for values in base.values.values()]
+    perplexity = math.exp(sum(base.values["nats"]) / len(base.values["nats"]))
+    lines = [*(row for _, row in rows), ["base (means)", *means, f"perplexity {perplexity:.3g}"]]
+    shown_table: str = tabulate(lines, ["method", *base.values, ""], tablefmt="github", disable_numparse=True)
+    return shown_table
+
+
+def difference(cell: Cell, base: Cell, metric: str) -> Estimate:
+    """The paired difference of a metric, with its bootstrap interval."""
+    return estimate([a - b for a, b in zip(cell.values[metric], base.values[metric], strict=True)])
+
+
+def worse(change: Estimate, better: int) -> bool:
+    """Whether the whole interval is on the side of less of what is better."""
+    return change.high < 0 if better > 0 else change.low > 0
+
+
+if __name__ == "__main__":
+    main()
