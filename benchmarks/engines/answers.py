@@ -1,6 +1,6 @@
 """A server against transformers on the same model: greedy answers, drawn answers asked again, a prefix, and a yes.
 
-python benchmarks/engines/answers.py MODEL URL [--server-model NAME]
+python benchmarks/engines/answers.py MODEL URL [--server-model NAME] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 
 from steer2edit.engines.engine import Request, Sampling, written
 from steer2edit.engines.opening import open_engine, open_named
+from steer2edit.runtime.model import DTYPES, Runtime
 
 QUESTIONS = ("What is a river?", "Name three birds.", "Why is the sky blue?", "Is fire hot?", "How do I boil an egg?")
 ASKED = ("Is fire hot? Reply with Yes or No.", "Is ice hot? Reply with Yes or No.")
@@ -21,8 +22,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("url")
     parser.add_argument("--server-model")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     given = parser.parse_args()
-    here, there = open_named(given.model), open_engine(server=given.url, model=given.server_model)
+    here, there = (
+        open_named(given.model, Runtime(dtype=given.dtype)),
+        open_engine(server=given.url, model=given.server_model),
+    )
     print("server:", there.described()["server"], "model:", there.described()["model"])
     greedy = [Request(question) for question in QUESTIONS]
     first, second = (written(engine, greedy, GREEDY) for engine in (here, there))
