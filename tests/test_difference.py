@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import run
 from mixture_models import mixture_config, save_mixture
+from reader_laws import single_readers
 from safetensors.torch import save_file
 from test_checkpoint import write
 from test_faults import random_plan
@@ -24,7 +25,7 @@ from steer2edit.diff.difference import CheckpointDifference, compare, fused_part
 from steer2edit.diff.numerical_rank import TensorDifference
 from steer2edit.errors import CheckpointError, PlanError, TargetError
 from steer2edit.files.layout import RECEIPT
-from steer2edit.plan import EditPlan, LowRank, Structure
+from steer2edit.plan import Base, EditPlan, LowRank, Structure
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -312,3 +313,17 @@ def test_the_commands(emitted: tuple[Path, Path, EditPlan], tmp_path: Path) -> N
     assert "0 tensors differ" in run("diff", base, edited).stdout
     assert run("revert", edited, "--base", base).exit_code == 2
     assert plan.edits
+
+
+def test_a_fine_tune_that_changed_readers_becomes_a_plan(tiny_llama: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(tiny_llama)
+    spec = read_spec(base)
+    plan = EditPlan(Base.of(base), tuple(single_readers(base, spec)))
+    emit(plan, base, spec, "checkpoint", tmp_path / "edited")
+    found = compare(base, open_checkpoint(tmp_path / "edited"), fused_parts(spec))
+    recovered, left_out = recover_plan(found, base, spec)
+    assert not left_out and {edit.tensor for edit in recovered.edits} == {edit.tensor for edit in plan.edits}
+    for edit in recovered.edits:
+        mine = plan.edit_of(edit.tensor)
+        assert isinstance(edit, LowRank) and isinstance(mine, LowRank)
+        assert torch.allclose(edit.dense(), mine.dense(), atol=1e-5)
