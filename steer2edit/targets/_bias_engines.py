@@ -33,7 +33,7 @@ READ_IN_VLLM: Mapping[str, frozenset[MatrixRole]] = {
 REFUSED_BY_LLAMACPP = frozenset(
     (
         *("qwen3", "gemma", "cohere", "cohere2", "hunyuan_v1_dense", "olmo", "qwen3_moe", "olmoe", "smollm3", "arcee"),
-        *("seed_oss", "ernie4_5", "falcon"),
+        *("seed_oss", "ernie4_5", "falcon", "dots1", "hunyuan_v1_moe", "deepseek_v2", "deepseek_v3"),
     )
 )
 """Types whose base llama.cpp was seen to run, and whose new biases its converter or its loader refused."""
