@@ -157,7 +157,8 @@ def _made(
     if judged is not None:
         differ += judged.differences(written.rows)
     long = _lengths(rows)
-    result = verdict(found, differ, read=engines.loaded is not None)
+    left = len(samples_of(rows, "positive")), len(samples_of(rows, "negative"))
+    result = verdict(found, differ, left, read=engines.loaded is not None)
     receipt = {
         "behavior": {"name": request.name, "description": request.description, **told},
         "metric": None if request.metric is None else request.metric.described(),

@@ -35,8 +35,13 @@ class Verdict:
         return {"word": self.word, "reasons": list(self.reasons)}
 
 
-def verdict(found: Separation | None, differences: Sequence[Difference], *, read: bool = True) -> Verdict:
-    """What the numbers mean. Where the model did not ``read`` the rows, only the metrics of the texts count."""
+def verdict(
+    found: Separation | None, differences: Sequence[Difference], answers: tuple[int, int], *, read: bool = True
+) -> Verdict:
+    """What the numbers mean. ``answers`` counts those that are left of the positive and of the negative side.
+
+    Where the model did not ``read`` the rows, only the metrics of the texts count.
+    """
     disobeyed = [
         f"the two sides do not differ in {one.metric} as they should: {one.found}, expected {one.goal}"
         for one in differences
@@ -47,7 +52,8 @@ def verdict(found: Separation | None, differences: Sequence[Difference], *, read
     if not read:
         return Verdict("not measured", ("the model did not read the rows",))
     if found is None:
-        return Verdict("not", (f"rows of fewer than {LEAST_PROMPTS} prompts are left",))
+        left = f"{answers[0]} positive and {answers[1]} negative answers are left"
+        return Verdict("not", (f"{left}, and with fewer than {LEAST_PROMPTS} prompts on a side nothing is said",))
     numbers = f"d′ is {found.d_prime:.2f} (by chance up to {found.chance:.2f}), agreement {found.agreement:.2f}"
     if found.d_prime < WEAK or found.d_prime <= found.chance:
         return Verdict("not", (f"{numbers}: the model tells the two sides apart no better than swapped labels",))
