@@ -158,7 +158,10 @@ def check_rooms(
 
 
 def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:
-    """A plan of zeros on every matrix that a method may edit with these options; ``widest`` of the method's module says which."""
+    """A plan of zeros on every matrix that a method may edit with these options.
+
+    ``widest`` of the method's module says which.
+    """
     module = methods.load(method)
     options = module.Options() if options is None else options
     if hasattr(options, "layers"):

@@ -45,7 +45,10 @@ def component_name(key: str, index: int) -> str:
 
 
 def component_names(site: Site, numbers: Sequence[int]) -> list[str]:
-    """Names of several of a site's components, given in order: all of them as the site, and runs as a range."""
+    """Names of several of a site's components, in order.
+
+    All of them are named as the site, and runs as a range.
+    """
     if len(numbers) == site.components:
         return [site_name(site.key)]
     names: list[str] = []

@@ -9,7 +9,10 @@ _PLAIN = (MatrixRole.ATTN_OUT, MatrixRole.MIXER_OUT, MatrixRole.MLP_OUT)
 
 
 def carrier(site: Site) -> str | None:
-    """The bias of a writer that is a constant in the stream: the checkpoint's own, or one to create; None where there is none."""
+    """The bias of a writer that is a constant in the stream.
+
+    It is the checkpoint's own, or one to create; None where there is none.
+    """
     if site.norm is not None or site.role not in _PLAIN or site.part is not None:
         return None
     return site.bias_vector or site.new_bias

@@ -1,4 +1,6 @@
-"""A checkpoint with fewer layers: which models can lose some, how tensors are numbered anew, and what the config says then.
+"""A checkpoint with fewer layers.
+
+Which models can lose some, how tensors are numbered anew, and what the config says then.
 
 A layer that is removed passes its stream on unchanged. Nothing else of the model may know a layer's number. So a type is listed
 here only if the model without layers was compared with the whole one that skips them.

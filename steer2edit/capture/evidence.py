@@ -56,7 +56,9 @@ def checked(examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Enc
 
 
 def telling_first_word(examples: Sequence[Example]) -> str | None:
-    """What to say where one class begins with a word far more often than the other; None where no word tells them apart.
+    """What to say where one class begins with a word far more often than the other.
+
+    None where no first word tells the classes apart.
 
     An edit of pairs whose positive responses begin with "No" denies whatever it is asked.
     """

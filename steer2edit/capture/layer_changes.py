@@ -25,7 +25,9 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one block does to the stream, over tokens: means of ``‖h' - h‖ / ‖h‖`` and of ``‖h'‖ / ‖h‖``, and cosine of h, h'.
+    """What one block does to the stream, as means over tokens.
+
+    Of ``‖h' - h‖ / ‖h‖``, of ``‖h'‖ / ‖h‖``, and of the cosine of h and h'.
 
     ``void`` is the share of tokens that it changes by less than the threshold.
     """

@@ -1,4 +1,7 @@
-"""Data that a compile lacks: made first, from a sentence or a behaviour's instructions, or taken up where it was made before."""
+"""Data that a compile lacks.
+
+It is made first, from a sentence or a behaviour's instructions, or taken up where it was made before.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,11 @@ class MissingDataFlags(FlagGroup):
     max_prompts: int | None = option(None, "Make data from at most N prompts.", minimum=3, rare=True)
 
     def with_data(self, data: Flags, model: str, model_flags: ModelFlags, out: Path, dry_run: bool) -> Flags:
-        """The flags of data, with the folder of made data in place of a trait or of a behaviour without pairs.
+        """The flags of data, with the folder of made data.
 
-        Raises UsageError where flags contradict each other, and DataError where the data does not hold the behaviour.
+        It stands in place of a trait or of a behaviour without pairs.
+
+            Raises UsageError where flags contradict each other, and DataError where the data does not hold the behaviour.
         """
         behavior = self._without_pairs(data)
         if self.trait is None and behavior is None:

@@ -183,7 +183,10 @@ def random_direction(plan: EditPlan, seed: int) -> EditPlan:
 
 
 def _elsewhere(scale: Scale, seed: int) -> Scale:
-    """The factors with their blocks in a random order; a block is as wide as all runs of equal factors allow."""
+    """The factors with their blocks in a random order.
+
+    A block is as wide as all runs of equal factors allow.
+    """
     factors = scale.factors
     edges = (factors[1:] != factors[:-1]).nonzero()[:, 0] + 1
     width = math.gcd(len(factors), *edges.tolist())

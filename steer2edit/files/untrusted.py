@@ -20,7 +20,10 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def local(name: str | Path) -> Path | None:
-    """The file or folder here that a text names, with ``~`` for the home folder; None where there is none of that name."""
+    """The file or folder that a text names, with ``~`` for the home folder.
+
+    None where there is none of that name.
+    """
     try:
         path = Path(name).expanduser()
         return path if str(name) and path.exists() else None

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Where the vector is added: at one ``layer`` or at all of ``layers``, after the block, in its middle, or at every writer."""
+    """Where the vector is added.
+
+    At one ``layer`` or at all of ``layers``; after the block, in its middle, or at every writer.
+    """
 
     layer: int | None = option(
         None,
@@ -153,7 +156,10 @@ def _check_norm_preserving(spec: ModelSpec, options: Options, layers: Sequence[i
 
 
 def _wanted(scoring: Scoring, options: Options, layer: int) -> list[tuple[Site, torch.Tensor]]:
-    """The writers of a layer that are to add a vector, each with what the stream is to get, float32 ``[hidden]``."""
+    """The writers of a layer that are to add a vector.
+
+    Each with what the stream is to get, float32 ``[hidden]``.
+    """
     from steer2edit.architecture import MatrixRole
     from steer2edit.architecture.constants import carrier, ends_block
     from steer2edit.architecture.stream import factor

@@ -1,4 +1,6 @@
-r"""Affine transport: each coordinate of a writer's output gets the mean and the spread that it has on the positive class.
+r"""Affine transport of each coordinate of a writer's output.
+
+It gets the mean and the spread that it has on the positive class.
 
     y' = omega * y + beta,   omega = sigma_pos / sigma_neg,   beta = mu_pos - omega * mu_neg
 

@@ -1,4 +1,6 @@
-"""What engines do with a bias that no published model of a type has: some read the setting, some refuse, some pass over it.
+"""What engines do with a bias that no published model of a type has.
+
+Some read the setting, some refuse it, some pass over it.
 
 docs/engines.md has the runs. A type that stands nowhere here was not run, or acted as in transformers.
 """
