@@ -211,7 +211,10 @@ def brings_thought(response: str) -> bool:
 
 
 def continued_thought(text: str, response: str) -> str:
-    """A response that brings its thought, as it goes on from a prompt; in the prompt's own tags where it opens one."""
+    """A response that brings its thought, as it goes on from a prompt.
+
+    It is in the prompt's own tags where the prompt opens one.
+    """
     opening = OPEN_THOUGHT.search(text)
     if opening is None:
         return response

@@ -205,7 +205,10 @@ def _stand_in(scoring: Scoring, site: Site, v: torch.Tensor) -> tuple[Edit, floa
 
 
 def _functional(statistics: Statistics, site: Site) -> tuple[torch.Tensor, float] | None:
-    """``a`` [in], float32, with a mean of one, and 1 − κ; None where the moments of the site's input are not known."""
+    """``a`` [in], float32, with a mean of one, and 1 − κ.
+
+    None where the moments of the site's input are not known.
+    """
     import torch
 
     from steer2edit.methods._solver import Energy
