@@ -7,6 +7,7 @@ bias: those that are not wanted come with it, as zeros. ``tests/test_carriers.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -174,4 +175,6 @@ def _info(checkpoint: Checkpoint, module: str) -> TensorInfo:
     # of a quantised matrix: the dtype in which the model computes
     plain = (info.dtype for info in checkpoint.tensors.values() if info.dtype in EDITABLE and len(info.shape) == 1)
     dtype = weight.dtype if weight.dtype in EDITABLE else next(plain, "F32")
-    return TensorInfo(f"{module}.bias", dtype, weight.shape[:1], "", 0, weight.shape[0] * DTYPES[dtype].itemsize)
+    return TensorInfo(
+        f"{module}.bias", dtype, weight.shape[:1], "", 0, math.prod(weight.shape[:1]) * DTYPES[dtype].itemsize
+    )

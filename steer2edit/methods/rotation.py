@@ -74,7 +74,8 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     if not 0 < abs(options.angle) <= LARGEST_ANGLE:
         raise PlanError(f"--angle is {options.angle:g}, expected degrees from -180 to 180, and not 0")
     layer, plane = plane_of(statistics, spec, options)
-    first, last = spec.layer_range(options.layers)
+    # make_plan has put the discriminative layers in their place
+    first, last = spec.layer_range(options.layers if isinstance(options.layers, tuple) else None)
     sites = readers_of(spec, range(first, last + 1))
     edits: list[Edit] = []
     with progress("plan", total=len(sites)) as advance:
