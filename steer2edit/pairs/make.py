@@ -15,6 +15,7 @@ from steer2edit.data.templates import TemplateArguments
 from steer2edit.engines.engine import Engine, Sampling
 from steer2edit.errors import DataError
 from steer2edit.files.locks import claimed
+from steer2edit.notices import notice
 from steer2edit.pairs.filters import Allowed, Tally, sift
 from steer2edit.pairs.folder import check_folder, question_rows, train_rows, write_folder
 from steer2edit.pairs.from_trait import FromTrait
@@ -157,6 +158,11 @@ def _made(
     if judged is not None:
         differ += judged.differences(written.rows)
     long = _lengths(rows)
+    if long is not None and long.separates:
+        notice(
+            f"length alone tells the two sides apart: {long.positive:.0f} tokens against {long.negative:.0f}. Unless length is "
+            "the behaviour, the vector is of lengths too"
+        )
     left = len(samples_of(rows, "positive")), len(samples_of(rows, "negative"))
     result = verdict(found, differ, left, read=engines.loaded is not None)
     receipt = {
