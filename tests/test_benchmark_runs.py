@@ -20,11 +20,14 @@ RUNS = {
     "attributes.py": "MODEL --behavior formal --limit 3 --max-new-tokens 3 --kl-budget 0.05 --dtype float32 --random",
     "capture_speed.py": "MODEL --runs 1 --limit 4 --behavior formal",
     "chat_cost.py": "MODEL --behavior formal --dtype float32",
+    "data_verdict.py": "MODEL --behavior formal --pairs 20 --draws 1",
     "fp8_rounding.py": "--rows 256 --columns 256",
     "fuzz.py": "--target show --seconds 0.5",
     "gpu.py": "MODEL --runs 1 --limit 4 --behavior formal --answers 2 --max-new-tokens 3 --dtype float32",
     "generation_speed.py": "MODEL --runs 1 --answers 2 --max-new-tokens 3",
     "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
+    "judge.py": "MODEL --dtype float32",
+    "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",
     "plan_content.py": "MODEL",
     "plan_speed.py": "MODEL --runs 1",
     "solver_options.py": "MODEL --behavior formal --kl 0.001 --questions 2 --rows 4 --knowledge 2 --dtype float32 --out WORK "
@@ -42,12 +45,14 @@ SLOW = [
     pytest.mark.skipif("STEER2EDIT_MODELS" not in os.environ, reason="half a minute: with the real model's tests"),
 ]
 ELSEWHERE = {
+    "behaviors.py": "starts a whole compile, whose laws are in test_cli.py",
     "emit_speed.py": "its stages: test_benchmarks.py",
     "power.py": "test_power.py",
     "train_lora.py": "test_power.py",
     "paper.py": "test_paper.py",
     "interference.py": "below, with two behaviours",
     "fronts.py": "below, with two budgets",
+    "quantised.py": "below, with what its first row must be",
     "experts_families.py": "the demo's mixture of each family takes minutes",
     "experts_vllm.py": "needs vLLM",
     "vllm_greedy.py": "needs vLLM",
@@ -106,3 +111,19 @@ def test_it_runs_through_on_the_demos_model(
     monkeypatch.setattr(sys, "argv", [script])
     module.main()
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_the_unquantised_model_keeps_the_whole_edit(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--behavior formal --kl 0.001 --questions 2 --rows 4 --dtype float32"
+    start(BENCHMARKS / "quantised.py", monkeypatch, str(model), *options.split())
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    rows = {cells[0]: cells[1:] for cells in table if cells}
+    change, merged, beside, *numbers = rows["unquantised"]
+    assert (change, merged) == ("0 [0, 0]", beside)
+    assert numbers == ["0.0000", "0.0000", "0.0000", "1.000", "1.000", "1.00"]
+    change, _, _, of_base, of_merged, *_ = rows["int4, symmetric"]
+    assert change != "0 [0, 0]"
+    assert float(of_base) > 0
+    assert float(of_merged) > 0

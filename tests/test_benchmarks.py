@@ -16,7 +16,7 @@ SCRIPTS = sorted(
 PARTS = {
     *("control_vector.py", "paper_data.py", "paper_experts.py", "power_cells.py", "power_table.py"),
     *("records.py", "right_choice.py", "solver_experiments.py", "synthetic.py", "timing.py"),
-    "torchvision_operators.py",
+    *("torchvision_operators.py", "weight_formats.py"),
 }
 
 
