@@ -54,6 +54,7 @@ from steer2edit.strength.neutral_texts import NeutralTexts, packaged_prompts
 from steer2edit.strength.settle import settle_strength
 
 Values = Sequence[float]
+UNQUANTISED = "unquantised"
 HEADS = (
     *("format", "a - base", "edit: b - a", "adapter: c - a", "KL of a", "KL of b", "KL of c"),
     *("ΔW kept", "cosine", "norm"),
@@ -156,7 +157,7 @@ def _paired(values: Values, others: Values) -> str:
 
 def _formats(options: argparse.Namespace) -> dict[str, formats.Convert]:
     found = {
-        "unquantised": formats.of_matrices(lambda weight: weight),
+        UNQUANTISED: formats.of_matrices(lambda weight: weight),
         "int4, symmetric": formats.of_linear(formats.int4_symmetric),
         "int4, asymmetric": formats.of_linear(formats.int4_asymmetric),
         "int8, per row": formats.of_linear(formats.int8_rows),
@@ -166,6 +167,12 @@ def _formats(options: argparse.Namespace) -> dict[str, formats.Convert]:
     if options.llama_cpp:
         python, library = options.llama_cpp
         found["GGUF Q4_K_M"] = formats.LlamaCpp("Q4_K_M", python, library)
+    if options.only is not None:
+        found = {
+            name: one
+            for name, one in found.items()
+            if name == UNQUANTISED or any(part in name for part in options.only)
+        }
     return found
 
 
@@ -181,6 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--sites", choices=("attn", "mlp", "both"), default="attn", help="what is edited (default %(default)s)"
     )
+    parser.add_argument("--only", action="append", help="formats whose names hold this text; repeatable")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--gguf", action="store_true", help="GGUF Q8_0 too, by the gguf library")
     parser.add_argument(
