@@ -22,7 +22,10 @@ Convert = Callable[[Any, Path, Path], Weights]
 
 
 def int4_symmetric(weight: torch.Tensor) -> torch.Tensor:
-    """Integers from -8 to 7 times a float16 scale for each group of ``GROUP`` inputs; a row's last group may be smaller."""
+    """Integers from -8 to 7 times a float16 scale for each group of ``GROUP`` inputs.
+
+    A row's last group may be smaller.
+    """
     return _grouped(weight, _symmetric4)
 
 
