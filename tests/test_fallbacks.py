@@ -21,7 +21,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.files import locks
 from steer2edit.notices import collected
 from steer2edit.report.page import write_pages
-from steer2edit.runtime.model import load_model, load_weights
+from steer2edit.runtime.model import Runtime, load_model, load_weights
 from steer2edit.strength.kl import NeutralText
 from steer2edit.targets.checkpoint import _link
 
@@ -40,8 +40,8 @@ def test_a_kl_that_needs_two_unembeddings_is_told(capped: bool, tmp_path: Path) 
 def test_fp8_that_is_loaded_as_other_numbers_is_told(tmp_path: Path) -> None:
     folder = quantise(save_tiny(tmp_path / "wide", llama_config(), torch.bfloat16), tmp_path / "fp8")
     with collected() as notices:
-        load_weights(folder)
-        load_weights(folder)
+        load_weights(folder, Runtime(dtype="float32"))
+        load_weights(folder, Runtime(dtype="float32"))
     assert notices == [f"{folder} is in fp8, which this device does not run: it is loaded as float32 numbers"]
 
 

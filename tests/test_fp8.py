@@ -29,7 +29,7 @@ from steer2edit.lowering.requantise import requantised
 from steer2edit.methods import make_plan
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.operations import Scale
-from steer2edit.runtime.model import load_weights
+from steer2edit.runtime.model import Runtime, load_weights
 from steer2edit.scoring.scores import Scoring, analyse
 
 SIZE = (16, 16)
@@ -221,7 +221,7 @@ def test_an_edit_of_rank_one_is_found_under_fp8s_rounding(opened: tuple[Checkpoi
 
 def test_a_loaded_model_has_the_numbers_of_the_file(opened: tuple[Checkpoint, ModelSpec]) -> None:
     checkpoint, spec = opened
-    model = load_weights(checkpoint.path)
+    model = load_weights(checkpoint.path, Runtime(dtype="float32"))
     found = dict(model.named_parameters())
     assert {value.dtype for value in found.values()} == {torch.float32}
     for site in spec.sites:

@@ -36,7 +36,12 @@ def vectors(count: int) -> torch.Tensor:
 def test_every_importer_is_in_the_order_and_describes_itself() -> None:
     import steer2edit.importers as package
 
-    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__", "source", "parse"}
+    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "source",
+        "parse",
+        "difference",
+    }
     assert files == set(ORDER)
     assert all(importer.description in supported() for importer in importers())
 
