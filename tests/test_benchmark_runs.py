@@ -27,8 +27,8 @@ RUNS = {
     "generation_speed.py": "MODEL --runs 1 --answers 2 --max-new-tokens 3",
     "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
     "judge.py": "MODEL --dtype float32",
-    "methods_at_kl.py": "MODEL --behavior formal --out WORK --kl 0.001 --method steering --method constant --questions 2 --written 2 "
-    "--knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
+    "methods_at_kl.py": "MODEL --behavior formal --out WORK --kl 0.001 --method steering --method constant --questions 2 "
+    "--written 2 --knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
     "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",
     "plan_content.py": "MODEL",
     "plan_speed.py": "MODEL --runs 1",
