@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import run, save_chat_model
-from fake_engine import FakeEngine
+from fake_engine import NOUNS, FakeEngine
 
 from steer2edit.cli.making import Making
+from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags
 from steer2edit.data.contrast import read_contrast
 from steer2edit.data.data_folder import open_data_folder
 from steer2edit.data.metric_choice import MetricChoice
@@ -47,6 +48,18 @@ TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
         (("--behavior", "formall"), "Did you mean formal"),
         (("--by", "length", "--prompts", "nowhere.jsonl"), "does not exist"),
         ((*TOLD, "--positive", "Be short.", "--negative", "No.", "--negative", "Never."), "unequal numbers"),
+        (("--positive", " ", "--negative", "Answer at length."), "is empty"),
+        ((*TOLD, "--goal", "less"), "--goal is for answers that are sorted"),
+        ((*TOLD, "--tails", "0.2"), "--tails is for answers that are sorted"),
+        ((*TOLD, "--only-correct"), "--only-correct is for answers that are sorted"),
+        ((*TOLD, "--questions", "5"), "--questions are written for a trait"),
+        (("--behavior", "formal", "--positive-only", "--samples", "2"), "leave --samples out"),
+        ((*TOLD, "--answers-by", "http://one", "--server", "http://two"), "--answers-by and --server both name"),
+        ((*TOLD, "--answers-by", "x", "--engine", "vllm"), "--answers-by and --engine vllm both name"),
+        ((*TOLD, "--server-model", "x"), "--server-model names a model of a server"),
+        ((*TOLD, "--answers-by", "folder", "--server-model", "x"), "--server-model names a model of a server"),
+        ((*TOLD, "--judge", "self", "--judge-model", "x"), "--judge-model names a model of a server"),
+        ((*TOLD, "--writer-model", "x"), "--writer-model names a model of a server"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(
@@ -79,6 +92,26 @@ def test_a_models_own_answers_become_a_folder(model: Path, tmp_path: Path) -> No
     assert [(tmp_path / "data" / name).read_bytes() for name in FILES.values()] == before
     other = run("data", model, *TOLD, *settings, "--seed", "1", "-o", tmp_path / "data")
     assert other.exit_code == 2 and "seed was 0 and is 1" in other.stderr
+
+
+def test_arguments_for_the_template_reach_the_model_that_answers_in_its_place(model: Path) -> None:
+    arguments, place = AnswerFlags(chat_template_kwargs=("style=short",), think="keep"), str(model)
+    asked = Making(place, answers=arguments, authors=AuthorFlags(answers_by=place, writer=place))
+    engines = asked.engines()
+    described = engines.answers.described()
+    assert described["chat_template_kwargs"] == {"style": "short"} and described["think"] is True
+    # who writes instructions is asked plainly
+    assert not engines.writer.described()["chat_template_kwargs"]
+
+
+def test_positives_of_rows_that_repeat_a_prompt_are_taken_once(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"what is the {a} of {b}", "response": f"it is {a} {b} here"} for a in NOUNS[:5] for b in NOUNS]
+    rows.append({**rows[0], "response": "another one"})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("--positive-only", "--prompts", tmp_path / "own.jsonl", "--max-prompts", "30", "--max-new-tokens", "4")
+    made = run("data", model, *settings, "--keep-cut", "-o", tmp_path / "data")
+    assert made.exit_code in (0, 1) and "prompts repeat" in made.stderr, made.output
+    assert "another one" not in (tmp_path / "data" / FILES["train"]).read_text()
 
 
 def test_the_summary_says_what_to_do(model: Path, tmp_path: Path) -> None:

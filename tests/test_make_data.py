@@ -190,6 +190,24 @@ def test_few_prompts_with_both_ends_give_classes(tmp_path: Path) -> None:
     assert {row["label"] for row in rows} == {"positive", "negative"}
     assert read_contrast(tmp_path / "data" / "train.jsonl")
     assert made.differences[0].obeyed
+    # every prompt that is held out is a question, of whichever class its answer is; counts are those of the files' lines
+    counts = {part: len((tmp_path / "data" / name).read_text().splitlines()) for part, name in FILES.items()}
+    assert {part: made.receipt["rows"][part] for part in FILES} == counts
+    assert sum(counts.values()) == len({row.question.digest for row in made.rows})
+
+
+def test_answers_that_do_not_differ_have_no_ends(tmp_path: Path) -> None:
+    way = Sorted("pattern", "more", samples=2, pattern="nobody writes this")
+    with pytest.raises(DataError, match=r"80 answers .* do not differ by pattern"):
+        make(tmp_path / "data", way=way, metric=None, sampling=Sampling(temperature=1))
+
+
+def test_counts_are_of_lines_where_a_prompt_has_several_pairs(tmp_path: Path) -> None:
+    way = replace(BRIEF, samples=2)
+    made = make(tmp_path / "data", way=way, sampling=Sampling(temperature=1))
+    counts = {part: len((tmp_path / "data" / name).read_text().splitlines()) for part, name in FILES.items()}
+    assert {part: made.receipt["rows"][part] for part in FILES} == counts
+    assert counts["select"] + counts["report"] < made.tally.kept - counts["train"]
 
 
 def test_a_pattern_sorts_and_the_answers_that_are_right_may_be_kept_alone(tmp_path: Path) -> None:
@@ -318,9 +336,15 @@ def test_positives_alone_stand_against_the_background(tmp_path: Path) -> None:
 
 def test_own_texts_may_be_the_positives(tmp_path: Path) -> None:
     background = [Question((Message("user", f"tell about {noun}"),), noun) for noun in NOUNS]
-    texts = tuple(f"it is {a} and {b}" for a in NOUNS[:8] for b in NOUNS[:5])
-    made = make(tmp_path / "data", way=PositiveOnly(background, texts=texts))
-    assert [row.sample.answer.text for row in made.rows if row.side == "positive"]  # type: ignore[union-attr]
+    replies = [f"it is {a} and {b}" for a in NOUNS[:8] for b in NOUNS[:5]]
+    texts = {question.digest: reply for question, reply in zip(questions(), replies, strict=True)}
+    # of the prompts some are used: each keeps its own text
+    made = make(tmp_path / "data", way=PositiveOnly(background, texts=texts), max_prompts=30)
+    positive = [row for row in made.rows if row.side == "positive"]  # type: ignore[union-attr]
+    assert positive and all(row.sample.answer.text == texts[row.question.digest] for row in positive)  # type: ignore[union-attr]
+    other = {**texts, questions()[0].digest: "something else"}
+    with pytest.raises(DataError, match="other settings"):
+        make(tmp_path / "data", way=PositiveOnly(background, texts=other), max_prompts=30)
 
 
 # the journal and the prompts

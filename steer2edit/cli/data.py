@@ -13,7 +13,8 @@ import click
 from steer2edit.cli.command import command
 from steer2edit.cli.engine_flags import EngineFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.making import AnswerFlags, AuthorFlags, Making, PromptFlags, WayFlags
+from steer2edit.cli.making import Making
+from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags, PromptFlags, WayFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags
 from steer2edit.cli.output import columns, print_result
 from steer2edit.options import option

@@ -14,7 +14,8 @@ import click
 from steer2edit.cli.data_options import DataFlags
 from steer2edit.cli.engine_flags import EngineFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.making import AnswerFlags, AuthorFlags, Making, PromptFlags, WayFlags
+from steer2edit.cli.making import Making
+from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags, PromptFlags, WayFlags
 from steer2edit.cli.options import ModelFlags
 from steer2edit.options import option
 

@@ -111,12 +111,17 @@ def open_named(
     at_a_time: int = 8,
     rate: float | None = None,
     key_variable: str | None = None,
+    chat_template_kwargs: TemplateArguments | None = None,
+    think: bool = False,
 ) -> Engine:
     """The engine of a model's folder or Hub id, in this process, or of a server's URL."""
+    template: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "think": think}
     if is_url(where):
-        return open_engine(server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable)
+        return open_engine(
+            server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable, **template
+        )
     checkpoint = open_checkpoint(where)
-    return TransformersEngine(load_model(checkpoint, read_spec(checkpoint), runtime), name=checkpoint.name)
+    return TransformersEngine(load_model(checkpoint, read_spec(checkpoint), runtime), name=checkpoint.name, **template)
 
 
 def is_url(where: str) -> bool:

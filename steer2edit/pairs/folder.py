@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from steer2edit.data.questions import Question
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import write_text
 from steer2edit.pairs.journal import JOURNAL
-from steer2edit.pairs.samples import Labelled, Pair, Row, Think
+from steer2edit.pairs.samples import Pair, Row, Think
 from steer2edit.pairs.split import Part
 
 FILES: Mapping[Part, str] = {"train": TRAIN, "select": HELD_OUT["select"], "report": HELD_OUT["report"]}
@@ -61,15 +61,15 @@ def train_rows(rows: Sequence[Row], think: Think) -> list[dict[str, Any]]:
     return found
 
 
-def question_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def question_rows(rows: Sequence[Row], asked: Collection[str]) -> list[dict[str, Any]]:
     """Held-out questions, one for each prompt: with both answers of its first pair, and what its own row accepts.
 
-    Prompts of the negative side alone are the background's, and no questions.
+    ``asked`` holds the digests of the prompts that data is made from: the others are the background's, and not questions.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         digest = prompt_digest(row.question.prompt)
-        if digest in found or (isinstance(row, Labelled) and row.side == "negative"):
+        if digest in found or digest not in asked:
             continue
         # without a thought: held-out responses are compared as they are read
         both: dict[str, str] = {}

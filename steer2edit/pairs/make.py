@@ -165,6 +165,12 @@ def _made(
         )
     left = len(samples_of(rows, "positive")), len(samples_of(rows, "negative"))
     result = verdict(found, differ, left, read=engines.loaded is not None)
+    asked = {question.digest for question in questions}
+    files = {
+        "train": train_rows(by_part["train"], request.think),
+        "select": question_rows(by_part["select"], asked),
+        "report": question_rows(by_part["report"], asked),
+    }
     receipt = {
         "behavior": {"name": request.name, "description": request.description, **told},
         "metric": None if request.metric is None else request.metric.described(),
@@ -179,16 +185,11 @@ def _made(
         **engines.described(),
         **({"judged": judged.described()} if judged is not None else {}),
         "answers": None if written.answers is None else _counts(written.answers),
-        "rows": {**_counts(tally), **{part: len(own) for part, own in by_part.items()}},
+        "rows": {**_counts(tally), **{part: len(lines) for part, lines in files.items()}},
         "lengths": None if long is None else long.to_json(),
         "differences": [one.to_json() for one in differ],
         "separation": None if found is None else found.to_json(),
         "verdict": result.to_json(),
-    }
-    files = {
-        "train": train_rows(by_part["train"], request.think),
-        "select": question_rows(by_part["select"]),
-        "report": question_rows(by_part["report"]),
     }
     write_folder(request.out, files, receipt)  # type: ignore[arg-type]
     return Made(

@@ -18,6 +18,7 @@ from steer2edit.engines.engine import Answer, Request, Sampling
 from steer2edit.errors import DataError
 from steer2edit.notices import notice
 from steer2edit.pairs.filters import REASONS, Allowed, Tally, sample_fault
+from steer2edit.pairs.journal import key_of
 from steer2edit.pairs.samples import Labelled, Pair, Row, Sample
 from steer2edit.pairs.sorting import (
     SortBy,
@@ -138,6 +139,11 @@ class Sorted:
             )
             rows = [Labelled(left[i], "positive") for i in found.better]
             rows += [Labelled(left[i], "negative") for i in found.worse]
+        if not rows:
+            raise DataError(
+                f"the {len(left)} answers that can be sorted (of {len(samples)}) do not differ by {self.by}: there are no ends "
+                "to take. Give other --prompts, more --samples, or a higher --temperature"
+            )
         return Written(rows, tally, {**more, "paired": found.paired})
 
     def _check(self, questions: Sequence[Question], sampling: Sampling) -> None:
@@ -182,12 +188,12 @@ class Sorted:
 class PositiveOnly:
     """Answers that show the behaviour, against a model's own answers to background prompts (mean-centring, arXiv 2312.03813).
 
-    Positive answers are written under ``instructions``, or are ``texts``, one for each question.
+    Positive answers are written under ``instructions``, or are ``texts`` by the digests of their prompts.
     """
 
     background: Sequence[Question]
     instructions: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         return {
@@ -195,6 +201,7 @@ class PositiveOnly:
             "positive": list(self.instructions),
             "own_texts": len(self.texts),
             "background": len(self.background),
+            **({"own_texts_key": key_of(sorted(self.texts.items()))} if self.texts else {}),
         }
 
     def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, _allowed: Allowed) -> Written:
@@ -204,7 +211,8 @@ class PositiveOnly:
         )
         plain = writer.write([Request(q.prompt) for q in self.background], sampling, "answers to background prompts")
         if self.texts:
-            answers = [Answer(text, writer.engine.count_tokens(text) or len(text.split()), True) for text in self.texts]
+            texts = [self.texts[question.digest] for question in questions]
+            answers = [Answer(text, writer.engine.count_tokens(text) or len(text.split()), True) for text in texts]
         else:
             system = takes_system(writer.engine, self.instructions[0])
             requests = [
