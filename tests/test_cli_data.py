@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import run, save_chat_model
 from fake_engine import NOUNS, FakeEngine
 
+from steer2edit.cli.data_options import DataFlags
+from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.making import Making
 from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags
 from steer2edit.data.contrast import read_contrast
@@ -187,6 +190,20 @@ def test_compile_refuses_data_that_does_not_hold_the_behaviour(
         "compile", model, "--behavior", tmp_path / "mine.toml", "--max-prompts", "30", *COMPILE, "--out", tmp_path / "x"
     )
     assert missing.exit_code == 2 and "does not hold the behaviour" in missing.stderr
+
+
+def test_a_judge_of_the_folder_looks_for_what_its_data_was_made_by(
+    model: Path, obeying: FakeEngine, tmp_path: Path
+) -> None:
+    told = run("data", model, *TOLD, "--max-prompts", "30", "-o", tmp_path / "told")
+    assert told.exit_code == 0, told.output
+    choice = JudgeFlags(judge="self").choice(DataFlags(data=(str(tmp_path / "told"),)))
+    assert choice is not None and choice.trait == "Answer briefly."
+    # how answers were sorted is not a trait
+    made = run("data", model, "--by", "length", "--samples", "2", "--max-prompts", "30", "-o", tmp_path / "by")
+    assert made.exit_code in (0, 1), made.output
+    with pytest.raises(click.UsageError, match="say it with --rubric"):
+        JudgeFlags(judge="self").choice(DataFlags(data=(str(tmp_path / "by"),)))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from conftest import save_chat_model
 from fake_engine import NOUNS, FakeEngine
 
+from steer2edit.cli.data import advice
 from steer2edit.data.contrast import read_contrast
 from steer2edit.data.data_folder import RECEIPT, open_data_folder
 from steer2edit.data.metric_choice import MetricChoice
@@ -196,6 +197,15 @@ def test_few_prompts_with_both_ends_give_classes(tmp_path: Path) -> None:
     assert sum(counts.values()) == len({row.question.digest for row in made.rows})
 
 
+def test_what_helps_depends_on_what_is_wrong(tmp_path: Path) -> None:
+    way = Sorted("length", "less", samples=2)
+    few = " ".join(advice(make(tmp_path / "few", way=way, sampling=Sampling(temperature=1), max_prompts=6)))
+    # the ends of a model's own answers need no obedience
+    assert "--max-prompts" in few and "--samples, --tails" in few and "obey" not in few and "--by" not in few
+    many = " ".join(advice(make(tmp_path / "many")))
+    assert "--max-prompts" not in many and "obeys" in many and "--by" in many
+
+
 def test_answers_that_do_not_differ_have_no_ends(tmp_path: Path) -> None:
     way = Sorted("pattern", "more", samples=2, pattern="nobody writes this")
     with pytest.raises(DataError, match=r"80 answers .* do not differ by pattern"):
@@ -247,7 +257,7 @@ class FakeJudge:
 
 def judged(out: Path, judge: FakeJudge, **more: Any) -> Made:
     engine = FakeEngine()
-    return make_data(request(out, trait="in few words", **more), Engines(engine, engine, None, judge))
+    return make_data(request(out, **{"trait": "in few words", **more}), Engines(engine, engine, None, judge))
 
 
 def test_a_judge_takes_incoherent_rows_and_those_that_contradict_their_label(tmp_path: Path) -> None:
@@ -258,6 +268,14 @@ def test_a_judge_takes_incoherent_rows_and_those_that_contradict_their_label(tmp
     swapped = Opposites(Instructions(("Answer at length.",), ("Answer briefly.",)))
     with pytest.raises(DataError, match=filters.CONTRADICTS):
         judged(tmp_path / "swapped", FakeJudge(), way=swapped, metric=None)
+
+
+def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = judged(tmp_path / "data", FakeJudge(), trait=None)
+    assert "whether answers make sense, and nothing else" in capsys.readouterr().err
+    assert "rubric" not in made.receipt["behavior"]
 
 
 def test_a_judge_is_asked_once(tmp_path: Path) -> None:

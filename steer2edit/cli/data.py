@@ -98,19 +98,34 @@ def render(made: Made, model: str) -> str:
         else f"{pace.answers} answers, {pace.tokens} tokens, {pace.tokens_per_second:.0f} tokens/s",
     }
     found = columns(lines)
-    found += ["", f"{made.folder}:", *(f"  {name}  {rows[part]} prompts" if part != "train" else f"  {name}  {rows[part]} rows"
-                                      for part, name in FILES.items())]  # fmt: skip
+    # a line of train is a row, one of the others a prompt
+    kinds = {part: "row" if part == "train" else "prompt" for part in FILES}
+    counts = [f"  {name}  {rows[part]} {kinds[part]}{'s' * (rows[part] != 1)}" for part, name in FILES.items()]
+    found += ["", f"{made.folder}:", *counts]
     if not made.verdict.sound:
-        return "\n".join([*found, "", *advice()])
+        return "\n".join([*found, "", *advice(made)])
     command = f"steer2edit compile {shlex.quote(model)} --data {shlex.quote(str(made.folder))} --to lora --out "
     return "\n".join([*found, "", "Next:", f"  {command}{shlex.quote(made.folder.name)}-lora"])
 
 
-def advice() -> list[str]:
-    """What to do about data that does not hold its behaviour."""
+def advice(made: Made) -> list[str]:
+    """What to do about data that does not hold its behaviour, by what is wrong with it."""
+    from steer2edit.pairs.filters import CUT
+    from steer2edit.pairs.samples import samples_of
+    from steer2edit.pairs.separation import LEAST_PROMPTS
+
+    lines = ["The data does not hold the behaviour, and compile refuses it. What helps, with steer2edit data:"]
+    if min(len(samples_of(made.rows, side)) for side in ("positive", "negative")) < LEAST_PROMPTS:
+        lines.append("  --prompts, --max-prompts   more prompts, so that more rows are left")
+    reasons = [*made.tally.reasons, *(made.answers.reasons if made.answers else ())]
+    if CUT in reasons:
+        lines.append("  --max-new-tokens           longer answers, fewer of which are cut off")
+    if made.receipt["made"]["way"] == "sorted":
+        lines.append("  --samples, --tails         more answers to each prompt, or more of them at each end")
+        return [*lines, "  --answers-by MODEL|URL     another model, whose answers differ more"]
     return [
-        "The data does not hold the behaviour, and compile refuses it. What helps:",
-        "  --answers-by MODEL|URL   a stronger model, which obeys the instructions",
-        "  --positive, --negative   other instructions; models of this size obey what is concrete",
-        "  --by …                   the ends of the model's own answers, which need no obedience",
+        *lines,
+        "  --answers-by MODEL|URL     a stronger model, which obeys the instructions",
+        "  --positive, --negative     other instructions; models of this size obey what is concrete",
+        "  --by …                     the ends of the model's own answers, which need no obedience",
     ]

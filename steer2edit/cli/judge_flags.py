@@ -6,7 +6,7 @@ Heavy imports happen inside the functions, so that ``--help`` stays fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -77,12 +77,18 @@ class JudgeFlags(AskingFlags):
 
 
 def _trait_of(source: object) -> str:
-    """The words of a behaviour or a folder of data for a judge: its rubric, else its description."""
-    receipt = getattr(source, "receipt", {})
-    described = receipt.get("behavior", {}) if isinstance(receipt, dict) else {}
+    """The words of a behaviour or a folder of data for a judge: its rubric, else its description.
+
+    The description of sorted answers says how they were sorted, which is not a trait."""
+    found = getattr(source, "receipt", {})
+    receipt: dict[str, Any] = found if isinstance(found, dict) else {}
+    described = receipt.get("behavior") or {}
+    if (receipt.get("made") or {}).get("way") == "sorted":
+        return str(described.get("rubric") or "")
     return str(
         getattr(source, "rubric", None)
         or getattr(source, "description", None)
-        or (described.get("description") if isinstance(described, dict) else None)
+        or described.get("rubric")
+        or described.get("description")
         or ""
     )

@@ -128,7 +128,9 @@ class Making:
         if way.by is not None:
             by = {"pattern": way.pattern, "function": way.function}.get(way.by)
             return f"by {way.by}", f"the model's own answers, sorted by {way.by}" + (f" {by}" if by else ""), None
-        return "instructed", way.positive[0] if way.positive else "own texts", None
+        if way.positive:
+            return "instructed", way.positive[0], way.positive[0]
+        return "instructed", "own texts", None
 
     def _questions(self, file: BehaviorFile | None) -> tuple[list[Question], dict[str, str]]:
         """What is asked, and the responses of the rows where these are the positive side."""

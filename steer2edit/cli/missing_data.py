@@ -102,4 +102,4 @@ class MissingDataFlags(FlagGroup):
             from steer2edit.cli.data import advice
 
             reasons = "; ".join(made.verdict.reasons)
-            raise DataError("\n".join([f"{folder} does not hold the behaviour: {reasons}", *advice()]))
+            raise DataError("\n".join([f"{folder} does not hold the behaviour: {reasons}", *advice(made)]))

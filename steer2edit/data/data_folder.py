@@ -29,7 +29,7 @@ _MAX_BYTES = 1 << 30
 _COUNTS: Any = {"offered?": int, "kept?": int}
 _RECEIPT: Any = {
     "format": str,
-    "behavior": {"name": str, "description?": str, "positive?": str, "negative?": str},
+    "behavior": {"name": str, "description?": str, "rubric?": str, "positive?": str, "negative?": str},
     "files": dict.fromkeys(FILES, str),
     "made?": {"way?": str, "positive?": ([str], str)},
     "rows?": _COUNTS,

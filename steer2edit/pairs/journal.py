@@ -128,7 +128,8 @@ def _compare(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) ->
     if other:
         lines = "; ".join(f"{key} was {shown(one.get(key))} and is {shown(two.get(key))}" for key in other[:5])
         raise DataError(
-            f"{path.parent} holds data of other settings: {lines}. Give another folder, or --force to begin anew"
+            f"{path.parent} holds data of other settings: {lines}. Give another folder (compile: --data-out), or begin anew "
+            "with steer2edit data --force"
         )
 
 

@@ -126,6 +126,8 @@ def _made(
     if isinstance(way, FromTrait):
         author = Writer(engines.writer, name="writer", alone=_alone(engines.writer), **common)
         way, questions, told = way.resolved(author, questions, request.sampling.seed)
+    if engines.judge is not None and request.trait is None:
+        notice("the judge is not told of a trait to look for: it judges whether answers make sense, and nothing else")
     judged = None if engines.judge is None else Judged(engines.judge, journal, request.trait, progress)
     if isinstance(way, Sorted) and way.by == "judge" and judged is not None:
         way = replace(way, judge=judged.sorted)
@@ -165,6 +167,7 @@ def _made(
         )
     left = len(samples_of(rows, "positive")), len(samples_of(rows, "negative"))
     result = verdict(found, differ, left, read=engines.loaded is not None)
+    looked_for = {} if request.trait is None else {"rubric": request.trait}
     asked = {question.digest for question in questions}
     files = {
         "train": train_rows(by_part["train"], request.think),
@@ -172,7 +175,7 @@ def _made(
         "report": question_rows(by_part["report"], asked),
     }
     receipt = {
-        "behavior": {"name": request.name, "description": request.description, **told},
+        "behavior": {"name": request.name, "description": request.description, **looked_for, **told},
         "metric": None if request.metric is None else request.metric.described(),
         "origin": request.origin,
         "made": way.described(),
