@@ -271,10 +271,10 @@ def test_a_judge_takes_incoherent_rows_and_those_that_contradict_their_label(tmp
 
 
 def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = judged(tmp_path / "data", FakeJudge(), trait=None)
-    assert "whether answers make sense, and nothing else" in capsys.readouterr().err
+    assert "whether answers make sense, and nothing else" in caplog.text
     assert "rubric" not in made.receipt["behavior"]
 
 

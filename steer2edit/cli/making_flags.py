@@ -1,4 +1,4 @@
-"""The groups of flags for data that is made: the way, what is asked, how answers are written, and who writes and judges.
+"""The groups of flags for data that is made, and what they say against each other.
 
 Heavy imports happen inside the functions, so that ``--help`` stays fast.
 """
