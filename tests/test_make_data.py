@@ -278,6 +278,11 @@ def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(
     assert "rubric" not in made.receipt["behavior"]
 
 
+def test_thoughts_that_are_asked_for_and_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path / "data", think="only")
+    assert "no answer has a thought: --think only changes nothing" in caplog.text
+
+
 def test_a_judge_is_asked_once(tmp_path: Path) -> None:
     first, second = FakeJudge(), FakeJudge()
     judged(tmp_path / "data", first)

@@ -138,6 +138,9 @@ def _made(
             f"no row is left to make data of: {_why(written.answers, tally)}; every answer is in {request.out / JOURNAL}. Give "
             "other instructions or prompts, more --max-new-tokens, or a stronger model (--answers-by)"
         )
+    samples = [sample for side in ("positive", "negative") for sample in samples_of(rows, side)]
+    if request.think != "strip" and not any(sample.answer.thought for sample in samples):
+        notice(f"no answer has a thought: --think {request.think} changes nothing, and rows hold the answers alone")
     # in the order of their prompts' digests: a file says nothing about the order of its source
     rows = sorted(rows, key=lambda row: row.question.digest)
     parts = deal([row.question.digest for row in rows], request.seed)
