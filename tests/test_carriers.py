@@ -18,11 +18,12 @@ from wrapper_models import WRAPPERS
 
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.carriers import CARRIERS
-from steer2edit.architecture.constants import carrier, ends_block
+from steer2edit.architecture.constants import carrier, ends_block, why_no_bias, why_none
 from steer2edit.architecture.find_family import KNOWN
 from steer2edit.architecture.stream import factor
 from steer2edit.artefact.emit import emit
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.methods._biases import no_bias
 from steer2edit.plan import Base, Bias, EditPlan, NewBias
 from steer2edit.runtime.hooks import stream_shifted
 from steer2edit.runtime.model import LoadedModel, load_weights
@@ -139,3 +140,12 @@ def biased(config: Any, leaves: set[str]) -> set[str]:
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
     return {leaf for leaf in leaves if any(name.endswith(f".{leaf}.bias") for name in names)}
+
+
+def test_why_a_writer_gets_no_bias_is_said_once(tmp_path: Path) -> None:
+    reasons = {"mistral": "no setting of a mistral model gives it one", "gemma3_text": "in front of a norm"}
+    for family, reason in reasons.items():
+        spec = read_spec(open_checkpoint(save_tiny(tmp_path / family, family_config(family))))
+        site = spec.site("mlp_out.0")
+        assert reason in why_no_bias(spec, site) and no_bias(spec, site) == f"mlp_out.0: {why_no_bias(spec, site)}"
+        assert (why_none(spec, site) == why_no_bias(spec, site)) == (site.norm is None)

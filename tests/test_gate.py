@@ -71,7 +71,21 @@ def test_it_is_the_dense_regression_and_its_error_is_held_out(
     assert torch.allclose(fit.a.double(), solved[best], atol=1e-4)
     assert fit.error == pytest.approx(error(solved[best], "measure"), rel=1e-3)
     x, g = (torch.cat([one[i] for one in parts["measure"]]) for i in (0, 1))
+    assert fit.off is not None
     assert (fit.on > fit.off) == (float((x @ solved[best])[g > 0].mean()) > float((x @ solved[best])[g == 0].mean()))
+    # each text counts once: the least error of a constant, by trying
+    tried = [sum(float((g - c).square().mean()) for _, g in parts["measure"]) for c in torch.linspace(0, 10, 2000)]
+    energy = sum(float(g.square().mean()) for _, g in parts["measure"])
+    assert fit.constant_error == pytest.approx(min(tried) / energy, rel=1e-2, abs=1e-3)
+    assert fit.open == pytest.approx(sum(float((g > 0).double().mean()) for _, g in parts["measure"]) / fit.texts)
+    if kind == "cosine":
+        assert fit.constant_error == pytest.approx(1 - fit.open)
+
+
+def test_a_gate_that_is_never_shut_is_a_constant(loaded: LoadedModel, texts: list[Encoded], gate: Gate) -> None:
+    fit = fit_gate(loaded, texts, loaded.spec.site("attn_out.1"), Gate(gate.direction, 0, -1.1))
+    assert fit.open == pytest.approx(1) and fit.constant_error == pytest.approx(0, abs=1e-9)
+    assert fit.off is None
 
 
 def test_pairs_are_never_parted() -> None:
@@ -110,10 +124,14 @@ def test_the_command_writes_a_plan_that_is_emitted_and_verified(tmp_path: Path) 
     assert plan.method["held_out_error"] == told["held_out_error"] > 0 and len(plan.seen) == len(ROWS)
     (edit,) = plan.edits
     assert isinstance(edit, LowRank) and edit.tensor == "model.layers.2.self_attn.o_proj.weight"
+    assert told["constant_error"] == pytest.approx(1 - told["open_share"])
     assert "gate" in run("show", out).output
     assert run("emit", out, model, "--to", "lora", "--out", tmp_path / "out").exit_code == 0
     assert run("verify", tmp_path / "out", "--base", model).exit_code == 0
     stats = tmp_path / "c.stats.safetensors"
     run("capture", model, "--data", data, "-o", stats)
     both = run("gate", model, "--data", data, "--condition", stats, *where, "--force")
-    assert both.exit_code == 0 and "held-out texts" in both.output
+    assert both.exit_code == 0 and "held-out texts; a constant would miss" in both.output
+    assert "The gate is open for" in both.output
+    always = run(*command, "--threshold", -1.1, "--force")
+    assert "and it is never shut" in always.output and EditPlan.load(out).method["when_shut"] is None

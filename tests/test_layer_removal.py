@@ -120,7 +120,7 @@ def test_edits_of_other_layers_go_along_and_all_of_it_verifies(
 def test_what_cannot_go_is_refused(llama: tuple[Checkpoint, ModelSpec], tmp_path: Path) -> None:
     checkpoint, spec = llama
     plan = planned(checkpoint, spec, 1)
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="lora cannot remove layers; use --to checkpoint"):
         emit(plan, checkpoint, spec, "lora", tmp_path / "lora")
     with pytest.raises(PlanError, match="cannot be merged"):
         merge([plan, plan])

@@ -191,6 +191,13 @@ def test_a_plan_s_text_survives_data_of_another_form() -> None:
         assert data_line(plan).startswith("x")
 
 
+def test_a_plan_of_statistics_that_name_no_prompts_is_read(tmp_path: Path) -> None:
+    plan = replace(random_plan(0), data={"name": "x", "prompts": None})
+    plan.save(tmp_path / "x.plan.safetensors")
+    again = EditPlan.load(tmp_path / "x.plan.safetensors")
+    assert again.hash == plan.hash and again.seen == () and merge([again]).seen == ()
+
+
 def test_a_rank_above_the_matrix_is_refused_when_it_is_read(tmp_path: Path) -> None:
     plan = EditPlan(Base("m", None, "0" * 64), (LowRank("w", torch.ones(4, 9), torch.ones(9, 6)),))
     plan.save(tmp_path / "x.plan.safetensors")

@@ -32,6 +32,14 @@ def why_none(spec: ModelSpec, site: Site) -> str:
         return "an expert's output reaches only the tokens that are routed to it"
     if site.role is MatrixRole.SHARED_EXPERT_OUT:
         return "a shared expert's output may be weighted by the token"
-    if spec.model_type in CARRIERS:
-        return f"no setting of a {spec.model_type} model gives this matrix a bias, or config.json has it already"
-    return f"no setting of a {spec.model_type} model gives this matrix a bias"
+    return why_no_bias(spec, site)
+
+
+def why_no_bias(spec: ModelSpec, site: Site) -> str:
+    """Why a writer that has no bias gets none."""
+    if site.norm is not None:
+        return "it has no bias, and none is created in front of a norm"
+    if site.role in (MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT):
+        return "it has no bias, and none is created for an expert"
+    known = ", or config.json has it already" if spec.model_type in CARRIERS else ""
+    return f"it has no bias, and no setting of a {spec.model_type} model gives it one{known}"

@@ -65,17 +65,20 @@ class Gate:
 class GateFit:
     """The functional ``a`` [in], float32, with ``error`` on texts that had no part in it, a share of E g².
 
-    ``ridge`` is the λ that was chosen, a share of the mean diagonal of S. ``share`` is the mean gate; ``on`` and ``off`` are the
-    mean of a · x where the gate is open (weighed by it) and where it is shut; ``mean`` that over all. All are of the texts that
-    measure, and ``texts`` counts those.
+    ``ridge`` is the λ that was chosen, a share of the mean diagonal of S. ``share`` is the mean gate, and ``open`` the share of
+    the tokens for which it is open. ``constant_error`` is the least error of a constant in place of a · x, which is 1 − ``open``
+    for a gate of 0 and 1. ``on`` and ``off`` are the mean of a · x where the gate is open (weighed by it) and where it is shut,
+    None if it never is; ``mean`` that over all. All are of the texts that measure, and ``texts`` counts those.
     """
 
     a: torch.Tensor
     error: float
     ridge: float
     share: float
+    open: float
+    constant_error: float
     on: float
-    off: float
+    off: float | None
     mean: float
     texts: int
 
@@ -101,6 +104,10 @@ class _Sums:
         self.g, self.gg = self.g + float(g.mean()), self.gg + float(g.square().mean())
         self.opened += float(opened.mean())
         self.texts += 1
+
+    def constant_error(self) -> float:
+        """The least error of a constant. It is that of the mean gate: 1 − (E g)² / E g²."""
+        return 1 - self.g**2 / (self.texts * max(self.gg, 1e-30))
 
     def error(self, a: torch.Tensor) -> float:
         """E (g − a·x)² / E g²."""
@@ -142,14 +149,17 @@ def fit_gate(
     solved = {ridge: torch.linalg.solve(fit.S + ridge * unit * identity, fit.gx) for ridge in RIDGES}
     ridge = min(solved, key=lambda one: choose.error(solved[one]))
     a = solved[ridge]
-    shut_share = max(measure.texts - measure.opened, 1e-30)
+    shut = measure.texts - measure.opened
     return GateFit(
         a.float(),
         measure.error(a),
         ridge,
         measure.g / measure.texts,
+        measure.opened / measure.texts,
+        measure.constant_error(),
         float(a @ measure.gx) / max(measure.g, 1e-30),
-        float(a @ (measure.x - measure.open)) / shut_share,
+        # a sum of shares differs from its count by rounding
+        float(a @ (measure.x - measure.open)) / shut if shut > 1e-9 * measure.texts else None,
         float(a @ measure.x) / measure.texts,
         measure.texts,
     )
@@ -181,6 +191,8 @@ def gate_plan(
         "held_out_error": fit.error,
         "held_out_texts": fit.texts,
         "gate_mean": fit.share,
+        "open_share": fit.open,
+        "constant_error": fit.constant_error,
         "when_open": fit.on,
         "when_shut": fit.off,
     }

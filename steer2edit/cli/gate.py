@@ -174,10 +174,12 @@ def _render(result: dict[str, Any], model: str) -> str:
     import shlex
 
     name = shlex.quote(result["plan"])
+    shut = "and it is never shut" if result["when_shut"] is None else f"{result['when_shut']:.3g} where it is shut"
     lines = [
-        f"The gate is {result['gate_mean']:.3g} on average.",
-        f"The edit misses {result['held_out_error']:.1%} of the hook's energy on {result['held_out_texts']} held-out texts.",
-        f"It adds {result['when_open']:.3g} of the vector where the gate is open, {result['when_shut']:.3g} where it is shut.",
+        f"The gate is open for {result['open_share']:.1%} of the tokens, and {result['gate_mean']:.3g} on average.",
+        f"The edit misses {result['held_out_error']:.1%} of the hook's energy on {result['held_out_texts']} held-out texts; "
+        f"a constant would miss {result['constant_error']:.1%}.",
+        f"It adds {result['when_open']:.3g} of the vector where the gate is open, {shut}.",
         "",
         f"Written: {result['plan']}",
         "",

@@ -23,6 +23,8 @@ def bias_edit(site: Site, delta: torch.Tensor) -> Bias:
 
 def no_bias(spec: ModelSpec, site: Site) -> str:
     """Why a writer has no bias, and can get none; "" where it has or can."""
+    from steer2edit.architecture.constants import why_no_bias
+
     if site.bias_vector is not None or site.new_bias is not None:
         return ""
-    return f"{site.key}: it has no bias, and no setting of a {spec.model_type} model gives it one"
+    return f"{site.key}: {why_no_bias(spec, site)}"

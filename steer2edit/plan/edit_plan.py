@@ -35,7 +35,8 @@ __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "NewBias", "
 FORMAT = "steer2edit.plan.1"
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
 DATA: Any = {
-    **{"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT, "prompts?": [str]},
+    **{"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT},
+    "prompts?": ([str], None),  # None: statistics of older versions name none
     **{"metric?": ({"name": str, "goal": str}, None), "origin?": ([{"kind": str}], None)},
 }
 BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
@@ -165,7 +166,7 @@ class EditPlan:
     @property
     def seen(self) -> tuple[str, ...]:
         """Digests of the prompts that the plan was made from or chosen by; nothing may be reported on them."""
-        return tuple(sorted({*self.data.get("prompts", ()), *self.measured.selected_on}))
+        return tuple(sorted({*(self.data.get("prompts") or ()), *self.measured.selected_on}))
 
     @property
     def norm(self) -> float:

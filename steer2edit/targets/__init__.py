@@ -58,10 +58,11 @@ def load(name: str) -> Target:
 
 
 def check_structure(name: str, plan: EditPlan) -> None:
-    """Raise TargetError where a plan removes experts and the target cannot carry that."""
+    """Raise TargetError where a plan removes experts or layers and the target cannot carry that."""
     if plan.structure and not load(name).STRUCTURE:
         able = " or ".join(f"--to {one}" for one in names() if load(one).STRUCTURE)
-        raise TargetError(f"{name} cannot remove experts, or change how many each token passes through; use {able}")
+        what = "layers" if plan.structure.layers else "experts, or change how many each token passes through"
+        raise TargetError(f"{name} cannot remove {what}; use {able}")
 
 
 def _check(name: str) -> None:
