@@ -144,6 +144,8 @@ def rescale(
     """
     if (factor is None) == (kl_budget is None and class_budgets is None):
         raise PlanError("give either --by, or a KL budget")
+    if plan.structure and not plan.edits:
+        raise PlanError("the plan edits no weights and has no strength: what it removes is removed at any")
     before = 1.0 if plan.measured.strength is None else plan.measured.strength
     bare = replace(plan, measured=Measured(strength=before, selected_on=plan.measured.selected_on))
     if factor is not None:

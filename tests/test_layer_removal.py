@@ -21,6 +21,7 @@ from steer2edit.artefact.revert import revert
 from steer2edit.artefact.verify import verify
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
+from steer2edit.compose import rescale
 from steer2edit.errors import PlanError, TargetError
 from steer2edit.methods import make_plan, silence
 from steer2edit.plan import Base, EditPlan, LowRank, Structure, merge
@@ -122,6 +123,8 @@ def test_what_cannot_go_is_refused(llama: tuple[Checkpoint, ModelSpec], tmp_path
     plan = planned(checkpoint, spec, 1)
     with pytest.raises(TargetError, match="lora cannot remove layers; use --to checkpoint"):
         emit(plan, checkpoint, spec, "lora", tmp_path / "lora")
+    with pytest.raises(PlanError, match="has no strength"):
+        rescale(plan, factor=0.5)
     with pytest.raises(PlanError, match="cannot be merged"):
         merge([plan, plan])
     scoring = Scoring(checkpoint, spec, Statistics.nothing(checkpoint))

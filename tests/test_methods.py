@@ -168,6 +168,11 @@ def test_contradictory_options_are_refused(setup: Setup, options: dict[str, floa
         component.plan(Scoring(*setup), component.Options(**options))  # type: ignore[arg-type]
 
 
+def test_edits_that_are_not_finite_are_refused(setup: Setup) -> None:
+    with pytest.raises(PlanError, match="not finite"):
+        make_plan(Scoring(*setup), method="ablation", options=ablation.Options(alpha=float("nan")))
+
+
 def test_rho_of_zero_leaves_a_class_alone(setup: Setup) -> None:
     plan = component.plan(Scoring(*setup), component.Options(rho_attn=0, rho_mlp=0.3, alpha=0.1))
     assert plan.edits and all("mlp" in edit.tensor for edit in plan.edits)

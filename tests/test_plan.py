@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from steer2edit.architecture import MatrixRole
+from steer2edit.architecture.components import SHORT
 from steer2edit.errors import PlanError
 from steer2edit.files.atomic import save_tensors
 from steer2edit.plan import Base, Bias, EditPlan, LowRank, Measured, Scores, merge
@@ -196,6 +198,14 @@ def test_a_plan_of_statistics_that_name_no_prompts_is_read(tmp_path: Path) -> No
     plan.save(tmp_path / "x.plan.safetensors")
     again = EditPlan.load(tmp_path / "x.plan.safetensors")
     assert again.hash == plan.hash and again.seen == () and merge([again]).seen == ()
+
+
+@pytest.mark.parametrize("role", [role.value for role in MatrixRole if role.writes and role is not MatrixRole.EMBED])
+def test_scores_of_every_writer_are_described(role: str) -> None:
+    from steer2edit.report.plan_text import describe_plan, render_plan
+
+    plan = EditPlan(Base("x", None, "0" * 64), (), {f"{role}.0": Scores(*torch.randn(3, 7))}, {"name": "component"})
+    assert len(describe_plan(plan)["components"]) == 6 and f"{SHORT[role]}.0" in render_plan(plan)
 
 
 def test_a_rank_above_the_matrix_is_refused_when_it_is_read(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mixture_models import MODELS
 
 from steer2edit.architecture.components import component_name, read_components, site_name
 from steer2edit.artefact.emit import emit
+from steer2edit.artefact.verify import verify
 from steer2edit.errors import ArchitectureError, PlanError
 from steer2edit.methods import make_plan, silence
 from steer2edit.plan import EditPlan
@@ -218,3 +219,26 @@ def test_the_command_needs_no_statistics_for_a_list(build: Build, tmp_path: Path
     assert "attn.0.h1, mlp.2.n4" in told and "16 of 64 columns × 0" in told
     refused = run("plan", folder, "--method", "silence", "-o", tmp_path / "y.plan.safetensors")
     assert refused.exit_code == 2 and "--stats" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"components": "attn.1.h2", "side": "toward"}, "--side would change nothing: --components lists"),
+        ({"components": "attn.1.h2", "layers": (1, 1)}, "--layers would change nothing"),
+        ({"components": "attn.1.h2", "kind": "both"}, "--kind would change nothing"),
+        ({"components": "attn.1.h2", "scores_from": "x"}, "--scores-from would change nothing"),
+        ({"strongest": 1, "mean_of": "chat"}, "--mean-of would change nothing: it goes with --leave mean"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(build: Build, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(PlanError, match=told):
+        silence.plan(scoring(build("llama")), silence.Options(**options))
+
+
+@pytest.mark.parametrize("to", ["lora", "gguf", "mlx"])
+def test_an_adapter_of_a_silence_at_strength_0_changes_nothing(build: Build, tmp_path: Path, to: str) -> None:
+    case = build("llama")
+    plan = make_plan(scoring(case), method="silence", options=silence.Options(components="attn.1.h2")).scaled(0.0)
+    emit(plan, case.checkpoint, case.spec, to, tmp_path / to)
+    assert verify(tmp_path / to, base=case.folder).ok

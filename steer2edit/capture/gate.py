@@ -149,7 +149,7 @@ def fit_gate(
     solved = {ridge: torch.linalg.solve(fit.S + ridge * unit * identity, fit.gx) for ridge in RIDGES}
     ridge = min(solved, key=lambda one: choose.error(solved[one]))
     a = solved[ridge]
-    shut = measure.texts - measure.opened
+    closed = measure.texts - measure.opened
     return GateFit(
         a.float(),
         measure.error(a),
@@ -159,7 +159,7 @@ def fit_gate(
         measure.constant_error(),
         float(a @ measure.gx) / max(measure.g, 1e-30),
         # a sum of shares differs from its count by rounding
-        float(a @ (measure.x - measure.open)) / shut if shut > 1e-9 * measure.texts else None,
+        float(a @ (measure.x - measure.open)) / closed if closed > 1e-9 * measure.texts else None,
         float(a @ measure.x) / measure.texts,
         measure.texts,
     )

@@ -5,6 +5,7 @@ A command's function gets one typed value for each group of flags. Each group ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,21 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # not generic in click 8.1
 
+
+class Number(click.FloatRange):
+    """A finite number within bounds. NaN is within all that click knows, since no comparison with it holds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 PATH = click.Path(path_type=Path)
 _KINDS: dict[Any, tuple[Any, str]] = {
     int: (click.INT, "N"),
-    float: (click.FLOAT, "NUMBER"),
+    float: (Number(), "NUMBER"),
     str: (click.STRING, "TEXT"),
     Path: (PATH, "PATH"),
 }
@@ -126,6 +138,6 @@ def _kind(one: Option) -> tuple[Any, str]:
         return Layers(), one.metavar or "FIRST-LAST"
     found, metavar = _KINDS.get(kind, (click.STRING, "TEXT"))
     if one.minimum is not None or one.maximum is not None:
-        bounded = click.IntRange if kind is int else click.FloatRange
+        bounded = click.IntRange if kind is int else Number
         found = bounded(one.minimum, one.maximum)  # type: ignore[arg-type]
     return found, one.metavar or metavar

@@ -251,8 +251,12 @@ def print_plan(edits: EditPlan, out: Path, as_json: bool) -> None:
 def _next(edits: EditPlan, out: Path) -> list[str]:
     import shlex
 
+    from steer2edit.plan.operations import scales_of
+
     name = shlex.quote(str(out))
-    target = "checkpoint" if edits.structure else "lora"
+    # factors of all rows or columns are an update of full rank, which no adapter carries
+    full = any(len(scale.changed) == len(scale.factors) for edit in edits.edits for scale in scales_of(edit))
+    target = "checkpoint" if edits.structure or full else "lora"
     return [
         f"  steer2edit show {name}",
         f"  steer2edit emit {name} MODEL --to {target} -o FOLDER    (MODEL: {edits.base.name})",

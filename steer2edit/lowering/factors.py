@@ -69,6 +69,9 @@ def _low_rank_form(resolved: Resolved, edit: Edit, site: Site) -> LowRank:
     if isinstance(addition, LowRank):
         left.append(addition.B)
         right.append(addition.A)
+    if not sum(len(one) for one in right):
+        # factors of 1, as at strength 0: no engine loads a rank of 0
+        return LowRank(edit.tensor, torch.zeros(site.out_features, 1), torch.zeros(1, site.in_features))
     return LowRank(edit.tensor, torch.cat(left, dim=1), torch.cat(right))
 
 

@@ -161,10 +161,10 @@ def adapter_refusal(edit: Edit, site: Site, *, experts: bool = False, biases: bo
 
 
 def update_rank(edit: Edit) -> int:
-    """The rank that a matrix's update has in an adapter: each scaled row or column adds one."""
+    """The rank that a matrix's update has in an adapter, at least 1: each scaled row or column adds one."""
     addition = addition_of(edit)
     rank = addition.B.shape[1] if isinstance(addition, LowRank) else 0
-    return rank + sum(len(one.changed) for one in scales_of(edit))
+    return max(rank + sum(len(one.changed) for one in scales_of(edit)), 1)
 
 
 def _counted(edit: Edit) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.errors import PlanError, Steer2EditError, listing
 from steer2edit.notices import notice
 from steer2edit.options import DISCRIMINATIVE
 from steer2edit.progress import Progress, silent
@@ -70,6 +70,10 @@ def make_plan(
         options = replace(options, layers=(chosen[0], chosen[-1]))
     limited = scoring if chosen is None else replace(scoring, spec=within(scoring.spec, chosen))
     plan: EditPlan = module.plan(limited, options, progress)
+    if wrong := [
+        edit.tensor for edit in plan.edits if not all(bool(t.isfinite().all()) for t in edit.parts().values())
+    ]:
+        raise PlanError(f"the edits of the method {method} with these options are not finite:\n{listing(wrong)}")
     if chosen is not None:
         plan = replace(plan, method={**plan.method, "discriminative_layers": chosen})
     if scoring.untested is not None:

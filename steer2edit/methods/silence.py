@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from steer2edit.errors import PlanError, listing
 from steer2edit.methods._shared import ALL_COMPONENTS, LAYERS
-from steer2edit.options import option
+from steer2edit.options import option, options_of
 from steer2edit.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
 
     if options.components is not None and options.strongest is not None:
         raise PlanError("--components and --strongest are both given; give one of them")
+    _check_used(options)
     spec = scoring.spec
     tables: Mapping[str, Scores] = {}
     if options.components is not None:
@@ -110,6 +111,18 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     names = [name for site in sites for name in component_names(site, chosen[site.key])]
     method = {"name": "silence", **asdict(options), "silenced": names}
     return EditPlan(Base.of(scoring.checkpoint), tuple(edits), tables, method)
+
+
+def _check_used(options: Options) -> None:
+    """Raise PlanError for options that would change nothing beside the others."""
+    default = Options()
+    ranking = ("scores_from", "kind", "side", "layers") if options.components is not None else ()
+    unused = [(name, "--components lists what is silenced: it goes with --strongest") for name in ranking]
+    unused += [("mean_of", "it goes with --leave mean")] if options.leave == "nothing" else []
+    flags = {one.name: one.flags[-1] for one in options_of(Options)}
+    for name, why in unused:
+        if getattr(options, name) != getattr(default, name):
+            raise PlanError(f"{flags[name]} would change nothing: {why}")
 
 
 def _pruned(scoring: Scoring, options: Options, chosen: Mapping[str, tuple[int, ...]]) -> EditPlan:

@@ -23,6 +23,7 @@ _KINDS = {
     "mlp_out": "neuron",
     "shared_expert_out": "shared expert's neuron",
     "expert_out": "expert's neuron",
+    "per_layer_out": "per-layer input's neuron",
 }
 _HEADS = {"g": "score", "lam": "edit"}
 _LEGEND = (
