@@ -111,6 +111,8 @@ def test_the_command_and_the_flag_give_one_edit(tiny_llama: Path, tmp_path: Path
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     out = tmp_path / "x.vectors.safetensors"
+    unused = run("vectors", tiny_llama, "--data", data, "--kind", "gradient", "--atoms", 5, "-o", out)
+    assert unused.exit_code == 2 and "--atoms would change nothing" in unused.output and not out.exists()
     result = run("vectors", tiny_llama, "--data", data, "--kind", "gradient", "--tokens", 2, "-o", out)
     assert result.exit_code == 0 and "Gradients of 8 pairs" in result.output
     assert Vectors.load(out).source["tokens"] == 2

@@ -128,7 +128,9 @@ def test_the_command_writes_a_plan_that_is_emitted_and_verified(tmp_path: Path) 
     assert "gate" in run("show", out).output
     assert run("emit", out, model, "--to", "lora", "--out", tmp_path / "out").exit_code == 0
     assert run("verify", tmp_path / "out", "--base", model).exit_code == 0
-    stats = tmp_path / "c.stats.safetensors"
+    absent = run(*[word if word != condition else "nope" for word in command], "--force")
+    assert absent.exit_code == 2 and "--condition nope: there is no such file" in absent.output
+    stats = tmp_path / "c.safetensors"  # what a file holds tells its kind, not its name
     run("capture", model, "--data", data, "-o", stats)
     both = run("gate", model, "--data", data, "--condition", stats, *where, "--force")
     assert both.exit_code == 0 and "held-out texts; a constant would miss" in both.output

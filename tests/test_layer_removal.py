@@ -188,4 +188,7 @@ def test_a_layers_change_is_that_of_the_hidden_states(llama: tuple[Checkpoint, M
         assert row.void == pytest.approx(float((change < 1.0).double().mean()))
         assert row.cosine == pytest.approx(float(torch.cosine_similarity(before, after, dim=-1).mean()), rel=1e-4)
     told = run("layers", checkpoint.path, "--threshold", "1.5")
+    none = run("layers", checkpoint.path, "--threshold", "1e-9")
+    least = min(rows, key=lambda row: row.change).layer
+    assert f"--components layer.{least} --prune" in none.stdout
     assert told.exit_code == 0 and "tokens changed by less than 1.5" in told.stdout and "--prune" in told.stdout

@@ -274,11 +274,12 @@ class ProtectFlags(FlagGroup):
         metavar="DIRECTION",
     )
 
-    def read(self, data: TemplateFlags) -> tuple[Behavior | Statistics | Vectors, ...]:
-        """The directions' sources. Raises UsageError for what is neither a behaviour nor a file."""
+    def read(self, data: TemplateFlags, flag: str = "--protect") -> tuple[Behavior | Statistics | Vectors, ...]:
+        """The directions' sources, which ``flag`` names. Raises UsageError for what is neither a behaviour nor a file."""
         from steer2edit.capture.statistics import Statistics
         from steer2edit.data.behavior import Behavior
         from steer2edit.data.behavior_file import behavior_files, is_behavior
+        from steer2edit.files.atomic import load_metadata
         from steer2edit.importers import read_vectors
 
         found: list[Behavior | Statistics | Vectors] = []
@@ -287,9 +288,9 @@ class ProtectFlags(FlagGroup):
                 found.append(Behavior.named(name, data.system, chat_template_kwargs=data.template_arguments))
             elif not Path(name).expanduser().exists():
                 raise click.UsageError(
-                    f"--protect {name}: there is no such file, and the built-in behaviours are {', '.join(behavior_files())}"
+                    f"{flag} {name}: there is no such file, and the built-in behaviours are {', '.join(behavior_files())}"
                 )
-            elif name.endswith(".stats.safetensors"):
+            elif name.endswith(".safetensors") and "statistics" in load_metadata(Path(name).expanduser()):
                 found.append(Statistics.load(name))
             else:
                 found.append(read_vectors(name))

@@ -88,7 +88,7 @@ def gate(
         raise click.UsageError(
             f"gate takes the mean difference, or a file of --vectors: --vector {vectors.vector} is neither"
         )
-    condition = ProtectFlags(protect=(gate_flags.condition,)).read(data)[0]
+    condition = ProtectFlags(protect=(gate_flags.condition,)).read(data, "--condition")[0]
     steering = vectors.read()
     behavior = data.read_behavior(steering)
     background = data.read_background()

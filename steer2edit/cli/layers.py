@@ -56,7 +56,8 @@ def _render(result: dict[str, Any], model: str) -> str:
         "mean cosine",
         f"tokens changed by less than {result['threshold']:g}",
     ]
-    most = max(rows, key=lambda row: row["void"])
+    # where no token calls a layer void, that which changes the stream least
+    most = max(rows, key=lambda row: (row["void"], -row["change"]))
     name, layer = shlex.quote(model), most["layer"]
     return "\n".join(
         [

@@ -36,6 +36,12 @@ class KindFlags(FlagGroup):
     missed: float = option(0.1, "Share of an activation's energy above which it becomes an atom.")
     taken: int = option(8, "Atoms that make up the vector: those that differ most between the classes.", minimum=1)
 
+    def check(self) -> None:
+        """Raise UsageError for options of the other kind."""
+        other = ("layer", "atoms", "sparsity", "missed", "taken") if self.kind == "gradient" else ("steps", "tokens")
+        if unused := [name for name in other if getattr(self, name) != getattr(type(self), name)]:
+            raise click.UsageError(f"--{unused[0]} would change nothing: it does not belong to --kind {self.kind}")
+
 
 @dataclass(frozen=True)
 class VectorsOut(FlagGroup):
@@ -73,6 +79,7 @@ def vectors(
     from steer2edit.capture.dictionary import Settings, by_dictionary
 
     replace.check(output.out, "vectors")
+    kind.check()
     checkpoint, spec = model_flags.open(model)
     settings = Settings(kind.atoms, kind.sparsity, kind.missed, kind.taken)
     layer = spec.layers // 2 if kind.layer is None else kind.layer
