@@ -20,6 +20,7 @@ from steer2edit.data.questions import Question, read_questions
 from steer2edit.engines.engine import Sampling
 from steer2edit.errors import DataError, TargetError
 from steer2edit.files.locks import claimed
+from steer2edit.notices import collected
 from steer2edit.pairs import filters
 from steer2edit.pairs.folder import FILES
 from steer2edit.pairs.from_trait import FromTrait
@@ -270,17 +271,17 @@ def test_a_judge_takes_incoherent_rows_and_those_that_contradict_their_label(tmp
         judged(tmp_path / "swapped", FakeJudge(), way=swapped, metric=None)
 
 
-def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = judged(tmp_path / "data", FakeJudge(), trait=None)
-    assert "whether answers make sense, and nothing else" in caplog.text
+def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(tmp_path: Path) -> None:
+    with collected() as notices:
+        made = judged(tmp_path / "data", FakeJudge(), trait=None)
+    assert any("whether answers make sense, and nothing else" in text for text in notices)
     assert "rubric" not in made.receipt["behavior"]
 
 
-def test_thoughts_that_are_asked_for_and_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(tmp_path / "data", think="only")
-    assert "no answer has a thought: --think only changes nothing" in caplog.text
+def test_thoughts_that_are_asked_for_and_not_there_are_said(tmp_path: Path) -> None:
+    with collected() as notices:
+        make(tmp_path / "data", think="only")
+    assert any("no answer has a thought: --think only changes nothing" in text for text in notices)
 
 
 def test_a_judge_is_asked_once(tmp_path: Path) -> None:
