@@ -223,7 +223,7 @@ def test_a_search_that_runs_off_is_refused() -> None:
 @pytest.mark.parametrize("strength", [1e30, -1e30, math.inf, math.nan, 1.01 * LARGEST_STRENGTH])
 def test_an_absurd_strength_is_refused(tiny_llama: Path, tmp_path: Path, strength: float) -> None:
     result = compiled(tiny_llama, write(tmp_path / "x.jsonl", ROWS), tmp_path, "--strength", strength)
-    assert result.exit_code == 2 and "--strength" in result.stderr and str(strength) in result.stderr, result.output
+    assert result.exit_code == 2 and "--strength" in result.stderr and "finite number" in result.stderr, result.output
     with pytest.raises(PlanError, match="expected a finite number"):
         replace(EditPlan(None, ())).at_strength(strength)  # type: ignore[arg-type]
 
