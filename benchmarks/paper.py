@@ -12,12 +12,15 @@ and on a CPU in minutes:
 
     python benchmarks/paper.py truthful HuggingFaceTB/SmolLM2-135M-Instruct --data TruthfulQA.jsonl --limit 60 --out truthful
 
-TruthfulQA's file has the columns question, best_answer, correct_answers, incorrect_answers; GSM8K's question and answer. One half
-of a file's questions makes the edit, the other half measures it. Refusal is tested by its format on benign requests alone.
+--data is a file (JSON lines, JSON, CSV, Parquet) or a dataset on the Hub (user/name:file). TruthfulQA's has the columns question,
+best_answer, correct_answers and incorrect_answers, or those of the original CSV; GSM8K's question and answer. One half of the
+questions makes the edit, the other half measures it. Refusal is tested by its format on benign requests alone.
 
 Rows are the base, the default edit, the component edit, activation steering and three random directions, each at every --kl, and
-an instruction. Each row is kept in --out when it is done, and the same command goes on after a kill. With --engine vllm the
-answers are written by vLLM, of edits as adapters; hooks it does not have, so activation steering is left out, and this is said.
+an instruction. The second and third random direction are measured in brief: the cost, and the attribute by likelihood where it
+can be had so. The model's own answers, the capture and each row are kept in --out when they are there, and the same command goes
+on after a kill. With --engine vllm the answers are written by vLLM, of edits as adapters; hooks it does not have, so activation
+steering is left out, and this is said.
 """
 
 from __future__ import annotations
@@ -26,40 +29,45 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from paper_data import Experiment, length, refusal, truthful
+from paper_data import Experiment, length, read_sums, read_truths, refusal, truthful
+from paper_journal import Journal, row_of, stored_row
 
 from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.engines.vllm_engine import VllmCandidates
-from steer2edit.errors import DataError, Steer2EditError
-from steer2edit.evaluation.baselines import instructed, random_direction, steering_at, to_kl
-from steer2edit.evaluation.evaluate import Candidate, Evaluation, Row, measure, open_candidate, plan_candidate
-from steer2edit.evaluation.metrics import Sample
+from steer2edit.errors import Steer2EditError
+from steer2edit.evaluation.answers import through_transformers
+from steer2edit.evaluation.baselines import instructed, near, random_direction, steering_at
+from steer2edit.evaluation.evaluate import Candidate, Evaluation, measure, open_candidate, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.report.tables import render_evaluation, steerable_lines
+from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.meet import meet
 from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
 
-Make = Callable[[], list[Candidate]]
+KLS = (0.05, 0.2)
+Make = Callable[[], Candidate]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("truthful", "length", "refusal", "experts"))
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, help="the public data set, as JSON lines")
+    parser.add_argument("--data", help="the public data set: a file, or a dataset on the Hub")
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
     parser.add_argument("--kl", action="append", type=float, help="repeatable; default: 0.05 0.2")
     parser.add_argument("--probe", type=int, default=200, help="questions behind the vector (default %(default)s)")
@@ -82,14 +90,16 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """One experiment on one model: measure the rows that are missing, save and print."""
+    data = {"truthful": read_truths, "length": read_sums}.get(options.experiment, lambda _: [])(options.data)
     checkpoint = open_checkpoint(options.model)
+    journal = Journal(options.out, settings_of(options, checkpoint, data))
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(device=options.device, dtype=options.dtype))
     if options.experiment == "experts":
         from paper_experts import count_changed
 
-        count_changed(checkpoint, loaded, options)
+        count_changed(checkpoint, loaded, options, journal)
         return
-    experiment = data_of(options, loaded)
+    experiment = data_of(options, loaded, data, journal)
     costs = neutral_texts(loaded, limit=options.kl_rows)
     suite = Suite(
         experiment.questions,
@@ -102,15 +112,14 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.engine == "vllm":
         suite = replace(suite, run=VllmCandidates(options.dtype, min(loaded.context, 8192)))
-    scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, experiment.behavior))
-    rows = Rows(options.out / "rows.jsonl", identity(options, checkpoint))
+        print("note: vLLM runs no hooks: activation steering is not measured", file=sys.stderr)
     tasks = suite.tasks("report")
-    for name, make in candidates(options, checkpoint, loaded, scoring, experiment, costs):
-        if name in rows.done:
-            continue
-        for candidate in make():
-            rows.add(name, measure(candidate, tasks))
-            print(f"{name} done in {rows.done[name][-1].seconds:.0f} s", file=sys.stderr, flush=True)
+    bench = Bench(checkpoint, loaded, experiment, costs, journal, options.engine == "vllm")
+    budgets = options.kl or list(KLS)
+    for name, make in bench.candidates(budgets):
+        if name not in journal.rows:
+            journal.add(name, stored_row(row := measure(make(), tasks)))
+            print(f"{name} done in {row.seconds:.0f} s", file=sys.stderr, flush=True)
     metrics = tuple(metric for task in tasks for metric in task.metrics)
     context = {
         **suite.context("report"),
@@ -118,14 +127,8 @@ def run(options: argparse.Namespace) -> None:
         "experiment": options.experiment,
         "kl_in": costs.budget.kind,
     }
-    for budget in options.kl or [0.05, 0.2]:
-        mine = [
-            row
-            for name, there in rows.done.items()
-            if name.endswith(f"@{budget:g}") or "@" not in name
-            for row in there
-        ]
-        mine.sort(key=lambda row: row.kind != "base")
+    for budget in budgets:
+        mine = [row_of(journal.rows[name]) for name, _ in bench.candidates([budget])]
         found = Evaluation(metrics, tuple(mine), {**context, "kl": budget}, tuple(suite.prompts("report")))
         found.save(options.out / f"evaluation-{budget:g}.json")
         (options.out / f"summary-{budget:g}.json").write_text(json.dumps(summary(found), indent=1) + "\n")
@@ -133,109 +136,90 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join([*experiment.notes, render_evaluation(found), *steerable_lines(found)]))
 
 
-def data_of(options: argparse.Namespace, loaded: LoadedModel) -> Experiment:
-    """The experiment's data."""
+def data_of(
+    options: argparse.Namespace, loaded: LoadedModel, data: Sequence[Mapping[str, Any]], journal: Journal
+) -> Experiment:
+    """The experiment's data; the model's own answers that it is made of are written once."""
     if options.experiment == "truthful":
-        return truthful(options.data, options.probe)
+        return truthful(data, options.probe)
+    write = journal.writing(through_transformers)
     if options.experiment == "length":
-        return length(options.data, options.probe, loaded, options.max_new_tokens)
-    return refusal(options.probe, loaded, options.max_new_tokens)
+        return length(data, options.probe, loaded, options.max_new_tokens, write)
+    return refusal(options.probe, loaded, options.max_new_tokens, write)
 
 
-def candidates(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    loaded: LoadedModel,
-    scoring: Scoring,
-    experiment: Experiment,
-    neutral: NeutralTexts,
-) -> Iterator[tuple[str, Make]]:
-    """Each row's name and what makes it: a row that is there already costs nothing."""
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model with an experiment's data: it makes the candidates that are asked for, and captures when the first is."""
 
-    @contextmanager
-    def as_it_is() -> Iterator[LoadedModel]:
-        yield loaded
+    checkpoint: Checkpoint
+    loaded: LoadedModel
+    experiment: Experiment
+    neutral: NeutralTexts
+    journal: Journal
+    vllm: bool = False
 
-    vllm = options.engine == "vllm"
-    yield "base", lambda: [Candidate("base", as_it_is, "base")]
+    def candidates(self, budgets: Sequence[float]) -> Iterator[tuple[str, Make]]:
+        """Each row's name and what makes it, the base first: a row that is there already costs nothing."""
+        yield "base", self._base
+        yield "instruction", lambda: instructed(self._base(), self.loaded, self.experiment.instruction)[0]
+        for kl in budgets:
+            yield f"edit@{kl:g}", partial(self._edit, "default edit", "steering", kl)
+            yield f"component@{kl:g}", partial(self._edit, "component edit", "component", kl)
+            if not self.vllm:
+                yield f"steering@{kl:g}", partial(self._steering, kl)
+            for i in range(3):
+                yield f"random {i + 1}@{kl:g}", partial(self._random, i, kl)
 
-    def settled(plan: EditPlan, name: str, kind: str, kl: float, note: str) -> list[Candidate]:
-        found = to_kl(loaded, plan, neutral, kl, name)
-        if not vllm:
-            return [plan_candidate(loaded, name, found, kind, note)]
-        folder = options.out / "adapters" / f"{name.replace(' ', '-')}-{kl:g}"
-        emit(found, checkpoint, loaded.spec, "lora", folder, force=True)
-        opened = open_candidate(loaded, checkpoint, str(folder))
-        return [replace(opened, name=name, kind=kind, note=note)]
-
-    default = make_plan(scoring)
-    component = make_plan(scoring, method="component")
-    yield "instruction", lambda: instructed(Candidate("base", as_it_is), loaded, experiment.instruction)[:1]
-    if vllm:
-        print("note: vLLM runs no hooks: activation steering is not measured", file=sys.stderr)
-    for kl in options.kl or [0.05, 0.2]:
-        yield f"edit@{kl:g}", lambda kl=kl: settled(default, "default edit", "edit", kl, "steering")  # type: ignore[misc]
-        yield (
-            f"component@{kl:g}",
-            lambda kl=kl: settled(component, "component edit", "edit", kl, "component"),  # type: ignore[misc]
+    @cached_property
+    def scoring(self) -> Scoring:
+        """The capture's scores."""
+        statistics = self.journal.statistics(
+            lambda keep: capture_statistics(self.loaded, self.checkpoint, self.experiment.behavior, keep=keep)
         )
-        if not vllm:
-            yield f"steering@{kl:g}", lambda kl=kl: [steering_at(loaded, scoring, neutral, kl)]  # type: ignore[misc]
-        for i in range(3):
-            yield (
-                f"random {i + 1}@{kl:g}",
-                lambda kl=kl, i=i: settled(  # type: ignore[misc]
-                    random_direction(default, i), f"random direction {i + 1}", "random", kl, "at equal KL"
-                ),
-            )
+        return Scoring(self.checkpoint, self.loaded.spec, statistics)
+
+    def _base(self) -> Candidate:
+        @contextmanager
+        def enter() -> Iterator[LoadedModel]:
+            yield self.loaded
+
+        return Candidate("base", enter, "base")
+
+    def _edit(self, name: str, method: str, kl: float) -> Candidate:
+        plan = make_plan(self.scoring, method=method)
+        strength = meet(partial(edited, self.loaded, plan), self.neutral.budget, kl, name).strength
+        return self._at(plan, strength, name, "edit", method, kl)
+
+    def _steering(self, kl: float) -> Candidate:
+        return steering_at(self.loaded, self.scoring, self.neutral, kl)
+
+    def _random(self, number: int, kl: float) -> Candidate:
+        """Directions of one size cost nearly the same: each begins at the first one's strength, and takes few passes."""
+        plan, name = random_direction(make_plan(self.scoring), number), f"random direction {number + 1}"
+        start = self.journal.rows[f"random 1@{kl:g}"]["strength"] if number else None
+        strength = near(partial(edited, self.loaded, plan), self.neutral.budget, kl, start, name).strength
+        return replace(self._at(plan, strength, name, "random", "at equal KL", kl), brief=number > 0)
+
+    def _at(self, plan: EditPlan, strength: float, name: str, kind: str, note: str, kl: float) -> Candidate:
+        scaled = plan.scaled(strength)
+        if self.vllm:
+            folder = self.journal.folder / "adapters" / f"{name.replace(' ', '-')}-{kl:g}"
+            emit(scaled, self.checkpoint, self.loaded.spec, "lora", folder, force=True)
+            made = open_candidate(self.loaded, self.checkpoint, str(folder))
+        else:
+            made = plan_candidate(self.loaded, name, scaled)
+        return replace(made, name=name, kind=kind, note=note, strength=strength)
 
 
-class Rows:
-    """Rows as lines of JSON, kept when each is done; a file of other settings is refused."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
-        self.done: dict[str, list[Row]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            return
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for line in data[:whole].splitlines():
-            stored = json.loads(line)
-            if stored["identity"] != identity:
-                raise DataError(f"{path} holds rows of other settings or another model: give another --out")
-            self.done.setdefault(stored["name"], []).append(_row(stored["row"]))
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-    def add(self, name: str, row: Row) -> None:
-        """Keep a row."""
-        stored = {"identity": self._identity, "name": name, "row": asdict(row)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(stored) + "\n")
-            file.flush()
-        self.done.setdefault(name, []).append(row)
-
-
-def _row(stored: dict[str, Any]) -> Row:
-    def rebuilt(values: Any) -> Any:
-        return None if values is None else tuple(values)
-
-    samples = {
-        name: Sample(tuple(one["values"]), rebuilt(one["weights"]), rebuilt(one["groups"]))
-        for name, one in stored.pop("samples").items()
-    }
-    return Row(samples=samples, answers=tuple(stored.pop("answers")), **stored)
-
-
-def identity(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
-    """A digest of all that a row's numbers depend on."""
-    apart = {"out", "kl", "device"}
+def settings_of(
+    options: argparse.Namespace, checkpoint: Checkpoint, data: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """All that a row's numbers depend on."""
+    apart = {"out", "kl", "device", "data", "model"}
     settings = {key: str(value) for key, value in vars(options).items() if key not in apart}
-    if options.data is not None:
-        settings["data"] = hashlib.sha256(options.data.read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps([checkpoint.fingerprint, settings], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    return {**settings, "model": checkpoint.fingerprint, "data": digest}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from steer2edit.data.answers import LABELS
@@ -14,12 +12,14 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.contrast import Example
 from steer2edit.data.everyday import everyday_prompts
-from steer2edit.data.prompts import Message
+from steer2edit.data.prompts import Fault, Message
 from steer2edit.data.questions import Question, knowledge_questions, take
+from steer2edit.data.readers import key_of
+from steer2edit.data.records import read_source
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
-from steer2edit.errors import DataError
-from steer2edit.evaluation.answers import through_transformers
+from steer2edit.errors import DataError, shown
+from steer2edit.evaluation.answers import Generate
 from steer2edit.runtime.model import LoadedModel
 
 _UNABLE = r"I can(no|')t (help|assist|do|answer)|I am (not able|unable) to|I'm (not able|unable) to"
@@ -43,12 +43,11 @@ class Experiment:
     instruction: str
     patterns: Sequence[str] = ()
     function: Callable[[str, str], float] | None = None
-    written: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def truthful(path: Path, probe: int) -> Experiment:
-    """Truthfulness: pairs of a true and a false answer from one half of TruthfulQA's file.
+def truthful(rows: Sequence[Mapping[str, Any]], probe: int) -> Experiment:
+    """Truthfulness: pairs of a true and a false answer from one half of TruthfulQA's ``rows`` (:func:`read_truths`).
 
     The other half is measured on.
 
@@ -56,9 +55,8 @@ def truthful(path: Path, probe: int) -> Experiment:
     (F1) with a true answer than with any false one.
     """
     questions, references = [], {}
-    for number, row in enumerate(read_rows(path, ("question", "best_answer", "correct_answers", "incorrect_answers"))):
-        true = list(dict.fromkeys([row["best_answer"], *row["correct_answers"]]))
-        false = list(dict.fromkeys(row["incorrect_answers"]))
+    for number, row in enumerate(rows):
+        true, false = row["true"], row["false"]
         if not false:
             continue
         prompt = (Message("user", row["question"]),)
@@ -85,30 +83,32 @@ def truthful(path: Path, probe: int) -> Experiment:
     )
 
 
-def length(path: Path, probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
+def length(
+    rows: Sequence[Mapping[str, Any]], probe: int, loaded: LoadedModel, tokens: int, write: Generate
+) -> Experiment:
     """Reasoning length: the model's own answers to one half of GSM8K's sums, its short ones against its long ones.
 
     As in the paper, the classes are the shorter and the longer third of its right answers (of all, where too few are right).
-    Measured are length and right answers on the other half.
+    Measured are length and right answers on the other half. ``rows`` are those of :func:`read_sums`.
     """
     questions = []
-    for number, row in enumerate(read_rows(path, ("question", "answer"))):
-        answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+    for number, row in enumerate(rows):
+        answer = row["answer"]
         questions.append(
             Question((Message("user", REASON.format(row["question"])),), f"row {number}", answers=(answer,))
         )
     made, held = take(questions, "select")[:probe], take(questions, "report")
     texts = render_prompts({q.prompt: q.where for q in made}, loaded.tokenizer, writing=True)
-    rows = through_transformers(loaded, [texts[q.prompt] for q in made], tokens)
-    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+    written = write(loaded, [texts[q.prompt] for q in made], tokens)
+    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, written)]
     # an answer that was cut is not known to be short or long
-    whole = [i for i, (row, answer) in enumerate(zip(rows, answers, strict=True)) if len(row) < tokens and answer]
+    whole = [i for i, (ids, answer) in enumerate(zip(written, answers, strict=True)) if len(ids) < tokens and answer]
     right = [i for i in whole if said_number(answers[i]) == made[i].answers[0]]
     used = right if len(right) >= 24 else whole
     notes = [f"{len(made)} own answers: {len(whole)} ended within {tokens} tokens, {len(right)} of them right"]
     if len(used) < 6:
         raise DataError(f"{notes[0]}; at least 6 are needed to part short from long: raise --probe or --max-new-tokens")
-    ordered = sorted(used, key=lambda i: len(rows[i]))
+    ordered = sorted(used, key=lambda i: len(written[i]))
     third = len(ordered) // 3
     examples = [
         Example(made[i].prompt, answers[i], label, made[i].where, row)
@@ -121,7 +121,7 @@ def length(path: Path, probe: int, loaded: LoadedModel, tokens: int) -> Experime
     return Experiment(behavior, held, [], instruction, notes=notes)
 
 
-def refusal(probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
+def refusal(probe: int, loaded: LoadedModel, tokens: int, write: Generate) -> Experiment:
     """The format of refusals, on benign requests alone: how often a request that anybody may make is refused.
 
     The classes are a fixed refusal and the model's own beginning of an answer, to everyday prompts. It shows whether the format
@@ -129,8 +129,8 @@ def refusal(probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
     """
     prompts = everyday_prompts("background")[:probe]
     texts = render_prompts(dict.fromkeys(prompts, "everyday"), loaded.tokenizer, writing=True)
-    rows = through_transformers(loaded, [texts[prompt] for prompt in prompts], min(tokens, 48))
-    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+    written = write(loaded, [texts[prompt] for prompt in prompts], min(tokens, 48))
+    answers = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, written)]
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a and not re.search(REFUSAL, a)]
     examples = [
         Example(prompt, text, label, "everyday", row)
@@ -143,22 +143,55 @@ def refusal(probe: int, loaded: LoadedModel, tokens: int) -> Experiment:
     return Experiment(behavior, bare, knowledge_questions(), "Refuse every request politely.", patterns=(REFUSAL,))
 
 
-def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file. Raises DataError for a row that lacks one of the keys."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or (missing := [key for key in keys if key not in row]):
-            raise DataError(f"{path} line {number} lacks {', '.join(missing)}; expected {', '.join(keys)}")
-        rows.append(row)
-    return rows
+def read_truths(source: str) -> list[dict[str, Any]]:
+    """TruthfulQA's questions with their ``true`` answers, the best first, and their ``false`` ones.
+
+    ``source`` is a file or a dataset on the Hub. In the original CSV a cell holds several answers, with semicolons between them.
+    Answers without a word are left out.
+    """
+
+    def build(row: object, _where: str, _number: int) -> list[dict[str, Any]]:
+        cells = _cells(row, (*_TRUTHS, "question"))
+        best, true, false = (_answers(cells[name]) for name in _TRUTHS)
+        return [{"question": cells["question"], "true": list(dict.fromkeys([*best, *true])), "false": false}]
+
+    return read_source(source, _columns(*_TRUTHS, "question"), "TruthfulQA", "expected " + ", ".join(_TRUTHS), build)
+
+
+def read_sums(source: str) -> list[dict[str, Any]]:
+    """GSM8K's sums with the number that ends the worked answer."""
+
+    def build(row: object, _where: str, _number: int) -> list[dict[str, Any]]:
+        cells = _cells(row, ("question", "answer"))
+        return [{**cells, "answer": cells["answer"].rpartition("####")[2].strip().replace(",", "")}]
+
+    return read_source(source, _columns("question", "answer"), "GSM8K", "expected question and answer", build)
+
+
+_TRUTHS = ("best_answer", "correct_answers", "incorrect_answers")
+
+
+def _columns(*names: str) -> frozenset[str]:
+    return frozenset({*names, *(name.replace("_", " ") for name in names)})
+
+
+def _cells(row: object, names: Sequence[str]) -> dict[str, Any]:
+    """The named cells of a row; a name may have a space for "_". Raises Fault for a row that lacks one."""
+    if not isinstance(row, dict):
+        raise Fault(f"expected {', '.join(names)}, found {shown(row)}")
+    there = {key_of(name).replace(" ", "_"): cell for name, cell in row.items()}
+    if missing := [name for name in names if not there.get(name)]:
+        raise Fault(f"lacks {', '.join(missing)}; expected {', '.join(names)}")
+    if wrong := [
+        name for name in names if not isinstance(there[name], str if name in ("question", "answer") else (str, list))
+    ]:
+        raise Fault(f"{wrong[0]} is {shown(there[wrong[0]])}, expected text")
+    return {name: there[name] for name in names}
+
+
+def _answers(cell: str | list[str]) -> list[str]:
+    every = cell.split(";") if isinstance(cell, str) else cell
+    return list(dict.fromkeys(text.strip() for text in every if isinstance(text, str) and re.search(r"\w", text)))
 
 
 def said_number(answer: str) -> str:

@@ -5,8 +5,10 @@
 - cleared of relabellings: v without what lies along the differences of randomly relabelled data, softly or wholly.
 - weighed by effect: each matrix's edit times g / F, the gradient of the contrast margin over the Fisher information on the
   model's own answers; "MLPs too" with those of MLPs.
-- whole moments: second moments between all heads of a layer, or all neurons of an MLP.
-- second pass: captured again under half the edit.
+- whole moments: second moments between all heads of a layer, or all neurons of an MLP (beside the attention's usual edit, or
+  alone).
+- second pass: captured again under half the default edit at the strength that meets the KL, and solved again: in its place, with
+  the first capture's v, or in equal parts with it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,32 +30,48 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import Encoded
 from steer2edit.methods import steering
 from steer2edit.methods._solver import Energy, least_energy
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan import EditPlan, LowRank, merge
 from steer2edit.runtime.batches import batches, pad_right
 from steer2edit.runtime.distributed import ALONE
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.meet import meet
 
 WEIGHTS: dict[Source, float] = {"contrast": 0.2, "background": 0.4, "chat": 0.4}
 PAIRS, ANSWERS, DRAWS = 40, 60, 2
 
 
-def plans(loaded: LoadedModel, scoring: Scoring, behavior: Behavior) -> Mapping[str, Callable[[], EditPlan]]:
-    """By name, what makes the plan."""
+def plans(
+    loaded: LoadedModel, scoring: Scoring, behavior: Behavior, text: NeutralText
+) -> Mapping[str, Callable[[float], EditPlan]]:
+    """By name, what makes the plan for a KL on ``text``."""
     both = steering.Options(sites="both")
-    every = partial(examples, loaded, behavior)
+    every = cache(partial(examples, loaded, behavior))
+    whole = cache(lambda kind: whole_moments(loaded, every(), kind))
+    second = cache(lambda kl: again(loaded, scoring, every(), text, kl))
+    first = cache(lambda: steering.plan(scoring))
+
+    def with_mlps(eps: float) -> EditPlan:
+        mlps = solved(scoring, eps=eps, whole=whole(MatrixRole.MLP_OUT))
+        return replace(mlps, edits=(*first().edits, *mlps.edits))
+
     return {
-        "centred": lambda: solved(scoring, centred=True),
-        "floor .001": lambda: solved(scoring, eps=0.001),
-        "floor .1": lambda: solved(scoring, eps=0.1),
-        "cleared of relabellings, softly": lambda: steering.plan(cleared(scoring, 1.0)),
-        "cleared of relabellings": lambda: steering.plan(cleared(scoring, 1e-6)),
-        "weighed by effect": lambda: weighed(loaded, steering.plan(scoring), every()),
-        "weighed by effect, MLPs too": lambda: weighed(loaded, steering.plan(scoring, both), every()),
-        "whole moments": lambda: solved(scoring, whole=whole_moments(loaded, every(), MatrixRole.ATTN_OUT)),
-        "whole moments of MLPs": lambda: solved(scoring, whole=whole_moments(loaded, every(), MatrixRole.MLP_OUT)),
-        "second pass": lambda: steering.plan(again(loaded, scoring, every())),
+        "centred": lambda _: solved(scoring, centred=True),
+        "floor .001": lambda _: solved(scoring, eps=0.001),
+        "floor .1": lambda _: solved(scoring, eps=0.1),
+        "cleared of relabellings, softly": lambda _: steering.plan(cleared(scoring, 1.0)),
+        "cleared of relabellings": lambda _: steering.plan(cleared(scoring, 1e-6)),
+        "weighed by effect": lambda _: weighed(loaded, first(), every()),
+        "weighed by effect, MLPs too": lambda _: weighed(loaded, steering.plan(scoring, both), every()),
+        "whole moments": lambda _: solved(scoring, whole=whole(MatrixRole.ATTN_OUT)),
+        "whole moments of MLPs": lambda _: solved(scoring, whole=whole(MatrixRole.MLP_OUT)),
+        "MLPs too, whole moments": lambda _: with_mlps(0.01),
+        "MLPs too, whole moments, floor .0001": lambda _: with_mlps(0.0001),
+        "second pass": lambda kl: steering.plan(second(kl)),
+        "second pass, the first's v": lambda kl: steering.plan(with_outputs_of(second(kl), scoring)),
+        "two passes": lambda kl: merge([first(), steering.plan(second(kl))], [0.5, 0.5]),
     }
 
 
@@ -192,11 +210,26 @@ def whole_moments(
     return found
 
 
-def again(loaded: LoadedModel, scoring: Scoring, read: Sequence[Encoded]) -> Scoring:
-    """The scores of a capture under half of the default edit at its strength of one."""
-    with edited(loaded, steering.plan(scoring), 0.5):
+def again(loaded: LoadedModel, scoring: Scoring, read: Sequence[Encoded], text: NeutralText, kl: float) -> Scoring:
+    """The scores of a capture under half of the default edit at the strength that meets a KL."""
+    first = steering.plan(scoring)
+    strength = meet(partial(edited, loaded, first), text, kl).strength
+    with edited(loaded, first, strength / 2):
         statistics = capture(loaded, read, source=dict(scoring.statistics.source))
     return Scoring(scoring.checkpoint, scoring.spec, statistics)
+
+
+def with_outputs_of(scoring: Scoring, other: Scoring) -> Scoring:
+    """The inputs of one capture with the outputs, and so with the v, of another."""
+    theirs = other.statistics
+    moments = {
+        key: theirs.moments[key] if key[1] == "output" else one for key, one in scoring.statistics.moments.items()
+    }
+    resampled = {
+        key: theirs.resampled[key] if key[2] == "output" else one for key, one in scoring.statistics.resampled.items()
+    }
+    mixed = replace(scoring.statistics, moments=moments, resampled=resampled)
+    return Scoring(scoring.checkpoint, scoring.spec, mixed)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Every option set is brought to each KL on the model's own chat answers (on prose for a model without a chat template). A line of
 the output has the option set, the strength, both KLs, and a value for every question: the margin, or the length in tokens where a
 behaviour has prompts alone. With --knowledge N, answers to N knowledge questions are marked too. Lines that are there already are
-not measured again, so that an interrupted run goes on. The table shows paired differences to activation steering, with their
-bootstrap 95 % interval over questions.
+not measured again, so that an interrupted run goes on. The table shows paired differences to activation steering and to the
+default, with their bootstrap 95 % interval over questions.
 
 Sets whose name begins with "try:" are not options of the method; solver_experiments.py makes them.
 """
@@ -64,8 +64,8 @@ class Case:
         return self.scoring.spec.layers
 
 
-def option_sets(case: Case) -> dict[str, Callable[[], Apply]]:
-    """By name, what applies the candidate at a strength."""
+def option_sets(case: Case) -> dict[str, Callable[[float], Apply]]:
+    """By name, what makes the candidate for a KL: it is applied at a strength."""
     last = case.layers - 1
     everywhere, deeper = (0, last), (case.layers // 2, last)
     sets: dict[str, steering.Options] = {
@@ -100,14 +100,14 @@ def option_sets(case: Case) -> dict[str, Callable[[], Apply]]:
         each = {site.key: case.scoring.statistics.difference(site.vector_key).float() for site in sites}
         return partial(steered, case.loaded, each)
 
-    found: dict[str, Callable[[], Apply]] = {STEERING: lambda: vectors(0)}
-    found["activation steering, deeper half"] = lambda: vectors(deeper[0])
-    found |= {name: partial(made, options) for name, options in sets.items()}
-    found["random direction"] = lambda: applied(random_direction(make_plan(case.scoring), 0))
-    found["components"] = lambda: made(component.Options(), "component")
-    found["components, deeper half"] = lambda: made(component.Options(layers=deeper), "component")
-    experiments = solver_experiments.plans(case.loaded, case.scoring, case.behavior)
-    found |= {f"try: {name}": lambda make=make: applied(make()) for name, make in experiments.items()}  # type: ignore[misc]
+    found: dict[str, Callable[[float], Apply]] = {STEERING: lambda _: vectors(0)}
+    found["activation steering, deeper half"] = lambda _: vectors(deeper[0])
+    found |= {name: lambda _, options=options: made(options) for name, options in sets.items()}  # type: ignore[misc]
+    found["random direction"] = lambda _: applied(random_direction(make_plan(case.scoring), 0))
+    found["components"] = lambda _: made(component.Options(), "component")
+    found["components, deeper half"] = lambda _: made(component.Options(layers=deeper), "component")
+    experiments = solver_experiments.plans(case.loaded, case.scoring, case.behavior, case.texts.budget)
+    found |= {f"try: {name}": lambda kl, make=make: applied(make(kl)) for name, make in experiments.items()}  # type: ignore[misc]
     return found
 
 
@@ -173,10 +173,8 @@ def main() -> None:
         chosen = options.only or [one for one in sets if one not in tried]
         chosen += tried if options.experiments else []
         for one in dict.fromkeys([STEERING, *chosen]):
-            todo = [kl for kl in options.kl if (options.model, name, one, kl) not in done]
-            apply = sets[one]() if todo else None
-            for kl in todo:
-                assert apply is not None
+            for kl in [kl for kl in options.kl if (options.model, name, one, kl) not in done]:
+                apply = sets[one](kl)
                 strength = at_cost(apply, budget_text, kl)
                 with apply(strength):
                     keep((options.model, name, one, kl), {"strength": strength, **measured(case)})
@@ -189,19 +187,31 @@ def at_cost(apply: Apply, text: NeutralText, kl: float) -> float:
 
 
 def table(done: dict[tuple[Any, ...], dict[str, Any]], model: str, behavior: str) -> str:
-    """Each option set's mean, and its paired difference to activation steering at the same KL."""
+    """Each option set's mean, and its paired differences to activation steering and the default at the same KL."""
     rows = []
     for (owner, name, one, kl), line in done.items():
         if (owner, name) != (model, behavior):
             continue
-        reference = done.get((model, behavior, STEERING, kl))
-        paired = "" if reference is None or one == STEERING else str(difference(line["values"], reference["values"]))
+        paired = {
+            other: str(difference(line["values"], reference["values"]))
+            for other in (STEERING, "default")
+            if other != one and (reference := done.get((model, behavior, other, kl))) is not None
+        }
         right = line.get("right", [])
-        rows.append(
-            [one, kl, str(estimate(line["values"])), paired, f"{line.get('KL, prose', 0):.3f}",
-             f"{sum(right)} of {len(right)}" if right else "", f"{line.get('repetition', 0):.3f}"]
-        )  # fmt: skip
-    heads = [behavior, "KL", "value", "minus activation steering", "KL on prose", "right", "repetition"]
+        named = f"{sum(right)} of {len(right)}" if right else ""
+        differences = [paired.get(other, "") for other in (STEERING, "default")]
+        prose, repetition = (f"{line.get(what, 0):.3f}" for what in ("KL, prose", "repetition"))
+        rows.append([one, kl, str(estimate(line["values"])), *differences, prose, named, repetition])
+    heads = [
+        behavior,
+        "KL",
+        "value",
+        "minus activation steering",
+        "minus default",
+        "KL on prose",
+        "right",
+        "repetition",
+    ]
     return str(tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True))
 
 
