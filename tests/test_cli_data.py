@@ -63,6 +63,9 @@ TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
         ((*TOLD, "--answers-by", "folder", "--server-model", "x"), "--server-model names a model of a server"),
         ((*TOLD, "--judge", "self", "--judge-model", "x"), "--judge-model names a model of a server"),
         ((*TOLD, "--writer-model", "x"), "--writer-model names a model of a server"),
+        ((*TOLD, "--requests", "8"), "--requests says how a server is asked, and no server is"),
+        ((*TOLD, "--rate", "60", "--judge", "self"), "--rate says how a server is asked, and no server is"),
+        ((*TOLD, "--api-key-from", "KEY", "--writer", "x"), "--api-key-from says how a server is asked"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(

@@ -24,7 +24,7 @@ from steer2edit.notices import collected
 from steer2edit.pairs import filters
 from steer2edit.pairs.folder import FILES
 from steer2edit.pairs.from_trait import FromTrait
-from steer2edit.pairs.journal import JOURNAL, Journal
+from steer2edit.pairs.journal import JOURNAL
 from steer2edit.pairs.make import DataRequest, Engines, Made, make_data
 from steer2edit.pairs.questions import chosen_questions
 from steer2edit.pairs.telling import Instructions, told
@@ -371,24 +371,7 @@ def test_own_texts_may_be_the_positives(tmp_path: Path) -> None:
         make(tmp_path / "data", way=PositiveOnly(background, texts=other), max_prompts=30)
 
 
-# the journal and the prompts
-
-
-def test_the_journal_drops_what_is_half_written_anywhere(tmp_path: Path) -> None:
-    path = tmp_path / JOURNAL
-    with Journal(path, {"a": 1}) as journal:
-        for number in range(5):
-            journal.add(str(number), {"text": "é" * number})
-        journal.sync()
-    whole = path.read_bytes()
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
-        with Journal(path, {"a": 1}) as journal:
-            lines = whole[:cut].count(b"\n")
-            assert len(journal) == max(0, lines - 1)
-            journal.add("new", 1)
-        with Journal(path, {"a": 1}) as journal:
-            assert len(journal) == max(0, lines - 1) + 1
+# the prompts
 
 
 def test_prompts_that_repeat_are_asked_once_and_the_choice_does_not_depend_on_the_order() -> None:

@@ -121,6 +121,7 @@ def compile(
     from steer2edit.methods import edited_layers
     from steer2edit.strength.aim import Aim
 
+    judged.check(answers_by=missing.answers_by)
     aim = Aim.read(report.aim) if report.aim is not None else None
     if missing.trait is not None and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
         raise click.UsageError("--trait asks for data to be made; give it without --plan, --stats and --vectors")
@@ -147,7 +148,7 @@ def compile(
     stats.check(data)
     vectors.check()
     if stats.stats is None and vectors.vectors_file is None:
-        data = missing.with_data(data, model, model_flags, output.out, writing.dry_run)
+        data = missing.with_data(data, model, model_flags, judged, output.out, writing.dry_run)
     steering = vectors.read(edited_layers(method.options()))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(

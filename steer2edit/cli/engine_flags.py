@@ -20,13 +20,24 @@ if TYPE_CHECKING:
     from steer2edit.runtime.model import LoadedModel
 
 
+AT_A_TIME = 8
+"""Requests to a server at a time, unless the user says otherwise."""
+
+
 @dataclass(frozen=True)
 class AskingFlags(FlagGroup):
     """How a server is asked."""
 
     heading: ClassVar[str] = "Engine"
 
-    at_a_time: int = option(8, "Number of requests to a server at a time.", "--requests", minimum=1, rare=True)
+    at_a_time: int | None = option(
+        None,
+        "Number of requests to a server at a time.",
+        "--requests",
+        minimum=1,
+        shown_default=str(AT_A_TIME),
+        rare=True,
+    )
     rate: float | None = option(
         None, "Largest number of requests to a server per minute.", minimum=0.01, shown_default="no bound", rare=True
     )
@@ -41,14 +52,32 @@ class AskingFlags(FlagGroup):
 
     def asked(self) -> dict[str, Any]:
         """How a server is asked, as keyword arguments of the functions in :mod:`steer2edit.engines.opening`."""
-        return {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
+        at_a_time = AT_A_TIME if self.at_a_time is None else self.at_a_time
+        return {"at_a_time": at_a_time, "rate": self.rate, "key_variable": self.key_variable}
+
+    def check_asked(self, places: Mapping[str, str | None]) -> None:
+        """Raise UsageError where a flag says how a server is asked, and none is.
+
+        ``places`` are the values of flags that may be a server's URL, by the flags' names.
+        """
+        given = {"--requests": self.at_a_time, "--rate": self.rate, "--api-key-from": self.key_variable}
+        names = [name for name, value in given.items() if value is not None]
+        if names and not any(map(names_server, places.values())):
+            raise click.UsageError(
+                f"{names[0]} says how a server is asked, and no server is: give {' or '.join(places)} with a server's URL"
+            )
+
+
+def names_server(where: str | None) -> bool:
+    """Whether a flag's value is a server's URL and not a model's folder or id."""
+    return where is not None and "://" in where
 
 
 @dataclass(frozen=True)
-class ServerFlags(AskingFlags):
-    """A server that speaks the OpenAI API, and how it is asked."""
+class ServerFlags(FlagGroup):
+    """A server that speaks the OpenAI API."""
 
-    first: ClassVar[tuple[str, ...]] = ("server", "server_model")
+    heading: ClassVar[str] = "Engine"
 
     server: str | None = option(
         None,
@@ -59,9 +88,14 @@ class ServerFlags(AskingFlags):
         None, "Name of the model there.", metavar="NAME", shown_default="the only one that the server lists"
     )
 
+    @property
+    def url(self) -> str | None:
+        """The server's URL, which may be given without http://."""
+        return self.server if self.server is None or "://" in self.server else f"http://{self.server}"
+
 
 @dataclass(frozen=True)
-class EngineFlags(ServerFlags):
+class EngineFlags(ServerFlags, AskingFlags):
     """What writes the answers."""
 
     first: ClassVar[tuple[str, ...]] = ("engine", "server", "server_model")

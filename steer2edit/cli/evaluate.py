@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from steer2edit.plan import EditPlan
 
 
+DRAWS = 3
+"""Random directions, and shuffled labels, unless the user says otherwise."""
+
+
 @dataclass(frozen=True)
 class BaselineFlags(FlagGroup):
     """What candidates are compared with."""
@@ -44,7 +48,12 @@ class BaselineFlags(FlagGroup):
     )
     strengths: str = option("", "Strengths of activation steering to evaluate, such as 0.25,0.5,1,2.", metavar="LIST")
     match: Literal["kl", "norm"] = option("kl", "Bring the baselines to the first plan's KL, or to its Frobenius norm.")
-    draws: int = option(3, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
+    draws: int = option(DRAWS, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
+
+    def check(self) -> None:
+        """Raise UsageError where a flag has nothing to do."""
+        if not self.baselines and (self.match != "kl" or self.draws != DRAWS):
+            raise click.UsageError("--match and --draws are for --baselines; give it too")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,11 @@ class EngineFlags(FlagGroup):
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "Program that writes the answers; vllm runs checkpoints and adapters.", rare=True
     )
+
+    def check(self) -> None:
+        """Raise UsageError where a flag has nothing to do."""
+        if self.lm_eval_path is not None and self.tasks is None:
+            raise click.UsageError("--lm-eval-path holds files of tasks; name the tasks with --lm-eval")
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,9 @@ def evaluate(
     from steer2edit.evaluation.work import baselines_work, work_of
     from steer2edit.report.tables import render_evaluation, steerable_lines
 
+    judged.check()
+    compared.check()
+    engine.check()
     replacing.check(output.out, "evaluation")
     strengths = numbers(compared.strengths, "--strengths")
     checkpoint, spec = model_flags.open(model)

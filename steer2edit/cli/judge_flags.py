@@ -1,4 +1,4 @@
-"""The group of flags of a judge.
+"""The groups of flags of a judge.
 
 Heavy imports happen inside the functions, so that ``--help`` stays fast.
 """
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from steer2edit.cli.engine_flags import AskingFlags
+from steer2edit.cli.engine_flags import AskingFlags, names_server
+from steer2edit.cli.flags import FlagGroup
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -22,23 +23,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class JudgeFlags(AskingFlags):
-    """A judge of written answers, and what it looks for."""
+class JudgeNameFlags(FlagGroup):
+    """Who judges."""
 
     heading: ClassVar[str] = "Judge"
-    first: ClassVar[tuple[str, ...]] = ("judge", "rubric", "judge_model")
 
     judge: str | None = option(
         None,
-        "Judge of the written answers by its probabilities of yes and no: self for MODEL without an edit, a folder or Hub id, or "
-        "a server's URL.",
+        "Judge of the written answers by its probabilities of yes and no, after a trial on labelled answers: self for MODEL "
+        "without an edit, a folder or Hub id, or a server's URL.",
         metavar="self|MODEL|URL",
-    )
-    rubric: str | None = option(
-        None,
-        "Words that say what the judge looks for in an answer.",
-        metavar="TEXT",
-        shown_default="those of the behaviour",
+        shown_default="no judge",
     )
     judge_model: str | None = option(
         None,
@@ -48,13 +43,34 @@ class JudgeFlags(AskingFlags):
         rare=True,
     )
 
+
+@dataclass(frozen=True)
+class JudgeFlags(JudgeNameFlags, AskingFlags):
+    """A judge of written answers, what it looks for, and how servers are asked."""
+
+    heading: ClassVar[str] = "Judge"
+    first: ClassVar[tuple[str, ...]] = ("judge", "rubric", "judge_model")
+
+    rubric: str | None = option(
+        None,
+        "Words that say what the judge looks for in an answer.",
+        metavar="TEXT",
+        shown_default="those of the behaviour",
+    )
+
+    def check(self, **others: str | None) -> None:
+        """Raise UsageError where a flag has nothing to do; ``others`` are further flags' values that may be URLs, by name."""
+        if self.judge is None and (self.rubric is not None or self.judge_model is not None):
+            raise click.UsageError("--rubric and --judge-model are for a judge; give --judge too")
+        if self.judge_model is not None and not names_server(self.judge):
+            raise click.UsageError("--judge-model names a model of a server; give --judge with the server's URL")
+        self.check_asked({"--judge": self.judge, **{f"--{n.replace('_', '-')}": where for n, where in others.items()}})
+
     def choice(self, data: DataFlags) -> JudgeChoice | None:
         """Who judges what; None without --judge. Raises UsageError where it is not known what to look for."""
         from steer2edit.engines.opening import JudgeChoice
 
         if self.judge is None:
-            if self.rubric is not None or self.judge_model is not None:
-                raise click.UsageError("--rubric and --judge-model are for a judge; give --judge too")
             return None
         traits = [trait for source in data.sources() if (trait := _trait_of(source))]
         if self.rubric is None and len(traits) != 1:

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import click
 
 from steer2edit.cli.data_options import TemplateArgumentFlags
-from steer2edit.cli.engine_flags import EngineFlags
+from steer2edit.cli.engine_flags import EngineFlags, names_server
 from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.judge_flags import JudgeNameFlags
 from steer2edit.options import option
 
 SAMPLES = 8
@@ -112,10 +113,11 @@ class AnswerFlags(TemplateArgumentFlags):
 
 
 @dataclass(frozen=True)
-class AuthorFlags(FlagGroup):
+class AuthorFlags(JudgeNameFlags):
     """Who writes and judges, where it is not MODEL."""
 
     heading: ClassVar[str] = "Engine"
+    first: ClassVar[tuple[str, ...]] = ("answers_by", "writer", "judge", "writer_model", "judge_model")
 
     answers_by: str | None = option(
         None,
@@ -125,22 +127,9 @@ class AuthorFlags(FlagGroup):
     writer: str | None = option(
         None, "Model that writes the opposite of a trait, and questions.", metavar="MODEL|URL", shown_default="MODEL"
     )
-    judge: str | None = option(
-        None,
-        "Model that judges answers by its probability of yes, after a trial on labelled answers; 'self' for MODEL.",
-        metavar="MODEL|URL",
-        shown_default="no judge",
-    )
     writer_model: str | None = option(
         None,
         "Name of the writer on its server.",
-        metavar="NAME",
-        shown_default="the only one that the server lists",
-        rare=True,
-    )
-    judge_model: str | None = option(
-        None,
-        "Name of the judge on its server.",
         metavar="NAME",
         shown_default="the only one that the server lists",
         rare=True,
@@ -208,10 +197,18 @@ def check_authors(authors: AuthorFlags, engine: EngineFlags) -> None:
         other = "--server" if engine.server else f"--engine {engine.engine}"
         raise click.UsageError(f"--answers-by and {other} both name what writes the answers; give one")
     named = [
-        ("--server-model", engine.server_model, "--server or --answers-by", engine.server or authors.answers_by),
+        ("--server-model", engine.server_model, "--server or --answers-by", engine.url or authors.answers_by),
         ("--writer-model", authors.writer_model, "--writer", authors.writer),
         ("--judge-model", authors.judge_model, "--judge", authors.judge),
     ]
     for name, model, flag, where in named:
-        if model is not None and not (where and "://" in where):
+        if model is not None and not names_server(where):
             raise click.UsageError(f"{name} names a model of a server; give {flag} with the server's URL")
+    engine.check_asked(
+        {
+            "--server": engine.url,
+            "--answers-by": authors.answers_by,
+            "--writer": authors.writer,
+            "--judge": authors.judge,
+        }
+    )

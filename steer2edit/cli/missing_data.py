@@ -12,7 +12,7 @@ from typing import ClassVar, TypeVar
 import click
 
 from steer2edit.cli.data_options import DataFlags
-from steer2edit.cli.engine_flags import EngineFlags
+from steer2edit.cli.engine_flags import AskingFlags, EngineFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.making import Making
 from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags, PromptFlags, WayFlags
@@ -42,12 +42,13 @@ class MissingDataFlags(FlagGroup):
     )
     max_prompts: int | None = option(None, "Make data from at most N prompts.", minimum=3, rare=True)
 
-    def with_data(self, data: Flags, model: str, model_flags: ModelFlags, out: Path, dry_run: bool) -> Flags:
-        """The flags of data, with the folder of made data.
+    def with_data(
+        self, data: Flags, model: str, model_flags: ModelFlags, asking: AskingFlags, out: Path, dry_run: bool
+    ) -> Flags:
+        """The flags of data, with the folder of made data; ``asking`` says how a server of --answers-by is asked.
 
-        It stands in place of a trait or of a behaviour without pairs.
-
-            Raises UsageError where flags contradict each other, and DataError where the data does not hold the behaviour.
+        It stands in place of a trait or of a behaviour without pairs. Raises UsageError where flags contradict each other, and
+        DataError where the data does not hold the behaviour.
         """
         behavior = self._without_pairs(data)
         if self.trait is None and behavior is None:
@@ -68,7 +69,7 @@ class MissingDataFlags(FlagGroup):
             raise click.UsageError(
                 f"--dry-run makes no data: make it first (steer2edit data … -o {folder}), and give --data {folder}"
             )
-        self._make(folder, behavior, data, model, model_flags)
+        self._make(folder, behavior, data, model, model_flags, asking)
         return replace(data, data=(str(folder),), behavior=())
 
     def _without_pairs(self, data: DataFlags) -> str | None:
@@ -82,7 +83,15 @@ class MissingDataFlags(FlagGroup):
             )
         return bare[0] if bare else None
 
-    def _make(self, folder: Path, behavior: str | None, data: DataFlags, model: str, model_flags: ModelFlags) -> None:
+    def _make(
+        self,
+        folder: Path,
+        behavior: str | None,
+        data: DataFlags,
+        model: str,
+        model_flags: ModelFlags,
+        asking: AskingFlags,
+    ) -> None:
         from steer2edit.errors import DataError
         from steer2edit.notices import notice
 
@@ -92,7 +101,7 @@ class MissingDataFlags(FlagGroup):
             PromptFlags(max_prompts=self.max_prompts),
             AnswerFlags(chat_template_kwargs=data.chat_template_kwargs),
             AuthorFlags(answers_by=self.answers_by),
-            EngineFlags(),
+            EngineFlags(at_a_time=asking.at_a_time, rate=asking.rate, key_variable=asking.key_variable),
             model_flags,
         )
         made = making.run(folder, force=False)

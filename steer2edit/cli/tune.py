@@ -100,6 +100,7 @@ def tune(
     from steer2edit.search.study import run_study, study_work
     from steer2edit.search.tune import Search
 
+    judged.check()
     low, high = _kl_range(searched.kl_range)
     grid = read_grid(searched.grid)
     only_default = searched.methods == (methods.METHOD,)

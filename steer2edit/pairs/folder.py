@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ FILES: Mapping[Part, str] = {"train": TRAIN, "select": HELD_OUT["select"], "repo
 """The file of each part."""
 
 
-def check_folder(folder: Path, force: bool) -> None:
-    """Raise TargetError unless data may be written at ``folder``; with ``force`` remove what another run wrote there.
+def check_folder(folder: Path) -> None:
+    """Raise TargetError unless data may be written at ``folder``.
 
     The folder is absent, empty, or holds what this command writes and nothing else. Whether it is of the same settings is the
     journal's to say.
@@ -44,8 +43,12 @@ def check_folder(folder: Path, force: bool) -> None:
         )
     if names and JOURNAL not in names:
         raise TargetError(f"{folder} holds data without its {JOURNAL}; give another folder")
-    if force and names:
-        shutil.rmtree(folder)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what another run wrote at ``folder``: first the receipt, last the journal, which holds every answer."""
+    for name in (RECEIPT, *FILES.values(), JOURNAL):
+        (folder / name).unlink(missing_ok=True)
 
 
 def train_rows(rows: Sequence[Row], think: Think) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,30 +32,43 @@ def key_of(*parts: Any) -> str:
 class Journal:
     """The values by key, in memory and in the file.
 
-    ``settings`` are plain values that what is written depends on. Raises DataError where the file is of other settings, or not
-    a journal.
+    ``settings`` are plain values that what is written depends on. With ``clear`` the journal begins anew: what another run left
+    stays until there is a first value, and then ``clear`` removes it. Raises DataError where the file is of other settings, or
+    not a journal.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], clear: Callable[[], None] | None = None) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
-        head = {"format": FORMAT, "settings": _plain(settings)}
-        try:
-            whole = self._read(head) if path.exists() else 0
-            self._file: IO[bytes] = open(path, "r+b" if path.exists() else "x+b")  # noqa: SIM115
-            self._file.truncate(whole)
-            self._file.seek(whole)
-        except OSError as error:
-            raise Steer2EditError(f"cannot write {path}: {error.strerror or error}") from None
-        if not whole:
-            self._line(head)
-            self.sync()
+        self._head = {"format": FORMAT, "settings": _plain(settings)}
+        self._clear = clear
+        self._opened: IO[bytes] | None = None
+        if clear is None:
+            self.begin()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._file.close()
+        if self._opened is not None:
+            self._opened.close()
+
+    def begin(self) -> None:
+        """Open the file, unless it is open. Only from here on is anything gone that another run left."""
+        if self._opened is not None:
+            return
+        try:
+            if self._clear is not None:
+                self._clear()
+            whole = self._read(self._head) if self.path.exists() else 0
+            self._opened = open(self.path, "r+b" if self.path.exists() else "x+b")  # noqa: SIM115
+            self._opened.truncate(whole)
+            self._opened.seek(whole)
+        except OSError as error:
+            raise Steer2EditError(f"cannot write {self.path}: {error.strerror or error}") from None
+        if not whole:
+            self._line(self._head)
+            self.sync()
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -68,21 +81,30 @@ class Journal:
 
     def add(self, key: str, value: Any) -> None:
         """Write a value down; :meth:`sync` makes it safe."""
+        self.begin()
         self._values[key] = value
         self._line({"key": key, "value": value})
 
     def sync(self) -> None:
         """Force what was written to the disk. Raises Steer2EditError where the disk is full."""
+        file = self._file
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         except OSError as error:
             raise Steer2EditError(f"cannot write {self.path}: {error.strerror or error}") from None
 
+    @property
+    def _file(self) -> IO[bytes]:
+        self.begin()
+        assert self._opened is not None
+        return self._opened
+
     def _line(self, value: Any) -> None:
+        file = self._file
         try:
-            self._file.write(json.dumps(value, ensure_ascii=True).encode("ascii") + b"\n")
-            self._file.flush()
+            file.write(json.dumps(value, ensure_ascii=True).encode("ascii") + b"\n")
+            file.flush()
         except OSError as error:
             raise Steer2EditError(f"cannot write {self.path}: {error.strerror or error}") from None
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from steer2edit.errors import DataError
 from steer2edit.files.locks import claimed
 from steer2edit.notices import notice
 from steer2edit.pairs.filters import Allowed, Tally, sift
-from steer2edit.pairs.folder import check_folder, question_rows, train_rows, write_folder
+from steer2edit.pairs.folder import check_folder, clear_folder, question_rows, train_rows, write_folder
 from steer2edit.pairs.from_trait import FromTrait
 from steer2edit.pairs.journal import JOURNAL, Journal
 from steer2edit.pairs.judging import Judge, Judged
@@ -103,15 +104,17 @@ class Made:
 def make_data(request: DataRequest, engines: Engines, progress: Progress = silent) -> Made:
     """Write answers, make rows of them, and put the folder in place; a run that was killed goes on.
 
-    No other run can write the folder meanwhile. The files depend on the request and the engines alone, not on interruptions.
+    With ``force`` the data that is there stays until the first answer of the new run is there. No other run can write the folder
+    meanwhile. The files depend on the request and the engines alone, not on interruptions.
     Raises DataError where no row is left, where the folder holds data of other settings, and for whatever is wrong with the
     input.
     """
     questions = chosen_questions(request.questions, request.max_prompts)
     with claimed([request.out]):
-        check_folder(request.out, request.force)
+        check_folder(request.out)
         request.out.mkdir(parents=True, exist_ok=True)
-        with Journal(request.out / JOURNAL, _settings(request, engines, questions)) as journal:
+        clear = partial(clear_folder, request.out) if request.force else None
+        with Journal(request.out / JOURNAL, _settings(request, engines, questions), clear) as journal:
             return _made(request, engines, questions, journal, progress)
 
 
@@ -197,6 +200,7 @@ def _made(
         "separation": None if found is None else found.to_json(),
         "verdict": result.to_json(),
     }
+    journal.begin()  # where no answer was to be written
     write_folder(request.out, files, receipt)  # type: ignore[arg-type]
     return Made(
         request.out, receipt, tuple(rows), tally, written.answers, long, found, tuple(differ), result, writer.pace,

@@ -1,0 +1,59 @@
+"""The journal of made data: what a kill leaves is taken up, and what is there stays until a new run has begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from fake_engine import NOUNS, FakeEngine
+from test_make_data import contents, make, questions
+
+from steer2edit.data.prompts import Message
+from steer2edit.data.questions import Question
+from steer2edit.engines.engine import Sampling
+from steer2edit.errors import EngineError
+from steer2edit.pairs.journal import JOURNAL, Journal
+from steer2edit.pairs.ways import PositiveOnly
+
+
+def test_the_journal_drops_what_is_half_written_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    with Journal(path, {"a": 1}) as journal:
+        for number in range(5):
+            journal.add(str(number), {"text": "é" * number})
+        journal.sync()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with Journal(path, {"a": 1}) as journal:
+            lines = whole[:cut].count(b"\n")
+            assert len(journal) == max(0, lines - 1)
+            journal.add("new", 1)
+        with Journal(path, {"a": 1}) as journal:
+            assert len(journal) == max(0, lines - 1) + 1
+
+
+def test_force_loses_nothing_where_the_new_run_fails_before_its_first_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    make(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for error in (KeyboardInterrupt(), EngineError("the server is down")):
+        engine = FakeEngine()
+        monkeypatch.setattr(engine, "answer", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            make(folder, engine, sampling=Sampling(seed=1), force=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, FakeEngine(dies_after=20), sampling=Sampling(seed=1), force=True)
+    # from its first answer on the folder is the new run's, which goes on
+    assert [path.name for path in folder.iterdir()] == [JOURNAL]
+    made = make(folder, sampling=Sampling(seed=1))
+    assert not made.reused and contents(folder).keys() | {JOURNAL} == before.keys()
+    # and where there is no answer to write, with its files
+    background = [Question((Message("user", f"tell about {noun}"),), noun) for noun in NOUNS]
+    texts = {question.digest: f"it is {question.prompt[-1]}" for question in questions()}
+    make(folder, way=PositiveOnly(background, texts=texts), force=True)
+    assert make(folder, way=PositiveOnly(background, texts=texts)).reused
