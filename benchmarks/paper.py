@@ -150,7 +150,10 @@ def data_of(
 
 @dataclass(frozen=True)
 class Bench:
-    """A loaded model with an experiment's data: it makes the candidates that are asked for, and captures when the first is."""
+    """A loaded model with an experiment's data, which makes the candidates.
+
+    It captures when the first edit is asked for.
+    """
 
     checkpoint: Checkpoint
     loaded: LoadedModel

@@ -1,4 +1,4 @@
-"""What a run of paper.py has done: its rows, the model's own answers and the capture, each kept as soon as it is there."""
+"""What a run of paper.py keeps: its rows, the model's own answers and the capture."""
 
 from __future__ import annotations
 
