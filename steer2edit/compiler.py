@@ -8,6 +8,7 @@ from pathlib import Path
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.request import CompileRequest, Protected
+from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.attribution import by_gradients
 from steer2edit.capture.protect import protected
 from steer2edit.capture.run import capture_statistics
@@ -21,7 +22,7 @@ from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering
-from steer2edit.methods import make_plan, scaling
+from steer2edit.methods import make_plan, runs_the_model, scaling
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
@@ -86,7 +87,8 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         else:
             statistics = with_vector(statistics, request.vector)
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
-        scoring = Scoring(checkpoint, spec, protected(statistics, others))
+        runs = contrast_runs(loaded, request.behavior, request.batch_tokens) if runs_the_model(request.method) else None
+        scoring = Scoring(checkpoint, spec, protected(statistics, others), runs)
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
         arguments = statistics.source.get("chat_template_kwargs")
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)

@@ -142,7 +142,9 @@ def method_of(method: Mapping[str, Any]) -> str:
     parts = method.get("plans")
     if isinstance(parts, list):
         return f"{method.get('name')} of {len(parts)} plans"
-    options = pairs({key: value for key, value in method.items() if key not in ("name", "experts", "grade")})
+    # what was measured of single outputs is in the receipt
+    left_out = ("name", "experts", "grade", "errors", "held_out_errors")
+    options = pairs({key: value for key, value in method.items() if key not in left_out})
     return f"{method.get('name')}" + (f": {options}" if options else "")
 
 
@@ -157,7 +159,17 @@ def inline(value: object) -> str:
 def _description(receipt: Mapping[str, Any]) -> str:
     if receipt["method"].get("name") == _MASK and _is_model(receipt["target"]):
         return "A checkpoint whose experts were switched by steer2edit, in its weights: no training, no hooks."
-    return _entry(receipt["target"]).description
+    description = _entry(receipt["target"]).description
+    if trained(receipt["method"]):
+        # every other method computes its edit
+        return f"{description.replace('no training, ', '')} Two numbers for each row of its matrices were trained (LinEAS)."
+    return description
+
+
+def trained(method: Mapping[str, Any]) -> bool:
+    """Whether a plan, or a part of a composition, comes from a training."""
+    parts = method.get("plans") or ()
+    return bool(method.get("training")) or any(trained(part["method"]) for part in parts)
 
 
 def _experts(method: Mapping[str, Any]) -> list[str]:

@@ -200,12 +200,14 @@ def compile(
 
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     from steer2edit.files.layout import REPORT
-    from steer2edit.report.plan_text import cost_line, plan_line, strength_line
+    from steer2edit.report.plan_text import cost_line, held_out_line, plan_line, strength_line, training_line
     from steer2edit.report.tables import breaks_line, effect_line, render_evaluation, steerable_lines
 
     plan = compiled.plan
+    fitted = {"Training": training_line(plan.method), "Held out": held_out_line(plan.method)}
     summary = {
         "Compiled": plan_line(plan),
+        **{name: line for name, line in fitted.items() if line},
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
         "Effect": effect_line(compiled.evaluation) if compiled.evaluation is not None else _NO_EFFECT,

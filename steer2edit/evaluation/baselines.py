@@ -22,6 +22,7 @@ from steer2edit.evaluation.comparison import ADAPTER, BOTH, EQUAL_COST, INSTRUCT
 from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
+from steer2edit.notices import notice
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank, Scale, ScaleAdd
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
@@ -207,6 +208,9 @@ def shuffled_labels(scoring: Scoring, plan: EditPlan, index: int) -> EditPlan:
     options = {key: value for key, value in method.items() if key in known}
     if isinstance(options.get("layers"), list):
         options["layers"] = tuple(options["layers"])
+    if options.get("fit") == "lineas":
+        notice("the control with shuffled labels is that of the closed form: a control is not trained")
+        options = {key: value for key, value in options.items() if not key.startswith("fit")}
     # nothing is stable under shuffled labels, and that is not the question here
     if "stable" in options:
         options["stable"] = False

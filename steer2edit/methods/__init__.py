@@ -48,7 +48,7 @@ def make_plan(
     options: Any = None,
     progress: Progress = silent,
 ) -> EditPlan:
-    """Score every component and lay down the edits; reads each writer once, and runs no model.
+    """Score every component and lay down the edits; reads each writer once, and runs no model but for ``Scoring.runs``.
 
     Raises PlanError where the statistics are of another model, or show no difference of the classes, or too few prompts
     to tell which components are stable.
@@ -95,6 +95,11 @@ def edited_layers(options: Any) -> tuple[int, int] | None:
 def needs_no_statistics(options: Any) -> bool:
     """Whether a method's options ask for nothing that is captured."""
     return bool(getattr(options, "without_statistics", False))
+
+
+def runs_the_model(name: str) -> bool:
+    """Whether a method makes use of the loaded model and the contrast data, where ``Scoring.runs`` has them."""
+    return bool(getattr(load(name), "RUNS_THE_MODEL", False))
 
 
 def own_strength(options: Any) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -79,6 +79,8 @@ def render_summary(plan: EditPlan) -> str:
         "Data": data_line(plan),
         "From": origin_line(plan),
         "Method": method_line(plan.method),
+        "Training": training_line(plan.method),
+        "Held out": held_out_line(plan.method),
         "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}{_norm(plan)}",
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
@@ -156,6 +158,42 @@ def method_line(method: Mapping[str, Any]) -> str:
         shares = ", ".join(f"{key} {number(error)}" for key, error in errors.items())
         line += f"; an edit of rank 1 stands in for the constant, with a relative squared error of about: {shares}"
     return line
+
+
+def training_line(method: Mapping[str, Any]) -> str:
+    """How long a trained plan was trained, on what, and how far its loss fell; "" for all others."""
+    training = method.get("training")
+    if not isinstance(training, Mapping):
+        return ""
+    before, after = training["loss"]
+    untouched = method.get("left_as_it_was", ())
+    told = f"; {len(untouched)} outputs are left as they were" if untouched else ""
+    return (
+        f"{training['parameters']:,} numbers in {training['steps']} steps on {training['prompts']} prompts; the classes' "
+        f"distance there is {number(before)} before, {number(after)} after{told}"
+    )
+
+
+def held_out_line(method: Mapping[str, Any]) -> str:
+    """What maps of outputs leave of the classes' distance on held-out prompts; "" for other methods."""
+    if why := method.get("why_no_held_out"):
+        return f"the maps' error was not measured: {why}"
+    held_out = method.get("held_out")
+    if not isinstance(held_out, Mapping):
+        return ""
+    before, after = held_out["loss"]
+    errors = method.get("held_out_errors", {})
+    gain = f"; of a gain alone, the relative squared error is {_range(errors.values())}" if errors else ""
+    worse = "" if after < before else " (no nearer)"
+    return (
+        f"the classes' distance on {held_out['prompts']} prompts without a part in the fit is {number(before)} before, "
+        f"{number(after)} after at strength 1{worse}{gain}"
+    )
+
+
+def _range(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return f"{number(ordered[0])} to {number(ordered[-1])}"
 
 
 def strength_line(measured: Measured) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.bootstrap import LEAST_DRAWS
+from steer2edit.capture.affine_maps import ContrastRuns
 from steer2edit.capture.evidence import too_few
 from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint
@@ -55,11 +56,15 @@ class SiteScores:
 
 @dataclass(frozen=True)
 class Scoring:
-    """A model, what was captured of it, and each site's scores once they are asked for."""
+    """A model, what was captured of it, and each site's scores once they are asked for.
+
+    ``runs`` are the loaded model and its contrast data, where there are some: for the few options of methods that run the model.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     statistics: Statistics
+    runs: ContrastRuns | None = field(default=None, repr=False)
     _known: dict[str, SiteScores] = field(default_factory=dict, repr=False)
 
     @property

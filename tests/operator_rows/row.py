@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from operator_rows.subject import Subject
+from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.attribution import by_gradients
 from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vector_kinds import VectorKind, with_vector
@@ -17,7 +18,7 @@ from steer2edit.cli.compile import compile as compile_command
 from steer2edit.cli.data_options import CaptureFlags, VectorsFlags
 from steer2edit.cli.method import MethodFlags
 from steer2edit.data.tokens import Span
-from steer2edit.methods import make_plan
+from steer2edit.methods import make_plan, runs_the_model
 from steer2edit.plan import EditPlan
 from steer2edit.scoring.scores import Scoring
 
@@ -39,7 +40,8 @@ def planned(subject: Subject, command: str) -> EditPlan:
     values = dict(compile_command.make_context("compile", words).params)
     flags = MethodFlags.take(values)
     statistics = steered(subject, CaptureFlags.take(values).span, VectorsFlags.take(values).vector)
-    scoring = Scoring(subject.checkpoint, subject.spec, statistics)
+    runs = contrast_runs(subject.loaded, subject.behavior) if runs_the_model(flags.method) else None
+    scoring = Scoring(subject.checkpoint, subject.spec, statistics, runs)
     return make_plan(scoring, method=flags.method, options=flags.options())
 
 

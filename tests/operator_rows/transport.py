@@ -1,13 +1,18 @@
-"""Linear-AcT (arXiv 2410.23054): hooks map each coordinate of a writer's output to the other class's mean and spread."""
+"""Linear-AcT (arXiv 2410.23054) and LinEAS (2503.10679): hooks map each coordinate of a writer's output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from operator_rows.row import EXACT, Hook, Row
 from operator_rows.subject import Subject
+from steer2edit.capture.affine_maps import contrast_runs, read_classes
+from steer2edit.capture.lineas import FitSettings, fit_lineas
+
+STEPS = 3
+"""Steps of a training: the row is about what becomes of the maps, not about how good they are."""
 
 
 def _maps(subject: Subject) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -36,6 +41,19 @@ def _by_gain(subject: Subject) -> Mapping[str, Hook]:
     return hooks
 
 
+def _trained(*, constant: bool) -> Callable[[Subject], Mapping[str, Hook]]:
+    def hooks(subject: Subject) -> Mapping[str, Hook]:
+        runs = contrast_runs(subject.loaded, subject.behavior)
+        assert runs is not None
+        classes = read_classes(runs, subject.spec.sites)
+        maps = fit_lineas(runs, classes, FitSettings(STEPS, constant=constant)).maps
+        return {
+            subject.spec.site(key).module: lambda _x, y, one=one: one.omega * y + one.beta for key, one in maps.items()
+        }
+
+    return hooks
+
+
 ROWS = (
     Row(
         "Linear-AcT (2410.23054)",
@@ -53,6 +71,25 @@ ROWS = (
         "a forward hook on every writer multiplies its output, coordinate by coordinate",
         _by_gain,
         exactness="exact as a gain; its error as a transport stands in the plan",
+        carried={"checkpoint": EXACT},
+        families=("llama",),
+    ),
+    Row(
+        "LinEAS (2503.10679)",
+        "ω ⊙ y + b, ω and b trained together",
+        f"--method transport --fit lineas --fit-steps {STEPS}",
+        "a forward hook on every writer maps its output, coordinate by coordinate; the paper's hooks are on norms",
+        _trained(constant=True),
+        exactness="exact where the writer has a bias or can get one, refused elsewhere",
+        carried={"checkpoint": EXACT},
+    ),
+    Row(
+        "LinEAS (2503.10679)",
+        "ω ⊙ y, ω trained alone",
+        f"--method transport --constant none --fit lineas --fit-steps {STEPS}",
+        "a forward hook on every writer multiplies its output, coordinate by coordinate",
+        _trained(constant=False),
+        exactness="exact",
         carried={"checkpoint": EXACT},
         families=("llama",),
     ),
