@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from conftest import make_tokenizer
 from family_configs import COMMON_SETTINGS, INSIDE
+from family_models import renamed
 from releases import config_class
 
 from steer2edit.architecture import ModelSpec, Site, read_spec
@@ -140,8 +142,17 @@ def save_mixture(folder: Path, config: Any, dtype: torch.dtype = torch.float32, 
                 value.add_(torch.randn_like(value) * 0.1)
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    if config.model_type in _SAVED_AS:
+        saved, published = _SAVED_AS[config.model_type]
+        return renamed(folder, lambda name: re.sub(saved, published, name))
     return folder
 
+
+# what transformers 5.15 makes of published names when it saves what it loaded, and 5.24 does not
+_SAVED_AS = {
+    "nemotron_h": (r"\bembedding\.weight$", "embeddings.weight"),
+    "minimax_m3_vl": (r"\.block_sparse_moe\.((gate|up|down)_proj|fc[12])\.", r".mlp.\1."),
+}
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     name: (lambda folder, name=name: save_mixture(folder, mixture_config(name)))  # type: ignore[misc]

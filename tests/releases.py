@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-SINCE = {"aria_text": "5.18", "nemotron_h": "5.16", "minimax_m3_vl_text": "5.24"}
-"""Types whose module or names are others before."""
+from steer2edit.architecture.releases import RUNS_SINCE
 
 
 def config_class(model_type: str) -> Any:
@@ -18,7 +17,7 @@ def config_class(model_type: str) -> Any:
     import transformers
 
     known = model_type in transformers.CONFIG_MAPPING
-    works = Version(transformers.__version__) >= Version(SINCE.get(model_type, "5"))
+    works = Version(transformers.__version__) >= Version(RUNS_SINCE.get(model_type, "5"))
     if not works or (not known and Version(transformers.__version__) < newest_tested()):
         pytest.skip(f"transformers {transformers.__version__} does not run {model_type} yet")
     return transformers.CONFIG_MAPPING[model_type]

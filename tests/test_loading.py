@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
 from steer2edit.runtime.adapters import with_adapter
-from steer2edit.runtime.model import load_weights
+from steer2edit.runtime.loading import check_release
+from steer2edit.runtime.model import empty_model, load_weights
 
 Tensors = dict[str, torch.Tensor]
 Q, UP, NORM, FINAL = (
@@ -117,6 +119,29 @@ def test_a_type_that_transformers_does_not_know_is_named_with_what_to_install(
     with pytest.raises(CheckpointError, match="does not know the model type 'llama_next'") as caught:
         load_weights(folder)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "before", "since"),
+    [
+        ({"model_type": "qwen2_5_omni_thinker"}, "5.20.0", "5.21"),
+        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, "5.17.0", "5.18"),
+        ({"text_config": {"model_type": "aria_text"}}, "5.15.1", "5.18"),
+    ],
+)
+def test_a_type_whose_modules_were_others_before_is_refused_with_the_release_from_which_it_works(
+    config: dict[str, object], before: str, since: str, changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = changed(lambda tensors: None)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, **config}))
+    monkeypatch.setattr("transformers.__version__", before)
+    for load in (load_weights, empty_model):
+        with pytest.raises(CheckpointError, match=re.escape(f"transformers {before}; edits find them from {since} on")):
+            load(folder)
+    for release in (f"{since}.0", f"{since}.0.dev0", "5.24.0", "6.0.0"):
+        monkeypatch.setattr("transformers.__version__", release)
+        check_release(folder, config)
 
 
 def test_a_command_ends_with_2_before_anything_is_written(changed: Callable[..., Path], tmp_path: Path) -> None:

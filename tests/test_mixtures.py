@@ -136,7 +136,8 @@ def test_a_plan_becomes_a_checkpoint_that_is_the_model_under_hooks(case: Case, t
     assert {change.tensor for change in lowering.changes} == {edit.tensor for edit in plan.edits}
     result = verify(tmp_path / "out", base=case.folder)
     assert result.ok, result.problems
-    assert result.numbers["difference"] <= TOLERANCE < result.numbers["effect"]
+    # the plan is large: what its rounding to the stored float32 explains is not the compiler's
+    assert result.numbers["difference"] - result.numbers["rounding"] <= TOLERANCE < result.numbers["effect"]
 
 
 @pytest.mark.parametrize("model_type", ["glm4_moe", "gpt_oss", "mixtral"])

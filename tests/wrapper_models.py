@@ -122,6 +122,7 @@ AROUND: dict[str, dict[str, Any]] = {
     "hyperclovax_vision_v2": {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
     **{key: {"text_config": _MROPE} for key in ("cosmos3_edge", "cosmos3_omni")},
     "granite4_vision": {
+        "text_config": {"model_type": "granite4_vision_text"},
         **{"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "1/2"},
         "vision_config": {"hidden_size": 64},
     },
@@ -160,8 +161,12 @@ AROUND: dict[str, dict[str, Any]] = {
 }
 """Other multimodal models: what their parts need beside small sizes."""
 
-# what transformers 5.24 makes of published names when it saves what it loaded
+# what some release of transformers makes of published names when it saves what it loaded
 _SAVED_AS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        ("glmasr", "granite_speech", "granite_speech_plus", "qwen2_audio", "voxtral"),
+        ("language_model.model.model.", "language_model.model."),
+    ),
     "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers."),
     "qianfan_ocr": ("language_model.model.encoder.layers.", "language_model.model.layers."),
 }
@@ -172,7 +177,8 @@ def _parts(model_type: str) -> dict[str, Any]:
     kind, needs = config_class(model_type), dict(AROUND[model_type])
     plain = kind()
     for name in kind.sub_configs:
-        part = getattr(plain, name, None)
+        inner = needs.get(name, {}).get("model_type")
+        part = getattr(plain, name, None) if inner is None else config_class(inner)()
         if part is None:
             continue
         known = {*part.to_dict(), *type(part).attribute_map}
@@ -232,8 +238,16 @@ def gemma3_nested(folder: Path) -> Path:
     )
 
 
+def voxtral_saved_again(folder: Path) -> Path:
+    """Voxtral as transformers 5.15 saves it: ``language_model.model.model.layers``."""
+    return renamed(
+        wrapper(folder, "voxtral"), lambda name: name.replace("language_model.model.", "language_model.model.model.")
+    )
+
+
 WRAPPERS: dict[str, Callable[[Path], Path]] = {
     **{name: lambda folder, name=name: wrapper(folder, name) for name in (*WRAPPED, *AROUND)},  # type: ignore[misc]
     "gemma3-nested": gemma3_nested,
     "qwen2_vl-flat": qwen2_vl_flat,
+    "voxtral-saved-again": voxtral_saved_again,
 }

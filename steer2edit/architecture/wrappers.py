@@ -31,6 +31,8 @@ LANGUAGE_MODULE = "model.language_model."
 
 PREFIXES = (
     ("language_model.model.", LANGUAGE_MODULE),
+    # transformers 5.15 saves models that hear with one level more, and every release loads both
+    ("language_model.model.model.", LANGUAGE_MODULE),
     ("model.language_model.", LANGUAGE_MODULE),
     ("model.text_model.", "model.text_model."),
     ("text_model.model.", "model.text_model."),

@@ -213,7 +213,11 @@ def _try(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> st
 
     The reason where that does not work, or None where both agree.
     """
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import cache_utils
+
+    # a layer that uses an earlier one's keys and values has a cache that holds nothing, or none in older releases
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+    known = {getattr(cache_utils, name, None) for name in names}
 
     if cache_parameter(loaded.body().forward) is None:
         return "its forward takes no cache"
@@ -221,7 +225,7 @@ def _try(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> st
     try:
         _, cache = _run(loaded, [examples[0].ids[:1]], None, 0)
         layers = getattr(cache, "layers", None)
-        if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        if not layers or any(type(layer) not in known for layer in layers):
             return "its cache is not of attention's keys and values alone"
         passes = list(_shared(loaded, examples, _Sharing(plan.head, (least,))))
     except _NOT_CONTINUED as error:

@@ -13,6 +13,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from steer2edit.architecture.config import text_config
+from steer2edit.architecture.releases import RUNS_SINCE
 from steer2edit.errors import CheckpointError, first_line, listing
 from steer2edit.notices import notice
 
@@ -68,6 +70,19 @@ def check_complete(path: Path, model: Any, loading: Mapping[str, Any]) -> None:
         notice(f"transformers' {kind} does not run {len(left_out)} tensors of {path}, such as {left_out[0]}")
 
 
+def check_release(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the installed transformers holds a model type in modules that are not those described."""
+    import transformers
+
+    for kind in {str(config.get("model_type")), text_config(config).model_type} & RUNS_SINCE.keys():
+        if _numbers(transformers.__version__) < _numbers(RUNS_SINCE[kind]):
+            raise CheckpointError(
+                f"{path} is of the model type {kind!r}, whose modules are others in the installed transformers "
+                f"{transformers.__version__}; edits find them from {RUNS_SINCE[kind]} on: "
+                f"pip install -U 'transformers>={RUNS_SINCE[kind]}'"
+            )
+
+
 def reason(error: Exception, config: Mapping[str, Any]) -> str:
     """Why a model was not loaded, in a line."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
@@ -89,14 +104,18 @@ def _unknown_type(config: Mapping[str, Any]) -> str:
     told = f"the installed transformers {transformers.__version__} does not know the model type {kind!r}"
     if config.get("auto_map"):
         return f"{told}; the code that comes with the model does (auto_map in config.json), and --trust-remote-code runs it"
-    written, installed = (
-        _RELEASE.match(str(v)) for v in (config.get("transformers_version"), transformers.__version__)
-    )
-    if written is None or installed is None:
+    written = _RELEASE.match(str(config.get("transformers_version")))
+    if written is None or not _numbers(transformers.__version__):
         return f"{told}; a newer release may: pip install -U transformers"
-    if [int(part or 0) for part in written.groups()] <= [int(part or 0) for part in installed.groups()]:
+    if _numbers(written[0]) <= _numbers(transformers.__version__):
         return f"{told}, though config.json was written by {written[0]}: the model's page should say which code runs it"
     return f"{told}; config.json was written by {written[0]}: pip install -U 'transformers>={written[0]}'"
+
+
+def _numbers(release: str) -> list[int]:
+    """The three numbers of a release; empty where it is not one."""
+    match = _RELEASE.match(release)
+    return [] if match is None else [int(part or 0) for part in match.groups()]
 
 
 def _is_past(name: str, layers: int | None) -> bool:

@@ -23,7 +23,7 @@ from steer2edit.errors import ArchitectureError, CheckpointError, first_line, sh
 from steer2edit.files.layout import ADAPTER_CONFIG
 from steer2edit.notices import notice
 from steer2edit.runtime.launch import process_of
-from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, reason
+from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, reason
 from steer2edit.runtime.number_format import resolved_dtype
 
 TOKENIZER_FILES = (
@@ -166,6 +166,7 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     if dtype != "auto":
         dtype = getattr(torch, dtype)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    check_release(path, config)
     if block_size(config) and not _runs_fp8(device):
         return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
     placing = {"device_map": runtime.device_map} if runtime.device_map else {}
@@ -199,6 +200,7 @@ def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
 
     settings = {"trust_remote_code": trust_remote_code}
     given = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    check_release(path, given)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, **settings)
         with torch.device("meta"):
