@@ -18,7 +18,8 @@ INSIDE = {
     ),
     *("granite4_vision_text", "granite_docling_text", "hunyuan_vl_text", "mistral_large4_text", "muse_glimmer_text"),
     *("paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text"),
-    *("qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "unlimited_ocr_text"),
+    *("qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "unlimited_ocr_text", "chameleon", "step3p5"),
+    "kosmos_2_5_text_model",
 }
 """Language models that transformers knows as a part of a multimodal model alone."""
 COMMON_SETTINGS: dict[str, Any] = dict(  # noqa: C408

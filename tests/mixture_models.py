@@ -46,6 +46,10 @@ _LINEAR = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": None,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16,
+}  # fmt: skip
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 # what a type needs beside the common settings, or instead of them
 _SPECIAL: dict[str, dict[str, Any]] = {
@@ -89,10 +93,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention", "mamba"],
     },
     "granitemoeshared": {"shared_intermediate_size": 20},
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": None,
-        "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16,
-    },
+    "nemotron_h": NEMOTRON_H,
     "dbrx": {
         "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},

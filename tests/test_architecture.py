@@ -208,6 +208,10 @@ def test_opt_that_normalises_its_stream_is_refused(spec_of: Make) -> None:
     assert "do_layer_norm_before" in refusal(spec_of, model_type="opt", do_layer_norm_before=False)
 
 
+def test_chameleon_whose_norms_are_after_its_writers_is_refused(spec_of: Make) -> None:
+    assert "swin_norm is true" in refusal(spec_of, model_type="chameleon", swin_norm=True)
+
+
 FP8 = torch.float8_e4m3fn
 O_PROJ = "model.layers.0.self_attn.o_proj"
 QUANTISED = {

@@ -132,6 +132,7 @@ def test_a_size_given_under_another_name_is_not_a_default() -> None:
     [
         ({"global_head_dim": 8}, [(4, 16), (4, 8)]),
         ({"swa_head_dim": 32, "swa_num_attention_heads": 2}, [(2, 32), (4, 16)]),
+        ({"attention_other_setting": {"num_attention_heads": 2, "head_dim": 32}}, [(2, 32), (4, 16)]),
         ({"per_layer_config": {"01": {"head_dim": 8}}}, [(4, 16), (4, 8)]),
         ({"head_dim": 16}, [(4, 16), (4, 16)]),
     ],

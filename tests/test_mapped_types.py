@@ -17,20 +17,6 @@ from steer2edit.architecture.find_family import KNOWN
 from steer2edit.architecture.refusals import REFUSED
 from steer2edit.architecture.wrappers import MULTIMODAL
 
-# neither described nor refused yet: the list only gets shorter
-PENDING_TEXT: set[str] = set()
-PENDING_WRAPPERS = {
-    "apertus1p5",
-    "chameleon",
-    "fast_vlm",
-    "kosmos-2.5",
-    "llama4",
-    "nemotron_h_omni",
-    "perception_lm",
-    "step3p7",
-    "unlimited_ocr",
-}
-
 
 def mapped() -> Iterator[str]:
     """The causal and image-text model types of the installed transformers."""
@@ -43,13 +29,12 @@ def described() -> set[str]:
 
 
 def test_every_type_that_transformers_maps_is_described_or_refused() -> None:
-    unknown = set(mapped()) - described() - set(REFUSED) - PENDING_TEXT - PENDING_WRAPPERS
+    unknown = set(mapped()) - described() - set(REFUSED)
     assert not unknown, f"neither described nor refused: {', '.join(sorted(unknown))}"
 
 
-def test_no_type_is_described_and_refused_and_none_is_pending_that_is_either() -> None:
+def test_no_type_is_described_and_refused() -> None:
     assert not described() & set(REFUSED)
-    assert not (PENDING_TEXT | PENDING_WRAPPERS) & (described() | set(REFUSED))
 
 
 def test_every_refusal_has_a_reason_that_ends_its_message() -> None:

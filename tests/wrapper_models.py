@@ -12,7 +12,7 @@ import torch
 from conftest import make_tokenizer
 from family_configs import COMMON_SETTINGS, LINEAR, SPECIAL_SETTINGS
 from family_models import renamed
-from mixture_models import EXPERT_COUNTS
+from mixture_models import EXPERT_COUNTS, NEMOTRON_H
 from releases import config_class
 from safetensors.torch import load_file, save_file
 
@@ -102,7 +102,7 @@ _MLA = {
 }
 AROUND: dict[str, dict[str, Any]] = {
     **{key: {} for key in ("aria", "cohere2_vision", "fuyu", "granite_docling", "idefics2")},
-    **{key: {} for key in ("llava_next_video",)},
+    **{key: {} for key in ("llava_next_video", "kosmos-2.5")},
     **{key: {} for key in ("pp_chart2table", "video_llama_3", "deepseek_vl_hybrid", "qianfan_ocr")},
     **{key: {} for key in ("glmasr", "granite_speech", "granite_speech_plus", "omniasr")},
     **{key: {} for key in ("qwen2_audio", "qwen3_asr", "voxtral")},
@@ -130,6 +130,34 @@ AROUND: dict[str, dict[str, Any]] = {
         "text_config": {**_MROPE, "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 1, 1]}}
     },
     "kimi_k25": {"text_config": {**_MLA, "first_k_dense_replace": 1}},
+    # around a tower that needs no package of its own: published ones are timm's
+    "fast_vlm": {"vision_config": _CLIP},
+    "perception_lm": {"vision_config": {**_CLIP, "model_args": {"embed_dim": 16}}},
+    "nemotron_h_omni": {
+        "text_config": NEMOTRON_H,
+        "vision_config": {"video_temporal_patch_size": 2},
+        **dict.fromkeys(("vision_hidden_size", "projector_hidden_size"), 16),
+    },
+    "llama4": {"text_config": {"moe_layers": [1], "intermediate_size_mlp": 40}},
+    "step3p7": {
+        "text_config": {
+            **{"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "sliding_attention"]},
+            **{"share_expert_dim": 20, "sliding_window": 64, "moe_router_scaling_factor": 1.5},
+        }
+    },
+    "unlimited_ocr": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {"sam_config": _SAM, "encoder_config": {**_SMALL, "max_position_embeddings": 64}},
+    },
+    "chameleon": {
+        **{name: value for name, value in COMMON_SETTINGS.items() if name != "head_dim"},
+        **{"vocabulary_map": {"IMGIMGAZ": 3, "<image>": 4}, "vq_config": _CODEBOOK},
+    },
+    "apertus1p5": {
+        **{"image_token_offset": 8, "audio_token_offset": 72},
+        "vision_config": {**_CODEBOOK, "codebook_size": 64, "latent_channels": 16},
+        "audio_config": {"codebook_size": 56, "codebook_dim": 16, "num_filters": 2, "num_lstm_layers": 1},
+    },
     "ovis2": {name: COMMON_SETTINGS[name] for name in ("hidden_size", "vocab_size")},
     "qwen3_5_moe": {"text_config": {**_MROPE, **LINEAR}},
     "muse_glimmer": {"out_hidden_size": 64, "projector_hidden_size": 16},

@@ -16,8 +16,8 @@ from typing import Any
 
 from steer2edit.errors import ArchitectureError
 
-HIDDEN = ("hidden_size", "n_embd", "d_model")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HIDDEN = ("hidden_size", "n_embd", "d_model", "embed_dim")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names that configs give the number of experts."""
@@ -129,7 +129,7 @@ def layer_values(values: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
     """The settings as one layer has them, where layers differ: ``values`` itself where they do not.
 
     transformers writes ``per_layer_config``. The published files have ``global_head_dim`` for layers of full attention
-    (Gemma 4), or ``swa_`` before the settings of those with a window (dots3 note).
+    (Gemma 4), and ``swa_`` before the settings of those with a window (dots3 note) or a part for them (Step 3.7).
     """
     by_layer, kinds = values.get("per_layer_config"), values.get("layer_types")
     if isinstance(by_layer, dict):
@@ -139,6 +139,8 @@ def layer_values(values: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
     if kind == "full_attention" and values.get("global_head_dim") is not None:
         return {**values, "head_dim": values["global_head_dim"]}
     windowed = {name: value for name, value in values.items() if name.startswith("swa_") and value is not None}
+    if kind == "sliding_attention" and isinstance(values.get("attention_other_setting"), dict):
+        return {**values, **values["attention_other_setting"]}
     if kind == "sliding_attention" and windowed:
         return {**values, **{name.removeprefix("swa_"): value for name, value in windowed.items()}}
     return values

@@ -20,32 +20,12 @@ GRANITE_MULTIPLIERS = _on_every_writer(Multiplier("residual_multiplier"))
 LLAMA = Family(
     "llama",
     (
-        *(
-            "llama",
-            "mistral",
-            "ministral",
-            "ministral3",
-            "qwen2",
-            "qwen3",
-            "phi3",
-            "gemma",
-            "smollm3",
-        ),
-        *(
-            "cohere",
-            "cohere2",
-            "nemotron",
-            "stablelm",
-            "ernie4_5",
-            "hunyuan_v1_dense",
-            "arcee",
-            "apertus",
-            "seed_oss",
-        ),
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "smollm3"),
+        *("cohere", "cohere2", "nemotron", "stablelm", "ernie4_5", "hunyuan_v1_dense", "arcee", "apertus", "seed_oss"),
         *("helium", "glm", "cwm", "vaultgemma", "jais2", "internlm3", "iquestcoder"),
         *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "youtu"),
         *("apertus1p5_text", "cohere_compass_text", "phi4_multimodal"),
-        *("qwen2_5_omni_text", "hunyuan_vl_text", "paddleocr_vl_text", "emu3_text_model"),
+        *("qwen2_5_omni_text", "hunyuan_vl_text", "paddleocr_vl_text", "emu3_text_model", "chameleon"),
     ),
 )
 
@@ -214,6 +194,13 @@ FAMILIES: tuple[Family, ...] = (
         ("xglm",),
         attn_out="self_attn.out_proj",
         mlp_out="fc2",
+        final_norm="layer_norm",
+    ),
+    Family(
+        "kosmos2_5",
+        ("kosmos_2_5_text_model",),
+        attn_out="self_attn.out_proj",
+        mlp_out="ffn.fc2",
         final_norm="layer_norm",
     ),
     Family(

@@ -21,6 +21,7 @@ _FUSED_GRANITE = Mixture(
     block="block_sparse_moe",
     router_module="router",
 )
+_FUSED = Mixture(output="mlp.experts.down_proj", layout="out_in", fused_inputs=("mlp.experts.gate_up_proj",))
 
 MIXTURES: tuple[Family, ...] = (
     Family("qwen_moe", ("qwen3_moe", "olmoe", "mellum", "qwen3_omni_moe_text"), mixture=_PER_EXPERT),
@@ -71,11 +72,7 @@ MIXTURES: tuple[Family, ...] = (
         mixture=replace(_CORRECTED, shared=None),
         depth_scaled=True,
     ),
-    Family(
-        "exaone_moe",
-        ("exaone_moe",),
-        mixture=replace(_CORRECTED, bias="mlp.e_score_correction_bias"),
-    ),
+    Family("exaone_moe", ("exaone_moe",), mixture=replace(_CORRECTED, bias="mlp.e_score_correction_bias")),
     Family(
         "ernie4_5_moe",
         ("ernie4_5_moe",),
@@ -133,6 +130,20 @@ MIXTURES: tuple[Family, ...] = (
         multipliers={"experts": Multiplier("routed_scaling_factor")},
     ),
     Family(
+        "step3p5",
+        ("step3p5",),
+        mixture=Mixture(
+            output="moe.down_proj.weight",
+            layout="out_in",
+            fused_inputs=("moe.gate_proj.weight", "moe.up_proj.weight"),
+            router="moe.gate.weight",
+            bias="moe.router_bias",
+            shared="share_expert.down_proj",
+        ),
+        modules={"share_expert.down_proj": "mlp.shared_experts.down_proj"},
+        multipliers={"experts": Multiplier("moe_router_scaling_factor")},
+    ),
+    Family(
         "kimi_linear",
         ("kimi_linear",),
         mixers=("self_attn.o_proj",),
@@ -162,12 +173,7 @@ MIXTURES: tuple[Family, ...] = (
         "lara_mini",
         ("lara_mini",),
         mixers=("linear_attn.out_proj",),
-        mixture=Mixture(
-            output="mlp.experts.down_proj",
-            layout="out_in",
-            fused_inputs=("mlp.experts.gate_up_proj",),
-            shared="mlp.shared_expert.down_proj",
-        ),
+        mixture=replace(_FUSED, shared="mlp.shared_expert.down_proj"),
     ),
     Family(
         "lfm2_moe",
@@ -309,16 +315,7 @@ MIXTURES: tuple[Family, ...] = (
         per_layer_norm="post_per_layer_input_norm",
         block_scale="layer_scalar",
     ),
-    Family(
-        "mistral4",
-        ("mistral4",),
-        mixture=Mixture(
-            output="mlp.experts.down_proj",
-            layout="out_in",
-            fused_inputs=("mlp.experts.gate_up_proj",),
-            shared="mlp.shared_experts.down_proj",
-        ),
-    ),
+    Family("mistral4", ("mistral4",), mixture=replace(_FUSED, shared="mlp.shared_experts.down_proj")),
     Family(
         "aria",
         ("aria_text",),

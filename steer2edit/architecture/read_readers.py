@@ -17,8 +17,8 @@ from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
 from steer2edit.checkpoint.fp8 import FP8
 
 _EXPERT_INPUTS = ("gate_proj", "up_proj", "w1", "w3")
-# of mixers: kernels of convolutions, and what has a form of its own
-_NO_MATRIX = re.compile(r"(conv|conv1d|conv_1d)$|A_log$|rg_lru\.")
+# of mixers: kernels of convolutions, and what has a form of its own; gains of a norm for each head
+_NO_MATRIX = re.compile(r"(conv|conv1d|conv_1d)$|A_log$|rg_lru\.|[qk]_norm$")
 
 
 class ReaderFinder:

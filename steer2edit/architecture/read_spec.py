@@ -53,17 +53,13 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     config = checkpoint.config
     text = text_config(config)
     model_type, values = text.model_type, text.values
-    refuse_unfit(checkpoint, (model_type, str(config.get("model_type"))))
+    refuse_unfit(checkpoint, (model_type, str(config.get("model_type"))), values)
     by_type = family_of(model_type)
     hidden, layers = integer(values, *HIDDEN), layer_count(values)
     heads = head_count(values, optional=by_type is not None and by_type.partial)
     if layers > len(checkpoint.tensors):
         raise ArchitectureError(
             f"config.json gives {checkpoint.name} {layers} layers, its files hold {len(checkpoint.tensors)} tensors"
-        )
-    if model_type == "opt" and not values.get("do_layer_norm_before", True):
-        raise ArchitectureError(
-            f"{checkpoint.name} normalises the whole residual stream (do_layer_norm_before is false)"
         )
 
     family, prefix, module = find_family(checkpoint, model_type, layers, text.nested or model_type in FLAT)

@@ -88,13 +88,15 @@ NORMS: Mapping[str, Norms] = {
     **dict.fromkeys(("olmo2", "olmo3", "exaone4", "flex_olmo"), _STREAM),
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "exaone"), _GPT),
     **dict.fromkeys(("gptj", "codegen"), Norms(("ln_1",), ("ln_1",))),
-    **dict.fromkeys(("xglm", "biogpt", "opt"), Norms(("self_attn_layer_norm",), ("final_layer_norm",))),
+    **dict.fromkeys(
+        ("xglm", "biogpt", "opt", "kosmos_2_5_text_model"), Norms(("self_attn_layer_norm",), ("final_layer_norm",))
+    ),
     **dict.fromkeys(("lfm2", "lfm3", "lfm2_moe"), _OPERATOR),
     **dict.fromkeys(("bamba", "falcon_h1", "jamba"), _HYBRID),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "nemotron_h"), Norms(("norm",), ("norm",))),
     **dict.fromkeys(("apertus", "apertus1p5_text"), Norms(("attention_layernorm",), ("feedforward_layernorm",))),
     **dict.fromkeys(
-        ("gemma", "nemotron", "qwen3_5_text", "qwen3_next", "qwen3_5_moe_text", "minimax_m3_vl_text"),
+        ("gemma", "nemotron", "qwen3_5_text", "qwen3_next", "qwen3_5_moe_text", "minimax_m3_vl_text", "step3p5"),
         replace(_PLAIN, offset=1.0),
     ),
     **dict.fromkeys(("gemma2", "gemma3_text", "vaultgemma"), replace(_FOUR, offset=1.0)),
@@ -146,6 +148,7 @@ MODULES: Mapping[str, tuple[tuple[str, str], ...]] = {
         *((f"self_attn.f_{one}_proj", f"self_attn.forget_gate.f_{one}_proj") for one in "ab"),
         *_SPARSE_BLOCK,
     ),
+    "step3p5": (("share_expert.", "mlp.shared_experts."),),
     "lfm3": (("self_attn.gate_proj", "self_attn.g_proj"),),
     "olmo_hybrid": (
         ("attention_layer_norm", "input_layernorm"),

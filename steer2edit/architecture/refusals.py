@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
@@ -96,6 +97,12 @@ REFUSED: Mapping[str, str] = {
 }
 """Model types whose layout is known and cannot carry these edits, with the reason."""
 
+_LAYOUTS: Mapping[str, tuple[str, bool, str]] = {
+    "opt": ("do_layer_norm_before", False, "normalises the whole residual stream"),
+    "chameleon": ("swin_norm", True, "has norms after its writers in place of those before its readers"),
+}
+"""Model types one setting of which gives blocks that are not described: the setting, its value then, and what it does."""
+
 _QUANTISED = re.compile(
     r"(_blocks|_scales|\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|absmax|SCB"
     r"|scales|_data|codes|trellis)|\.quant_state\..+)$"
@@ -115,11 +122,17 @@ _LORA = re.compile(
 )
 
 
-def refuse_unfit(checkpoint: Checkpoint, model_types: tuple[str, ...]) -> None:
-    """Raise ArchitectureError for families known to be unfit, quantised weights, unmerged LoRAs and wrapped names."""
+def refuse_unfit(checkpoint: Checkpoint, model_types: tuple[str, ...], settings: Mapping[str, Any]) -> None:
+    """Raise ArchitectureError for families known to be unfit, quantised weights, unmerged LoRAs and wrapped names.
+
+    ``settings`` are the language model's, some of which make another layout of a described family.
+    """
     for name in model_types:
         if name in REFUSED:
             raise ArchitectureError(f"{checkpoint.name} ({name}) cannot be compiled: {REFUSED[name]}")
+        setting, value, why = _LAYOUTS.get(name, ("", None, ""))
+        if setting and settings.get(setting, not value) is value:
+            raise ArchitectureError(f"{checkpoint.name} {why} ({setting} is {str(value).lower()})")
     _refuse_quantised(checkpoint)
     _refuse_lora(checkpoint)
     _refuse_prefixes(checkpoint)

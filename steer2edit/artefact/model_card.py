@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer2edit import targets
+from steer2edit.architecture.wrappers import TEXT_ALONE
 from steer2edit.files.layout import CARD
 from steer2edit.files.untrusted import read_bytes
 from steer2edit.formatting import divergence, pairs
@@ -92,6 +93,8 @@ def inherited(checkpoint: Checkpoint) -> dict[str, Any]:
     if "pipeline_tag" not in known:
         tasks = (task for part, task in _TASKS.items() if isinstance(checkpoint.config.get(part), dict))
         known["pipeline_tag"] = next(tasks, "text-generation")
+    if checkpoint.config.get("model_type") in TEXT_ALONE:
+        known["pipeline_tag"] = "text-generation"
     return known
 
 

@@ -154,7 +154,7 @@ def experts_module(model: Any, router: Router) -> Any:
         raise ArchitectureError(
             f"transformers' {type(model).__name__} has no module {router.experts_module} for the experts of layer {router.layer}"
         ) from None
-    if not (hasattr(module, "has_gate") or hasattr(module, "mlp") or _scales_inputs(module)):
+    if not (hasattr(module, "has_gate") or _is_gated(module) or hasattr(module, "mlp") or _scales_inputs(module)):
         raise ArchitectureError(
             f"this release of transformers holds the experts of layer {router.layer} in a form that is not known "
             f"({type(module).__name__}); a newer release may run them"
@@ -195,10 +195,11 @@ def inner(module: Any, x: torch.Tensor, expert: int, widen: Widen | None = None)
             return torch.cat((x @ module.mlp.w1[rows].T, x @ module.mlp.v1[rows].T), dim=-1)
         if _scales_inputs(module):
             return x @ module.gate_up_proj[expert]  # type: ignore[no-any-return]
-        matrix = (module.gate_up_proj if module.has_gate else module.up_proj)[expert]
-        biases = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
+        gated, biased = _has_gate(module), getattr(module, "has_bias", False)
+        matrix = (module.gate_up_proj if gated else module.up_proj)[expert]
+        biases = (module.gate_up_proj_bias if gated else module.up_proj_bias) if biased else None
         bias = None if biases is None else biases[expert]
-        return functional.linear(x, matrix.T if module.is_transposed else matrix, bias)
+        return functional.linear(x, matrix.T if _is_transposed(module) else matrix, bias)
 
     wide = wide_of(x)
     if widen is not None:
@@ -209,7 +210,7 @@ def inner(module: Any, x: torch.Tensor, expert: int, widen: Widen | None = None)
     if _scales_inputs(module):
         gate, up = wide.chunk(2, dim=-1)
         return up * module.act_fn(gate)  # type: ignore[no-any-return]
-    return module._apply_gate(wide) if module.has_gate else module.act_fn(wide)  # type: ignore[no-any-return]
+    return module._apply_gate(wide) if _has_gate(module) else module.act_fn(wide)  # type: ignore[no-any-return]
 
 
 def output(module: Any, h: torch.Tensor, expert: int) -> torch.Tensor:
@@ -219,8 +220,8 @@ def output(module: Any, h: torch.Tensor, expert: int) -> torch.Tensor:
     if _scales_inputs(module):
         return h @ module.down_proj[expert]  # type: ignore[no-any-return]
     matrix = module.down_proj[expert]
-    bias = module.down_proj_bias[expert] if module.has_bias else None
-    return functional.linear(h, matrix.T if module.is_transposed else matrix, bias)
+    bias = module.down_proj_bias[expert] if getattr(module, "has_bias", False) else None
+    return functional.linear(h, matrix.T if _is_transposed(module) else matrix, bias)
 
 
 def _indexed(
@@ -271,6 +272,19 @@ def _llama4(model: Any, router: Router, stack: ExitStack) -> Callable[..., torch
 
 def _scales_inputs(module: Any) -> bool:
     return type(module).__name__.startswith("Llama4")
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether a module is as transformers' shared code has them, but without its flags: Step 3.7's."""
+    return all(hasattr(module, name) for name in ("gate_up_proj", "down_proj", "_apply_gate"))
+
+
+def _has_gate(module: Any) -> bool:
+    return bool(getattr(module, "has_gate", True))
+
+
+def _is_transposed(module: Any) -> bool:
+    return bool(getattr(module, "is_transposed", False))
 
 
 def _stacked(module: Any, expert: int) -> slice:

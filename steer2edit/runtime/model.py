@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
+from steer2edit.architecture.wrappers import TEXT_ALONE
 from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
 from steer2edit.data.templates import processor_template, templated
@@ -127,9 +128,15 @@ class LoadedModel:
     def body(self) -> Any:
         """The model without its unembedding: ids → last hidden state."""
         base = self.model.base_model
-        # Llama 4's causal model is its own base model; OPT's goes past its base model, to the decoder in it
-        base = self.model.model if base is self.model else base
+        # some wrappers and Llama 4's causal model are their own base model; OPT's goes past its, to the decoder in it
+        base = self._with_head.model if base is self.model else base
         return getattr(base, "decoder", base)
+
+    @property
+    def _with_head(self) -> Any:
+        """The model that has the unembedding: in some wrappers the one inside."""
+        inner = (getattr(self.model, name, None) for name in ("language_model", "text_model"))
+        return next((one for one in inner if hasattr(one, "lm_head")), self.model)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[n, vocabulary]`` of final hidden states ``[n, hidden]``, in the model's dtype."""
@@ -143,7 +150,7 @@ class LoadedModel:
     def module(self, site: Site) -> Any:
         """The module that a site's matrix lives in. Raises ArchitectureError where transformers has no such module."""
         if site.role is MatrixRole.UNEMBED:
-            return self.model.get_output_embeddings()
+            return self._with_head.get_output_embeddings()
         try:
             return self.model.get_submodule(site.module)
         except AttributeError:
@@ -215,7 +222,7 @@ def _first_that_knows(config: Mapping[str, Any], make: Callable[[Any], Any]) -> 
 
     kinds = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
     # a language model inside a multimodal one is loaded with the rest of it, as its users load it
-    if config.get("vision_config") or config.get("vq_config"):
+    if (config.get("vision_config") or config.get("vq_config")) and config.get("model_type") not in TEXT_ALONE:
         kinds = [AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM]
     for kind in kinds[:-1]:
         try:

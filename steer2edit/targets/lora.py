@@ -58,7 +58,7 @@ NO_ADAPTER = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # PEFT passes an adapter's names through transformers' renaming of checkpoints, which changes these, though they are right, or
 # takes them for the experts'
 MISREAD_BY_PEFT: Mapping[str, tuple[MatrixRole, ...]] = {
-    "deepseek_ocr2_text": tuple(MatrixRole),
+    **dict.fromkeys(("deepseek_ocr2_text", "unlimited_ocr_text"), tuple(MatrixRole)),
     "glm4v_moe_text": (MatrixRole.MLP_OUT, MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
     "laguna": (MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
     "mistral_large4_text": (MatrixRole.SHARED_EXPERT_OUT, MatrixRole.GATE, MatrixRole.UP),
@@ -77,7 +77,7 @@ EXPERTS = (
 )
 # their modules have other names in vLLM, whose table of names lacks those of transformers
 NO_PLACE_IN_VLLM = (
-    *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
+    *("granite_speech", "granite_speech_plus", "llama4", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
 )
 
 _ANY = LowRank("", torch.zeros(1, 1), torch.zeros(1, 1))
