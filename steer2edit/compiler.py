@@ -22,7 +22,7 @@ from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.files.locks import claimed
 from steer2edit.lowering import Lowering
-from steer2edit.methods import make_plan, runs_the_model, scaling
+from steer2edit.methods import covariance_layers, make_plan, runs_the_model, scaling
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
@@ -73,9 +73,12 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 background=request.background,
                 texts_to_keep=request.texts_to_keep,
                 batch_tokens=request.batch_tokens,
+                stream_moments=covariance_layers(request.method, request.options, spec),
                 progress=progress,
             )
-        assert statistics is not None  # one of the two was given
+        if statistics is None:
+            # the method's options ask for nothing that is captured
+            statistics = Statistics.nothing(checkpoint)
         vectors = request.vectors
         if request.vector == "gradient" and request.behavior is not None:
             examples = request.behavior.encode(loaded.tokenizer, loaded.context)

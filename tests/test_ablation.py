@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, save_tiny
+from conftest import ROWS, run, save_tiny
 from family_configs import family_config
 from family_models import Case
 
@@ -23,9 +24,10 @@ from steer2edit.data import contrast
 from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
 from steer2edit.errors import PlanError, TargetError
+from steer2edit.files.layout import PLAN
 from steer2edit.lowering import resolve
 from steer2edit.lowering.rewrite import edited_blocks
-from steer2edit.methods import ablation, make_plan, own_strength
+from steer2edit.methods import ablation, covariance_layers, make_plan, own_strength
 from steer2edit.plan import Bias, EditPlan, LowRank, NewBias
 from steer2edit.runtime.model import load_model
 from steer2edit.scoring.scores import Scoring
@@ -107,6 +109,19 @@ def test_columns_keep_their_length(case: Scoring, alpha: float, tmp_path: Path) 
     assert own_strength(ablation.Options(**options)) == 1.0
     with pytest.raises(TargetError, match="full rank"):
         emit(plan, case.checkpoint, case.spec, "lora", tmp_path / "lora")
+
+
+def test_compile_captures_what_leace_needs(tiny_llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = ("--data", data, "--method", "ablation", "--eraser", "leace", "--no-report", "--strength", 1)
+    done = run("compile", tiny_llama, *flags, "--direction-layer", 1, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert EditPlan.load(tmp_path / "out" / PLAN).method["eraser"] == "leace"
+    spec = read_spec(open_checkpoint(tiny_llama))
+    for options, layers in (({}, (spec.layers // 2,)), ({"per_layer": True}, tuple(range(spec.layers)))):
+        assert covariance_layers("ablation", ablation.Options(eraser="leace", **options), spec) == layers
+    assert covariance_layers("ablation", ablation.Options(), spec) == covariance_layers("steering", None, spec) == ()
 
 
 def test_leace_makes_the_classes_means_equal_and_changes_the_stream_least(case: Scoring, tmp_path: Path) -> None:

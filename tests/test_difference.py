@@ -203,6 +203,26 @@ def test_revert_restores_every_byte(emitted: tuple[Path, Path, EditPlan], tmp_pa
     assert (edited / RECEIPT).exists() == (place == "elsewhere")
 
 
+def test_a_second_revert_with_force_finds_the_first(emitted: tuple[Path, Path, EditPlan], tmp_path: Path) -> None:
+    base, edited, _ = emitted
+    back = tmp_path / "back"
+    first = revert(edited, base, back)
+    with pytest.raises(TargetError, match="exists"):
+        revert(edited, base, back)
+    before = {path.name: path.read_bytes() for path in back.iterdir()}
+    assert revert(edited, base, back, force=True) == first
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == before
+    # what is not the base's is not taken for an earlier result
+    (back / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError, match="not an artefact"):
+        revert(edited, base, back, force=True)
+    (back / "notes.txt").unlink()
+    shard = next(edited.glob("*.safetensors"))
+    shutil.copy(shard, back / shard.name)
+    with pytest.raises(TargetError, match="not an artefact"):
+        revert(edited, base, back, force=True)
+
+
 def test_revert_in_place_loses_no_file_that_it_does_not_carry(emitted: tuple[Path, Path, EditPlan]) -> None:
     base, edited, _ = emitted
     (edited / "checkpoint-5").mkdir()

@@ -19,6 +19,7 @@ from steer2edit.architecture.components import component_name, read_components, 
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import verify
 from steer2edit.errors import ArchitectureError, PlanError
+from steer2edit.files.layout import PLAN
 from steer2edit.methods import make_plan, silence
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.hooks import edited
@@ -219,6 +220,19 @@ def test_the_command_needs_no_statistics_for_a_list(build: Build, tmp_path: Path
     assert "attn.0.h1, mlp.2.n4" in told and "16 of 64 columns × 0" in told
     refused = run("plan", folder, "--method", "silence", "-o", tmp_path / "y.plan.safetensors")
     assert refused.exit_code == 2 and "--stats" in refused.stderr
+    compiled = tmp_path / "out"
+    command = ("compile", folder, "--method", "silence", "--out", compiled)
+    done = run(*command, "--components", names)
+    assert done.exit_code == 0, done.stderr
+    assert EditPlan.load(compiled / PLAN).edits[0].parts().keys() == EditPlan.load(out).edits[0].parts().keys()
+    assert EditPlan.load(compiled / PLAN).method["silenced"] == ["attn.0.h1", "mlp.2.n4"]
+    for flags, message in (
+        (("--components", names, "--protect", "formal"), "--vectors, --vector and --protect change what is captured"),
+        (("--components", names, "--eval", names), "--eval and --aim compare with steering"),
+        ((), "give --data, --behavior"),
+    ):
+        refused = run(*command, *flags, "--force")
+        assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(

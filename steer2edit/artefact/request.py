@@ -17,7 +17,7 @@ from steer2edit.data.questions import Question
 from steer2edit.engines.opening import JudgeChoice
 from steer2edit.errors import DataError
 from steer2edit.lowering import Writing
-from steer2edit.methods import METHOD, own_strength
+from steer2edit.methods import METHOD, needs_no_statistics, own_strength
 from steer2edit.runtime.model import Runtime
 from steer2edit.strength.aim import Aim
 
@@ -29,10 +29,10 @@ Protected = Behavior | Statistics | Vectors
 class CompileRequest:
     """What to compile into ``model``, how strongly, and where the artefacts go.
 
-    Give ``behavior`` or ``statistics`` of an earlier capture. ``vectors`` from elsewhere take the place of the captured
-    difference; a behaviour without examples is then enough. Else ``vector`` says what is made of the pairs' differences. The edit
-    does not write along the directions to ``protect``, which are behaviours, statistics or vectors of the same model, and it has
-    no mean push on ``texts_to_keep``. ``options`` are the
+    Give ``behavior`` or ``statistics`` of an earlier capture; a method whose options ask for nothing captured needs neither.
+    ``vectors`` from elsewhere take the place of the captured difference; a behaviour without examples is then enough. Else
+    ``vector`` says what is made of the pairs' differences. The edit does not write along the directions to ``protect``, which are
+    behaviours, statistics or vectors of the same model, and it has no mean push on ``texts_to_keep``. ``options`` are the
     method's own Options. ``strength`` multiplies the method's edit; without it the largest strength is taken whose mean KL on
     neutral text (nats per token) is within ``kl_budget``, that of ``strength.settle.KL_BUDGETS`` unless given;
     ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
@@ -41,8 +41,8 @@ class CompileRequest:
     the same behaviour: the edit is compared with it. A ``judge`` reads the answers. An ``aim`` takes the weakest strength that
     reaches it on the selection half of the questions, within ``kl_budget``.
 
-    Raises DataError unless exactly one of behaviour and statistics is given, and for an aim without questions or beside another
-    strength.
+    Raises DataError where behaviour and statistics are both given, or neither although the method needs one, and for an aim
+    without questions or beside another strength.
     """
 
     model: str | Path
@@ -73,7 +73,8 @@ class CompileRequest:
     writing: Writing = field(default_factory=Writing)
 
     def __post_init__(self) -> None:
-        if (self.behavior is None) == (self.statistics is None):
+        neither = self.behavior is None and self.statistics is None
+        if (self.behavior is not None and self.statistics is not None) or (neither and self.needs_data):
             raise DataError("give a behaviour or the statistics of an earlier capture, exactly one of the two")
         if self.vectors is not None and self.vector != "mean":
             raise DataError(f"a vector of the pairs ({self.vector}) and vectors from elsewhere: give one of the two")
@@ -81,6 +82,11 @@ class CompileRequest:
             raise DataError(f"the aim {self.aim} takes held-out questions to measure it on (--eval FILE)")
         if self.aim is not None and (self.strength is not None or self.class_budgets is not None):
             raise DataError(f"the aim {self.aim} decides the strength: give no strength, and no budget for one class")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something that is captured is needed."""
+        return self.vectors is not None or bool(self.protect) or not needs_no_statistics(self.options)
 
     @property
     def fixed_strength(self) -> float | None:

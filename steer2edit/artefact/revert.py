@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import shutil
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from steer2edit.artefact.receipt import read_receipt
 from steer2edit.checkpoint import Checkpoint, TensorInfo, open_checkpoint, split_part_name
 from steer2edit.checkpoint.fp8 import SUFFIX
 from steer2edit.diff.difference import equal, fused_parts
-from steer2edit.errors import PlanError, TargetError, listing
+from steer2edit.errors import PlanError, Steer2EditError, TargetError, listing
 from steer2edit.files.atomic import new_folder
 from steer2edit.files.byte_ranges import COPY_BYTES, copy_range
-from steer2edit.files.layout import CARD
+from steer2edit.files.layout import CARD, RECEIPT
 from steer2edit.files.outputs import check_apart
 from steer2edit.lowering.other_files import copied_files, copy_other_files, refuse_links
 from steer2edit.progress import Progress, silent
@@ -46,7 +47,8 @@ def revert(
 
     The receipt must vouch for every difference: the base's tensor has the hash it had before the edit, the edited one the
     hash it had after, and every other tensor is the base's. Raises PlanError, with all that does not agree, otherwise.
-    ``unproven`` restores whatever differs instead, also in checkpoints made by others, and then ``out`` must be given.
+    ``unproven`` restores whatever differs instead, also in checkpoints made by others, and then ``out`` must be given. With
+    ``force`` a folder ``out`` that holds the same result already stays as it is.
     """
     folder = Path(edited).expanduser()
     if unproven and out is None:
@@ -67,6 +69,9 @@ def revert(
     # a base in one file has no index
     dropped = theirs.index if created and ours.index is None else None
     carried = [name for name in carried if name != dropped]
+    if out is not None and force and _holds(place, ours, theirs, unlike):
+        # an earlier revert wrote it, and it has no receipt by which it would be known
+        return Reverted(place, (*restored, *created), not unproven, unlike)
     with new_folder(place, force or out is None, carried) as made:
         _write(ours, theirs, set(restored), set(created), made, progress)
         copy_other_files(theirs, made)
@@ -81,6 +86,26 @@ def revert(
         for checkpoint in (ours, theirs):
             checkpoint.check_unchanged()
     return Reverted(place, (*restored, *created), not unproven, unlike)
+
+
+def _holds(place: Path, ours: Checkpoint, theirs: Checkpoint, unlike: tuple[str, ...]) -> bool:
+    """Whether a folder has the base's tensors, but for ``unlike``, and beside them only files of the two checkpoints."""
+    if (place / RECEIPT).is_file() or not place.is_dir():
+        return False
+    try:
+        there = open_checkpoint(place)
+        if not set(_different(ours, there, silent)) <= set(unlike):
+            return False
+        weights = {*there.shards, there.index}
+        names = [path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()]
+        return all(name in weights or _same_file(place, name, (ours, theirs)) for name in names)
+    except (OSError, Steer2EditError):
+        return False
+
+
+def _same_file(place: Path, name: str, checkpoints: tuple[Checkpoint, ...]) -> bool:
+    sources = [one.path / name for one in checkpoints]
+    return any(one.is_file() and filecmp.cmp(place / name, one, shallow=False) for one in sources)
 
 
 def _different(ours: Checkpoint, theirs: Checkpoint, progress: Progress) -> list[str]:

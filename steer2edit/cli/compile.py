@@ -118,7 +118,7 @@ def compile(
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
     from steer2edit.evaluation.summary import summary
-    from steer2edit.methods import edited_layers
+    from steer2edit.methods import edited_layers, needs_no_statistics
     from steer2edit.strength.aim import Aim
 
     judged.check(answers_by=missing.answers_by)
@@ -147,14 +147,24 @@ def compile(
         raise click.UsageError("several --eval belong to several --plan; give one")
     stats.check(data)
     vectors.check()
-    if stats.stats is None and vectors.vectors_file is None:
+    options = method.options()
+    without_data = stats.stats is None and not data.any and missing.trait is None and needs_no_statistics(options)
+    if without_data and (vectors.vectors_file is not None or vectors.vector != "mean" or protect.protect):
+        raise click.UsageError(
+            "--vectors, --vector and --protect change what is captured: give data too (--data, --behavior or --stats)"
+        )
+    if without_data and (report.questions or aim is not None):
+        raise click.UsageError(
+            "--eval and --aim compare with steering by the data's vector: give data too (--data or --behavior)"
+        )
+    if stats.stats is None and vectors.vectors_file is None and not without_data:
         data = missing.with_data(data, model, model_flags, judged, output.out, writing.dry_run)
-    steering = vectors.read(edited_layers(method.options()))
+    steering = vectors.read(edited_layers(options))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(
         model,
         output.out,
-        behavior=data.read_behavior(steering) if statistics is None else None,
+        behavior=data.read_behavior(steering) if statistics is None and not without_data else None,
         statistics=statistics,
         vectors=steering,
         vector=vectors.vector,
@@ -162,7 +172,7 @@ def compile(
         to=targets.to,
         revision=model_flags.revision,
         method=method.method,
-        options=method.options(),
+        options=options,
         strength=strength.strength,
         kl_budget=strength.kl_budget,
         class_budgets=strength.class_budgets,

@@ -21,6 +21,7 @@ from steer2edit.options import DISCRIMINATIVE
 from steer2edit.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from steer2edit.architecture import ModelSpec
     from steer2edit.capture.statistics import Statistics
     from steer2edit.plan import EditPlan
     from steer2edit.scoring.scores import Scoring
@@ -95,6 +96,12 @@ def edited_layers(options: Any) -> tuple[int, int] | None:
 def needs_no_statistics(options: Any) -> bool:
     """Whether a method's options ask for nothing that is captured."""
     return bool(getattr(options, "without_statistics", False))
+
+
+def covariance_layers(name: str, options: Any, spec: ModelSpec) -> tuple[int, ...]:
+    """The layers after which a method with these options needs the whole covariance of the stream."""
+    asked = getattr(load(name), "covariance_layers", None)
+    return () if asked is None or options is None else tuple(asked(spec, options))
 
 
 def runs_the_model(name: str) -> bool:

@@ -62,8 +62,8 @@ class Directions:
         key = f"residual.{layer}"
         if (key, "contrast") not in self.statistics.blocks:
             raise PlanError(
-                f"--eraser leace needs the covariance of the residual stream after layer {layer}: capture the statistics with "
-                f"--stream-moments {layer}"
+                f"--eraser leace needs the covariance of the residual stream after layer {layer}. compile captures it where it "
+                f"is given data (--behavior or --data); statistics hold it after steer2edit capture … --stream-moments {layer}"
             )
         mean = (self.statistics.mean(key, "output", "positive") + self.statistics.mean(key, "output", "negative")) / 2
         sigma = self.statistics.blocks[key, "contrast"][0].double() - torch.outer(mean, mean)

@@ -107,6 +107,18 @@ def plan(scoring: Scoring, options: Options = Options(), progress: Progress = si
     return EditPlan(Base.of(checkpoint), tuple(edits), method=method)
 
 
+def covariance_layers(spec: ModelSpec, options: Options) -> list[int]:
+    """The layers after which LEACE needs the covariance of the stream; none for the orthogonal projection."""
+    if options.eraser != "leace":
+        return []
+    if not options.per_layer:
+        layer = spec.layers // 2 if options.direction_layer is None else options.direction_layer
+        return [layer] if 0 <= layer < spec.layers else []
+    # discriminative layers are known after the capture
+    first, last = spec.layer_range(options.layers) if isinstance(options.layers, tuple) else (0, spec.layers - 1)
+    return list(range(first, last + 1))
+
+
 def _check(scoring: Scoring, options: Options, layer: int, sites: list[Site]) -> None:
     spec, name = scoring.spec, scoring.checkpoint.name
     if not 0 <= layer < spec.layers:
