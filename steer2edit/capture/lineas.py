@@ -12,8 +12,10 @@ are 0 for the identity and count in units of the coordinate's spread s:
 
 The transport plan of each coordinate is monotone, so an output's target is the positive class's quantile at the output's rank.
 Ranks are those within all outputs that fit as they were last seen: a batch of a few examples is not taken for the class. Each
-step is a proximal gradient step. A place's step is the rate over the root mean square of its gradient (of all places', where that
-is larger), one number for the place, so that its proximal map has a closed form. The rate falls linearly to 0.
+step is a proximal gradient step. A place's step is the rate over the largest root mean square that its gradient had (or that all
+places' had, where that is larger), one number for the place, so that its proximal map has a closed form. The first rate is the
+one of ``RATES`` that lowers the loss of the first examples most: maps of many layers act on each other, and a step that is right
+for one place is far too long for sixty. The rate falls linearly to 0, and is halved where the loss gets ``WORSE``.
 
 This is a training of 2 d numbers for each place, the one method of this package that is a training. Like the paper, it starts
 at the identity. The paper maps the outputs of norms; here the maps act on what writers give, where one bias carries b and the
@@ -40,17 +42,19 @@ from steer2edit.capture.affine_maps import (
     positions_each,
     positions_of,
 )
+from steer2edit.data.tokens import Encoded
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_right
 from steer2edit.runtime.model import device_of
 
-RATE = 0.1
-"""The first step's root mean square, in spreads of a coordinate."""
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""First rates that are tried: the root mean square of the step, in spreads of a coordinate."""
+WORSE = 1.2
+"""A loss so many times the first one is that of a step that was too long."""
 ROWS = 16
 """Examples of a step, fewer where they would have more than ``batch_tokens`` tokens."""
 _SHARE = 0.5
-_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def fit_lineas(runs: ContrastRuns, classes: Classes, settings: FitSettings, prog
     A run that ``seconds`` ends is not the same the next time, and says so.
     """
     places = {site.key: _Place(runs, classes, site, settings) for site in classes.sites}
-    taken = _descend(runs, classes, places, settings, progress)
+    taken = _Training(runs, classes, places, settings).run(progress)
     maps = {key: place.map() for key, place in places.items()}
     after = losses_under(runs, classes, maps, progress)
     return Fit(
@@ -122,7 +126,6 @@ class _Place:
         self.theta = torch.zeros(2 if settings.constant else 1, site.out_features, device=device, requires_grad=True)
         self.target = classes.targets[site.key, "fit"].to(device)
         self.known = torch.empty(0)
-        self.square = 0.0
 
     def rank_among(self, quantiles: torch.Tensor) -> None:
         """Take these quantiles [out, LEVELS] of the place's own outputs for the negative class."""
@@ -166,78 +169,117 @@ def proximal(theta: torch.Tensor, threshold: float) -> torch.Tensor:
     return soft * max(0.0, 1 - shrink / norm) if norm else soft
 
 
-def _descend(
-    runs: ContrastRuns,
-    classes: Classes,
-    places: Mapping[str, _Place],
-    settings: FitSettings,
-    progress: Progress,
-) -> int:
-    """Take the steps; how many there were."""
-    loaded, examples = runs.loaded, runs.part("fit", "negative")
-    most = positions_each(runs, classes.sites)
-    # what was seen last of each output; the classes stay as they are
-    outputs = replace(classes.negative, values={key: one.clone() for key, one in classes.negative.values.items()})
-    started, taken = time.monotonic(), 0
-    average = 0.0
-    flat, rows, weights = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0)
-    parts: list[torch.Tensor] = []
+class _Training:
+    """The places on the model, and all outputs that fit as they were seen last."""
 
-    def visit(key: str, y: torch.Tensor, changed: torch.Tensor) -> None:
-        place, index = places[key], flat.to(y.device)
+    def __init__(
+        self, runs: ContrastRuns, classes: Classes, places: Mapping[str, _Place], settings: FitSettings
+    ) -> None:
+        self.runs, self.classes, self.places, self.settings = runs, classes, places, settings
+        self.examples = runs.part("fit", "negative")
+        self.most = positions_each(runs, classes.sites)
+        self.width = sum(place.spread.numel() for place in places.values())
+        self.numbers = sum(place.theta.numel() for place in places.values())
+        # the classes stay as they are
+        self.seen = replace(classes.negative, values={key: one.clone() for key, one in classes.negative.values.items()})
+        self._flat, self._rows, self._weights = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._parts: list[torch.Tensor] = []
+
+    def run(self, progress: Progress) -> int:
+        """Take the steps; how many there were."""
+        sizes = dict.fromkeys(self.places, 0.0)
+        started, taken, rate, first = time.monotonic(), 0, 0.0, 0.0
+        kept: list[torch.Tensor] = []
+        stage = f"LinEAS, a training of {self.numbers:,} numbers"
+        with (
+            progress(stage, total=self.settings.steps) as advance,
+            mapped(self.runs.loaded, self.classes.sites, lambda key: self.places[key].wide(), self._visit),
+        ):
+            for indices, again in _steps(self.runs, self.examples, self.settings):
+                if time.monotonic() - started > self.settings.seconds:
+                    notice(
+                        f"LinEAS ended after {taken} of {self.settings.steps} steps, at the {self.settings.seconds:g} s of "
+                        "--fit-seconds: the next run may take another number of steps"
+                    )
+                    break
+                if again:
+                    for key, place in self.places.items():
+                        place.rank_among(self.seen.quantiles(key))
+                loss, gradients = self._gradients(indices)
+                if taken and loss > WORSE * first:
+                    # the step was too long: back to the last place that was good
+                    rate /= 2
+                    self._put(kept)
+                    loss, gradients = self._gradients(indices)
+                sizes = {key: max(sizes[key], _size(one)) for key, one in gradients.items()}
+                mean = math.sqrt(sum(size**2 for size in sizes.values()) / len(sizes))
+                steps = {key: 1 / max(size, mean) for key, size in sizes.items()} if mean else {}
+                if not taken:
+                    first, rate = loss, self._first_rate(indices, gradients, steps, loss)
+                kept = [place.theta.detach().clone() for place in self.places.values()]
+                for key, step in steps.items():
+                    falling = rate * (1 - taken / self.settings.steps)
+                    self.places[key].move(gradients[key], falling * step, self.settings.sparse)
+                taken += 1
+                advance(1, f"loss {loss / self.width:.3g}")
+        return taken
+
+    def _first_rate(
+        self, indices: Sequence[int], gradients: Mapping[str, torch.Tensor], steps: Mapping[str, float], loss: float
+    ) -> float:
+        """The rate whose first step lowers the loss of its own examples most; the smallest where none lowers it."""
+        before = [place.theta.detach().clone() for place in self.places.values()]
+        found = {}
+        for rate in RATES if steps else ():
+            for key, step in steps.items():
+                self.places[key].move(gradients[key], rate * step, 0.0)
+            found[rate] = self._loss(indices)
+            self._put(before)
+        best = min(found, key=lambda rate: found[rate], default=RATES[-1])
+        return best if found and found[best] < loss else RATES[-1]
+
+    def _put(self, thetas: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for place, theta in zip(self.places.values(), thetas, strict=True):
+                place.theta.copy_(theta)
+
+    def _gradients(self, indices: Sequence[int]) -> tuple[float, dict[str, torch.Tensor]]:
+        with torch.enable_grad():
+            loss = self._forward(indices)
+            found = torch.autograd.grad(loss, [place.theta for place in self.places.values()])
+        return float(loss.detach()), dict(zip(self.places, found, strict=True))
+
+    def _loss(self, indices: Sequence[int]) -> float:
+        with torch.no_grad():
+            return float(self._forward(indices))
+
+    def _forward(self, indices: Sequence[int]) -> torch.Tensor:
+        """The loss of some examples, summed over places and coordinates."""
+        loaded, seen = self.runs.loaded, self.seen
+        ids, mask = pad_right([self.examples[i].ids for i in indices], loaded.padding, loaded.device)
+        chosen = [positions_of(self.examples[i], self.most) for i in indices]
+        self._flat = torch.tensor([row * ids.shape[1] + p for row, one in enumerate(chosen) for p in one])
+        self._rows = torch.cat([torch.arange(seen.spans[i].start, seen.spans[i].stop) for i in indices])
+        self._weights = torch.cat([torch.full((len(one),), 1 / len(one) / len(indices)) for one in chosen])
+        self._parts.clear()
+        loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
+        return torch.stack(self._parts).sum()
+
+    def _visit(self, key: str, y: torch.Tensor, changed: torch.Tensor) -> None:
+        place, index = self.places[key], self._flat.to(y.device)
         own = y.detach().flatten(0, -2).index_select(0, index)
-        outputs.values[key][rows] = own.to("cpu", outputs.values[key].dtype)
+        self.seen.values[key][self._rows] = own.to("cpu", self.seen.values[key].dtype)
         missing = (changed.flatten(0, -2).index_select(0, index) - place.targets(own)) / place.spread
-        parts.append((weights.to(y.device) @ missing.square()).sum().to(loaded.device))
-
-    stage = f"LinEAS, a training of {sum(one.theta.numel() for one in places.values()):,} numbers"
-    keys = list(places)
-    with (
-        progress(stage, total=settings.steps) as advance,
-        mapped(loaded, classes.sites, lambda key: places[key].wide(), visit),
-    ):
-        for indices, again in _steps(runs, examples, settings):
-            if time.monotonic() - started > settings.seconds:
-                notice(
-                    f"LinEAS ended after {taken} of {settings.steps} steps, at the {settings.seconds:g} s of --fit-seconds: the "
-                    "next run may take another number of steps"
-                )
-                break
-            if again:
-                for key, place in places.items():
-                    place.rank_among(outputs.quantiles(key))
-            ids, mask = pad_right([examples[i].ids for i in indices], loaded.padding, loaded.device)
-            chosen = [positions_of(examples[i], most) for i in indices]
-            flat = torch.tensor([row * ids.shape[1] + p for row, one in enumerate(chosen) for p in one])
-            rows = torch.cat([torch.arange(outputs.spans[i].start, outputs.spans[i].stop) for i in indices])
-            weights = torch.cat([torch.full((len(one),), 1 / len(one) / len(indices)) for one in chosen])
-            parts.clear()
-            with torch.enable_grad():
-                loaded.body()(input_ids=ids, attention_mask=mask, use_cache=False)
-                loss = torch.stack(parts).sum()
-                gradients = torch.autograd.grad(loss, [places[key].theta for key in keys])
-            rate = RATE * (1 - taken / settings.steps)
-            taken += 1
-            for key, gradient in zip(keys, gradients, strict=True):
-                places[key].square = _averaged(places[key].square, float(gradient.square().mean()))
-            average = sum(place.square for place in places.values()) / len(places)
-            for key, gradient in zip(keys, gradients, strict=True):
-                size = math.sqrt(max(places[key].square, average) / (1 - _MEMORY**taken))
-                if size > 0:
-                    places[key].move(gradient, rate / size, settings.sparse)
-            width = sum(place.spread.numel() for place in places.values())
-            advance(1, f"loss {float(loss.detach()) / width:.3g}")
-    return taken
+        self._parts.append((self._weights.to(y.device) @ missing.square()).sum().to(self.runs.loaded.device))
 
 
-def _averaged(before: float, now: float) -> float:
-    return _MEMORY * before + (1 - _MEMORY) * now
+def _size(gradient: torch.Tensor) -> float:
+    return float(gradient.square().mean().sqrt())
 
 
-def _steps(runs: ContrastRuns, examples: Sequence[object], settings: FitSettings) -> Iterator[tuple[list[int], bool]]:
+def _steps(runs: ContrastRuns, examples: Sequence[Encoded], settings: FitSettings) -> Iterator[tuple[list[int], bool]]:
     """The examples of each step, and whether a new round through all of them begins."""
-    lengths = [len(one.ids) for one in examples]  # type: ignore[attr-defined]
-    rows = max(1, min(ROWS, runs.batch_tokens // max(lengths)))
+    rows = max(1, min(ROWS, runs.batch_tokens // max(len(one.ids) for one in examples)))
     generator = torch.Generator().manual_seed(settings.seed)
     left = settings.steps
     while left > 0:
