@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from steer2edit.bootstrap import LEAST_DRAWS
 from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import builtin_questions
@@ -106,8 +107,9 @@ def length(
     right = [i for i in whole if said_number(answers[i]) == made[i].answers[0]]
     used = right if len(right) >= 24 else whole
     notes = [f"{len(made)} own answers: {len(whole)} ended within {tokens} tokens, {len(right)} of them right"]
-    if len(used) < 6:
-        raise DataError(f"{notes[0]}; at least 6 are needed to part short from long: raise --probe or --max-new-tokens")
+    if len(used) < 3 * LEAST_DRAWS:
+        least = f"at least {3 * LEAST_DRAWS} are needed, so that a third has {LEAST_DRAWS}"
+        raise DataError(f"{notes[0]}; {least}: raise --probe or --max-new-tokens")
     ordered = sorted(used, key=lambda i: len(written[i]))
     third = len(ordered) // 3
     examples = [

@@ -129,7 +129,7 @@ def test_short_and_long_reasoning_are_thirds_of_the_models_own_right_answers(mod
     assert len(sides["positive"]) == len(sides["negative"]) and max(sides["positive"]) <= min(sides["negative"])
     asked = {q.prompt for q in found.questions}
     assert not asked & {example.prompt for example in found.behavior.examples}
-    with pytest.raises(DataError, match="at least 6"):
+    with pytest.raises(DataError, match="at least 18"):
         paper_data.length(sums, 60, loaded, 1, written)
 
 
