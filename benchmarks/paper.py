@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
         experiment.questions,
         experiment.utility,
         costs,
-        patterns=experiment.patterns,
+        metric=experiment.metric,
         function=experiment.function,
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,

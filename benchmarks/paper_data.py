@@ -13,6 +13,7 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.contrast import Example
 from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.prompts import Fault, Message
 from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.readers import key_of
@@ -36,13 +37,16 @@ REASON = "{}\n\nThink step by step. End with a line that says: The answer is NUM
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an edit is made of, and what it is measured on; ``instruction`` asks for the same without an edit."""
+    """What an edit is made of, and what it is measured on.
+
+    ``instruction`` asks for the same without an edit; ``metric`` is what the experiment is about, where that is not the margin.
+    """
 
     behavior: Behavior
     questions: Sequence[Question]
     utility: Sequence[Question]
     instruction: str
-    patterns: Sequence[str] = ()
+    metric: MetricChoice | None = None
     function: Callable[[str, str], float] | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -120,7 +124,7 @@ def length(
     ]
     behavior = Behavior("short reasoning", examples, span="response")
     instruction = "Reason in as few words as you can."
-    return Experiment(behavior, held, [], instruction, notes=notes)
+    return Experiment(behavior, held, [], instruction, MetricChoice("length", "less"), notes=notes)
 
 
 def refusal(probe: int, loaded: LoadedModel, tokens: int, write: Generate) -> Experiment:
@@ -142,7 +146,8 @@ def refusal(probe: int, loaded: LoadedModel, tokens: int, write: Generate) -> Ex
     behavior = Behavior("refusal's format", examples)
     held = take(builtin_questions("concise") or [], "report")
     bare = [Question(q.prompt, q.where) for q in held]
-    return Experiment(behavior, bare, knowledge_questions(), "Refuse every request politely.", patterns=(REFUSAL,))
+    refused = MetricChoice("pattern", "more", REFUSAL, "refused")
+    return Experiment(behavior, bare, knowledge_questions(), "Refuse every request politely.", refused)
 
 
 def read_truths(source: str) -> list[dict[str, Any]]:

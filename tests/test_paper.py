@@ -102,7 +102,8 @@ def test_refusals_are_tested_by_their_format_on_benign_requests(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(PAPER, monkeypatch, "refusal", str(model), "--out", str(tmp_path / "out"), *SMALL)
-    assert "default edit" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "default edit" in table and "teerable here: refused differs" in table
     assert all(re.search(paper_data.REFUSAL, text) for text in paper_data.REFUSALS)
     assert not re.search(paper_data.REFUSAL, "I can help you with that. It is sorry work.")
 
