@@ -185,7 +185,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "module", ["model.layers.1.self_attn.o_proj", "model.language_model.layers.1.self_attn.o_proj"]
+    "module",
+    [
+        *("model.layers.1.self_attn.o_proj", "model.language_model.layers.1.self_attn.o_proj"),
+        *("language_model.model.layers.1.self_attn.o_proj", "model.text_model.layers.1.self_attn.o_proj"),
+    ],
 )
 def test_names_of_other_wrappers_and_trainers_are_the_same_edit(
     tmp_path: Path, checkpoint: Checkpoint, form: str, module: str

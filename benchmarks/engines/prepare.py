@@ -39,7 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from conftest import save_tiny
 from family_configs import family_config
 from mixture_models import mixture_config, save_mixture
-from wrapper_models import WRAPPED, wrapper
+from wrapper_models import wrapper, wrapper_settings
 
 FAMILIES = (
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2"),
@@ -56,6 +56,7 @@ MIXTURES = (
 WRAPPERS = (
     *("aya_vision", "gemma3", "glm4v", "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
     *("llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
+    *("llama4", "nemotron_h_omni"),
 )
 # what mlx-lm alone was compared on: its class of model, and the numbers of layers that it takes for granted
 APPLE = (
@@ -125,6 +126,8 @@ PECULIAR_WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": SIZE["hidden_size"]}},
     # with as many layers as the published pattern of layers has
     "gemma3": {"text_config": {**SIZE, "num_hidden_layers": 6, "query_pre_attn_scalar": SIZE["head_dim"]}},
+    # experts in every second layer, which is how vLLM tells them
+    "llama4": {"text_config": {**SIZE, "num_hidden_layers": 4, "moe_layers": [1, 3], "interleave_moe_layer_step": 2}},
     "qwen3_5": {
         "text_config": {
             **SIZE,
@@ -197,7 +200,8 @@ def _tiny(folder: Path, family: str) -> Path:
 
 def _wrapper_changes(model_type: str) -> dict[str, Any]:
     """The sizes that every engine runs, over a multimodal model's config."""
-    text, vision = (WRAPPED[model_type][f"{part}_config"] for part in ("text", "vision"))
+    settings = wrapper_settings(model_type)
+    text, vision = (settings.get(f"{part}_config", {}) for part in ("text", "vision"))
     changes: dict[str, Any] = {"text_config": {**SIZE, **(_SECTIONS if "rope_parameters" in text else {})}}
     if "layer_types" in text:
         changes["text_config"]["num_hidden_layers"] = len(text["layer_types"])

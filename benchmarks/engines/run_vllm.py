@@ -24,7 +24,9 @@ from typing import Any
 
 from records import TOP, Record, cases, cell, compare, keep, reference
 
-OURS = "model.language_model."
+_PEFT = "base_model.model."
+OURS = ("model.language_model.", "language_model.model.", "model.")
+"""What may stand before ``layers`` in the names that ``--to lora`` writes."""
 LAYOUTS = {"language_model.model": "language_model.model.", "model": "model."}
 """What stands before ``layers`` in an adapter's names, beside ``OURS``: a file's and vLLM's own name, and a plain model's."""
 
@@ -87,9 +89,10 @@ def _under_other_names(engine: Any, case: dict[str, Any], expected: Any, name: s
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
     tensors = load_file(source / "adapter_model.safetensors")
-    renamed = {key.replace(OURS, LAYOUTS[name], 1): value for key, value in tensors.items()}
-    if renamed.keys() == tensors.keys():
+    ours = [one for one in OURS if all(key.startswith(f"{_PEFT}{one}layers.") for key in tensors)]
+    if not ours or ours[0] == LAYOUTS[name]:
         return {}
+    renamed = {key.replace(_PEFT + ours[0], _PEFT + LAYOUTS[name], 1): value for key, value in tensors.items()}
     save_file(renamed, folder / "adapter_model.safetensors", {"format": "pt"})
     request = LoRARequest(name, number, str(folder))
 

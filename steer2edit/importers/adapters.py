@@ -190,7 +190,7 @@ def _unknown(module: str, spec: ModelSpec) -> str:
 
 def _common_name(name: str) -> str:
     """A module's name without the prefixes in which wrappers of the same model differ."""
-    return re.sub(r"^(model\.|language_model\.)+", "", name)
+    return re.sub(r"^(model\.|language_model\.|text_model\.)+", "", name)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:

@@ -6,8 +6,7 @@ This module and those above it are the only ones that import transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from steer2edit.notices import notice
 from steer2edit.runtime.launch import process_of
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, reason
 from steer2edit.runtime.number_format import resolved_dtype
+from steer2edit.runtime.replaced_body import returning
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -142,7 +142,7 @@ class LoadedModel:
         """Logits ``[n, vocabulary]`` of final hidden states ``[n, hidden]``, in the model's dtype."""
         # the model's own forward with its body replaced: whatever the family does to logits is done here too
         body = self.body()
-        with torch.inference_mode(), _returning(body, hidden[None]):
+        with torch.inference_mode(), returning(body, hidden[None]):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
             return logits
@@ -335,26 +335,3 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-class _States(tuple[torch.Tensor]):
-    """A body's output that holds final hidden states and, of whatever else a family's forward asks for, nothing."""
-
-    __slots__ = ()
-
-    @property
-    def last_hidden_state(self) -> torch.Tensor:
-        return self[0]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-@contextmanager
-def _returning(body: Any, hidden: torch.Tensor) -> Iterator[None]:
-    body.forward = lambda *_args, **_kwargs: _States((hidden,))
-    try:
-        yield
-    finally:
-        del body.forward
