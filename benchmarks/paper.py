@@ -36,6 +36,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from greedy import through_transformers
 from paper_data import Experiment, length, read_sums, read_truths, refusal, truthful
 from paper_journal import Journal, row_of, stored_row
 
@@ -45,7 +46,6 @@ from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.engines.vllm_engine import VllmCandidates
 from steer2edit.errors import Steer2EditError
-from steer2edit.evaluation.answers import through_transformers
 from steer2edit.evaluation.baselines import instructed, near, random_direction, steering_at
 from steer2edit.evaluation.evaluate import Candidate, Evaluation, measure, open_candidate, plan_candidate
 from steer2edit.evaluation.suite import Suite
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         limit=options.limit,
     )
     if options.engine == "vllm":
-        suite = replace(suite, run=VllmCandidates(options.dtype, min(loaded.context, 8192)))
+        suite = replace(suite, engine=VllmCandidates(options.dtype, min(loaded.context, 8192)))
         print("note: vLLM runs no hooks: activation steering is not measured", file=sys.stderr)
     tasks = suite.tasks("report")
     bench = Bench(checkpoint, loaded, experiment, costs, journal, options.engine == "vllm")

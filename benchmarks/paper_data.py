@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from greedy import Generate
+
 from steer2edit.bootstrap import LEAST_DRAWS
 from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
@@ -21,7 +23,6 @@ from steer2edit.data.records import read_source
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError, shown
-from steer2edit.evaluation.answers import Generate
 from steer2edit.runtime.model import LoadedModel
 
 _UNABLE = r"I can(no|')t (help|assist|do|answer)|I am (not able|unable) to|I'm (not able|unable) to"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from greedy import Generate, through_transformers
 from paper_journal import Journal
 from tabulate import tabulate
 
@@ -20,7 +21,6 @@ from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts
 from steer2edit.errors import PlanError
-from steer2edit.evaluation.answers import Generate, through_transformers
 from steer2edit.experts.edits import Request, lower_experts
 from steer2edit.experts.ranking import expert_table, ranking
 from steer2edit.runtime.hooks import edited

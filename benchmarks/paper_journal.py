@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from greedy import Generate
+
 from steer2edit.capture.resume import partial_path
 from steer2edit.capture.statistics import Statistics
 from steer2edit.errors import DataError
-from steer2edit.evaluation.answers import Generate
 from steer2edit.evaluation.evaluate import Row
 from steer2edit.evaluation.metrics import Sample
 from steer2edit.runtime.model import LoadedModel

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from greedy import through_transformers
 from right_choice import names_right
 from train_lora import Loss, train
 
@@ -23,7 +24,6 @@ from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError, Steer2EditError
-from steer2edit.evaluation.answers import through_transformers
 from steer2edit.evaluation.baselines import near, random_direction
 from steer2edit.evaluation.instructed import told
 from steer2edit.evaluation.metrics import Preference

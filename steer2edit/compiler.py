@@ -17,6 +17,7 @@ from steer2edit.capture.vector_kinds import with_vector
 from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.dry_run import check_rooms
+from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.judged import TraitJudge
@@ -113,7 +114,9 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         judge = None
         if request.judge is not None and request.questions is not None and request.report:
             labelled = request.behavior.examples if request.behavior is not None else ()
-            judge = TraitJudge(request.judge.open(loaded, request.runtime, labelled), request.judge.trait)
+            judge = TraitJudge(
+                request.judge.open(TransformersEngine(loaded), request.runtime, labelled), request.judge.trait
+            )
 
         lowerings = {
             target: emit(

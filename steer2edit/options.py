@@ -43,7 +43,7 @@ class Option:
     """One option: ``name`` is the field's, ``kind`` its type without None.
 
     ``flags`` are what is typed on the command line. ``value`` is what the flag of a bool stands for. ``minimum`` and
-    ``maximum`` bound numbers. ``rare`` options are listed last in the help.
+    ``maximum`` bound numbers. ``rare`` options are listed last in the help, ``hidden`` ones not at all.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Option:
     metavar: str | None = None
     shown_default: str | None = None
     rare: bool = False
+    hidden: bool = False
     required: bool = False
     search: SearchRange | None = None
 
@@ -81,6 +82,7 @@ def option(
     metavar: str | None = None,
     shown_default: str | None = None,
     rare: bool = False,
+    hidden: bool = False,
     search: SearchRange | None = None,
 ) -> Any:
     """A dataclass field that is an option. Without ``flags`` the flag is the field's name; see :class:`Option`.
@@ -89,7 +91,7 @@ def option(
     """
     declared = {
         **{"help": help, "flags": flags, "value": value, "minimum": minimum, "maximum": maximum, "metavar": metavar},
-        **{"shown_default": shown_default, "rare": rare, "search": search},
+        **{"shown_default": shown_default, "rare": rare, "hidden": hidden, "search": search},
     }
     return field(default=MISSING if default is ... else default, kw_only=True, metadata={_KEY: declared})
 

@@ -26,7 +26,8 @@ class Api:
     """The server's state: what it serves, how it fails, and what it was asked.
 
     ``fault`` gets the number of the chat request and gives a status, headers and a body in place of an answer, or None. A
-    status of 0 cuts the connection.
+    status of 0 cuts the connection. A message may bring its own ``finish_reason`` and ``usage``. ``adapters`` are paths of those
+    that a request may choose.
     """
 
     models: list[str] = field(default_factory=lambda: ["served"])
@@ -38,6 +39,7 @@ class Api:
     fault: Callable[[int], tuple[int, dict[str, str], bytes] | None] = lambda number: None
     seconds: float = 0.0
     lists: bool = True
+    adapters: list[str] = field(default_factory=list)
     prefix: str = "/v1"
     key: str | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +82,9 @@ def served(api: Api) -> Iterator[Api]:
         def do_GET(self) -> None:
             if self.refused():
                 return
+            if self.path == "/lora-adapters" and api.adapters:
+                self.reply(200, [{"id": n, "path": path, "scale": 0.5} for n, path in enumerate(api.adapters)])
+                return
             if not api.lists or self.path.partition("?")[0] != f"{api.prefix}/models":
                 self.reply(404, {"error": {"message": "not found"}})
                 return
@@ -114,11 +119,13 @@ def served(api: Api) -> Iterator[Api]:
                 else:
                     self.reply(status, raw, headers)
                 return
-            choice: dict[str, Any] = {"index": 0, "message": api.message(body), "finish_reason": api.finish}
+            message = dict(api.message(body))
+            finish, used = message.pop("finish_reason", api.finish), message.pop("usage", api.usage)
+            choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": finish}
             if body.get("logprobs") and api.top is not None:
                 top = [{"token": token, "logprob": value} for token, value in api.top]
                 choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-            usage = {} if api.usage is None else {"usage": api.usage}
+            usage = {} if used is None else {"usage": used}
             self.reply(200, {"id": "1", "object": "chat.completion", "choices": [choice], **usage})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

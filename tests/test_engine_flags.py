@@ -33,6 +33,12 @@ def test_what_has_nothing_to_do_is_refused(
     assert message in " ".join(result.stderr.split())
 
 
+def test_a_search_refuses_a_server_and_says_what_comes_nearest(tmp_path: Path) -> None:
+    result = run("tune", tmp_path / "no-model", *COMMANDS["tune"], "--server", "http://one")
+    assert result.exit_code == 2 and "eval MODEL --server URL --served NAME" in " ".join(result.stderr.split())
+    assert "--server " not in run("tune", "--help").stdout
+
+
 def test_plans_are_composed_without_a_judge(tmp_path: Path) -> None:
     result = run("compile", tmp_path / "no-model", "--plan", "x", "--requests", "3", "-o", tmp_path / "out")
     assert result.exit_code == 2 and "--requests says how a server is asked" in " ".join(result.stderr.split())

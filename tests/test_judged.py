@@ -121,7 +121,7 @@ def test_a_judge_is_tried_on_the_traits_own_examples(loaded: LoadedModel) -> Non
     choice = JudgeChoice("self", "the answer is short .")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("steer2edit.engines.judge.labelled_answers", lambda: LABELLED)
-        judge = choice.open(loaded, examples=examples)
+        judge = choice.open(TransformersEngine(loaded), examples=examples)
     assert judge.on_traits.count == 16 and judge.on_coherence.count == 8
 
 

@@ -51,7 +51,8 @@ def test_a_request_carries_its_own_seed_and_settings(serve: Callable[..., Api]) 
     api = serve()
     answers = written(engine_of(api), REQUESTS, DRAWN)
     assert [one.text for one in answers] == [f"{r.prompt} | {r.seed(5)} | 0.7" for r in REQUESTS]
-    assert answers[0] == Answer(answers[0].text, 7, True)
+    # vLLM counts the end token, which is no part of the answer
+    assert answers[0] == Answer(answers[0].text, 6, True)
     body = api.asked[0]
     assert body["model"] == "served" and body["max_tokens"] == 20 and body["top_p"] == 0.9
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
@@ -189,6 +190,31 @@ def test_the_model_is_found_or_has_to_be_named(serve: Callable[..., Api]) -> Non
     with pytest.raises(EngineError, match="does not list its models; name the model"):
         engine_of(serve(lists=False))
     assert engine_of(serve(lists=False), model="mine").model == "mine"
+    # llama.cpp would answer to any name
+    for owner in ("vllm", "llamacpp"):
+        with pytest.raises(EngineError, match='does not serve "other"; it serves:\n  - base\n  - blunt'):
+            engine_of(serve(models=["base", "blunt"], owner=owner), model="other")
+    assert engine_of(serve(models=["base"], owner="cloud"), model="other").model == "other"
+    with pytest.raises(EngineError, match="name the model with --judge-model"):
+        engine_of(serve(models=["base", "blunt"]), flag="--judge-model")
+
+
+def test_adapters_that_a_request_chooses_are_models_too(serve: Callable[..., Api]) -> None:
+    api = serve(owner="llamacpp", adapters=["/x/adapter.gguf", "/y/adapter.gguf", "/y/kind.gguf"])
+    for model, bare, chosen in (
+        ("kind.gguf", False, [{"id": 2, "scale": 1.0}]),
+        ("y/adapter.gguf", True, [{"id": 1, "scale": 1.0}]),
+        (None, True, []),
+        ("served", True, []),
+        (None, False, None),
+    ):
+        engine = engine_of(api, model=model, bare=bare)
+        written(engine, REQUESTS[:1], DRAWN)
+        engine.yes(REQUESTS[:0])
+        assert api.asked[-1].get("lora") == chosen and api.asked[-1]["model"] == "served"
+        assert engine.described().get("adapter") == (model if chosen else None)
+    with pytest.raises(EngineError, match=r"x/adapter\.gguf\n  - y/adapter\.gguf\n  - kind\.gguf"):
+        engine_of(api, model="adapter.gguf")
 
 
 def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
@@ -265,7 +291,7 @@ def test_the_thought_is_taken_from_where_the_server_puts_it(serve: Callable[...,
         message=lambda body: {"content": "It is.", "reasoning_content": "well"},
         usage={"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 6}},
     )
-    assert written(engine_of(apart, think=True), REQUESTS[:1], DRAWN) == [Answer("It is.", 3, True, "well", 6)]
+    assert written(engine_of(apart, think=True), REQUESTS[:1], DRAWN) == [Answer("It is.", 2, True, "well", 6)]
     assert "chat_template_kwargs" not in apart.asked[0]
     inside = serve(message=lambda body: {"content": "<think>well</think>It is."}, finish="length")
     (answer,) = written(engine_of(inside, think=True), REQUESTS[:1], DRAWN)
@@ -283,6 +309,14 @@ def test_tokens(serve: Callable[..., Api]) -> None:
     assert engine_of(api).count_tokens("three words here") == 3
     assert engine_of(serve(owner="llamacpp")).count_tokens("three words here") == 3
     assert engine_of(serve(owner="somebody")).count_tokens("three words here") is None
+    # by whoever knows how to, where there is somebody
+    with collected() as notices:
+        (answer,) = written(engine_of(api, count=lambda text: len(text) // 8), REQUESTS[:1], DRAWN)
+    assert answer.tokens == 5 and "those of 1 answers are counted by the model's tokenizer" in notices[0]
+    # an end token counts where the server is known to count it, and an answer that was cut has none
+    for owner, finish, count in (("vllm", "length", 7), ("llamacpp", "stop", 6), ("somebody", "stop", 7)):
+        (answer,) = written(engine_of(serve(owner=owner, finish=finish)), REQUESTS[:1], DRAWN)
+        assert answer.tokens == count
     many = serve(usage={"completion_tokens": 90})
     with collected() as notices:
         written(engine_of(many), REQUESTS[:1], DRAWN)

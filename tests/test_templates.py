@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
-from steer2edit.data.templates import render_prompt, render_prompts, without_thought
+from steer2edit.data.templates import TemplateArguments, render_prompt, render_prompts, without_thought
 from steer2edit.data.tokens import encode
+from steer2edit.engines.engine import Answer
+from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.errors import CheckpointError, DataError
 from steer2edit.evaluation.suite import Suite
 from steer2edit.notices import collected
-from steer2edit.runtime.model import load_model, load_tokenizer
+from steer2edit.runtime.model import LoadedModel, load_model, load_tokenizer
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.neutral_texts import NeutralTexts
 
@@ -266,6 +269,18 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 # Arguments
 
 
+class Seen(TransformersEngine):
+    """Writes one word to everything, and keeps the prompts as the template writes them."""
+
+    def __init__(self, loaded: LoadedModel, arguments: TemplateArguments | None, seen: list[list[str]]) -> None:
+        super().__init__(loaded, chat_template_kwargs=arguments)
+        self._seen = seen
+
+    def write(self, requests: Any, sampling: Any, progress: Any = None) -> Iterator[tuple[int, Answer]]:
+        self._seen.append(self._rendering.texts(requests, answering=True))
+        return iter([(index, Answer("the", 1, True)) for index in range(len(requests))])
+
+
 def test_arguments_are_recorded_and_reach_every_task(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_chat_model(tmp_path / "model"))
     loaded = load_model(checkpoint, read_spec(checkpoint))
@@ -291,7 +306,7 @@ def test_arguments_are_recorded_and_reach_every_task(tmp_path: Path) -> None:
             neutral,
             max_new_tokens=8,
             chat_template_kwargs=arguments,
-            run=lambda *of: [answers.append(of[1]) or [5] for _ in of[1]],
+            engine=lambda loaded, arguments: Seen(loaded, arguments, answers),
         )
         context = suite.context("report")
         assert context.get("chat_template_kwargs") == arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,7 @@ def test_what_vllm_raises_says_what_was_asked(talker: LoadedModel, stand_in: Sta
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no memory\nand more")
 
-    engine._engine = SimpleNamespace(generate=broken)
+    engine._running = replace(engine._running, llm=SimpleNamespace(generate=broken))
     with pytest.raises(EngineError, match=r"asked for 1 answers of talker and fails: no memory$"):
         written(engine, [Request("a")], Sampling())
 

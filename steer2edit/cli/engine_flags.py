@@ -95,7 +95,7 @@ class ServerFlags(FlagGroup):
 
 
 @dataclass(frozen=True)
-class EngineFlags(ServerFlags, AskingFlags):
+class EngineNameFlags(ServerFlags):
     """What writes the answers."""
 
     first: ClassVar[tuple[str, ...]] = ("engine", "server", "server_model")
@@ -110,6 +110,11 @@ class EngineFlags(ServerFlags, AskingFlags):
             raise click.UsageError(f"--server and --engine {self.engine} both name what writes the answers; give one")
         if self.server_model and not self.server:
             raise click.UsageError("--server-model names a model of a server; give --server URL too")
+
+
+@dataclass(frozen=True)
+class EngineFlags(EngineNameFlags, AskingFlags):
+    """What writes the answers, and how a server is asked."""
 
     def open(
         self,
@@ -133,3 +138,21 @@ class EngineFlags(ServerFlags, AskingFlags):
             **self.asked(),
             **more,
         )
+
+
+@dataclass(frozen=True)
+class NoServerFlags(FlagGroup):
+    """The flag of a server, for commands that cannot use one: it is refused with the reason."""
+
+    heading: ClassVar[str] = "Engine"
+
+    server: str | None = option(None, "Not for this command.", metavar="URL", hidden=True)
+
+    def check(self) -> None:
+        """Raise UsageError where a server is named."""
+        if self.server is not None:
+            raise click.UsageError(
+                "--server is not for this command: its candidates are hooks on the model in this process, and a server takes "
+                "none. Work here, write the edit in a format that the server loads (--to lora, or steer2edit emit), and compare "
+                "what is served by steer2edit eval MODEL --server URL --served NAME"
+            )

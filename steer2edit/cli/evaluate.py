@@ -2,90 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from steer2edit.cli.command import command
 from steer2edit.cli.data_options import DataFlags, StatsFlags
-from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.evaluate_flags import BaselineFlags, EvaluationOut, HowFlags
 from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, find_plan, numbers, progress_bar
 from steer2edit.cli.output import print_result
+from steer2edit.cli.served import check_served, served_evaluation
 from steer2edit.cli.suite import SuiteFlags, scoring_of
-from steer2edit.options import option
 
 if TYPE_CHECKING:
+    from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.evaluation.suite import Suite
     from steer2edit.plan import EditPlan
-
-
-DRAWS = 3
-"""Random directions, and shuffled labels, unless the user says otherwise."""
-
-
-@dataclass(frozen=True)
-class BaselineFlags(FlagGroup):
-    """What candidates are compared with."""
-
-    heading: ClassVar[str] = "Baselines"
-
-    baselines: bool = option(
-        False, "Evaluate the baselines too: control edits of the same size, and activation steering."
-    )
-    told: str | None = option(
-        None,
-        "Compare with the base under this instruction; 'none' for no such row.",
-        metavar="TEXT",
-        shown_default="that of the behaviour",
-    )
-    against: tuple[Path, ...] = option(
-        (),
-        "Folder of a LoRA adapter to compare with, scaled to the first candidate's KL. Repeatable.",
-        metavar="ADAPTER",
-    )
-    strengths: str = option("", "Strengths of activation steering to evaluate, such as 0.25,0.5,1,2.", metavar="LIST")
-    match: Literal["kl", "norm"] = option("kl", "Bring the baselines to the first plan's KL, or to its Frobenius norm.")
-    draws: int = option(DRAWS, "Number of random directions, and of shuffled labels.", minimum=1, maximum=8)
-
-    def check(self) -> None:
-        """Raise UsageError where a flag has nothing to do."""
-        if not self.baselines and (self.match != "kl" or self.draws != DRAWS):
-            raise click.UsageError("--match and --draws are for --baselines; give it too")
-
-
-@dataclass(frozen=True)
-class EngineFlags(FlagGroup):
-    """How answers are written, and further benchmarks."""
-
-    heading: ClassVar[str] = "Evaluation"
-
-    split: Literal["report", "select"] = option(
-        "report", "Half of the questions to use; tune selects on the other half."
-    )
-    tasks: str | None = option(
-        None, "Tasks of lm-eval, by name, separated by commas; --limit bounds them too.", "--lm-eval", metavar="LIST"
-    )
-    lm_eval_path: str | None = option(None, "Folder with lm-eval task files of your own.", metavar="PATH", rare=True)
-    engine: Literal["transformers", "vllm"] = option(
-        "transformers", "Program that writes the answers; vllm runs checkpoints and adapters.", rare=True
-    )
-
-    def check(self) -> None:
-        """Raise UsageError where a flag has nothing to do."""
-        if self.lm_eval_path is not None and self.tasks is None:
-            raise click.UsageError("--lm-eval-path holds files of tasks; name the tasks with --lm-eval")
-
-
-@dataclass(frozen=True)
-class EvaluationOut(FlagGroup):
-    """Where the evaluation goes."""
-
-    heading: ClassVar[str] = "Output"
-
-    out: Path | None = option(None, "JSON file to save every value and answer in.", "-o", "--out")
 
 
 @command(
@@ -95,7 +30,7 @@ class EvaluationOut(FlagGroup):
     asked=SuiteFlags,
     judged=JudgeFlags,
     compared=BaselineFlags,
-    engine=EngineFlags,
+    how=HowFlags,
     model_flags=ModelFlags,
     output=EvaluationOut,
     replacing=ReplaceFlags,
@@ -111,7 +46,7 @@ def evaluate(
     asked: SuiteFlags,
     judged: JudgeFlags,
     compared: BaselineFlags,
-    engine: EngineFlags,
+    how: HowFlags,
     model_flags: ModelFlags,
     output: EvaluationOut,
     replacing: ReplaceFlags,
@@ -121,17 +56,20 @@ def evaluate(
 
     --data or --stats are needed for the baselines only; --behavior and a folder of data also bring the questions.
     """
+    from steer2edit.evaluation.answers import in_this_process
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.baselines import steering
     from steer2edit.evaluation.evaluate import open_candidate
-    from steer2edit.evaluation.summary import summary
     from steer2edit.evaluation.work import baselines_work, work_of
-    from steer2edit.report.tables import render_evaluation, steerable_lines
 
-    judged.check()
+    how.check()
+    judged.check(server=how.url)
     compared.check()
-    engine.check()
     replacing.check(output.out, "evaluation")
+    if how.server:
+        check_served(candidates, stats, asked, judged, compared, how, model_flags)
+        _print(served_evaluation(model, data, asked, judged, compared, how, model_flags), output, printed)
+        return
     strengths = numbers(compared.strengths, "--strengths")
     checkpoint, spec = model_flags.open(model)
     questions = asked.read_questions(data)
@@ -142,8 +80,8 @@ def evaluate(
     judge = judged.choice(data)
     loaded = model_flags.load(checkpoint, spec)
     chosen = [open_candidate(loaded, checkpoint, where, model_flags.runtime()) for where in candidates]
-    suite = judged.suite(asked.suite(loaded, questions, data), judge, data, loaded, model_flags)
-    if engine.engine == "vllm":
+    suite = judged.suite(asked.suite(loaded, questions, data), judge, data, in_this_process(loaded), model_flags)
+    if how.engine == "vllm":
         suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
     if compared.against:
         from steer2edit.evaluation.baselines import adapter_at
@@ -162,7 +100,7 @@ def evaluate(
         scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
         if compared.baselines:
             more, passes = baselines_work(compared.match, compared.draws, strengths)
-            work = work_of(suite, engine.split, len(chosen) + more, passes)
+            work = work_of(suite, how.split, len(chosen) + more, passes)
             click.echo(f"evaluation: {work}", err=True)
             chosen += with_baselines(
                 loaded,
@@ -178,13 +116,20 @@ def evaluate(
             chosen += steering(loaded, scoring, strengths)
     name = " + ".join(source.name for source in data.sources()) or None
     context = {"model": checkpoint.name, "fingerprint": checkpoint.fingerprint, "behavior": name}
-    evaluation = assess(loaded, suite, chosen, split=engine.split, context=context, progress=progress_bar())
-    if engine.tasks:
+    evaluation = assess(loaded, suite, chosen, split=how.split, context=context, progress=progress_bar())
+    if how.tasks:
         from steer2edit.evaluation.lm_eval import lm_eval
 
-        tasks = engine.tasks.split(",")
-        scores = lm_eval(loaded, chosen, tasks, limit=asked.limit, include_path=engine.lm_eval_path)
+        tasks = how.tasks.split(",")
+        scores = lm_eval(loaded, chosen, tasks, limit=asked.limit, include_path=how.lm_eval_path)
         evaluation = replace(evaluation, context={**evaluation.context, "lm_eval": scores})
+    _print(evaluation, output, printed)
+
+
+def _print(evaluation: Evaluation, output: EvaluationOut, printed: JsonFlags) -> None:
+    from steer2edit.evaluation.summary import summary
+    from steer2edit.report.tables import render_evaluation, steerable_lines
+
     if output.out is not None:
         evaluation.save(output.out)
     written = [] if output.out is None else ["", f"Written: {output.out}"]
@@ -208,7 +153,7 @@ def _through_vllm(suite: Suite, compared: BaselineFlags, dtype: str, candidates:
             "vLLM runs checkpoints and adapters: emit plans first (steer2edit emit PLAN MODEL --to lora), and leave "
             "baselines to --engine transformers"
         )
-    return replace(suite, run=VllmCandidates(dtype))
+    return replace(suite, engine=VllmCandidates(dtype))
 
 
 def _plan_of(where: str) -> EditPlan:

@@ -115,7 +115,7 @@ def flag(one: Option, heading: str, *, name: str | None = None, default: Any = .
         settings |= {"type": kind, "multiple": True}
     else:
         settings |= {"type": kind}
-    return Flag([*one.flags, name or one.name], heading=heading, rare=one.rare, **settings)
+    return Flag([*one.flags, name or one.name], heading=heading, rare=one.rare, hidden=one.hidden, **settings)
 
 
 def shown_default(one: Option) -> str:

@@ -6,7 +6,7 @@ Heavy imports happen inside the functions, so that ``--help`` stays fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -17,9 +17,12 @@ from steer2edit.options import option
 if TYPE_CHECKING:
     from steer2edit.cli.data_options import DataFlags
     from steer2edit.cli.options import ModelFlags
+    from steer2edit.engines.engine import Engine
     from steer2edit.engines.opening import JudgeChoice
-    from steer2edit.evaluation.suite import Suite
-    from steer2edit.runtime.model import LoadedModel
+    from steer2edit.evaluation.written_suite import WrittenSuite
+
+
+Questions = TypeVar("Questions", bound="WrittenSuite")
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,18 @@ class JudgeFlags(JudgeNameFlags, AskingFlags):
         return JudgeChoice(self.judge, self.rubric or traits[0], self.judge_model, **self.asked())
 
     def suite(
-        self, suite: Suite, choice: JudgeChoice | None, data: DataFlags, loaded: LoadedModel, model: ModelFlags
-    ) -> Suite:
-        """The suite with its judge, tried on the contrast data where there are any."""
+        self, suite: Questions, choice: JudgeChoice | None, data: DataFlags, own: Engine, model: ModelFlags
+    ) -> Questions:
+        """The suite with its judge, tried on the contrast data where there are any.
+
+        The judge "self" is the model's ``own`` engine.
+        """
         from steer2edit.evaluation.judged import TraitJudge
 
         if choice is None:
             return suite
         examples = data.read_behavior().examples if data.any else ()
-        return replace(suite, judge=TraitJudge(choice.open(loaded, model.runtime(), examples), choice.trait))
+        return replace(suite, judge=TraitJudge(choice.open(own, model.runtime(), examples), choice.trait))
 
 
 def _trait_of(source: object) -> str:

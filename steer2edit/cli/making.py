@@ -71,13 +71,17 @@ class Making:
         answers = named(self.authors.answers_by, self.engine.server_model, **template) or self.engine.open(
             loaded, **template
         )
-        writer = named(self.authors.writer, self.authors.writer_model) or answers
+        writer = named(self.authors.writer, self.authors.writer_model, flag="--writer-model") or answers
         judge = self.authors.judge
         if judge is None:
             return Engines(answers, writer, loaded)
         from steer2edit.engines.judge import tried
 
-        judging = open_engine(loaded=loaded) if judge == "self" else named(judge, self.authors.judge_model)
+        judging = (
+            open_engine(loaded=loaded)
+            if judge == "self"
+            else named(judge, self.authors.judge_model, flag="--judge-model")
+        )
         return Engines(answers, writer, loaded, tried(judging))
 
     def request(self, out: Path, force: bool) -> DataRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from steer2edit.checkpoint import Checkpoint
     from steer2edit.data.questions import Question
     from steer2edit.evaluation.suite import Suite
+    from steer2edit.evaluation.written_suite import WrittenSuite
     from steer2edit.runtime.model import LoadedModel
     from steer2edit.scoring.scores import Scoring
 
@@ -68,6 +69,12 @@ class SuiteFlags(FlagGroup):
             )
         return questions
 
+    def written_suite(self, questions: Sequence[Question], data: DataFlags) -> WrittenSuite:
+        """What models are measured on by their written answers alone."""
+        from steer2edit.evaluation.written_suite import WrittenSuite
+
+        return WrittenSuite(questions, self._useful(), metric=data.metric, **self._settings(data))
+
     def suite(
         self,
         loaded: LoadedModel,
@@ -77,15 +84,12 @@ class SuiteFlags(FlagGroup):
     ) -> Suite:
         """What candidates are measured on; the metric is that of the data, else the one that ``statistics`` name."""
         from steer2edit.data.metric_choice import read_metric
-        from steer2edit.data.questions import knowledge_questions, read_questions
-        from steer2edit.data.user_scores import load_function
         from steer2edit.evaluation.suite import Suite
         from steer2edit.strength.neutral_texts import neutral_texts
 
-        useful = self.useful
         return Suite(
             questions,
-            [] if useful == "none" else read_questions(useful) if useful else knowledge_questions(),
+            self._useful(),
             neutral_texts(
                 loaded,
                 read_own_neutral(self.neutral),
@@ -93,15 +97,30 @@ class SuiteFlags(FlagGroup):
                 limit=self.limit,
                 chat_template_kwargs=data.template_arguments,
             ),
-            patterns=self.patterns,
-            function=load_function(self.function) if self.function else None,
-            max_new_tokens=self.max_new_tokens,
-            system=data.system,
-            chat_template_kwargs=data.template_arguments,
-            limit=self.limit,
-            seed=self.split_seed,
             metric=data.metric or read_metric(None if statistics is None else statistics.source.get("metric"))[0],
+            **self._settings(data),
         )
+
+    def _useful(self) -> list[Question]:
+        from steer2edit.data.questions import knowledge_questions, read_questions
+
+        if self.useful is None:
+            return knowledge_questions()
+        return [] if self.useful == "none" else read_questions(self.useful)
+
+    def _settings(self, data: DataFlags) -> dict[str, Any]:
+        """The settings of either suite."""
+        from steer2edit.data.user_scores import load_function
+
+        return {
+            "patterns": self.patterns,
+            "function": load_function(self.function) if self.function else None,
+            "max_new_tokens": self.max_new_tokens,
+            "system": data.system,
+            "chat_template_kwargs": data.template_arguments,
+            "limit": self.limit,
+            "seed": self.split_seed,
+        }
 
 
 def scoring_of(

@@ -11,6 +11,7 @@ import click
 from steer2edit import methods
 from steer2edit.cli.command import command
 from steer2edit.cli.data_options import DataFlags, StatsFlags
+from steer2edit.cli.engine_flags import NoServerFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.method import MethodFlags
@@ -77,6 +78,7 @@ class StudyOut(FlagGroup):
     stats=StatsFlags,
     asked=SuiteFlags,
     judged=JudgeFlags,
+    elsewhere=NoServerFlags,
     searched=SearchFlags,
     model_flags=ModelFlags,
     output=StudyOut,
@@ -89,17 +91,20 @@ def tune(
     stats: StatsFlags,
     asked: SuiteFlags,
     judged: JudgeFlags,
+    elsewhere: NoServerFlags,
     searched: SearchFlags,
     model_flags: ModelFlags,
     output: StudyOut,
     printed: JsonFlags,
 ) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
+    from steer2edit.evaluation.answers import in_this_process
     from steer2edit.report.tables import render_study
     from steer2edit.search.grid import read_grid
     from steer2edit.search.study import run_study, study_work
     from steer2edit.search.tune import Search
 
+    elsewhere.check()
     judged.check()
     low, high = _kl_range(searched.kl_range)
     grid = read_grid(searched.grid)
@@ -129,7 +134,7 @@ def tune(
     loaded = model_flags.load(checkpoint, spec)
     scoring = scoring_of(stored, data, checkpoint, spec, model_flags, loaded)
     suite = asked.suite(loaded, questions, data, scoring.statistics)
-    suite = judged.suite(suite, judge, data, loaded, model_flags)
+    suite = judged.suite(suite, judge, data, in_this_process(loaded), model_flags)
     click.echo(study_work(search, suite, not output.no_report), err=True)
     study = run_study(
         loaded,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from steer2edit.data.prompts import Message, Prompt
@@ -45,13 +45,14 @@ class Request:
     """One answer to write.
 
     ``prefix`` is the beginning of the answer, from which the model goes on; it is not part of the answer's text. ``sample`` is
-    the number of the sample, where several answers to one prompt are drawn.
+    the number of the sample, where several answers to one prompt are drawn. ``where`` says in errors where the prompt is from.
     """
 
     prompt: Prompt
     system: str | None = None
     prefix: str = ""
     sample: int = 0
+    where: str = field(default="", compare=False)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -69,7 +70,8 @@ class Request:
 class Answer:
     """What a model wrote: the text without the thought, and the tokens of both apart.
 
-    ``ended`` says that the model ended the answer by itself. ``tokens`` are an estimate by words where a server counts none.
+    ``ended`` says that the model ended the answer by itself; its end token is not counted. ``tokens`` are an estimate where a
+    server counts none. ``ids`` are the tokens of both, where the engine knows them.
     """
 
     text: str
@@ -77,6 +79,7 @@ class Answer:
     ended: bool
     thought: str | None = None
     thought_tokens: int = 0
+    ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 
 class Engine(Protocol):

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from steer2edit.data.templates import templated
 from steer2edit.data.tokens import token_ids
 from steer2edit.errors import DataError, first_line
 from steer2edit.notices import notice
@@ -43,17 +44,18 @@ def generate(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 256,
-    add_special_tokens: bool = True,
+    add_special_tokens: bool | None = None,
     progress: Progress = silent,
 ) -> list[list[int]]:
     """Greedy continuations as token ids, without the end token, in the order of ``prompts``.
 
-    ``prompts`` are rendered texts; with a chat template, which writes its own special tokens, ``add_special_tokens`` is
-    False. Whatever hooks are on the model are in force. Prompt and answer together are no longer than the model's context.
-    Raises DataError where a prompt alone is.
+    ``prompts`` are rendered texts. Without ``add_special_tokens`` they get those of the tokenizer unless it has a chat template,
+    which writes its own. Whatever hooks are on the model are in force. Prompt and answer together are no longer than the model's
+    context. Raises DataError where a prompt alone is.
     """
     tokenizer = loaded.tokenizer
-    rows = token_ids(tokenizer, prompts, add_special_tokens)
+    special = not templated(tokenizer) if add_special_tokens is None else add_special_tokens
+    rows = token_ids(tokenizer, prompts, special)
     loaded.check_tokens(rows)
     room = loaded.context - max(map(len, rows), default=0)
     if room < 1:

@@ -43,19 +43,19 @@ class JudgeChoice:
 
     def open(
         self,
-        loaded: LoadedModel,
+        own: Engine,
         runtime: Runtime = Runtime(),  # noqa: B008
         examples: Sequence[Example] = (),
     ) -> Judge:
         """The judge, tried on labelled answers: on ``examples`` of the trait, or on the packaged ones where there are none.
 
-        "self" is the ``loaded`` model, which has to be without hooks whenever it is asked.
+        "self" is the model's ``own`` engine, without any edit whenever it is asked.
         """
         if self.where == SELF:
-            engine: Engine = TransformersEngine(loaded)
+            engine = own
         else:
             asked: dict[str, Any] = {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
-            engine = open_named(self.where, runtime, model=self.model, **asked)
+            engine = open_named(self.where, runtime, model=self.model, flag="--judge-model", **asked)
         labelled = [LabelledAnswer(self.trait, e.prompt, e.response, e.label == "positive") for e in examples]
         return tried(engine, of_both_kinds(labelled, TRIED) or None)
 
@@ -75,16 +75,18 @@ def open_engine(
     batch_size: int = BATCH,
     dtype: str = "auto",
     context: int = CONTEXT,
+    flag: str = "--server-model",
 ) -> Engine:
     """The engine ``name``, or the one behind the URL ``server``.
 
     transformers runs the ``loaded`` model, under whatever hooks are on it; vLLM runs the checkpoint in ``folder``, or that of
     ``loaded``; ``context`` bounds its prompts with their answers. ``model``, ``at_a_time``, ``rate`` and ``key_variable`` are a
-    server's. Raises EngineError where the engine is not installed, not reached, or lacks its model.
+    server's; ``flag`` is what names the model, for an error. Raises EngineError where the engine is not installed, not reached,
+    or lacks its model.
     """
     if server is not None:
         client = ServerClient(server, at_a_time=at_a_time, rate=rate, key_variable=key_variable)
-        return ServerEngine(client, model=model, chat_template_kwargs=chat_template_kwargs, think=think)
+        return ServerEngine(client, model=model, chat_template_kwargs=chat_template_kwargs, think=think, flag=flag)
     if name not in get_args(EngineName):
         raise EngineError(
             f"there is no engine {name!r}; there are {', '.join(get_args(EngineName))}, and a server's URL"
@@ -113,12 +115,16 @@ def open_named(
     key_variable: str | None = None,
     chat_template_kwargs: TemplateArguments | None = None,
     think: bool = False,
+    flag: str = "--server-model",
 ) -> Engine:
-    """The engine of a model's folder or Hub id, in this process, or of a server's URL."""
+    """The engine of a model's folder or Hub id, in this process, or of a server's URL.
+
+    ``flag`` is as in :func:`open_engine`.
+    """
     template: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "think": think}
     if is_url(where):
         return open_engine(
-            server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable, **template
+            server=where, model=model, at_a_time=at_a_time, rate=rate, key_variable=key_variable, flag=flag, **template
         )
     checkpoint = open_checkpoint(where)
     return TransformersEngine(load_model(checkpoint, read_spec(checkpoint), runtime), name=checkpoint.name, **template)

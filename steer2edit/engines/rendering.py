@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from steer2edit.data.prompts import Prompt
@@ -38,7 +39,7 @@ class Rendering:
         groups: dict[tuple[str | None, bool], dict[Prompt, str]] = {}
         for number, request in enumerate(requests, start=1):
             key = (request.system, bool(request.prefix))
-            groups.setdefault(key, {}).setdefault(request.prompt, f"request {number}")
+            groups.setdefault(key, {}).setdefault(request.prompt, request.where or f"request {number}")
         rendered: dict[tuple[str | None, bool, Prompt], str] = {}
         for (system, begun), places in groups.items():
             thinks = answering and not begun
@@ -56,7 +57,7 @@ class Rendering:
     def answer(self, request: Request, text: str, before: Sequence[int], row: list[int], ended: bool) -> Answer:
         """The answer in a row of tokens, without its end token; ``text`` and its tokens ``before`` are the prompt's."""
         tail = list(before[-_TAIL:]) if request.prefix else []
-        return self._answer(row, tail, ended, opens_thought(text))
+        return replace(self._answer(row, tail, ended, opens_thought(text)), ids=tuple(row))
 
     def _answer(self, row: list[int], tail: list[int], ended: bool, opened: bool) -> Answer:
         """The answer in a row of tokens; ``tail`` are tokens of the prefix."""

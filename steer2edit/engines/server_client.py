@@ -142,10 +142,17 @@ class ServerClient:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The reply to a request beside the API, such as ``/tokenize`` at the server's root; None where there is none."""
+        return self._beside("post", path, body=body)
+
+    def get(self, path: str) -> Any:
+        """What the server has beside the API at ``path``; None where there is nothing."""
+        return self._beside("get", path)
+
+    def _beside(self, method: str, path: str, **more: Any) -> Any:
         root = self._roots[0].rsplit("/v1", 1)[0]
         client = self._client.with_options(base_url=root, max_retries=_RETRIES_AT_FIRST)
         try:
-            return client.post(path, body=body, cast_to=object, options={"headers": self._headers})
+            return getattr(client, method)(path, cast_to=object, options={"headers": self._headers}, **more)
         except (self._openai.APIError, ValueError):
             return None
 

@@ -7,15 +7,17 @@ for the template) is done where the server is one of those, and refused elsewher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 from steer2edit.data.templates import TemplateArguments, check_arguments, thought_and_answer
 from steer2edit.engines.engine import NO, YES, Answer, Request, Sampling, yes_share
 from steer2edit.engines.server_client import ServerClient
-from steer2edit.errors import EngineError, listing, shown
+from steer2edit.errors import DataError, EngineError, listing, shown
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 
@@ -31,7 +33,8 @@ class _Kind:
     """What a server can do beside the API, told by the owner that it names in its list of models.
 
     ``everything`` are the settings with which it samples from all tokens, as temperature and top_p alone say. One that
-    ``repeats`` gives a prefix again at the beginning of the answer.
+    ``repeats`` gives a prefix again at the beginning of the answer. One that ``counts_end`` counts the end token too.
+    ``adapters`` is where it lists adapters that a request may choose.
     """
 
     name: str = "unknown"
@@ -40,22 +43,36 @@ class _Kind:
     everything: Mapping[str, Any] | None = None
     tokenize: str = ""
     repeats: bool = False
+    counts_end: bool = False
+    adapters: str = ""
 
 
 _CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
 _KINDS = {
-    "vllm": _Kind("vLLM", _CONTINUED, True, {"top_k": 0, "min_p": 0.0}, "prompt"),
+    "vllm": _Kind("vLLM", _CONTINUED, True, {"top_k": 0, "min_p": 0.0}, "prompt", counts_end=True),
     "sglang": _Kind("SGLang", {"continue_final_message": True}, True, {"top_k": -1, "min_p": 0.0}),
     # it goes on from an assistant's message that is the last
-    "llamacpp": _Kind("llama.cpp", {}, True, {"top_k": 0, "min_p": 0.0}, "content", repeats=True),
+    "llamacpp": _Kind(
+        "llama.cpp",
+        {},
+        True,
+        {"top_k": 0, "min_p": 0.0},
+        "content",
+        repeats=True,
+        counts_end=True,
+        adapters="/lora-adapters",
+    ),
 }
 
 
 class ServerEngine:
     """Answers of a model that a server serves; which one is ``model``, where it serves several.
 
-    ``chat_template_kwargs`` and ``think`` are passed on to servers that take arguments for the template. Raises EngineError
-    where the server cannot be reached, or serves several models and none is named.
+    An adapter that a request may choose (llama.cpp) is a model too, under its file's name. A ``bare`` engine answers without
+    such adapters; otherwise they are as the server was started. ``chat_template_kwargs`` and ``think`` are passed on to servers
+    that take arguments for the template. ``count`` counts the tokens of a text where the server counts none. ``flag`` is what
+    names the model, for an error. Raises EngineError where the server cannot be reached, does not serve ``model``, or serves
+    several models and none is named.
     """
 
     def __init__(
@@ -65,16 +82,31 @@ class ServerEngine:
         model: str | None = None,
         chat_template_kwargs: TemplateArguments | None = None,
         think: bool = False,
+        bare: bool = False,
+        count: Callable[[str], int] | None = None,
+        flag: str = "--server-model",
     ) -> None:
-        self._client = client
+        self._client, self._count = client, count
         models = client.models()
         owner = next((one.owner for one in models or () if one.owner.casefold() in _KINDS), "")
         self._kind = _KINDS.get(owner.casefold(), _Kind())
         names = [one.name for one in models or ()]
-        if model is None and len(names) != 1:
+        adapters = self._adapters()
+        self.adapter = model if model is not None and model not in names and model in adapters.values() else None
+        wanted = None if self.adapter is not None else model
+        if wanted is None and len(names) != 1:
             found = f"serves {len(names)} models:\n{listing(names)}\n" if names else "does not list its models; "
-            raise EngineError(f"{client.shown} {found}name the model with --server-model")
-        self.model = model or names[0]
+            raise EngineError(f"{client.shown} {found}name the model with {flag}")
+        # other servers may serve what they do not list, and refuse what they do not know
+        if wanted is not None and names and wanted not in names and self._kind.template:
+            raise EngineError(
+                f"{client.shown} does not serve {shown(wanted)}; it serves:\n{listing([*names, *adapters.values()])}"
+            )
+        self.model = wanted or names[0]
+        self._extra: dict[str, Any] = {}
+        if self.adapter is not None or (bare and adapters):
+            chosen = [number for number, name in adapters.items() if name == self.adapter]
+            self._extra = {"lora": [{"id": number, "scale": 1.0} for number in chosen]}
         self._arguments, self._think = check_arguments(chat_template_kwargs), think
         if self._arguments and not self._kind.template:
             raise EngineError(
@@ -82,6 +114,7 @@ class ServerEngine:
                 "the server with them"
             )
         self._limit = "max_tokens"
+        self._uncounted = 0
 
     def described(self) -> dict[str, Any]:
         """The server's URL without what is secret in it, its kind, the model's name there, and the client's version."""
@@ -90,6 +123,7 @@ class ServerEngine:
             "url": self._client.shown,
             "server": self._kind.name,
             "model": self.model,
+            **({"adapter": self.adapter} if self._extra else {}),
             "chat_template_kwargs": self._arguments,
             "think": self._think,
             "versions": {"openai": version("openai")},
@@ -103,12 +137,13 @@ class ServerEngine:
         A request carries a seed of its own; whether the same seed gives the same answer is up to the server. Raises EngineError
         where the server fails for good, or cannot continue a prefix.
         """
-        self._check_prefixes(requests)
+        self._check(requests)
         longer = estimated = 0
         with progress("write answers", total=len(requests)) as advance:
             for index, reply in self._client.each(lambda one: self._asked(one, sampling), requests):
                 answer, counted = self._answer(reply, requests[index])
                 estimated += not counted
+                self._uncounted += not counted
                 longer += answer.tokens + answer.thought_tokens > sampling.max_new_tokens
                 advance(1)
                 yield index, answer
@@ -117,18 +152,23 @@ class ServerEngine:
                 f"{self._client.shown} wrote {longer} answers of more than {sampling.max_new_tokens} tokens, which were asked for"
             )
         if estimated:
-            notice(
-                f"{self._client.shown} counts no tokens: those of {estimated} answers are estimated by their letters"
-            )
+            how = "estimated by their letters" if self._count is None else "counted by the model's tokenizer"
+            notice(f"{self._client.shown} counts no tokens: those of {estimated} answers are {how}")
 
     def yes(self, requests: Sequence[Request]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) among the likeliest first tokens; nan where neither is among them.
 
         Raises EngineError where the server gives no probabilities.
         """
-        self._check_prefixes(requests)
+        self._check(requests)
         shares = dict(self._client.each(self._yes, requests))
         return [shares[index] for index in range(len(requests))]
+
+    def counted(self) -> str:
+        """Who counted the tokens of the answers so far."""
+        if not self._uncounted:
+            return "the server"
+        return "their letters" if self._count is None else "the model's tokenizer"
 
     def count_tokens(self, text: str) -> int | None:
         """How many tokens a text has; None where the server does not say."""
@@ -143,7 +183,28 @@ class ServerEngine:
         tokens = reply.get("tokens") if isinstance(reply, dict) else None
         return len(tokens) if isinstance(tokens, list) else None
 
-    def _check_prefixes(self, requests: Sequence[Request]) -> None:
+    def _adapters(self) -> dict[int, str]:
+        """The adapters that a request may choose, by their numbers: the names of their files.
+
+        The folder stands before a name that several have.
+        """
+        listed = self._client.get(self._kind.adapters) if self._kind.adapters else None
+        entries = [one for one in map(_object, listed if isinstance(listed, list) else []) if "id" in one]
+        paths = {int(one["id"]): PurePath(str(one.get("path", ""))) for one in entries}
+        names = Counter(path.name for path in paths.values())
+        return {
+            number: path.name if names[path.name] == 1 else f"{path.parent.name}/{path.name}"
+            for number, path in paths.items()
+        }
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            own = not isinstance(request.prompt, str) and any(m.role == "system" for m in request.prompt)
+            if own and request.system is not None:
+                raise DataError(
+                    f"{request.where or _named(request)}: the prompt has a system message of its own, and a system text is given "
+                    "too: keep one"
+                )
         if self._kind.prefix is None and any(request.prefix for request in requests):
             raise EngineError(
                 f"{self._client.shown} is not known to continue an answer that is begun (vLLM, SGLang and llama.cpp do): use one "
@@ -182,7 +243,7 @@ class ServerEngine:
     ) -> dict[str, Any]:
         """The reply; ``template`` are arguments for a chat template that takes them."""
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        body = dict(settings)
+        body = {**settings, **self._extra}
         if request.prefix:
             messages.append({"role": "assistant", "content": request.prefix})
             body |= self._kind.prefix or {}
@@ -219,16 +280,22 @@ class ServerEngine:
         if isinstance(apart, str) and apart.strip():
             thought = apart.strip()
         text = text.rstrip() if request.prefix else text.strip()
-        total, of_thought, counted = self._tokens(reply, thought, text)
-        return Answer(text, total - of_thought, choice.get("finish_reason") == "stop", thought, of_thought), counted
+        ended = choice.get("finish_reason") == "stop"
+        total, of_thought, counted = self._tokens(reply, thought, text, ended)
+        return Answer(text, total - of_thought, ended, thought, of_thought), counted
 
-    def _tokens(self, reply: Mapping[str, Any], thought: str | None, text: str) -> tuple[int, int, bool]:
+    def _tokens(self, reply: Mapping[str, Any], thought: str | None, text: str, ended: bool) -> tuple[int, int, bool]:
         """Tokens of thought and answer together, those of the thought, and whether the server counted them."""
         usage = _object(reply.get("usage"))
         total = usage.get("completion_tokens")
         letters = len(text) + len(thought or "")
         counted = isinstance(total, int)
-        whole = total if isinstance(total, int) else math.ceil(letters / 4)
+        if isinstance(total, int):
+            whole = max(0, total - (ended and self._kind.counts_end))
+        elif self._count is not None:
+            whole = self._count(text) + (self._count(thought) if thought else 0)
+        else:
+            whole = math.ceil(letters / 4)
         if thought is None:
             return whole, 0, counted
         told = _object(usage.get("completion_tokens_details")).get("reasoning_tokens")

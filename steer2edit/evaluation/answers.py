@@ -15,33 +15,41 @@ from steer2edit.data.language import left_language
 from steer2edit.data.marking import is_exact, names_right
 from steer2edit.data.metric_choice import MetricChoice, Written
 from steer2edit.data.questions import Question
-from steer2edit.data.templates import TemplateArguments, render_prompts, without_thought
-from steer2edit.data.tokens import texts_of
-from steer2edit.engines.generation import generate
+from steer2edit.data.templates import TemplateArguments
+from steer2edit.data.tokens import token_ids
+from steer2edit.engines.engine import Answer as Reply
+from steer2edit.engines.engine import Engine, Request, Sampling, written
+from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.errors import DataError
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked, prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
-Generate = Callable[[LoadedModel, Sequence[str], int], list[list[int]]]
+EngineOf = Callable[[LoadedModel, TemplateArguments | None], Engine]
+"""What writes a candidate's answers, with arguments for the chat template."""
 ANSWERS_RIGHT = "answers right"
+_AT_A_TIME = 256
+"""Answers that the loaded model writes at a time."""
 
 
-def through_transformers(loaded: LoadedModel, texts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of rendered prompts by the loaded model."""
-    special = not loaded.tokenizer.chat_template
-    return generate(loaded, texts, max_new_tokens=max_new_tokens, add_special_tokens=special)
+def in_this_process(loaded: LoadedModel, chat_template_kwargs: TemplateArguments | None = None) -> Engine:
+    """The loaded model itself, under whatever hooks are on it."""
+    return TransformersEngine(loaded, chat_template_kwargs=chat_template_kwargs, batch_size=_AT_A_TIME)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to a question: its tokens, its text without a thought, and whether it ended by itself."""
+    """An answer to a question: its text without a thought, and whether it ended by itself.
+
+    ``length`` is its number of tokens, and ``tokens`` are they, both with the thought.
+    """
 
     question: Question
-    tokens: Sequence[int]
     text: str
     ended: bool
+    length: int
+    tokens: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,9 @@ class Answers:
 
     The behaviour's ``own`` metric comes first where it is one of written answers.
     ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
-    text and the answer and gives a number. As a utility there are ``answers right`` (every question has an accepted answer, or
-    choices, which the model is not shown) and the signs of damage, as those of general answers. With a ``judge`` there is what
-    it says, apart from the model's own measuring: :meth:`judged`.
+    text and the answer and gives a number. ``engine`` gives what writes. As a utility there are ``answers right`` (every
+    question has an accepted answer, or choices, which the model is not shown) and the signs of damage, as those of general
+    answers. With a ``judge`` there is what it says, apart from the model's own measuring: :meth:`judged`.
     """
 
     questions: Sequence[Question]
@@ -82,7 +90,7 @@ class Answers:
     max_new_tokens: int = 160
     system: str | None = None
     chat_template_kwargs: TemplateArguments | None = None
-    run: Generate = through_transformers
+    engine: EngineOf = in_this_process
     own: MetricChoice | None = None
     judge: TraitJudge | None = None
 
@@ -116,28 +124,38 @@ class Answers:
         return {} if self.judge is None else self.judge.samples(self.questions, answers)
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        prompts = render_prompts(
-            {q.prompt: q.where for q in self.questions},
-            loaded.tokenizer,
-            self.system,
-            self.chat_template_kwargs,
-            writing=True,
-        )
-        texts = [prompts[q.prompt] for q in self.questions]
-        with progress(f"answer {len(texts)} questions", total=len(texts)) as advance:
-            rows = self.run(loaded, texts, self.max_new_tokens)
-            advance(len(texts))
-        written = [without_thought(text).strip() for text in texts_of(loaded.tokenizer, rows)]
+        """Let the candidate's engine write, and read its answers."""
+        return self.through(self.engine(loaded, self.chat_template_kwargs), loaded.tokenizer, progress)
+
+    def through(self, engine: Engine, tokenizer: Any, progress: Progress = silent) -> Outcome:
+        """The metrics of what an engine writes.
+
+        Where it does not tell the tokens of an answer, they are those that ``tokenizer`` makes of its text.
+        """
+        requests = [Request(question.prompt, self.system, where=question.where) for question in self.questions]
+        replies = written(engine, requests, Sampling(self.max_new_tokens), progress)
+        rows = iter(token_ids(tokenizer, [_whole(one) for one in replies if one.ids is None], False))
         answers = [
-            Answer(question, row, text, len(row) < self.max_new_tokens)
-            for question, row, text in zip(self.questions, rows, written, strict=True)
+            Answer(
+                question,
+                reply.text,
+                reply.ended,
+                reply.tokens + reply.thought_tokens,
+                next(rows) if reply.ids is None else reply.ids,
+            )
+            for question, reply in zip(self.questions, replies, strict=True)
         ]
         samples = {}
         for reading in self.readings:
             # where some questions have an accepted answer and others have none, those with one count
             asked = [a for a in answers if a.question.answers] if reading.metric.name == "exact answers" else answers
             samples[reading.metric.name] = Sample(tuple(float(reading.value(answer)) for answer in asked))
-        return Outcome(samples, tuple(written))
+        return Outcome(samples, tuple(answer.text for answer in answers))
+
+
+def _whole(reply: Reply) -> str:
+    """All that a model wrote."""
+    return reply.text if reply.thought is None else f"{reply.thought}\n{reply.text}"
 
 
 def _is_right(answer: Answer) -> float:
@@ -149,7 +167,7 @@ def _is_right(answer: Answer) -> float:
 def _chosen(choice: MetricChoice, role: MetricRole) -> Reading:
     """A metric of ``data.metric_choice`` that reads written answers."""
     metric = Metric(choice.label, role, choice.goal, choice.kind.unit)
-    return Reading(metric, lambda a: choice.read(Written(prompt_text(a.question.prompt), a.text, len(a.tokens))))
+    return Reading(metric, lambda a: choice.read(Written(prompt_text(a.question.prompt), a.text, a.length)))
 
 
 def _own(function: Callable[[str, str], float]) -> Reading:

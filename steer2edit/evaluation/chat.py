@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steer2edit.data.prompts import Message
-from steer2edit.data.templates import TemplateArguments, render_prompt, templated
+from steer2edit.data.templates import TemplateArguments, render_prompt
 from steer2edit.data.tokens import texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import printable
@@ -50,8 +50,7 @@ class Chat:
 
     def _answer(self, model: LoadedModel, history: Sequence[Message]) -> str:
         text = render_prompt(tuple(history), model.tokenizer, self.system, self.chat_template_kwargs, writing=True)
-        special = not templated(model.tokenizer)
-        ids = generate(model, [text], max_new_tokens=self.max_new_tokens, add_special_tokens=special)[0]
+        ids = generate(model, [text], max_new_tokens=self.max_new_tokens)[0]
         return texts_of(model.tokenizer, [ids])[0].strip()
 
 

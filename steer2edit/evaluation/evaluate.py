@@ -23,7 +23,7 @@ from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listi
 from steer2edit.evaluation.answers import ANSWERS_RIGHT, Answers
 from steer2edit.evaluation.damage import Damage, damages
 from steer2edit.evaluation.instructed import brief, told
-from steer2edit.evaluation.metrics import Metric, Sample, Task
+from steer2edit.evaluation.metrics import Metric, Outcome, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAN, PLAN_FILE, RECEIPT
@@ -184,12 +184,7 @@ def evaluate(
     Raises Steer2EditError where a candidate changed them.
     """
     base = Candidate("base", lambda: _as_it_is(loaded), "base")
-    # what it costs the user comes first, then what the behaviour is named for
-    metrics = tuple(
-        sorted((m for task in tasks for m in task.metrics), key=lambda m: (m.name != ANSWERS_RIGHT, not m.own))
-    )
-    before = checksums(loaded.model)
-    rows = []
+    before, rows = checksums(loaded.model), []
     for candidate in (base, *candidates):
         rows.append(measure(candidate, tasks, progress))
         if names := changed(loaded.model, before):
@@ -197,30 +192,42 @@ def evaluate(
                 f"the candidate {candidate.name} changed the base's weights, so that nothing after it would be measured on the "
                 f"base:\n{listing(names)}"
             )
-    return Evaluation(metrics, tuple(rows), dict(context or {}), tuple(prompts))
+    return Evaluation(metrics_of(tasks), tuple(rows), dict(context or {}), tuple(prompts))
+
+
+def metrics_of(tasks: Sequence[Task]) -> tuple[Metric, ...]:
+    """The metrics of all tasks: what it costs the user comes first, then what the behaviour is named for."""
+    return tuple(
+        sorted((m for task in tasks for m in task.metrics), key=lambda m: (m.name != ANSWERS_RIGHT, not m.own))
+    )
 
 
 def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = silent) -> Row:
     """One candidate on every task."""
-    samples: dict[str, Sample] = {}
-    answers: tuple[str, ...] = ()
-    to_judge: list[tuple[Answers, tuple[str, ...]]] = []
+    outcomes: list[tuple[Task, Outcome]] = []
     started = time.perf_counter()
     with candidate.enter() as model:
         for task in brief(tasks) if candidate.brief else tasks:
             asked = told(task, candidate.told, model) if candidate.told else task
             if asked is None:
                 continue  # an instruction has no part in it
-            outcome = asked.measure(model, _named(progress, candidate.name))
-            samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in outcome.samples.items()}
-            answers = answers or outcome.answers
-            if isinstance(task, Answers):
-                to_judge.append((task, outcome.answers))
+            outcomes.append((task, asked.measure(model, named(progress, candidate.name))))
     seconds = time.perf_counter() - started
     # a judge may be the model itself: it judges with the base's weights
-    for task, written in to_judge:
-        samples |= {name: replace(one, groups=_groups(task, one)) for name, one in task.judged(written).items()}
-    return Row(candidate.name, candidate.kind, samples, candidate.note, candidate.strength, answers, seconds)
+    row = Row(candidate.name, candidate.kind, {}, candidate.note, candidate.strength, (), seconds)
+    return with_outcomes(row, outcomes)
+
+
+def with_outcomes(row: Row, outcomes: Sequence[tuple[Task, Outcome]]) -> Row:
+    """The row with what came of each task; a judge is asked here."""
+    samples: dict[str, Sample] = {}
+    answers: tuple[str, ...] = ()
+    for task, outcome in outcomes:
+        judged = task.judged(outcome.answers) if isinstance(task, Answers) else {}
+        found = {**outcome.samples, **judged}
+        samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in found.items()}
+        answers = answers or outcome.answers
+    return replace(row, samples=samples, answers=answers)
 
 
 def plan_candidate(loaded: LoadedModel, name: str, plan: EditPlan, kind: str = "edit", note: str = "") -> Candidate:
@@ -299,7 +306,8 @@ def _as_it_is(loaded: LoadedModel) -> Iterator[LoadedModel]:
     yield loaded
 
 
-def _named(progress: Progress, name: str) -> Progress:
+def named(progress: Progress, name: str) -> Progress:
+    """The progress of a candidate's stages, with its name before each."""
     return lambda stage, total: progress(f"{name}: {stage}", total)
 
 

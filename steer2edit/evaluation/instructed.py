@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from steer2edit.data.prompts import Message, Prompt
 from steer2edit.data.questions import Question
@@ -12,10 +12,17 @@ from steer2edit.data.templates import render_prompts
 from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.metrics import Choice, Preference, Task
-from steer2edit.runtime.model import LoadedModel
 
 
-def told(task: Task, instruction: str, loaded: LoadedModel) -> Task | None:
+class Tokenized(Protocol):
+    """What has a tokenizer with a chat template, such as a loaded model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+
+
+def told(task: Task, instruction: str, loaded: Tokenized) -> Task | None:
     """The task with ``instruction`` as the system message, after the one that there is.
 
     Where the chat template takes no system message, the instruction begins the user's message. None for a task without
@@ -50,7 +57,7 @@ def brief(tasks: Sequence[Task]) -> list[Task]:
     return cost
 
 
-def _takes(loaded: LoadedModel, question: Question, system: str, arguments: Any) -> bool:
+def _takes(loaded: Tokenized, question: Question, system: str, arguments: Any) -> bool:
     """Whether the chat template writes a system message."""
     try:
         render_prompts({question.prompt: question.where}, loaded.tokenizer, system, arguments)

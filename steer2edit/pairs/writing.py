@@ -75,7 +75,7 @@ class Writer:
                 if not missing:
                     continue
                 for place, answer in self.pace.timed(self.engine.write([requests[i] for i in missing], sampling)):
-                    self.journal.add(keys[missing[place]], asdict(answer))
+                    self.journal.add(keys[missing[place]], {name: getattr(answer, name) for name in _ANSWER})
                     advance(1, f"{self.pace.tokens_per_second:.0f} tokens/s")
                 self.journal.sync()
         return [_read(self.journal[key]) for key in keys]

@@ -47,6 +47,7 @@ def render_evaluation(found: Evaluation) -> str:
         lines.append(
             "Changes and differences are paired by question; better and worse: the whole interval has that sign."
         )
+    lines += _served_lines(context)
     for name, results in (context.get("lm_eval") or {}).items():
         lines += ["", f"lm-eval, {name}", tabulate(results, headers="keys", floatfmt=".4g")]
     return "\n".join(lines)
@@ -109,6 +110,17 @@ def _measured_on(found: Evaluation) -> str:
     split = found.context.get("split")
     half = f" (the half that tune {'reports on' if split == 'report' else 'selects on'})" if split else ""
     return f"Means: {'; '.join(told)}{half}. In brackets: 95 % intervals from resampling these."
+
+
+def _served_lines(context: Mapping[str, Any]) -> list[str]:
+    """What a table of served models does not hold, and who counted the tokens."""
+    if "not_measured" not in context:
+        return []
+    counts = set(context["lengths"].values())
+    return [
+        f"Answers by {context['server']['url']}; lengths are counted by {' and '.join(sorted(counts))}.",
+        f"Not measured of a server: {', '.join(context['not_measured'])}.",
+    ]
 
 
 def render_study(done: Study) -> str:

@@ -1,0 +1,115 @@
+"""An evaluation of what servers serve: the base and others under their names there, by their written answers alone.
+
+A server gives answers. It has no weights to compare with the base's, and the OpenAI API does not say how likely a text is that
+somebody else wrote. What is measured by these is left out, and the evaluation says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steer2edit.data.questions import Split
+from steer2edit.engines.server_engine import ServerEngine
+from steer2edit.evaluation.answers import Answers
+from steer2edit.evaluation.comparison import BOTH, INSTRUCTED
+from steer2edit.evaluation.evaluate import Evaluation, Row, metrics_of, named, with_outcomes
+from steer2edit.evaluation.instructed import told
+from steer2edit.evaluation.metrics import Outcome, Task
+from steer2edit.evaluation.written_suite import WrittenSuite, check_names
+from steer2edit.notices import notice
+from steer2edit.plan.measured import KL_NAMES
+from steer2edit.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model under its name on a server. ``kind`` is as a candidate's; ``told`` is an instruction before every prompt."""
+
+    name: str
+    engine: ServerEngine
+    kind: str = "edit"
+    note: str = ""
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What an instruction needs to know of a served model."""
+
+    tokenizer: Any
+
+
+def evaluate_served(
+    base: ServerEngine,
+    candidates: Sequence[ServedModel],
+    suite: WrittenSuite,
+    tokenizer: Any,
+    *,
+    split: Split = "report",
+    context: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the served base and every candidate by their answers to the questions of one split.
+
+    ``tokenizer`` is the model's own: it tells whether its template takes a system message, and the tokens that repetition is
+    read in. Raises EngineError where a server fails for good, and DataError where the split holds no question.
+    """
+    tasks = suite.answer_tasks(split)
+    check_names(tasks)
+    rows = [_measured(one, tasks, tokenizer, progress) for one in (ServedModel("base", base, "base"), *candidates)]
+    about = {
+        **suite.context(split),
+        **(context or {}),
+        "server": base.described(),
+        "served": {one.name: one.engine.described() for one in candidates},
+        "lengths": {"base": base.counted(), **{one.name: one.engine.counted() for one in candidates}},
+        "not_measured": not_measured(suite, split),
+    }
+    return Evaluation(metrics_of(tasks), tuple(rows), about, tuple(suite.prompts(split)))
+
+
+def not_measured(suite: WrittenSuite, split: Split) -> dict[str, str]:
+    """What would be measured of a model in this process and is not of a server, each with the reason."""
+    weights = "it takes the base's and the candidate's probabilities of whole texts, which a server does not give"
+    scored = "it takes the log-probability of a given text, which a server does not give"
+    found = dict.fromkeys([*KL_NAMES.values(), "perplexity"], weights)
+    return found | {metric.name: scored for task in suite.likelihood_tasks(split) for metric in task.metrics}
+
+
+def note_unmeasured(suite: WrittenSuite, split: Split) -> None:
+    """Say before the work begins which metrics are left out, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in not_measured(suite, split).items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    own = suite.metric
+    lacking = own is not None and own.kind.needs in ("two responses", "choices")
+    told = f". The behaviour's own metric, {own.label}, is one of them" if own is not None and lacking else ""
+    notice(f"of a server these metrics are not measured: {'; '.join(lines)}{told}")
+
+
+def with_instruction(
+    base: ServerEngine, candidates: Sequence[ServedModel], instruction: str | None
+) -> list[ServedModel]:
+    """The candidates, the base under an instruction, and the first candidate under it too."""
+    if not instruction:
+        return list(candidates)
+    note = f"told: {instruction}"
+    found = [*candidates, ServedModel("instruction", base, INSTRUCTED, note, instruction)]
+    for first in candidates[:1]:
+        found.append(replace(first, name=f"{first.name} and instruction", kind=BOTH, note=note, told=instruction))
+    return found
+
+
+def _measured(one: ServedModel, tasks: Sequence[Task], tokenizer: Any, progress: Progress) -> Row:
+    outcomes: list[tuple[Task, Outcome]] = []
+    started = time.perf_counter()
+    for task in tasks:
+        asked = told(task, one.told, _Served(tokenizer)) if one.told else task
+        assert isinstance(asked, Answers)
+        outcomes.append((task, asked.through(one.engine, tokenizer, named(progress, one.name))))
+    seconds = time.perf_counter() - started
+    return with_outcomes(Row(one.name, one.kind, {}, one.note, None, (), seconds), outcomes)
