@@ -115,7 +115,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         if request.judge is not None and request.questions is not None and request.report:
             labelled = request.behavior.examples if request.behavior is not None else ()
             judge = TraitJudge(
-                request.judge.open(TransformersEngine(loaded), request.runtime, labelled), request.judge.trait
+                request.judge.open(TransformersEngine(loaded), request.runtime, labelled, progress), request.judge.trait
             )
 
         lowerings = {

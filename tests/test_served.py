@@ -134,7 +134,7 @@ def test_names_are_compared_with_the_base_though_every_fifth_request_fails(
     }
     assert Evaluation.load(out).rows[1].answers[0] == "blunt blunt blunt blunt blunt"
     table = run("eval", folder, *asked, "--server", apis[0].url, *SMALL)
-    assert "Not measured of a server: KL in chat, KL on prose, perplexity, margin" in table.stdout
+    assert "Not measured: KL in chat, KL on prose, perplexity, margin" in table.stdout
     assert f"Answers by {apis[0].url}/v1" in table.stdout and "short" in table.stdout
 
 

@@ -12,6 +12,7 @@ import click
 
 from steer2edit.cli.engine_flags import AskingFlags, names_server
 from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.options import progress_bar
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class JudgeFlags(JudgeNameFlags, AskingFlags):
         if choice is None:
             return suite
         examples = data.read_behavior().examples if data.any else ()
-        return replace(suite, judge=TraitJudge(choice.open(own, model.runtime(), examples), choice.trait))
+        return replace(
+            suite, judge=TraitJudge(choice.open(own, model.runtime(), examples, progress_bar()), choice.trait)
+        )
 
 
 def _trait_of(source: object) -> str:

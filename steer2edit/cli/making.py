@@ -82,7 +82,7 @@ class Making:
             if judge == "self"
             else named(judge, self.authors.judge_model, flag="--judge-model")
         )
-        return Engines(answers, writer, loaded, tried(judging))
+        return Engines(answers, writer, loaded, tried(judging, progress=progress_bar()))
 
     def request(self, out: Path, force: bool) -> DataRequest:
         """What is to be made."""

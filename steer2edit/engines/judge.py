@@ -15,10 +15,13 @@ from steer2edit.data.prompts import Prompt
 from steer2edit.engines.agreement import LEAST_AUC, Agreement, LabelledAnswer, agreement_of, labelled_answers
 from steer2edit.engines.engine import Engine, Request
 from steer2edit.notices import notice
+from steer2edit.progress import Progress, silent
 
 Asked = Literal["shows", "coherent"]
 TRIED = 32
 """Labels of each kind that a judge is tried on, at most, where there are more."""
+AT_A_TIME = 32
+"""Questions to a judge after which its progress is shown."""
 _CHARACTERS = 4000
 """Of a prompt and of an answer no more characters are shown to a judge: the beginning tells."""
 
@@ -59,7 +62,10 @@ class Judge:
 
 
 def tried(
-    engine: Engine, labelled: Sequence[LabelledAnswer] | None = None, general: Sequence[LabelledAnswer] | None = None
+    engine: Engine,
+    labelled: Sequence[LabelledAnswer] | None = None,
+    general: Sequence[LabelledAnswer] | None = None,
+    progress: Progress = silent,
 ) -> Judge:
     """A judge whose agreement with labels is measured now, by one question for each label.
 
@@ -70,8 +76,14 @@ def tried(
     packaged = labelled_answers() if labelled is None or general is None else []
     of_traits = packaged if labelled is None else labelled
     of_sense = packaged if general is None else general
-    shown = engine.yes([trait_request(one.trait, one.prompt, one.answer) for one in of_traits])
-    sense = engine.yes([coherence_request(one.prompt, one.answer) for one in of_sense])
+    asked = [trait_request(one.trait, one.prompt, one.answer) for one in of_traits]
+    asked += [coherence_request(one.prompt, one.answer) for one in of_sense]
+    with progress("try the judge on labelled answers", total=len(asked)) as advance:
+        said = []
+        for first in range(0, len(asked), AT_A_TIME):
+            said += engine.yes(asked[first : first + AT_A_TIME])
+            advance(len(said) - first)
+    shown, sense = said[: len(of_traits)], said[len(of_traits) :]
     judge = Judge(
         engine,
         agreement_of("traits", shown, [one.shows for one in of_traits]),

@@ -19,6 +19,7 @@ from steer2edit.engines.server_engine import ServerEngine
 from steer2edit.engines.transformers_engine import BATCH, TransformersEngine
 from steer2edit.engines.vllm_engine import CONTEXT, VllmEngine
 from steer2edit.errors import EngineError
+from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 
 EngineName = Literal["transformers", "vllm"]
@@ -46,6 +47,7 @@ class JudgeChoice:
         own: Engine,
         runtime: Runtime = Runtime(),  # noqa: B008
         examples: Sequence[Example] = (),
+        progress: Progress = silent,
     ) -> Judge:
         """The judge, tried on labelled answers: on ``examples`` of the trait, or on the packaged ones where there are none.
 
@@ -57,7 +59,7 @@ class JudgeChoice:
             asked: dict[str, Any] = {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
             engine = open_named(self.where, runtime, model=self.model, flag="--judge-model", **asked)
         labelled = [LabelledAnswer(self.trait, e.prompt, e.response, e.label == "positive") for e in examples]
-        return tried(engine, of_both_kinds(labelled, TRIED) or None)
+        return tried(engine, of_both_kinds(labelled, TRIED) or None, progress=progress)
 
 
 def open_engine(

@@ -119,9 +119,9 @@ class Answers:
     def metrics(self) -> tuple[Metric, ...]:
         return *(reading.metric for reading in self.readings), *(self.judge.metrics if self.judge is not None else ())
 
-    def judged(self, answers: Sequence[str]) -> Mapping[str, Sample]:
+    def judged(self, answers: Sequence[str], progress: Progress = silent) -> Mapping[str, Sample]:
         """What the judge says of answers to the questions; nothing without one. No candidate may be on the model."""
-        return {} if self.judge is None else self.judge.samples(self.questions, answers)
+        return {} if self.judge is None else self.judge.samples(self.questions, answers, progress)
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         """Let the candidate's engine write, and read its answers."""

@@ -215,15 +215,15 @@ def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = si
     seconds = time.perf_counter() - started
     # a judge may be the model itself: it judges with the base's weights
     row = Row(candidate.name, candidate.kind, {}, candidate.note, candidate.strength, (), seconds)
-    return with_outcomes(row, outcomes)
+    return with_outcomes(row, outcomes, named(progress, row.name))
 
 
-def with_outcomes(row: Row, outcomes: Sequence[tuple[Task, Outcome]]) -> Row:
+def with_outcomes(row: Row, outcomes: Sequence[tuple[Task, Outcome]], progress: Progress) -> Row:
     """The row with what came of each task; a judge is asked here."""
     samples: dict[str, Sample] = {}
     answers: tuple[str, ...] = ()
     for task, outcome in outcomes:
-        judged = task.judged(outcome.answers) if isinstance(task, Answers) else {}
+        judged = task.judged(outcome.answers, progress) if isinstance(task, Answers) else {}
         found = {**outcome.samples, **judged}
         samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in found.items()}
         answers = answers or outcome.answers

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer2edit.data.questions import Question
-from steer2edit.engines.judge import Judge
+from steer2edit.engines.judge import AT_A_TIME, Judge
 from steer2edit.evaluation.metrics import Metric, Sample
 from steer2edit.notices import notice
+from steer2edit.progress import Progress, silent
 
 JUDGED, COHERENT = "judged", "coherent"
 
@@ -36,15 +37,22 @@ class TraitJudge:
             found.append(Metric(COHERENT, "utility", "more", tolerance=0.05))
         return tuple(found)
 
-    def samples(self, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Sample]:
+    def samples(
+        self, questions: Sequence[Question], answers: Sequence[str], progress: Progress = silent
+    ) -> dict[str, Sample]:
         """Of each metric 1 for a yes and 0 for a no, for each answer. Where the judge says neither, it counts as no."""
         prompts = [question.prompt for question in questions]
         found = {}
         for metric in self.metrics:
-            if metric.name == JUDGED:
-                likely = self.judge.shows(self.trait, prompts, answers)
-            else:
-                likely = self.judge.coherent(prompts, answers)
+            likely: list[float] = []
+            with progress(f"judge: {metric.name}", total=len(answers)) as advance:
+                for first in range(0, len(answers), AT_A_TIME):
+                    part = slice(first, first + AT_A_TIME)
+                    if metric.name == JUDGED:
+                        likely += self.judge.shows(self.trait, prompts[part], answers[part])
+                    else:
+                        likely += self.judge.coherent(prompts[part], answers[part])
+                    advance(len(likely) - first)
             if silent := sum(map(math.isnan, likely)):
                 notice(f"the judge says neither yes nor no to {silent} of {len(likely)} answers, which count as no")
             # an answer without a word shows nothing, whatever a judge says

@@ -23,6 +23,8 @@ from steer2edit.notices import notice
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 
+NO_PROBABILITIES = "a server gives answers, and no log-probabilities of given texts"
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -71,24 +73,18 @@ def evaluate_served(
     return Evaluation(metrics_of(tasks), tuple(rows), about, tuple(suite.prompts(split)))
 
 
-def not_measured(suite: WrittenSuite, split: Split) -> dict[str, str]:
-    """What would be measured of a model in this process and is not of a server, each with the reason."""
-    weights = "it takes the base's and the candidate's probabilities of whole texts, which a server does not give"
-    scored = "it takes the log-probability of a given text, which a server does not give"
-    found = dict.fromkeys([*KL_NAMES.values(), "perplexity"], weights)
-    return found | {metric.name: scored for task in suite.likelihood_tasks(split) for metric in task.metrics}
+def not_measured(suite: WrittenSuite, split: Split) -> list[str]:
+    """The metrics that a model in this process would have and one on a server has not."""
+    scored = [metric.name for task in suite.likelihood_tasks(split) for metric in task.metrics]
+    return [*KL_NAMES.values(), "perplexity", *scored]
 
 
 def note_unmeasured(suite: WrittenSuite, split: Split) -> None:
     """Say before the work begins which metrics are left out, and why."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in not_measured(suite, split).items():
-        reasons.setdefault(reason, []).append(name)
-    lines = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
     own = suite.metric
     lacking = own is not None and own.kind.needs in ("two responses", "choices")
-    told = f". The behaviour's own metric, {own.label}, is one of them" if own is not None and lacking else ""
-    notice(f"of a server these metrics are not measured: {'; '.join(lines)}{told}")
+    told = f" ({own.label} is the behaviour's own)" if own is not None and lacking else ""
+    notice(f"{NO_PROBABILITIES}, so these are not measured: {', '.join(not_measured(suite, split))}{told}")
 
 
 def with_instruction(
@@ -112,4 +108,4 @@ def _measured(one: ServedModel, tasks: Sequence[Task], tokenizer: Any, progress:
         assert isinstance(asked, Answers)
         outcomes.append((task, asked.through(one.engine, tokenizer, named(progress, one.name))))
     seconds = time.perf_counter() - started
-    return with_outcomes(Row(one.name, one.kind, {}, one.note, None, (), seconds), outcomes)
+    return with_outcomes(Row(one.name, one.kind, {}, one.note, None, (), seconds), outcomes, named(progress, one.name))

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from steer2edit.evaluation.comparison import compared_rows, comparisons
 from steer2edit.evaluation.metrics import attributes
+from steer2edit.evaluation.served import NO_PROBABILITIES
 from steer2edit.evaluation.steerability import steerability
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.report.differences import cell, change_cell, losses
@@ -119,7 +120,7 @@ def _served_lines(context: Mapping[str, Any]) -> list[str]:
     counts = set(context["lengths"].values())
     return [
         f"Answers by {context['server']['url']}; lengths are counted by {' and '.join(sorted(counts))}.",
-        f"Not measured of a server: {', '.join(context['not_measured'])}.",
+        f"Not measured: {', '.join(context['not_measured'])} ({NO_PROBABILITIES}).",
     ]
 
 

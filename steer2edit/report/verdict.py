@@ -27,7 +27,8 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
     utility, attribute = axes
     change = evaluation.change(row, attribute.name)
     cost = evaluation.estimate(row, utility.name)
-    at = f"a {utility.name} of {number(cost.value)} {utility.unit}".strip()
+    article = "a " if utility.name.startswith("KL") else ""
+    at = f"{article}{utility.name} of {number(cost.value)} {utility.unit}".strip()
     beside = [one for one in comparisons(evaluation, row) if one.row is row and attribute.name in one.changes]
     differences = [f"beyond {one.against}: {signed(attribute, one.changes[attribute.name])}" for one in beside]
     numbers = "; ".join([f"{_moved(attribute, change)} at {at}", *differences])
