@@ -31,7 +31,7 @@ from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.reach import AIM_QUESTIONS, settle_by_aim
 from steer2edit.strength.neutral_texts import neutral_texts
-from steer2edit.strength.settle import settle_strength
+from steer2edit.strength.settle import settle
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         if request.aim is not None:
             assert request.questions is not None  # the request checks it
             suite = own_suite(scoring, texts, request.questions, AIM_QUESTIONS)
-            plan = settle_by_aim(loaded, plan, suite, request.aim, largest_kl=request.kl_budget, progress=progress)
+            settled = settle_by_aim(loaded, plan, suite, request.aim, largest_kl=request.kl_budget, progress=progress)
         else:
-            plan = settle_strength(
+            settled = settle(
                 loaded,
                 plan,
                 strength=request.fixed_strength,
@@ -111,6 +111,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
                 scaled=scaling(plan),
             )
 
+        plan = settled.plan
         judge = None
         if request.judge is not None and request.questions is not None and request.report:
             labelled = request.behavior.examples if request.behavior is not None else ()
@@ -127,7 +128,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         if request.questions is None or not request.report:
             return Compiled(plan, statistics, folders, lowerings)
         evaluation = prove(
-            loaded, scoring, plan, texts, request.questions, folders, progress, told=request.told, judge=judge
+            loaded, scoring, settled, texts, request.questions, folders, progress, told=request.told, judge=judge
         )
         write_pages(plan, evaluation, folders.values(), request.behavior.examples if request.behavior else ())
         return Compiled(plan, statistics, folders, lowerings, evaluation)

@@ -72,7 +72,7 @@ def test_an_aim_may_be_of_any_metric_by_name() -> None:
 def test_a_plan_by_aim_remembers_what_it_was_chosen_by(loaded: LoadedModel, scoring: Scoring, suite: Suite) -> None:
     raw = make_plan(scoring)
     ceiling = reach(loaded, raw, suite, Aim("margin", -1e-9 + _base(loaded, raw, suite)[0] + 0.01), largest_kl=0.5)
-    plan = settle_by_aim(loaded, raw, suite, ceiling.aim, largest_kl=0.5)
+    plan = settle_by_aim(loaded, raw, suite, ceiling.aim, largest_kl=0.5).plan
     assert plan.measured.strength == pytest.approx(ceiling.strength)
     assert plan.measured.kl is not None and 0 < plan.measured.kl <= 0.5 * 1.05
     assert {q.digest for q in suite.questions("select")} <= set(plan.seen)

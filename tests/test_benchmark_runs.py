@@ -20,6 +20,7 @@ RUNS = {
     "attributes.py": "MODEL --behavior formal --limit 3 --max-new-tokens 3 --kl-budget 0.05 --dtype float32 --random",
     "capture_speed.py": "MODEL --runs 1 --limit 4 --behavior formal",
     "chat_cost.py": "MODEL --behavior formal --dtype float32",
+    "compile_speed.py": "MODEL --behavior formal --limit 6 --samples 1 --kl-budget 0.001 --dtype float32",
     "data_verdict.py": "MODEL --behavior formal --pairs 20 --draws 1",
     "fp8_rounding.py": "--rows 256 --columns 256",
     "fuzz.py": "--target show --seconds 0.5",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,17 @@ from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.assess import assess
-from steer2edit.evaluation.baselines import adapter_at, instructed, random_directions, shuffled_labels, to_kl
+from steer2edit.evaluation.baselines import (
+    adapter_at,
+    baselines,
+    instructed,
+    random_directions,
+    shuffled_labels,
+    steering_at,
+    to_kl,
+)
 from steer2edit.evaluation.comparison import comparisons, equally_costly
-from steer2edit.evaluation.evaluate import Evaluation, Row, evaluate, plan_candidate
+from steer2edit.evaluation.evaluate import Candidate, Evaluation, Row, evaluate, measure, plan_candidate
 from steer2edit.evaluation.instructed import told
 from steer2edit.evaluation.metrics import Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.steerability import steerability
@@ -36,7 +45,7 @@ from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.neutral_texts import NeutralTexts
-from steer2edit.strength.settle import settle_strength
+from steer2edit.strength.settle import settle, settle_strength
 
 TEXT = "the old cat sees a small bird and the river runs . " * 12
 MARGIN = Metric("margin", "attribute", "more", "nats/token")
@@ -195,6 +204,36 @@ def test_random_directions_cost_the_same_and_are_measured_in_brief(
     judged = steerability(found, edit)
     assert judged is not None and judged.metric.name == "margin" and judged.directions == 3
     assert judged.beyond.value == pytest.approx(found.difference(edit, others, "margin").value)
+
+
+def test_costs_that_are_known_are_those_that_would_be_measured(
+    loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the base, of an edit that was settled, and of baselines that were brought to its KL: to the last bit."""
+    prose = NeutralText(loaded, TEXT, window=30)
+    both = NeutralTexts(neutral.budget, prose)
+    settled = settle(loaded, make_plan(scoring), kl_budget=0.05, neutral=both)
+    kl = settled.plan.measured.kl or 0.0
+    edit = replace(plan_candidate(loaded, "edit", settled.plan), costs=settled.costs)
+    others = [steering_at(loaded, scoring, both, kl), *random_directions(loaded, settled.plan, both, kl)]
+    others += baselines(loaded, scoring, settled.plan, both, only=("random", "whole"), draws=1, kl=kl)
+    assert set(edit.costs) == {neutral.budget, prose} and all(set(one.costs) == {neutral.budget} for one in others)
+    tasks = [Neutral(neutral.budget), Neutral(prose)]
+    passes: list[NeutralText] = []
+    windows = NeutralText.windows
+
+    def counted(text: NeutralText, *given: object, **named: object) -> object:
+        passes.append(text)
+        return windows(text, *given, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NeutralText, "windows", counted)
+        known = evaluate(loaded, tasks, [edit, *others])
+    assert passes == [prose] * len(others)
+    measured = evaluate(loaded, tasks, [replace(one, costs={}) for one in (edit, *others)])
+    base = measure(Candidate("base", lambda: nullcontext(loaded), "base"), tasks)
+    assert known.rows[0].samples == base.samples
+    assert [row.samples for row in known.rows] == [row.samples for row in measured.rows]
 
 
 def test_shuffled_labels_are_not_steerable(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts) -> None:

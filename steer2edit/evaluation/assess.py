@@ -27,6 +27,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.neutral_texts import NeutralTexts
+from steer2edit.strength.settle import Settled
 
 PROOF = 32
 """Questions of each kind behind a compile's own report: enough to see an effect, and a matter of minutes on a CPU."""
@@ -78,7 +79,7 @@ def with_baselines(
 def prove(
     loaded: LoadedModel,
     scoring: Scoring,
-    plan: EditPlan,
+    settled: Settled,
     neutral: NeutralTexts,
     questions: Sequence[Question],
     folders: Mapping[str, Path],
@@ -89,12 +90,15 @@ def prove(
 ) -> Evaluation:
     """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
-    The KL is that on the text which budgets are on. With an instruction ``told`` the base is also measured under it, and the
-    edit too. A ``judge`` adds its metrics. Writes the evaluation into each artefact's folder.
+    ``settled`` is the edit with its cost on the ``neutral`` texts, which is not measured again. The KL is that on the text which
+    budgets are on. With an instruction ``told`` the base is also measured under it, and the edit too. A ``judge`` adds its
+    metrics. Writes the evaluation into each artefact's folder.
     """
     suite = replace(own_suite(scoring, neutral, questions, PROOF), judge=judge)
-    kl = neutral_kl(loaded, plan, neutral)
-    named = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
+    plan = settled.plan
+    kl = settled.costs[neutral.budget].divergence().kl
+    edit = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
+    named = replace(edit, costs=settled.costs)
     controls = random_directions(loaded, plan, neutral, kl)
     context = {
         "model": scoring.checkpoint.name,

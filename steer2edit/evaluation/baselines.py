@@ -31,7 +31,7 @@ from steer2edit.runtime.hooks import edited, steered
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.discriminative import within
 from steer2edit.scoring.scores import TINY, Scoring, analyse
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.kl import NeutralText, Windows
 from steer2edit.strength.line_search import Strength
 from steer2edit.strength.meet import Apply, at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
@@ -80,10 +80,11 @@ def baselines(
     candidates = []
     with progress("baselines", total=len(edits)) as advance:
         for name, kind, other in edits:
-            note, settled = "at equal ‖ΔW‖", other
             if match == "kl" and kl is not None and kind != "flipped":
-                note, settled = _equal(neutral), to_kl(loaded, other, neutral, kl, name)
-            candidates.append(plan_candidate(loaded, name, settled, kind, note))
+                found = _met(loaded, other, neutral, kl, name)
+                candidates.append(_scaled(loaded, name, other, kind, neutral, found))
+            else:
+                candidates.append(plan_candidate(loaded, name, other, kind, "at equal ‖ΔW‖"))
             advance(1)
     return candidates
 
@@ -100,8 +101,8 @@ def steering(
 def steering_at(loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, kl: float) -> Candidate:
     """Activation steering at the strength that meets a KL."""
     vectors = {site.key: scoring.statistics.difference(site.vector_key).float() for site in scoring.spec.sites}
-    strength = meet(partial(steered, loaded, vectors), neutral.budget, kl, "steering").strength
-    return replace(_steering(loaded, vectors, strength), note=_equal(neutral))
+    found = meet(partial(steered, loaded, vectors), neutral.budget, kl, "steering")
+    return replace(_steering(loaded, vectors, found.strength), note=_equal(neutral), costs=_costs(neutral, found))
 
 
 def adapter_at(loaded: LoadedModel, folder: Path, neutral: NeutralTexts, kl: float) -> Candidate:
@@ -133,15 +134,15 @@ def random_directions(
     Directions of one size cost nearly the same: each begins at the first one's strength, and takes few passes.
     """
     candidates: list[Candidate] = []
-    strength = 1.0
+    strength = None
     for i in range(draws):
         name, drawn = f"random direction {i + 1}", random_direction(plan, seed=i)
-        if not i:
-            settled = to_kl(loaded, drawn, neutral, kl, name)
-            strength = settled.norm / drawn.norm if drawn.norm else 1.0
+        if strength is None:
+            found = _met(loaded, drawn, neutral, kl, name)
+            strength = found.strength
         else:
-            settled = drawn.scaled(near(partial(edited, loaded, drawn), neutral.budget, kl, strength, name).strength)
-        candidates.append(replace(plan_candidate(loaded, name, settled, "random", _equal(neutral)), brief=i > 0))
+            found = near(partial(edited, loaded, drawn), neutral.budget, kl, strength, name)
+        candidates.append(replace(_scaled(loaded, name, drawn, "random", neutral, found), brief=i > 0))
     return candidates
 
 
@@ -252,8 +253,12 @@ def neutral_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts) -> fl
 
 def to_kl(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts, kl: float, name: str = "") -> EditPlan:
     """The plan at the strength that meets a KL. Raises PlanError where none does; ``name`` is for the progress."""
+    return plan.scaled(_met(loaded, plan, neutral, kl, name).strength)
+
+
+def _met(loaded: LoadedModel, plan: EditPlan, neutral: NeutralTexts, kl: float, name: str) -> Strength:
     try:
-        return plan.scaled(meet(partial(edited, loaded, plan), neutral.budget, kl, name).strength)
+        return meet(partial(edited, loaded, plan), neutral.budget, kl, name)
     except Steer2EditError as error:
         raise PlanError(f"a baseline could not be brought to a KL of {kl:.3g}: {error}") from None
 
@@ -273,6 +278,18 @@ def near(apply: Apply, text: NeutralText, kl: float, start: float | None = None,
             return found
         strength *= math.sqrt(kl / reached)
     return meet(apply, text, kl, name)
+
+
+def _scaled(
+    loaded: LoadedModel, name: str, plan: EditPlan, kind: str, neutral: NeutralTexts, found: Strength
+) -> Candidate:
+    """The plan at a strength that was found for it, with the cost that was measured there."""
+    candidate = plan_candidate(loaded, name, plan.scaled(found.strength), kind, _equal(neutral))
+    return replace(candidate, costs=_costs(neutral, found))
+
+
+def _costs(neutral: NeutralTexts, found: Strength) -> dict[NeutralText, Windows]:
+    return {} if found.windows is None else {neutral.budget: found.windows}
 
 
 def _equal(neutral: NeutralTexts) -> str:

@@ -23,7 +23,7 @@ from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listi
 from steer2edit.evaluation.answers import ANSWERS_RIGHT, Answers
 from steer2edit.evaluation.damage import Damage, damages
 from steer2edit.evaluation.instructed import brief, told
-from steer2edit.evaluation.metrics import Metric, Outcome, Sample, Task
+from steer2edit.evaluation.metrics import Metric, Neutral, Outcome, Sample, Task
 from steer2edit.files.atomic import write_text
 from steer2edit.files.hub import fetch
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAN, PLAN_FILE, RECEIPT
@@ -33,6 +33,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.adapters import adapted, changed, checksums
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel, Runtime, load_weights
+from steer2edit.strength.kl import NeutralText, Windows
 
 FORMAT = "steer2edit.evaluation.1"
 _ROW: Any = {
@@ -57,7 +58,7 @@ class Candidate:
 
     ``kind`` is base, edit, or the name of a baseline; ``note`` says in words what it is; ``seen`` are digests of the prompts
     that it was made or chosen by. ``told`` is an instruction that stands before every prompt. ``brief`` asks for the cost and
-    the attribute alone, by likelihood where it can be had so.
+    the attribute alone, by likelihood where it can be had so. ``costs`` are what was measured of it on neutral texts already.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Candidate:
     seen: frozenset[str] = frozenset()
     told: str = ""
     brief: bool = False
+    costs: Mapping[NeutralText, Windows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def evaluate(
     After each candidate the base's weights are compared with those of before, by their checksums: one pass over them.
     Raises Steer2EditError where a candidate changed them.
     """
-    base = Candidate("base", lambda: _as_it_is(loaded), "base")
+    texts = [task.text for task in tasks if isinstance(task, Neutral) and task.text.is_of(loaded)]
+    base = Candidate("base", lambda: _as_it_is(loaded), "base", costs={text: text.unchanged() for text in texts})
     before, rows = checksums(loaded.model), []
     for candidate in (base, *candidates):
         rows.append(measure(candidate, tasks, progress))
@@ -211,7 +214,10 @@ def measure(candidate: Candidate, tasks: Sequence[Task], progress: Progress = si
             asked = told(task, candidate.told, model) if candidate.told else task
             if asked is None:
                 continue  # an instruction has no part in it
-            outcomes.append((task, asked.measure(model, named(progress, candidate.name))))
+            if isinstance(asked, Neutral) and asked.text in candidate.costs:
+                outcomes.append((task, asked.outcome(candidate.costs[asked.text])))
+            else:
+                outcomes.append((task, asked.measure(model, named(progress, candidate.name))))
     seconds = time.perf_counter() - started
     # a judge may be the model itself: it judges with the base's weights
     row = Row(candidate.name, candidate.kind, {}, candidate.note, candidate.strength, (), seconds)

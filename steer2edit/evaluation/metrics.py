@@ -25,7 +25,7 @@ from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.kl import NeutralText, Windows
 
 MetricRole = Literal["attribute", "utility", "check"]
 CONTENT_FREE = "N/A"
@@ -221,7 +221,10 @@ class Neutral:
         return self.kl, *([Metric("perplexity", "utility", "less", exponential=True)] if prose else [])
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
-        found = self.text.windows(loaded, progress=progress)
+        return self.outcome(self.text.windows(loaded, progress=progress))
+
+    def outcome(self, found: Windows) -> Outcome:
+        """The samples of what was measured on the text."""
         weights = tuple(map(float, found.tokens))
         samples = {self.kl.name: Sample(found.kl, weights), "perplexity": Sample(found.loss, weights)}
         return Outcome({metric.name: samples[metric.name] for metric in self.metrics})

@@ -23,7 +23,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.aim import Aim
 from steer2edit.strength.meet import meet
-from steer2edit.strength.settle import applying, settle_strength
+from steer2edit.strength.settle import Settled, applying, settle
 
 LARGEST_KL = 0.5
 """The KL, in nats per token, beyond which no strength is tried unless a budget is given."""
@@ -65,16 +65,16 @@ def settle_by_aim(
     *,
     largest_kl: float | None = None,
     progress: Progress = silent,
-) -> EditPlan:
+) -> Settled:
     """The plan at the weakest strength that reaches the aim.
 
     It holds what was measured, and digests of the prompts that it was chosen by. Raises what :func:`reach` raises.
     """
     reached = reach(loaded, plan, suite, aim, largest_kl=largest_kl, progress=progress)
-    settled = settle_strength(loaded, plan, strength=reached.strength, neutral=suite.neutral, scaled=scaling(plan))
+    settled = settle(loaded, plan, strength=reached.strength, neutral=suite.neutral, scaled=scaling(plan))
     chosen_by = tuple(sorted({question.digest for question in suite.questions("select")}))
-    measured = replace(settled.measured, aim=reached.described(), selected_on=chosen_by)
-    return replace(settled, measured=measured)
+    measured = replace(settled.plan.measured, aim=reached.described(), selected_on=chosen_by)
+    return replace(settled, plan=replace(settled.plan, measured=measured))
 
 
 def reach(

@@ -122,7 +122,7 @@ class NeutralText:
         chosen = self._glanced() if glance else self._batches
         at = self.tokens - sum(self._count(i) for batch in chosen for i in batch)
         reference = None if glance else self._reference
-        if reference is not None and loaded.model is not self._loaded.model:
+        if reference is not None and not self.is_of(loaded):
             reference = reference if reference.unembedding.same(affine(loaded, self._base)) else None
         head = self._loaded.model.get_output_embeddings()
         if head is not None and head._forward_hooks:  # the unembedding itself is edited: the base's is needed beside it
@@ -142,9 +142,27 @@ class NeutralText:
                 else:
                     found = reference[rows].compare(now, logits, gold)
                 compared.append(found)
+        return self._summed(torch.cat(compared), chosen, first, glance)
+
+    def unchanged(self) -> Windows:
+        """What :meth:`windows` gives of the base itself: known since the first look at it, where logits are affine."""
+        if self._reference is None:
+            return self.windows()
+        nothing, loss = torch.zeros_like(self._reference.loss), self._reference.loss
+        return self._summed(torch.stack((nothing, loss, loss, nothing), dim=1), self._batches)
+
+    def is_of(self, loaded: LoadedModel) -> bool:
+        """Whether it is this model's text: the base that others are compared with."""
+        return loaded.model is self._loaded.model
+
+    def _summed(
+        self, compared: torch.Tensor, chosen: Sequence[Sequence[int]], first: int = 0, glance: bool = False
+    ) -> Windows:
+        """Sums over each row of ``chosen`` batches; ``compared`` has four numbers for each prediction, from ``first`` on."""
         # one transfer for the whole text: each would wait for the device
-        numbers = torch.cat(compared).cpu().double()
-        sums = torch.zeros(len(self._rows), 4, dtype=torch.float64).index_add_(0, self._owners[first:at], numbers)
+        numbers = compared.cpu().double()
+        owners = self._owners[first : first + len(numbers)]
+        sums = torch.zeros(len(self._rows), 4, dtype=torch.float64).index_add_(0, owners, numbers)
         kept = sorted(i for batch in chosen for i in batch)
         kl, base_loss, loss, quadratic = (tuple(column.tolist()) for column in sums[kept].T)
         tokens = tuple(map(self._count, kept))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from steer2edit.errors import Steer2EditError
 from steer2edit.plan import Divergence
 from steer2edit.plan.measured import LARGEST_STRENGTH
+from steer2edit.strength.kl import Windows
 
 USUAL_PASSES = 5
 """How many measurements a search seldom exceeds when it begins at :func:`quadratic_start`."""
@@ -16,11 +17,15 @@ USUAL_PASSES = 5
 
 @dataclass(frozen=True)
 class Strength:
-    """The strength found, what it measured, and the search's ``(strength, kl)`` steps in order."""
+    """The strength found, what it measured, and the search's ``(strength, kl)`` steps in order.
+
+    ``windows`` is the same measurement window by window, where it was of a text.
+    """
 
     strength: float
     divergence: Divergence
     steps: tuple[tuple[float, float], ...]
+    windows: Windows | None = None
 
 
 def find_strength(

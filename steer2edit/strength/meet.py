@@ -5,13 +5,13 @@ All that changes a model by a number comes here: a plan, one part of it, a basel
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from steer2edit.plan import Divergence
-from steer2edit.strength.kl import NeutralText
+from steer2edit.strength.kl import NeutralText, Windows
 from steer2edit.strength.line_search import USUAL_PASSES, Strength, find_strength, quadratic_start
 
 Apply = Callable[[float], AbstractContextManager[Any]]
@@ -20,7 +20,8 @@ Apply = Callable[[float], AbstractContextManager[Any]]
 
 def at(apply: Apply, text: NeutralText, strength: float = 1.0, name: str = "") -> Strength:
     """The divergence at one strength: one pass over the neutral text. ``name`` is the candidate's, for the progress."""
-    return Strength(strength, _measure(apply, text, strength, _stage(text, name)), ())
+    windows = _measure(apply, text, strength, _stage(text, name))
+    return Strength(strength, windows.divergence(), (), windows)
 
 
 def meet(apply: Apply, text: NeutralText, budget: float, name: str = "") -> Strength:
@@ -28,24 +29,26 @@ def meet(apply: Apply, text: NeutralText, budget: float, name: str = "") -> Stre
 
     ``name`` is the candidate's, for the progress. Raises Steer2EditError where no strength meets the budget.
     """
-    passes = itertools.count(1)
+    passes: dict[float, Windows] = {}
 
     def measure(strength: float) -> Divergence:
-        number = next(passes)
+        number = len(passes) + 1
         about = f" of about {USUAL_PASSES}" if number <= USUAL_PASSES else ""
-        return _measure(apply, text, strength, f"{_stage(text, name)}, pass {number}{about}")
+        passes[strength] = _measure(apply, text, strength, f"{_stage(text, name)}, pass {number}{about}")
+        return passes[strength].divergence()
 
-    return find_strength(measure, budget, start=estimate(apply, text, budget))
+    settled = find_strength(measure, budget, start=estimate(apply, text, budget))
+    return replace(settled, windows=passes[settled.strength])
 
 
 def estimate(apply: Apply, text: NeutralText, budget: float) -> float:
     """The strength that meets ``budget`` by the closed form, from a few passes over some 500 tokens of the text."""
-    return quadratic_start(lambda strength: _measure(apply, text, strength, glance=True), budget)
+    return quadratic_start(lambda strength: _measure(apply, text, strength, glance=True).divergence(), budget)
 
 
-def _measure(apply: Apply, text: NeutralText, strength: float, stage: str = "", glance: bool = False) -> Divergence:
+def _measure(apply: Apply, text: NeutralText, strength: float, stage: str = "", glance: bool = False) -> Windows:
     with apply(strength):
-        return text.measure(glance=glance, stage=stage)
+        return text.windows(glance=glance, stage=stage)
 
 
 def _stage(text: NeutralText, name: str) -> str:

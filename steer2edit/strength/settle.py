@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from steer2edit.architecture import MatrixRole
 from steer2edit.errors import PlanError, Steer2EditError
@@ -13,12 +14,21 @@ from steer2edit.plan.edit_plan import check_strength
 from steer2edit.plan.measured import ClassStrength, TextKind
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
+from steer2edit.strength.kl import NeutralText, Windows
 from steer2edit.strength.meet import Apply, at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
 
 Scaled = Callable[[EditPlan, float], EditPlan]
 KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.1, "prose": 0.05}
 """The budget where none is asked for, by the kind of text that it is on, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A plan at its strength, and its cost on each text, window by window: an evaluation need not measure that again."""
+
+    plan: EditPlan
+    costs: Mapping[NeutralText, Windows]
 
 
 def settle_strength(
@@ -31,6 +41,21 @@ def settle_strength(
     neutral: NeutralTexts,
     scaled: Scaled = EditPlan.scaled,
 ) -> EditPlan:
+    """The plan of :func:`settle`, which raises what that raises."""
+    budgets: dict[str, Any] = {"kl_budget": kl_budget, "class_budgets": class_budgets}
+    return settle(loaded, plan, strength=strength, neutral=neutral, scaled=scaled, **budgets).plan
+
+
+def settle(
+    loaded: LoadedModel,
+    plan: EditPlan,
+    *,
+    strength: float | None = None,
+    kl_budget: float | None = None,
+    class_budgets: Mapping[MatrixRole, float] | None = None,
+    neutral: NeutralTexts,
+    scaled: Scaled = EditPlan.scaled,
+) -> Settled:
     """The plan at ``strength``, or at the largest one within ``kl_budget``, with what was measured written into it.
 
     The budget is on the first text, and the cost on the other one is measured once, at the strength that is settled.
@@ -64,17 +89,18 @@ def settle_strength(
         settled = at(apply, text, 1.0 if strength is None else strength)
     else:
         settled = meet(apply, text, kl_budget)
-    others = {one.kind: at(apply, one, settled.strength).divergence for one in neutral if one is not text}
+    every = {one: settled if one is text else at(apply, one, settled.strength) for one in neutral}
     measured = replace(
         plan.measured,
         strength=settled.strength,
         kl_budget=kl_budget,
         budget_text=text.kind,
         classes=classes,
-        costs={text.kind: settled.divergence, **others},
+        costs={one.kind: found.divergence for one, found in every.items()},
         steps=settled.steps,
     )
-    return replace(scaled(plan, settled.strength), measured=measured)
+    costs = {one: found.windows for one, found in every.items() if found.windows is not None}
+    return Settled(replace(scaled(plan, settled.strength), measured=measured), costs)
 
 
 def applying(loaded: LoadedModel, plan: EditPlan, scaled: Scaled) -> Apply:
