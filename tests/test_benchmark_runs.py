@@ -14,13 +14,14 @@ from test_benchmarks import PARTS, ROOT, start
 
 from steer2edit.capture import background
 from steer2edit.demo import invented_world
+from steer2edit.evaluation import assess
 
 BENCHMARKS = ROOT / "benchmarks"
 RUNS = {
     "attributes.py": "MODEL --behavior formal --limit 3 --max-new-tokens 3 --kl-budget 0.05 --dtype float32 --random",
     "capture_speed.py": "MODEL --runs 1 --limit 4 --behavior formal",
     "chat_cost.py": "MODEL --behavior formal --dtype float32",
-    "compile_speed.py": "MODEL --behavior formal --limit 6 --samples 1 --kl-budget 0.001 --dtype float32",
+    "compile_speed.py": "MODEL --behavior formal --limit 4 --samples 1 --kl-budget 0.001 --dtype float32",
     "data_verdict.py": "MODEL --behavior formal --pairs 20 --draws 1",
     "fp8_rounding.py": "--rows 256 --columns 256",
     "fuzz.py": "--target show --seconds 0.5",
@@ -71,7 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The texts of backgrounds and costs are short, and the threads stay as they are."""
+    """The texts of backgrounds and costs are short, the answers few, and the threads stay as they are."""
     from steer2edit.strength import neutral_texts
 
     every = background.everyday_prompts
@@ -79,6 +80,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "everyday_prompts", lambda use: every(use)[:4])
     monkeypatch.setattr(background, "BACKGROUND_TOKENS", 512)
     monkeypatch.setattr(neutral_texts, "MAX_TOKENS", 512)
+    monkeypatch.setattr(assess, "GENERAL", 4)
+    monkeypatch.setattr(assess, "GENERAL_TOKENS", 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
 
 
@@ -92,6 +95,7 @@ def test_every_benchmark_runs_here_or_says_why_not() -> None:
 def test_it_runs_through(
     script: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("STEER2EDIT_CACHE", str(tmp_path / "cache"))  # a script may name another
     places = {"MODEL": str(model), "WORK": str(tmp_path / "work")}
     start(BENCHMARKS / script, monkeypatch, *(places.get(word, word) for word in (RUNS | IN_PROCESSES)[script].split()))
     assert len(capsys.readouterr().out.splitlines()) >= 1
