@@ -6,7 +6,8 @@ One compile with its proof runs in this process, as the command line starts it, 
 processor. Every pass of the model is noted with its shape. Afterwards some passes of each stage run again, bare: the same rows,
 padding and cache, without hooks, and nothing is computed from them. A stage's *floor* is its tokens without padding at the rate
 of its own bare passes, its steps of generation at that of its own bare steps (rows whose answer has ended do not count), and the
-unembedding at each position where logits are read. ``--work`` keeps the base's own answers for a second run.
+unembedding at each position where logits are read. ``--work`` keeps the base's own answers for a second run. ``--share`` takes
+a part of the examples, the questions and the texts: times are in proportion, and what is measured of the edit is not worth much.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from steer2edit.artefact.request import CompileRequest
 from steer2edit.capture import background
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import behavior_files, open_behavior
+from steer2edit.data.everyday import everyday_prompts
 from steer2edit.evaluation import assess
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.metrics import Choice, Neutral, Preference
@@ -48,9 +50,8 @@ STAGES = (
     (compiler, "make_plan", "plan"),
     (neutral_texts, "own_answers", "own answers, chat of the KL"),
     (compiler, "neutral_texts", "the base on neutral texts"),
-    (compiler, "settle_strength", "strength of the edit"),
+    (compiler, "settle", "strength of the edit"),
     (compiler, "emit", "write"),
-    (assess, "neutral_kl", "strengths of the baselines"),
     (assess, "steering_at", "strengths of the baselines"),
     (assess, "random_directions", "strengths of the baselines"),
     (Neutral, "measure", "proof: KL"),
@@ -66,7 +67,7 @@ CACHED, UNEMBEDDED = "step", "unembedding"
 
 @dataclass(frozen=True)
 class Call:
-    """One pass of the body, or one unembedding: ``tokens`` are worked on, and ``useful`` ones are no padding."""
+    """One pass of the body, or one unembedding: its tokens with padding, and the ``useful`` ones."""
 
     kind: str
     tokens: int
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--behavior", default="concise", choices=behavior_files())
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--kl-budget", type=float, help="as of the command (default: the command's)")
-    parser.add_argument("--limit", type=int, help="use only so many held-out questions")
+    parser.add_argument("--share", type=float, default=1.0, help="part of the data that is used (default: all)")
     parser.add_argument(
         "--samples", type=int, default=6, help="bare passes of each kind and stage (default %(default)s)"
     )
@@ -247,6 +248,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     file = open_behavior(options.behavior)
+    if options.share != 1:
+        _take(options.share)
     meter = Meter()
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
@@ -255,11 +258,11 @@ def main() -> None:
             request = CompileRequest(
                 options.model,
                 work / "out",
-                behavior=Behavior.named(options.behavior),
+                behavior=_part(Behavior.named(options.behavior), options.share),
                 to=("lora",),
                 kl_budget=options.kl_budget,
                 runtime=Runtime(dtype=options.dtype),
-                questions=file.read_questions()[: options.limit],
+                questions=file.read_questions(),
                 told=file.positive,
                 force=True,
             )
@@ -300,6 +303,27 @@ def main() -> None:
         print(f"\n{dtype}, {sum(meter.wall.values()):.0f} s by the clock")
         for name, one in kl.items():
             print(f"{name}: {one['passes']} passes, {one['seconds']:.1f} s")
+
+
+def _part(behavior: Behavior, share: float) -> Behavior:
+    """The behaviour with its first pairs."""
+    count = round(share * len(behavior.examples) / 2)
+    return replace(behavior, examples=behavior.examples[: 2 * max(count, 2)])
+
+
+def _take(share: float) -> None:
+    """Let a compile read so much of its texts, and ask so many of its questions."""
+    for module, name in (
+        (background, "BACKGROUND_TOKENS"),
+        (neutral_texts, "PROMPTS"),
+        (neutral_texts, "MAX_TOKENS"),
+        (assess, "PROOF"),
+        (assess, "GENERAL"),
+    ):
+        setattr(module, name, max(4, round(share * getattr(module, name))))
+    prompts = everyday_prompts("background")[:: max(1, round(1 / share))]
+    # as its module calls it
+    setattr(background, "everyday_prompts", lambda _use: prompts)  # noqa: B010
 
 
 def _row(stage: str, numbers: Sequence[float]) -> list[object]:

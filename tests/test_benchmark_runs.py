@@ -21,7 +21,7 @@ RUNS = {
     "attributes.py": "MODEL --behavior formal --limit 3 --max-new-tokens 3 --kl-budget 0.05 --dtype float32 --random",
     "capture_speed.py": "MODEL --runs 1 --limit 4 --behavior formal",
     "chat_cost.py": "MODEL --behavior formal --dtype float32",
-    "compile_speed.py": "MODEL --behavior formal --limit 4 --samples 1 --kl-budget 0.001 --dtype float32",
+    "compile_speed.py": "MODEL --behavior formal --share 0.2 --samples 1 --kl-budget 0.001 --dtype float32",
     "data_verdict.py": "MODEL --behavior formal --pairs 20 --draws 1",
     "fp8_rounding.py": "--rows 256 --columns 256",
     "fuzz.py": "--target show --seconds 0.5",
@@ -80,6 +80,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "everyday_prompts", lambda use: every(use)[:4])
     monkeypatch.setattr(background, "BACKGROUND_TOKENS", 512)
     monkeypatch.setattr(neutral_texts, "MAX_TOKENS", 512)
+    monkeypatch.setattr(neutral_texts, "PROMPTS", 4)
+    monkeypatch.setattr(assess, "PROOF", 4)
     monkeypatch.setattr(assess, "GENERAL", 4)
     monkeypatch.setattr(assess, "GENERAL_TOKENS", 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)

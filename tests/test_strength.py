@@ -228,7 +228,7 @@ def test_what_meets_a_budget_is_what_was_measured_there(loaded: LoadedModel, pla
         met = meet(apply, neutral, 0.02)
         assert 0.95 * 0.02 <= met.divergence.kl <= 0.02
         assert met.steps[-1] == (met.strength, met.divergence.kl)
-        assert at(apply, neutral, met.strength) == Strength(met.strength, met.divergence, ())
+        assert at(apply, neutral, met.strength) == Strength(met.strength, met.divergence, (), met.windows)
     assert at(partial(edited, loaded, plan), neutral, 0.0).divergence.kl == 0
 
 
@@ -238,7 +238,7 @@ def test_one_place_applies_an_edit_and_measures_it() -> None:
         ("find_strength(", {"line_search.py", "meet.py"}),
         ("quadratic_start(", {"line_search.py", "meet.py"}),
         # the metric measures whatever candidate the model is
-        ("text.measure(glance=", {"meet.py"}),
+        ("text.windows(glance=", {"meet.py"}),
         (".measure().kl", set()),
     ):
         assert {path.name for path in package.rglob("*.py") if name in path.read_text(encoding="utf-8")} == homes, name

@@ -25,7 +25,10 @@ KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.1, "prose": 0.05}
 
 @dataclass(frozen=True)
 class Settled:
-    """A plan at its strength, and its cost on each text, window by window: an evaluation need not measure that again."""
+    """A plan at its strength, and its cost on each text, window by window.
+
+    An evaluation need not measure that again.
+    """
 
     plan: EditPlan
     costs: Mapping[NeutralText, Windows]
