@@ -30,6 +30,7 @@ PROMPTS = [
     "the moon sees the fish because",
     "who eats ?",
 ]
+TOLD = [f"System : the answer is one of the ten words that the old cat sees . {prompt}" for prompt in PROMPTS]
 STEPS = 12
 # rows stay to the end of their batch: their caches hold states alone, or their modules do
 STAYING = {"falcon_mamba", "mamba", "mamba2", "recurrent_gemma"}
@@ -50,8 +51,8 @@ def reference(loaded: LoadedModel, prompts: list[str]) -> list[list[int]]:
 def assert_same(loaded: LoadedModel, drops: bool) -> None:
     # so many end tokens that answers end at different lengths
     loaded.model.generation_config.eos_token_id = [2, *range(40, 128, 9)]
-    expected = reference(loaded, PROMPTS)
-    assert generate(loaded, PROMPTS, max_new_tokens=STEPS) == expected
+    for prompts in (PROMPTS, TOLD):
+        assert generate(loaded, prompts, max_new_tokens=STEPS) == reference(loaded, prompts)
     assert generation._dropping[loaded.model] is drops
 
 
@@ -103,6 +104,26 @@ def test_rows_that_ended_are_worked_on_no_longer() -> None:
     assert sizes == [*alive][: len(sizes)]
     assert sizes[0] == len(PROMPTS) > sizes[-1]
     assert len(loaded.model.get_output_embeddings()._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize(("model_type", "once"), [("llama", True), ("gemma3_text", False)])
+def test_what_all_prompts_begin_with_is_read_once(model_type: str, once: bool) -> None:
+    loaded = model_of(model_type)
+    generate(loaded, PROMPTS, max_new_tokens=2)  # the trial is over
+    shapes: list[tuple[int, ...]] = []
+    module = loaded.model.get_input_embeddings()
+    handle = module.register_forward_hook(lambda _module, inputs, _output: shapes.append(tuple(inputs[0].shape)))
+    try:
+        answers = generate(loaded, TOLD, max_new_tokens=STEPS)
+    finally:
+        handle.remove()
+    rows = token_ids(loaded.tokenizer, TOLD)
+    head = generation._shared(rows)
+    longest = max(map(len, rows))
+    assert head > 10
+    # Gemma's windows would count what fills rows up
+    assert shapes[:2] == [(1, head), (len(TOLD), longest - head if once else longest)]
+    assert answers == reference(loaded, TOLD)
 
 
 def test_batches_and_their_order_change_no_answer() -> None:

@@ -19,7 +19,7 @@ from steer2edit.data.tokens import Encoded
 from steer2edit.evaluation import likelihood
 from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.notices import collected
-from steer2edit.runtime.cache import cache_parameter, returned_cache
+from steer2edit.runtime.cache import cache_parameter, more_than_rounding, returned_cache
 from steer2edit.runtime.model import LoadedModel, load_weights
 
 SLIDING = ["cohere2", "gemma2", "gemma3_text", "gpt_oss", "mistral", "olmo3", "starcoder2"]
@@ -153,6 +153,18 @@ def test_the_cache_has_the_name_that_the_forward_gives_it() -> None:
     assert returned_cache(OrderedDict(last_hidden_state=1, past_key_values=2)) == 2
     assert returned_cache(OrderedDict(last_hidden_state=1, cache=3)) == 3
     assert returned_cache((1, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference", "more"),
+    [
+        *((torch.float32, difference, more) for difference, more in ((1e-4, False), (0.01, True))),
+        # SmolLM2's own: of one prompt read both ways, and with the cache of another one
+        *((torch.bfloat16, difference, more) for difference, more in ((0.109, False), (3.28, True))),
+    ],
+)
+def test_rounding_is_told_from_a_wrong_cache(dtype: torch.dtype, difference: float, more: bool) -> None:
+    assert more_than_rounding(difference, dtype) is more
 
 
 def test_an_error_that_is_not_about_the_cache_is_raised(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """What a model says: batched generation, greedy or by a rule that chooses each next token.
 
 transformers' own ``generate`` takes every step. It works on rows whose answers have ended until the last one ends, so it is
-stopped now and then, and goes on from its cache with the rows that are left. A trial on the model, once, compares the two
-ways; where they differ (some caches cannot be continued), all rows stay to the end, and a notice says so.
+stopped now and then, and goes on from its cache with the rows that are left. What all prompts of a batch begin with, such as a
+system message, is read once. A trial on the model, once, compares the two ways; where they differ (some caches cannot be
+continued), all rows stay to the end and are read whole, and a notice says so.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from weakref import WeakKeyDictionary
 import torch
 
 from steer2edit.data.templates import templated
-from steer2edit.data.tokens import token_ids
+from steer2edit.data.tokens import common_prefix, token_ids
 from steer2edit.errors import DataError, first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_left
-from steer2edit.runtime.cache import cache_parameter, returned_cache
+from steer2edit.runtime.cache import cache_parameter, more_than_rounding, returned_cache
 from steer2edit.runtime.model import LoadedModel
 
 _PART = 8
 """The batch is made smaller when one of so many rows has ended: that costs about as much as one step."""
+_HEAD = 8
+"""A beginning that all prompts share is worth a pass of its own from so many tokens on."""
 _TRIAL_TOKENS = 16
 _TRIAL_STEPS = 2
 _FROM_THE_START = ("min_new_tokens", "begin_suppress_tokens")
@@ -120,11 +123,10 @@ def _answers(
 
     With ``drops`` rows that ended are worked on no longer.
     """
-    # on the left, so that every row's next token is at the same place
-    ids, mask = pad_left(batch, loaded.padding, loaded.device)
+    head = _shared(batch) if drops else 0
+    ids, mask, cache = _begun(loaded, batch, head if head >= _HEAD else 0)
     width, ends = ids.shape[1], torch.tensor(sorted(loaded.end_tokens), device=loaded.device)
     places = list(range(len(batch)))
-    cache = None
     while True:
         left = max_new_tokens - (ids.shape[1] - width)
         stop = [_enough_ended(ends)] if drops else []
@@ -142,6 +144,32 @@ def _answers(
             grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
             ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
     yield from _cut(ids[:, width:], places, ends)
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, their last ones left out: each row has a token of its own to go on from."""
+    return min(min(common_prefix(rows[0], row) for row in rows), min(map(len, rows)) - 1)
+
+
+def _begun(loaded: LoadedModel, batch: Sequence[Sequence[int]], head: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Ids and mask ``[rows, width]`` of a batch, and the cache of the ``head`` tokens that all rows begin with, read once.
+
+    Rows are filled up behind the head, on the left of what is their own: so every row's next token is at the same place.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    ids, mask = pad_left([row[head:] for row in batch], loaded.padding, loaded.device)
+    if not head:
+        return ids, mask, None
+    first = torch.tensor([batch[0][:head]], device=loaded.device)
+    with torch.inference_mode():
+        cache = returned_cache(loaded.body()(input_ids=first, use_cache=True))
+        if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
+            # what fills rows up would count in a window, and be read into a state
+            return *pad_left(batch, loaded.padding, loaded.device), None
+        cache.batch_select_indices(torch.zeros(len(batch), dtype=torch.long, device=loaded.device))
+    ids = torch.cat([first.expand(len(batch), -1), ids], 1)
+    return ids, torch.cat([mask.new_ones(len(batch), head), mask], 1), cache
 
 
 def _run(
@@ -237,7 +265,7 @@ def _drops(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> bool:
 
 
 def _try(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> str | None:
-    """Drop one of three rows after two steps, and compare what follows with what follows where all stay.
+    """Read the beginning of three rows once, drop one after two steps, and compare with three that are read whole and stay.
 
     The reason where that does not work, or None where both agree.
     """
@@ -249,14 +277,15 @@ def _try(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> str | None:
     # of three lengths, the first of which has the least padding
     longest: Sequence[int] = max(batch, key=len)
     first = list(longest)[:_TRIAL_TOKENS]
-    rows = [first, first[-max(1, len(first) // 2) :], first[-max(1, len(first) - 1) :]]
+    rows = [first, [*first[: len(first) // 2], first[-1]], first[: max(1, len(first) - 1)]]
     ids, mask = pad_left(rows, loaded.padding, loaded.device)
     settings = {"output_logits": True, "min_new_tokens": _TRIAL_STEPS}
     try:
         whole = _generate(
             loaded, ids, mask, None, **{**settings, "max_new_tokens": 2 * _TRIAL_STEPS, "min_new_tokens": 4}
         )
-        part = _generate(loaded, ids, mask, None, **settings, max_new_tokens=_TRIAL_STEPS)
+        ids, mask, cache = _begun(loaded, rows, _shared(rows))
+        part = _generate(loaded, ids, mask, cache, **settings, max_new_tokens=_TRIAL_STEPS)
         cache = returned_cache(part)
         if cache is None:
             return "it returns no cache"
@@ -268,10 +297,11 @@ def _try(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> str | None:
         rest = _generate(loaded, part.sequences[staying], mask, cache, **settings, max_new_tokens=_TRIAL_STEPS)
     except _NOT_CONTINUED as error:
         return f"its cache cannot go on with some of the rows ({type(error).__name__}: {first_line(error)})"
-    for mine, theirs in zip(rest.logits, whole.logits[_TRIAL_STEPS:], strict=True):
+    steps = [*(logits[staying] for logits in part.logits), *rest.logits]
+    for mine, theirs in zip(steps, whole.logits, strict=True):
         a, b = mine.float().log_softmax(-1), theirs[staying].float().log_softmax(-1)
         difference = float((a - b).abs().nan_to_num().mean())
-        if difference > (1e-3 if loaded.model.dtype is torch.float32 else 0.1):
+        if more_than_rounding(difference, loaded.model.dtype):
             return f"log-probabilities would differ by {difference:.2g} nats"
         if not torch.equal(mine.argmax(-1), theirs[staying].argmax(-1)):
             break  # a tie that rounding decides; from here on the texts differ

@@ -20,7 +20,7 @@ from steer2edit.errors import first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
-from steer2edit.runtime.cache import cache_parameter, returned_cache
+from steer2edit.runtime.cache import cache_parameter, more_than_rounding, returned_cache
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.strength.unembedding import token_log_probabilities
 
@@ -234,6 +234,6 @@ def _try(loaded: LoadedModel, examples: Sequence[Encoded], plan: _Sharing) -> st
     shared = torch.cat([values for _, part in passes for values in part])
     plain = torch.cat(_whole(loaded, [examples[i] for rows, _ in passes for i in rows]))
     difference = float((shared - plain).abs().mean())
-    if difference <= (1e-3 if loaded.model.dtype is torch.float32 else 0.1):
+    if not more_than_rounding(difference, loaded.model.dtype):
         return None
     return f"log-probabilities would differ by {difference:.2g} nats a token"
