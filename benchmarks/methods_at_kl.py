@@ -3,9 +3,9 @@
     python benchmarks/methods_at_kl.py MODEL --behavior concise --behavior formal --out methods/SmolLM2
 
 Methods are brought to --kl on the model's own answers in chat (on prose where there is no chat template): rotation by its angle,
-silence by the number of heads that write against the behaviour, the others by their strength. What cannot be brought there is
-named. Questions are those of the reporting half; the table has each method's paired difference from the base with its 95 %
-interval, losses first. Cells are kept in --out: the same command goes on after a kill.
+silence by the number of heads that write against the behaviour, the others by their strength. ``lineas`` is transport with
+trained maps. What cannot be brought there is named. Questions are those of the reporting half; the table has each method's paired
+difference from the base with its 95 % interval, losses first. Cells are kept in --out: the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
 from steer2edit.bootstrap import Estimate, estimate
+from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data import contrast
@@ -37,6 +39,7 @@ from steer2edit.evaluation.likelihood import response_log_probabilities
 from steer2edit.methods import make_plan, names
 from steer2edit.methods.rotation import Options as Rotation
 from steer2edit.methods.silence import Options as Silence
+from steer2edit.methods.transport import Options as Transport
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
@@ -46,6 +49,7 @@ from steer2edit.strength.neutral_texts import neutral_texts
 BETTER: Mapping[str, int] = {"margin": 1, "length": -1, "right": 1, "nats": -1, "repetition": -1}
 """Metrics, and whether more of them is better (1) or less (-1)."""
 PROSE_TOKENS = 4096
+LINEAS = "lineas"
 ANGLE, HEADS = 20.0, 8
 """Degrees, and heads, of a strength of 1."""
 
@@ -54,13 +58,19 @@ def _silence(strength: float) -> Silence:
     return Silence(strongest=max(1, round(HEADS * strength)), side="against")
 
 
+@dataclass(frozen=True)
 class Methods(Bench):
     """A bench whose methods are those of the package, and which measures prose and repetition too."""
+
+    fit_steps: int = Transport().fit_steps
 
     @contextmanager
     def opened(self, method: str) -> Iterator[tuple[Apply, str]]:
         """What applies a method at a strength; a rotation's is its angle, and silence's its number of heads."""
-        if method not in names():
+        if method == LINEAS:
+            options = Transport(fit="lineas", fit_steps=self.fit_steps)
+            yield partial(edited, self.loaded, make_plan(self.scoring, method="transport", options=options)), ""
+        elif method not in names():
             # the bench calls activation steering by the name that the default method has here
             with super().opened("steering" if method == "activation" else method) as found:
                 yield found
@@ -94,7 +104,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
     parser.add_argument("--behavior", action="append", choices=behavior_files(), help="repeatable; default: concise")
-    parser.add_argument("--method", action="append", choices=names(), help="repeatable; default: all")
+    parser.add_argument("--method", action="append", choices=[*names(), LINEAS], help="repeatable; default: all")
+    parser.add_argument("--fit-steps", type=int, default=Transport().fit_steps, help="of lineas (default %(default)s)")
     parser.add_argument("--kl", type=float, default=0.1, help="nats per token (default %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="for the attribute (default %(default)s)")
     parser.add_argument("--written", type=int, default=24, help="answers that are written (default %(default)s)")
@@ -117,9 +128,10 @@ def main() -> None:
     for name in given.behavior or ["concise"]:
         asked = ask(builtin_questions(name) or [], settings.seeds, settings.questions)
         behavior = Behavior.named(name)
-        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
-        bench = Methods(loaded, scoring, behavior, costs, asked, general, settings, given.out)
-        for method in ("base", "activation", *(given.method or names())):
+        runs = contrast_runs(loaded, behavior)
+        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior), runs)
+        bench = Methods(loaded, scoring, behavior, costs, asked, general, settings, given.out, given.fit_steps)
+        for method in ("base", "activation", *(given.method or [*names(), LINEAS])):
             for cell in bench.cells(method, journal):
                 journal.add(cell)
                 say(cell, costs.budget.kind)
