@@ -126,18 +126,19 @@ def test_penalties_leave_coordinates_and_then_the_whole_place_as_they_were(
 
 def test_the_proximal_map_is_the_minimum_of_its_definition() -> None:
     generator = torch.Generator().manual_seed(1)
-    theta = torch.randn(2, 5, generator=generator)
+    theta, step = torch.randn(2, 5, generator=generator), 0.1 + torch.rand(5, generator=generator)
 
-    def cost(x: torch.Tensor, threshold: float) -> float:
+    def cost(x: torch.Tensor, weight: float) -> float:
         penalty = 0.5 * x.abs().sum() + 0.5 * x.numel() ** 0.5 * x.norm()
-        return float((x - theta).square().sum() / 2 + threshold * penalty)
+        return float(((x - theta).square() / (2 * step)).sum() + weight * penalty)
 
     for threshold in (0.0, 0.1, 0.4, 5.0):
-        found = proximal(theta, threshold)
+        found = proximal(theta, step, threshold)
         for _ in range(50):
-            other = found + 0.05 * torch.randn(2, 5, generator=generator)
-            assert cost(found, threshold) <= cost(other, threshold) + 1e-6
-    assert not proximal(theta, 5.0).any()
+            for size in (0.001, 0.05):
+                other = found + size * torch.randn(2, 5, generator=generator)
+                assert cost(found, threshold) <= cost(other, threshold) + 1e-6
+    assert not proximal(theta, step, 5.0).any()
 
 
 def test_a_fit_that_is_worth_nothing_on_held_out_prompts_says_so() -> None:

@@ -128,6 +128,15 @@ class Outputs:
         index = torch.searchsorted(reached, levels.expand(len(ordered), -1).contiguous())
         return ordered.gather(1, index.clamp(max=ordered.shape[1] - 1))
 
+    def ranks(self, key: str) -> torch.Tensor:
+        """The number of the quantile that each output of a place stands for within its coordinate, uint8 [n, out]."""
+        order = self.values[key].float().T.contiguous().argsort(dim=1)
+        weights = self.weights[order]
+        middles = weights.cumsum(dim=1) - weights / 2
+        ranks = torch.empty(order.shape, dtype=torch.uint8)
+        ranks.scatter_(1, order, (middles * LEVELS).long().clamp(0, LEVELS - 1).to(torch.uint8))
+        return ranks.T.contiguous()
+
 
 @dataclass(frozen=True)
 class Classes:
