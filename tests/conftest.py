@@ -173,6 +173,18 @@ def save_chat_model(folder: Path) -> Path:
     return folder
 
 
+def load_talker(folder: Path) -> Any:
+    """The model of :func:`save_chat_model`, of whose answers some end."""
+    from steer2edit.architecture import read_spec
+    from steer2edit.checkpoint import open_checkpoint
+    from steer2edit.runtime.model import load_model
+
+    checkpoint = open_checkpoint(save_chat_model(folder))
+    loaded = load_model(checkpoint, read_spec(checkpoint))
+    loaded.model.generation_config.eos_token_id = [2, *range(40, 260, 9)]
+    return loaded
+
+
 def llama_config(**changes: Any) -> Any:
     from transformers import LlamaConfig
 

@@ -1,4 +1,4 @@
-"""A small server on loopback that speaks the OpenAI API, with whatever faults a test asks for. Standard library only.
+"""A small server on loopback that speaks the OpenAI API, with whatever faults a test asks for.
 
 Its answers are made of the request alone: the last message, the seed and the settings. It keeps what it receives.
 """
@@ -9,10 +9,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
 
 
 def echoed(body: dict[str, Any]) -> dict[str, Any]:
@@ -139,3 +141,12 @@ def served(api: Api) -> Iterator[Api]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Api]]:
+    """Within the block what is called with an Api's state serves it; keys and proxies of the environment are away."""
+    for name in ("STEER2EDIT_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as stack:
+        yield lambda **state: stack.enter_context(served(Api(**state)))

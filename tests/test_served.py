@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run, save_chat_model
-from loopback_api import Api, served
+from conftest import load_talker, run
+from loopback_api import Api, serving
 
-from steer2edit.architecture import read_spec
-from steer2edit.checkpoint import open_checkpoint
 from steer2edit.engines.engine import Request, Sampling, written
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.evaluate import Evaluation
-from steer2edit.runtime.model import LoadedModel, load_model
+from steer2edit.runtime.model import LoadedModel
 
 pytest.importorskip("openai")
 
@@ -29,17 +26,14 @@ SMALL = ("--utility", "none", "--max-new-tokens", "12", "--pattern", "e")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat_model(tmp_path_factory.mktemp("models") / "talker")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_talker(tmp_path_factory.mktemp("models") / "talker")
 
 
 @pytest.fixture(scope="module")
-def talker(folder: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(folder)
-    loaded = load_model(checkpoint, read_spec(checkpoint))
-    # some of the random model's answers end
-    loaded.model.generation_config.eos_token_id = [2, *range(40, 260, 9)]
-    return loaded
+def folder(talker: LoadedModel) -> Path:
+    assert talker.folder is not None
+    return talker.folder
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +45,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Api]]:
-    for name in ("STEER2EDIT_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    with ExitStack() as stack:
-        yield lambda **state: stack.enter_context(served(Api(**state)))
+    with serving(monkeypatch) as serve:
+        yield serve
 
 
 def by(loaded: LoadedModel) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -8,11 +8,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from loopback_api import Api, served
+from loopback_api import Api, serving
 
 from steer2edit.data.prompts import Message
 from steer2edit.engines.engine import Answer, Request, Sampling, written
@@ -31,10 +30,8 @@ KEY = "sk-" + "local-1234567890"
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Api]]:
-    for name in ("STEER2EDIT_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    with ExitStack() as stack:
-        yield lambda **state: stack.enter_context(served(Api(**state)))
+    with serving(monkeypatch) as serve:
+        yield serve
 
 
 def engine_of(api: Api, *, url: str | None = None, client: Any = (), **settings: Any) -> ServerEngine:

