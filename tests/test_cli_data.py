@@ -35,11 +35,16 @@ TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
     ("arguments", "message"),
     [
         ((), "give --trait, --behavior"),
-        (("--positive", "Be brief."), "go together"),
+        (("--negative", "Be brief."), "--negative is the opposite of --positive"),
         ((*TOLD, "--by", "length"), "each name a way"),
         (("--trait", "blunt: says it", "--behavior", "formal"), "each name a way"),
         (("--by", "pattern"), "--by pattern and --pattern go together"),
-        (("--by", "length", "--pattern", "x"), "--by pattern and --pattern go together"),
+        (("--by", "length", "--pattern", "x"), "--pattern is what --by pattern, --metric pattern"),
+        (("--by", "length", "--metric", "length"), "--by names the metric"),
+        (("--behavior", "formal", "--metric", "length"), "the file of --behavior names the metric"),
+        ((*TOLD, "--metric", "shortness"), "expected one of margin"),
+        ((*TOLD, "--metric", "length"), "--goal is not given; expected more or less for length"),
+        ((*TOLD, "--metric", "count", "--goal", "less"), "--pattern is not given; expected a regular expression"),
         (("--by", "pattern", "--pattern", "("), "not a regular expression"),
         (("--by", "function", "--function", "no.py:f"), "expected file.py:name"),
         (("--by", "answer"), "needs --prompts"),
@@ -163,6 +168,30 @@ def test_compile_makes_the_data_that_it_lacks_and_uses_what_is_there(
     assert weights[0] == weights[1]
 
 
+def test_compile_takes_what_data_takes_and_the_metric(model: Path, obeying: FakeEngine, tmp_path: Path) -> None:
+    said = ("--positive", "Answer briefly.", "--metric", "length", "--goal", "less", "--seed", "3", "--samples", "2")
+    more = (
+        "--max-prompts",
+        "30",
+        "--max-new-tokens",
+        "40",
+        "--temperature",
+        "0.3",
+        "--top-p",
+        "0.8",
+        "--think",
+        "keep",
+    )
+    compiled = run("compile", model, *said, *more, *COMPILE, "--out", tmp_path / "out")
+    assert compiled.exit_code == 0, compiled.output
+    folder = open_data_folder(tmp_path / "out-data")
+    assert folder.metric == MetricChoice("length", "less") and folder.receipt["seed"] == 3
+    assert folder.receipt["sampling"] == {"max_new_tokens": 40, "temperature": 0.3, "top_p": 0.8, "seed": 3}
+    assert folder.receipt["think"] == "keep" and folder.receipt["made"]["samples"] == 2
+    # without an opposite the other side is the model's own answers
+    assert folder.receipt["made"]["negative"] == [""] and folder.positive == "Answer briefly."
+
+
 def test_a_behaviour_without_pairs_is_made_too(model: Path, obeying: FakeEngine, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         'description = "x"\npositive = "Answer briefly."\nnegative = "Answer at length."\n'
@@ -215,6 +244,8 @@ def test_a_judge_of_the_folder_looks_for_what_its_data_was_made_by(
         ((*TRAIT, "--behavior", "formal"), "give one of the three"),
         ((*TRAIT, "--stats", "x.stats.safetensors"), "without --plan, --stats"),
         (("--behavior", "formal", "--data-out", "x"), "--data-out is for data that is made"),
+        (("--behavior", "formal", "--temperature", "1"), "--temperature is for data that is made"),
+        (("--behavior", "formal", "--positive", "Be brief."), "--positive stands in place of --data and --behavior"),
         ((*TRAIT, "--dry-run"), "--dry-run makes no data"),
     ],
 )

@@ -163,6 +163,16 @@ def test_plain_answers_are_not_refusals(text: str) -> None:
     assert sample_fault(sample(text)) is None
 
 
+def test_the_longer_answer_of_a_pair_may_be_cut_off() -> None:
+    long, short = sample(LONG, ended=False), sample("Short.")
+    assert sift([Pair(short, long)])[1].kept == sift([Pair(long, short)])[1].kept == 1
+    # the shorter one may not, nor both
+    assert sift([Pair(sample("Short.", ended=False), sample(LONG))])[1].reasons == {filters.CUT: 1}
+    assert sift([Pair(sample("Short.", ended=False), long)])[1].reasons == {filters.CUT: 1}
+    # a loop is none the better for it
+    assert sift([Pair(short, sample("and so it goes on " * 30, ended=False))])[1].reasons == {filters.LOOPS: 1}
+
+
 def test_a_cut_answer_may_be_allowed() -> None:
     assert sift([CASES[filters.CUT]], Allowed(cut=True))[1].kept == 1
 

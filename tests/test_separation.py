@@ -15,7 +15,8 @@ from steer2edit.capture.run import capture
 from steer2edit.data.answers import LABELS
 from steer2edit.data.contrast import Example
 from steer2edit.data.tokens import encode
-from steer2edit.pairs.separation import LEAST_PROMPTS, agreement, d_prime, projections, separation
+from steer2edit.pairs.separation import LEAST_PROMPTS, Separation, agreement, d_prime, projections, separation
+from steer2edit.pairs.verdict import verdict
 
 
 def made(size: float, count: int = 40, seed: int = 0) -> torch.Tensor:
@@ -59,12 +60,53 @@ def test_neither_scale_nor_a_common_shift_changes_anything(seed: int, scale: flo
 def test_a_pair_has_no_part_in_the_vector_that_it_is_tried_on() -> None:
     pairs = made(0.0, count=10)
     folds = torch.arange(10) % 5
-    before = projections(pairs, folds)
+    labels = torch.ones(1, 10)
+    before = projections(pairs, folds, labels)
     pairs[3, 0] += 100.0
-    after = projections(pairs, folds)
+    after = projections(pairs, folds, labels)
     # its own projection moves by a fixed vector; that of the other member of its pair does not
-    assert torch.equal(before[3, 1], after[3, 1])
-    assert not torch.equal(before[0], after[0])
+    assert torch.allclose(before[3, 1], after[3, 1])
+    assert not torch.allclose(before[0], after[0])
+
+
+def test_projections_are_those_on_the_mean_difference_of_the_other_folds() -> None:
+    pairs, folds = made(1.0, count=11).double(), torch.arange(11) % 5
+    signs = torch.where(torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.5, -1.0, 1.0)
+    found = projections(pairs, folds, signs)
+    for draw, row in enumerate(signs):
+        swapped = torch.where((row < 0)[:, None, None, None], pairs.flip(1), pairs)
+        for pair in range(11):
+            others = swapped[folds != folds[pair]]
+            vector = torch.nn.functional.normalize((others[:, 0] - others[:, 1]).mean(0), dim=-1)
+            assert torch.allclose(found[pair, :, draw], (swapped[pair] * vector).sum(-1), atol=1e-9)
+
+
+def test_so_many_data_without_a_behaviour_are_told_apart_as_are_meant_to() -> None:
+    found = [separation(made(0.0, count=16, seed=seed), range(16), seed) for seed in range(200)]
+    shares = [one.p for one in found if one is not None]
+    # p is the share of swappings that do as well: of pure noise so many are under each bound
+    for bound in (0.05, 0.2, 0.5):
+        count = sum(p <= bound for p in shares)
+        assert abs(count - 200 * bound) < 4 * (200 * bound * (1 - bound)) ** 0.5 + 1
+
+
+def test_reliability_is_the_cosine_with_the_vector_of_endlessly_many_pairs() -> None:
+    cosines, expected = [], []
+    for seed in range(40):
+        pairs = made(2.0, count=30, seed=seed)
+        draws = torch.Generator().manual_seed(seed)
+        torch.randn(30, 2, 3, 64, generator=draws)
+        direction = torch.nn.functional.normalize(torch.randn(3, 64, generator=draws), dim=-1)
+        vector = torch.nn.functional.normalize((pairs[:, 0] - pairs[:, 1]).mean(0), dim=-1)
+        cosines.append(float((vector * direction).sum(-1).mean()))
+        found = separation(pairs, range(30), seed)
+        assert found is not None
+        expected.append(found.reliability(30))
+        needed = found.pairs_for(0.9)
+        assert needed is not None and found.reliability(needed) >= 0.9 > found.reliability(needed - 1)
+    assert sum(expected) / 40 == pytest.approx(sum(cosines) / 40, abs=0.03)
+    noise = Separation(-0.01, 0.0, 0.4, 0.0, 0.5, 30, 30)
+    assert noise.reliability(1000) == 0 and noise.pairs_for(0.8) is None
 
 
 def test_pairs_of_one_prompt_are_one_draw() -> None:
@@ -72,6 +114,30 @@ def test_pairs_of_one_prompt_are_one_draw() -> None:
     assert separation(pairs, [i % (LEAST_PROMPTS - 1) for i in range(20)]) is None
     number = separation(pairs, [i % LEAST_PROMPTS for i in range(20)])
     assert number is not None and (number.pairs, number.prompts) == (20, LEAST_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "paired", "captured", "word"),
+    [
+        # agreement, d', consistency, p
+        ((0.25, 3.5, 3.0, 0.0025), True, 48, "steerable"),
+        # a difference that is small beside that of topics is one all the same
+        ((0.05, 0.4, 0.9, 0.0025), True, 48, "steerable"),
+        ((0.02, 0.4, 0.7, 0.0025), True, 38, "weak"),
+        ((0.02, 0.4, 0.7, 0.0025), True, 400, "steerable"),
+        ((0.25, 1.04, 0.6, 0.03), True, 18, "not"),
+        # classes of prompts differ in their topics too
+        ((0.05, 0.4, 0.9, 0.0025), False, 48, "not"),
+        ((0.05, 1.0, 0.9, 0.0025), False, 48, "weak"),
+        ((0.05, 1.6, 0.9, 0.0025), False, 48, "steerable"),
+        ((0.001, 1.6, 0.9, 0.0025), False, 48, "weak"),
+    ],
+)
+def test_the_verdict(numbers: tuple[float, float, float, float], paired: bool, captured: int, word: str) -> None:
+    agreed, apart, consistent, p = numbers
+    found = Separation(agreed, apart, 0.3, consistent, p, 48, 48, paired)
+    result = verdict(found, (), (captured, captured), captured)
+    assert result.word == word and result.sound == (word != "not")
 
 
 def test_agreement_is_the_mean_cosine() -> None:

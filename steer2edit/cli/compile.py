@@ -121,10 +121,11 @@ def compile(
     from steer2edit.methods import edited_layers, needs_no_statistics
     from steer2edit.strength.aim import Aim
 
-    judged.check(answers_by=missing.answers_by)
+    judged.check(answers_by=missing.answers_by, writer=missing.writer)
     aim = Aim.read(report.aim) if report.aim is not None else None
-    if missing.trait is not None and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
-        raise click.UsageError("--trait asks for data to be made; give it without --plan, --stats and --vectors")
+    if missing.any and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
+        flag = "--trait" if missing.trait else "--positive"
+        raise click.UsageError(f"{flag} asks for data to be made; give it without --plan, --stats and --vectors")
     if plans.plans:
         if judged.judge is not None:
             raise click.UsageError(

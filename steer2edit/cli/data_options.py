@@ -17,7 +17,7 @@ from steer2edit.files.untrusted import local, parse_json
 from steer2edit.options import option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from steer2edit.architecture import ModelSpec
     from steer2edit.capture.statistics import Statistics
@@ -184,16 +184,25 @@ class DataFlags(TemplateFlags):
         return read_own_neutral(self.keep_file)
 
     def capture(
-        self, checkpoint: Checkpoint, spec: ModelSpec, model: ModelFlags, loaded: LoadedModel | None = None
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        model: ModelFlags,
+        loaded: LoadedModel | None = None,
+        prepared: Callable[[Behavior, LoadedModel], Behavior] | None = None,
     ) -> Statistics:
-        """The data's statistics; the model is loaded once the data is known to be good."""
+        """The data's statistics; the model is loaded once the data is known to be good.
+
+        ``prepared`` makes of the behaviour what is captured, with the loaded model.
+        """
         from steer2edit.capture.run import capture_statistics
 
         behavior, background, keep = self.read_behavior(), self.read_background(), self.read_keep()
+        loaded = model.load(checkpoint, spec) if loaded is None else loaded
         return capture_statistics(
-            model.load(checkpoint, spec) if loaded is None else loaded,
+            loaded,
             checkpoint,
-            behavior,
+            behavior if prepared is None else prepared(behavior, loaded),
             background=background,
             texts_to_keep=keep,
             batch_tokens=self.batch_tokens,

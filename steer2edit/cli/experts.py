@@ -3,121 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from steer2edit.cli.command import CommandGroup, command
 from steer2edit.cli.data_options import CaptureFlags
-from steer2edit.cli.flags import PATH, FlagGroup
+from steer2edit.cli.experts_flags import (
+    ChosenFlags,
+    LabelFlags,
+    MaskOut,
+    ProfileOut,
+    RankingFlags,
+    ShowModel,
+)
+from steer2edit.cli.flags import PATH
 from steer2edit.cli.options import (
     ForceFlags,
     JsonFlags,
     ModelFlags,
     NeutralFlags,
     ReplaceFlags,
-    RevisionFlags,
-    TargetFlags,
     progress_bar,
     read_text,
 )
 from steer2edit.cli.output import artefact_lines, closing_lines, print_result
-from steer2edit.options import option
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec
     from steer2edit.capture.statistics import Statistics
     from steer2edit.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class RankingFlags(FlagGroup):
-    """How experts are ranked."""
-
-    heading: ClassVar[str] = "Ranking"
-
-    by: Literal["difference", "mass", "risk", "z", "alignment"] = option(
-        "difference",
-        "Rank experts by the difference of selection rates, routing weight, pooled rate, z-score, or output along the vector.",
-    )
-    scope: Literal["prompt", "response", "all"] = option("response", "Tokens over which routing is counted.")
-    top: int = option(10, "Number of experts.", minimum=1)
-    side: Literal["negative", "positive"] = option(
-        "negative",
-        "Class that the experts are typical of; switching off those of the negative class favours the positive.",
-    )
-    control: Path | None = option(None, "Statistics of a control (same topics, other behaviour) to subtract.")
-    plot: Path | None = option(None, "Draw layers × experts into this PNG, SVG or PDF file.")
-
-
-@dataclass(frozen=True)
-class ProfileOut(FlagGroup):
-    """Where the statistics go."""
-
-    heading: ClassVar[str] = "Output"
-
-    out: Path = option(..., "Statistics file to write, *.stats.safetensors.", "-o", "--out")
-
-
-@dataclass(frozen=True)
-class ShowModel(RevisionFlags):
-    """A model whose experts' matrices are read."""
-
-    model: str | None = option(None, "Read this model's experts too, for their alignment with the vector.")
-
-
-@dataclass(frozen=True)
-class ChosenFlags(FlagGroup):
-    """Which experts are switched, and how."""
-
-    heading: ClassVar[str] = "Experts"
-
-    stats: Path | None = option(None, "Statistics of a profile: experts are taken by their rank.")
-    named: str | None = option(
-        None, "Switch these experts off instead: 48:176,4:143.", "--experts", metavar="LAYER:EXPERT,…"
-    )
-    forced: str | None = option(None, "Force these experts on: 3:5,7:12.", "--on", metavar="LAYER:EXPERT,…")
-    gains: tuple[str, ...] = option(
-        (), "Multiply an expert's output: 3:7=0.5. Repeatable.", "--gain", metavar="LAYER:EXPERT=FACTOR"
-    )
-    experts_per_token: int | None = option(None, "Number of experts that each token passes through.", minimum=1)
-    prune: bool = option(False, "Remove the experts from the model: --top from every layer.")
-    min_stability: float = option(
-        0.5, "Leave out experts that are among the top in a smaller share of the resamples.", minimum=0, maximum=1
-    )
-    fdr: float | None = option(None, "Leave out experts with a larger false-discovery rate.", minimum=0, maximum=1)
-    how: Literal["auto", "bias", "constant", "row", "zero"] = option(
-        "auto", "Means of switching off; auto is the most exact that the family has."
-    )
-    max_selected: float = option(
-        1e-3,
-        "Share of held-out tokens that may still choose an expert masked by --how row.",
-        minimum=0,
-        maximum=1,
-        rare=True,
-    )
-    calibration: Path | None = option(
-        None, "Text to fit router rows on, in place of the packaged one (--how row).", rare=True
-    )
-
-
-@dataclass(frozen=True)
-class MaskOut(FlagGroup):
-    """What is written, and where."""
-
-    heading: ClassVar[str] = "Output"
-
-    to: str = option("checkpoint", "Format of the artefact, one of the targets below.", metavar="TARGET")
-    out: Path = option(..., "Folder of the artefact.", "-o", "--out")
-    plan: Path | None = option(None, "Save the plan in this file too.")
-    no_measure: bool = option(False, "Run no model where none is needed, and measure no KL.")
-
-    @classmethod
-    def listed(cls) -> dict[str, list[tuple[str, str]]]:
-        """The targets, each with its summary."""
-        return TargetFlags.listed()
 
 
 @click.group(cls=CommandGroup)
@@ -127,6 +43,7 @@ def experts() -> None:
 
 @command(
     data=CaptureFlags,
+    labels=LabelFlags,
     ranked=RankingFlags,
     model_flags=ModelFlags,
     output=ProfileOut,
@@ -137,13 +54,17 @@ def experts() -> None:
 def profile(
     model: str,
     data: CaptureFlags,
+    labels: LabelFlags,
     ranked: RankingFlags,
     model_flags: ModelFlags,
     output: ProfileOut,
     replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
-    """Run MODEL over contrast data and rank its experts; the statistics serve every other command too."""
+    """Run MODEL over contrast data and rank its experts; the statistics serve every other command too.
+
+    With --labels response MODEL first answers the data's prompts, and the routing of prompts is compared.
+    """
     from steer2edit.experts.ranking import alignments
 
     replace.check(output.out, "statistics")
@@ -151,7 +72,7 @@ def profile(
     checkpoint, spec = model_flags.open(model)
     if not spec.routers:
         raise click.UsageError(f"{checkpoint.name} ({spec.model_type}) is not a mixture of experts")
-    statistics = data.capture(checkpoint, spec, model_flags)
+    statistics = data.capture(checkpoint, spec, model_flags, prepared=labels.labelled)
     statistics.save(output.out)
     aligned = alignments(statistics, spec, checkpoint, progress_bar())
     _print_ranking(statistics, aligned, {"statistics": str(output.out)}, printed.as_json, ranked)
@@ -320,7 +241,15 @@ def _table(statistics: Any, aligned: Any, flags: RankingFlags, make: Any) -> Any
     from steer2edit.capture.statistics import Statistics
 
     control = Statistics.load(flags.control) if flags.control is not None else None
-    return make(statistics, scope=flags.scope, by=flags.by, control=control, alignment=aligned)
+    scope = flags.scope or ("prompt" if _labelled_by_responses(statistics) else "response")
+    return make(statistics, scope=scope, by=flags.by, control=control, alignment=aligned)
+
+
+def _labelled_by_responses(statistics: Statistics) -> bool:
+    """Whether the labels are of the model's own responses: then the prompts are what is compared."""
+    from steer2edit.experts.own_labels import SOURCE
+
+    return any(one.get("labels") == SOURCE for one in statistics.source.get("origin", ()))
 
 
 def _pairs(text: str, flag: str) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import click
 from steer2edit.cli.engine_flags import EngineFlags
 from steer2edit.cli.making_flags import (
     SAMPLES,
+    TEMPERATURE,
     WRITTEN_QUESTIONS,
     AnswerFlags,
     AuthorFlags,
@@ -93,7 +94,7 @@ class Making:
         file = self._file()
         samples = self.answers.samples or (SAMPLES if self.way.by else 1)
         temperature = self.answers.temperature
-        temperature = (0.8 if samples > 1 else 0.0) if temperature is None else temperature
+        temperature = (TEMPERATURE if samples > 1 else 0.0) if temperature is None else temperature
         name, description, looked_for = self._named(file)
         questions, texts = self._questions(file)
         return DataRequest(
@@ -192,7 +193,7 @@ class Making:
         positive, negative = (way.positive, way.negative) if file is None else ((file.positive,), (file.negative,))
         if way.positive_only:
             return PositiveOnly(background, positive, texts)
-        return Opposites(Instructions(positive, negative), samples)
+        return Opposites(Instructions(positive, negative or ("",)), samples)
 
     def _metric(self, file: BehaviorFile | None) -> MetricChoice | None:
         from steer2edit.data.metric_choice import MetricChoice
@@ -201,6 +202,8 @@ class Making:
         way = self.way
         if file is not None:
             return file.metric
+        if way.metric is not None:
+            return _named_metric(way)
         if way.by == "length":
             return MetricChoice("length", way.goal or goal_of("length"))
         if way.by == "pattern":
@@ -208,3 +211,19 @@ class Making:
         if way.by == "answer":
             return MetricChoice("exact answers", "more")
         return None if way.positive_only or way.by else MetricChoice("margin", "more")
+
+
+def _named_metric(way: WayFlags) -> MetricChoice:
+    """The metric of --metric, with its goal and its pattern. Raises UsageError."""
+    from steer2edit.data.metric_choice import read_metric
+
+    given = {"name": way.metric, "goal": way.goal, "pattern": way.pattern}
+    choice, faults = read_metric({key: value for key, value in given.items() if value is not None}, "--metric")
+    if choice is None:
+        # the faults are those of a table in a file
+        words = {"--metric.name": "--metric", "--metric.goal": "--goal", "--metric.pattern": "--pattern"}
+        text = "; ".join(faults).replace(" is null", " is not given")
+        for key, flag in words.items():
+            text = text.replace(key, flag)
+        raise click.UsageError(text)
+    return choice

@@ -22,11 +22,13 @@ WRITTEN_QUESTIONS = 40
 """Prompts that a stronger writer writes for a trait, unless the user says otherwise."""
 TAILS = 0.1
 """Share of the sorted answers that is one end, unless the user says otherwise."""
+TEMPERATURE, TOP_P = 0.6, 0.9
+"""Sampling of several answers to a prompt: they differ, and small models still write language."""
 
 
 @dataclass(frozen=True)
-class WayFlags(FlagGroup):
-    """What the behaviour is: a sentence, instructions, a behaviour's file, or what sorts answers."""
+class SentenceFlags(FlagGroup):
+    """A behaviour in words, and how it is measured."""
 
     heading: ClassVar[str] = "Behaviour"
 
@@ -35,22 +37,44 @@ class WayFlags(FlagGroup):
         'Trait to show, in a sentence: "blunt: says what is wrong first, no flattery". A model writes the opposite.',
         metavar="NAME: TEXT",
     )
-    behavior: str | None = option(
-        None, "Behaviour whose instructions to use: the name of a built-in one, or a TOML file.", metavar="NAME|FILE"
-    )
     positive: tuple[str, ...] = option(
         (), "Instruction under which a model shows the behaviour. Repeatable: prompts take turns."
     )
-    negative: tuple[str, ...] = option((), "Instruction for the opposite. Repeatable.")
+    negative: tuple[str, ...] = option(
+        (),
+        "Instruction for the opposite. Repeatable.",
+        shown_default="with --positive none: the model's own answers",
+    )
+    metric: str | None = option(
+        None,
+        "Metric of the behaviour, which later commands measure: length, words, lists, pattern, count, …",
+        metavar="NAME",
+        shown_default="margin; with --by what it sorts by",
+    )
+    goal: Literal["more", "less"] | None = option(
+        None,
+        "Way in which --metric is better, or end of the sorted answers that is positive.",
+        shown_default="less for --by length, else more",
+    )
+    pattern: str | None = option(
+        None, "Regular expression to look for, with --by pattern, --metric pattern or --metric count.", metavar="REGEX"
+    )
+
+
+@dataclass(frozen=True)
+class WayFlags(SentenceFlags):
+    """What the behaviour is: a sentence, instructions, a behaviour's file, or what sorts answers."""
+
+    first: ClassVar[tuple[str, ...]] = ("trait", "behavior", "positive", "negative", "by")
+
+    behavior: str | None = option(
+        None, "Behaviour whose instructions to use: the name of a built-in one, or a TOML file.", metavar="NAME|FILE"
+    )
     by: Literal["length", "pattern", "function", "judge", "answer"] | None = option(
         None,
         "Sort a model's own answers to each prompt by this, and take the ends; judge asks for --trait and --judge.",
     )
-    goal: Literal["more", "less"] | None = option(
-        None, "End of the sorted answers that is positive.", shown_default="less for length, else more"
-    )
     tails: float = option(TAILS, "Share of the sorted answers that is one end.", minimum=0.001, maximum=0.5)
-    pattern: str | None = option(None, "Regular expression to look for, with --by pattern.", metavar="REGEX")
     function: str | None = option(
         None, "Score of your own for --by function: file.py:name, called with prompt and answer.", metavar="FILE:NAME"
     )
@@ -87,7 +111,7 @@ class PromptFlags(FlagGroup):
 
 
 @dataclass(frozen=True)
-class AnswerFlags(TemplateArgumentFlags):
+class SamplingFlags(FlagGroup):
     """How answers are written, and which are left out."""
 
     heading: ClassVar[str] = "Answers"
@@ -101,23 +125,35 @@ class AnswerFlags(TemplateArgumentFlags):
     )
     max_new_tokens: int = option(256, "Longest answer in tokens, a thought included.", minimum=1)
     temperature: float | None = option(
-        None, "Temperature of sampling.", minimum=0, shown_default="0, or 0.8 where a prompt gets several answers"
+        None,
+        "Temperature of sampling.",
+        minimum=0,
+        shown_default=f"0, or {TEMPERATURE:g} where a prompt gets several answers",
     )
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", minimum=0.01, maximum=1)
+    top_p: float = option(TOP_P, "Sample from the likeliest tokens of this total probability.", minimum=0.01, maximum=1)
     seed: int = option(0, "Seed of sampling, and of dealing the prompts out.")
     think: Literal["strip", "keep", "only"] = option(
         "strip", "What of a thinking model's answer goes into a row: the answer, the thought too, or the thought alone."
     )
-    keep_cut: bool = option(False, "Keep answers that are cut off at --max-new-tokens.")
+    keep_cut: bool = option(
+        False, "Keep answers that are cut off at --max-new-tokens, beside the longer ones of pairs."
+    )
     keep_refusals: bool = option(False, "Keep answers that refuse to play along, for behaviours that are refusals.")
 
 
 @dataclass(frozen=True)
-class AuthorFlags(JudgeNameFlags):
-    """Who writes and judges, where it is not MODEL."""
+class AnswerFlags(SamplingFlags, TemplateArgumentFlags):
+    """How answers are written, with arguments for the chat template."""
+
+    heading: ClassVar[str] = "Answers"
+
+
+@dataclass(frozen=True)
+class WriterFlags(FlagGroup):
+    """Who writes, where it is not MODEL."""
 
     heading: ClassVar[str] = "Engine"
-    first: ClassVar[tuple[str, ...]] = ("answers_by", "writer", "judge", "writer_model", "judge_model")
+    first: ClassVar[tuple[str, ...]] = ("answers_by", "writer")
 
     answers_by: str | None = option(
         None,
@@ -134,6 +170,14 @@ class AuthorFlags(JudgeNameFlags):
         shown_default="the only one that the server lists",
         rare=True,
     )
+
+
+@dataclass(frozen=True)
+class AuthorFlags(WriterFlags, JudgeNameFlags):
+    """Who writes and judges, where it is not MODEL."""
+
+    heading: ClassVar[str] = "Engine"
+    first: ClassVar[tuple[str, ...]] = ("answers_by", "writer", "judge", "writer_model", "judge_model")
 
 
 def check_way(way: WayFlags, prompts: PromptFlags, authors: AuthorFlags, answers: AnswerFlags) -> None:
@@ -158,16 +202,22 @@ def check_way(way: WayFlags, prompts: PromptFlags, authors: AuthorFlags, answers
         raise click.UsageError(
             "--positive-only goes with --trait, --behavior, --positive or --prompts, not with --by or --negative"
         )
-    if told and not way.trait and not way.positive_only and not (way.positive and way.negative):
-        raise click.UsageError("--positive and --negative go together: an instruction for each side")
+    if way.negative and not way.positive and not way.trait:
+        raise click.UsageError("--negative is the opposite of --positive, or of --trait; give one of the two")
     if len(way.positive) > 1 and len(way.negative) > 1 and len(way.positive) != len(way.negative):
         raise click.UsageError(
             "--positive and --negative are given unequal numbers of times; expected one of each kind"
         )
-    needs = {"pattern": way.pattern, "function": way.function}
-    for by, value in needs.items():
-        if (way.by == by) != (value is not None):
-            raise click.UsageError(f"--by {by} and --{by} go together")
+    if (way.by == "pattern" and way.pattern is None) or (way.by == "function") != (way.function is not None):
+        raise click.UsageError(f"--by {way.by or 'function'} and --{way.by or 'function'} go together")
+    if way.metric is not None and (way.by or way.behavior):
+        raise click.UsageError(
+            f"--metric is for --trait and --positive: {'--by' if way.by else 'the file of --behavior'} names the metric"
+        )
+    if way.pattern is not None and way.by != "pattern" and way.metric is None:
+        raise click.UsageError(
+            "--pattern is what --by pattern, --metric pattern or --metric count looks for; give one of them"
+        )
     if way.by == "answer" and way.only_correct:
         raise click.UsageError(
             "--by answer compares right answers with wrong ones, and --only-correct leaves no wrong ones"
@@ -178,9 +228,11 @@ def check_way(way: WayFlags, prompts: PromptFlags, authors: AuthorFlags, answers
 
 
 def _check_unused(way: WayFlags, prompts: PromptFlags, answers: AnswerFlags) -> None:
-    sorts = [("--goal", way.goal is not None), ("--tails", way.tails != TAILS), ("--only-correct", way.only_correct)]
+    sorts = [("--tails", way.tails != TAILS), ("--only-correct", way.only_correct)]
     if way.by is None and (names := [name for name, given in sorts if given]):
         raise click.UsageError(f"{names[0]} is for answers that are sorted; give --by too")
+    if way.goal is not None and way.by is None and way.metric is None:
+        raise click.UsageError("--goal is for answers that are sorted, or for a metric; give --by or --metric too")
     if prompts.written_questions and (way.trait is None or way.by is not None):
         raise click.UsageError("--questions are written for a trait; give --trait, and no --by")
     if way.positive_only and (answers.samples or 1) > 1:

@@ -12,58 +12,67 @@ from typing import ClassVar, TypeVar
 import click
 
 from steer2edit.cli.data_options import DataFlags
-from steer2edit.cli.engine_flags import AskingFlags, EngineFlags
-from steer2edit.cli.flags import FlagGroup
+from steer2edit.cli.engine_flags import AskingFlags, EngineFlags, names_server
+from steer2edit.cli.flags import Flag, FlagGroup
 from steer2edit.cli.making import Making
-from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags, PromptFlags, WayFlags
+from steer2edit.cli.making_flags import (
+    AnswerFlags,
+    AuthorFlags,
+    PromptFlags,
+    SamplingFlags,
+    SentenceFlags,
+    WayFlags,
+    WriterFlags,
+)
 from steer2edit.cli.options import ModelFlags
-from steer2edit.options import option
+from steer2edit.options import option, options_of
 
 Flags = TypeVar("Flags", bound=DataFlags)
+Part = TypeVar("Part", bound=FlagGroup)
 
 
 @dataclass(frozen=True)
-class MissingDataFlags(FlagGroup):
-    """Data to make where there is none."""
+class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
+    """Data to make where there is none: most of the flags of ``data``."""
 
-    heading: ClassVar[str] = "Data"
+    heading: ClassVar[str] = "Data that is made"
+    first: ClassVar[tuple[str, ...]] = ("trait", "data_out", "positive", "negative", "metric", "goal", "pattern")
 
-    trait: str | None = option(
-        None,
-        'Trait to compile, in a sentence: "blunt: says what is wrong first, no flattery". Its data is made first, as '
-        "steer2edit data makes it.",
-        metavar="NAME: TEXT",
-    )
     data_out: Path | None = option(
         None, "Folder of data that is made; what is there already is used.", shown_default="OUT-data, beside OUT"
     )
-    answers_by: str | None = option(
-        None, "Model that writes the answers of made data in MODEL's place.", metavar="MODEL|URL", shown_default="MODEL"
-    )
-    max_prompts: int | None = option(None, "Make data from at most N prompts.", minimum=3, rare=True)
+
+    @classmethod
+    def params(cls) -> list[Flag]:
+        """The flags; those that say how answers are written are rarely needed here."""
+        found = super().params()
+        for one in found:
+            one.rare = one.rare or one.name not in cls.first
+        return found
+
+    @property
+    def any(self) -> bool:
+        """Whether the behaviour is named in words."""
+        return bool(self.trait or self.positive or self.negative)
 
     def with_data(
         self, data: Flags, model: str, model_flags: ModelFlags, asking: AskingFlags, out: Path, dry_run: bool
     ) -> Flags:
         """The flags of data, with the folder of made data; ``asking`` says how a server of --answers-by is asked.
 
-        It stands in place of a trait or of a behaviour without pairs. Raises UsageError where flags contradict each other, and
-        DataError where the data does not hold the behaviour.
+        It stands in place of a trait, of instructions or of a behaviour without pairs. Raises UsageError where flags contradict
+        each other, and DataError where the data does not hold the behaviour.
         """
         behavior = self._without_pairs(data)
-        if self.trait is None and behavior is None:
-            unused = [
-                ("--data-out", self.data_out),
-                ("--answers-by", self.answers_by),
-                ("--max-prompts", self.max_prompts),
-            ]
-            if flags := [name for name, value in unused if value is not None]:
+        if not self.any and behavior is None:
+            if unused := [one.flags[0] for one in options_of(type(self)) if getattr(self, one.name) != one.default]:
                 raise click.UsageError(
-                    f"{flags[0]} is for data that is made: give --trait, or a behaviour without pairs"
+                    f"{unused[0]} is for data that is made: give --trait, --positive, or a behaviour without pairs"
                 )
             return data
-        if self.trait is not None and data.any:
-            raise click.UsageError("--trait stands in place of --data and --behavior; give one of the three")
+        if self.any and data.any:
+            flag = "--trait" if self.trait else "--positive"
+            raise click.UsageError(f"{flag} stands in place of --data and --behavior; give one of the three")
         folder = (self.data_out or out.absolute().parent / f"{out.absolute().name}-data").expanduser()
         if dry_run:
             raise click.UsageError(
@@ -97,11 +106,11 @@ class MissingDataFlags(FlagGroup):
 
         making = Making(
             model,
-            WayFlags(trait=self.trait, behavior=behavior),
-            PromptFlags(max_prompts=self.max_prompts),
-            AnswerFlags(chat_template_kwargs=data.chat_template_kwargs),
-            AuthorFlags(answers_by=self.answers_by),
-            EngineFlags(at_a_time=asking.at_a_time, rate=asking.rate, key_variable=asking.key_variable),
+            replace(self._part(WayFlags), behavior=behavior),
+            self._part(PromptFlags),
+            replace(self._part(AnswerFlags), chat_template_kwargs=data.chat_template_kwargs),
+            self._part(AuthorFlags),
+            self._engine(asking),
             model_flags,
         )
         made = making.run(folder, force=False)
@@ -112,3 +121,14 @@ class MissingDataFlags(FlagGroup):
 
             reasons = "; ".join(made.verdict.reasons)
             raise DataError("\n".join([f"{folder} does not hold the behaviour: {reasons}", *advice(made)]))
+
+    def _engine(self, asking: AskingFlags) -> EngineFlags:
+        """How a server that writes is asked; where none does, the flags are those of the judge alone."""
+        if not (names_server(self.answers_by) or names_server(self.writer)):
+            return EngineFlags()
+        return EngineFlags(at_a_time=asking.at_a_time, rate=asking.rate, key_variable=asking.key_variable)
+
+    def _part(self, kind: type[Part]) -> Part:
+        """A group of the flags of ``data``, with the values that are given here."""
+        own = {one.name for one in options_of(type(self))}
+        return kind(**{one.name: getattr(self, one.name) for one in options_of(kind) if one.name in own})

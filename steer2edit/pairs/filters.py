@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from steer2edit.data.degeneration import is_empty
 from steer2edit.pairs.near_duplicates import SIMILAR, repeated, similarity, words_of
@@ -80,8 +80,13 @@ def sample_fault(sample: Sample, allowed: Allowed = Allowed()) -> str | None:
 
 
 def row_fault(row: Row, allowed: Allowed = Allowed()) -> str | None:
-    """Why a row is left out: for one of its answers, or because both sides say the same."""
+    """Why a row is left out: for one of its answers, or because both sides say the same.
+
+    A pair is read up to the end of its shorter answer, so that the longer one may be cut off after it.
+    """
     samples = (row.positive, row.negative) if isinstance(row, Pair) else (row.sample,)
+    if isinstance(row, Pair) and min(samples, key=_reach).answer.ended:
+        allowed = replace(allowed, cut=True)
     faults = [fault for sample in samples if (fault := sample_fault(sample, allowed))]
     if faults:
         return min(faults, key=REASONS.index)
@@ -116,6 +121,11 @@ def sift(
         reasons.update(fault for fault in verdicts if fault is not None)
         left = [row for row, fault in zip(left, verdicts, strict=True) if fault is None]
     return left, Tally(len(rows), {reason: reasons[reason] for reason in REASONS if reasons[reason]})
+
+
+def _reach(sample: Sample) -> tuple[int, bool]:
+    """How far an answer goes: where two are equally long, that which was cut off goes further."""
+    return sample.answer.tokens, not sample.answer.ended
 
 
 def _repeats(rows: Sequence[Row]) -> set[int]:

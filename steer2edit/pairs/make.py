@@ -172,7 +172,8 @@ def _made(
             "the behaviour, the vector is of lengths too"
         )
     left = len(samples_of(rows, "positive")), len(samples_of(rows, "negative"))
-    result = verdict(found, differ, left, read=engines.loaded is not None)
+    captured = min(len(samples_of(by_part["train"], side)) for side in ("positive", "negative"))
+    result = verdict(found, differ, left, captured, read=engines.loaded is not None)
     looked_for = {} if request.trait is None else {"rubric": request.trait}
     asked = {question.digest for question in questions}
     files = {

@@ -88,7 +88,7 @@ def read_separation(
     means = stream_means(loaded, encoded, progress=progress)
     first, last = loaded.spec.deeper_half
     both = torch.stack([means[::2], means[1::2]], dim=1)[:, :, first : last + 1]
-    return separation(both, [prompt_digest(pair.question.prompt) for pair in pairs], seed)
+    return separation(both, [prompt_digest(pair.question.prompt) for pair in pairs], seed, paired)
 
 
 def differences(rows: Sequence[Row], metric: MetricChoice | None) -> list[Difference]:

@@ -12,7 +12,10 @@ from steer2edit.notices import notice
 
 @dataclass(frozen=True)
 class Instructions:
-    """Opposite instructions; the same place in both has the same wording, and prompts take turns."""
+    """Opposite instructions; the same place in both has the same wording, and prompts take turns.
+
+    An empty negative one asks for the model's own answer, under no instruction.
+    """
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -23,7 +26,12 @@ class Instructions:
 
 
 def told(prompt: Prompt, instruction: str, sample: int = 0, system: bool = True) -> Request:
-    """A request for an answer under an instruction. A system message that the prompt has comes first."""
+    """A request for an answer under an instruction, or under none where it is empty.
+
+    A system message that the prompt has comes first.
+    """
+    if not instruction:
+        return Request(prompt, sample=sample)
     if isinstance(prompt, str):
         return (
             Request(prompt, instruction, sample=sample)

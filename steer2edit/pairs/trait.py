@@ -23,7 +23,6 @@ FORMS = (
     "Whatever you are asked, write your answer like this: {}.",
 )
 """How an instruction is worded. Prompts take turns, so that no wording is the behaviour; both sides of a pair have the same."""
-_NEGATED = "the opposite of {}. Do nothing of that"
 _MAX_NAME, _MAX_DESCRIPTION = 60, 600
 _TRIES = 6
 _EXAMPLES = (
@@ -62,11 +61,9 @@ class Trait:
 
 
 def instructions(trait: Trait, opposite: str | None) -> Instructions:
-    """Instructions of every form for the trait and for its opposite; without one, for the trait denied."""
-    against = _NEGATED.format(trait.description) if opposite is None else opposite
-    return Instructions(
-        tuple(form.format(trait.description) for form in FORMS), tuple(form.format(against) for form in FORMS)
-    )
+    """Instructions of every form for the trait and for its opposite; without one, none: the model's own answers."""
+    against = ("",) if opposite is None else tuple(form.format(opposite) for form in FORMS)
+    return Instructions(tuple(form.format(trait.description) for form in FORMS), against)
 
 
 def write_opposite(trait: Trait, writer: Writer, seed: int = 0) -> str | None:
@@ -83,8 +80,8 @@ def write_opposite(trait: Trait, writer: Writer, seed: int = 0) -> str | None:
     opposite = next((one for one in found if one), None)
     if opposite is None:
         notice(
-            f"the writer gave no usable opposite of {shown(trait.description)} in {_TRIES} tries: the negative side is told not "
-            "to do it. A stronger --writer, or --negative TEXT, is better"
+            f"the writer gave no usable opposite of {shown(trait.description)} in {_TRIES} tries: the negative side is "
+            "the model's own answers. A stronger --writer, or --negative TEXT, sets the sides further apart"
         )
     return opposite
 

@@ -12,10 +12,12 @@ from typing import Any
 from steer2edit.pairs.measure import Difference
 from steer2edit.pairs.separation import LEAST_PROMPTS, Separation, Word
 
+CHANCE = 0.01
+"""Largest share of swapped labels that may do as well as the labels: so many data without a behaviour are not called "not"."""
+RELIABLE = 0.8
+"""Least expected cosine of the vector with that of endlessly many pairs, of data that is called steerable."""
 STEERABLE, WEAK = 1.5, 0.8
-"""From this d′ on: behaviours that work have 2.4 and more, labels of which a fifth is wrong about 1.1, and swapped ones 0."""
-AGREEMENT = 0.1
-"""Least mean cosine of two pairs' differences of a behaviour that is called steerable."""
+"""Least d′ of two classes of prompts, which differ in their topics too; pairs of one prompt have no such bound."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,17 @@ class Verdict:
 
 
 def verdict(
-    found: Separation | None, differences: Sequence[Difference], answers: tuple[int, int], *, read: bool = True
+    found: Separation | None,
+    differences: Sequence[Difference],
+    answers: tuple[int, int],
+    captured: int,
+    *,
+    read: bool = True,
 ) -> Verdict:
-    """What the numbers mean. ``answers`` counts those that are left of the positive and of the negative side.
+    """What the numbers mean.
 
-    Where the model did not ``read`` the rows, only the metrics of the texts count.
+    ``answers`` counts those that are left of the positive and of the negative side, ``captured`` the pairs that the vector is
+    made of. Where the model did not ``read`` the rows, only the metrics of the texts count.
     """
     disobeyed = [
         f"the two sides do not differ in {one.metric} as they should: {one.found}, expected {one.goal}"
@@ -54,9 +62,20 @@ def verdict(
     if found is None:
         left = f"{answers[0]} positive and {answers[1]} negative answers are left"
         return Verdict("not", (f"{left}, and with fewer than {LEAST_PROMPTS} prompts on a side nothing is said",))
-    numbers = f"d′ is {found.d_prime:.2f} (by chance up to {found.chance:.2f}), agreement {found.agreement:.2f}"
-    if found.d_prime < WEAK or found.d_prime <= found.chance:
-        return Verdict("not", (f"{numbers}: the model tells the two sides apart no better than swapped labels",))
-    if found.d_prime < STEERABLE or found.agreement < AGREEMENT:
-        return Verdict("weak", (f"{numbers}: expected {STEERABLE} and {AGREEMENT} or more",))
+    reliability = found.reliability(captured)
+    numbers = (
+        f"d′ is {found.d_prime:.2f} (by chance up to {found.chance:.2f}), agreement {found.agreement:.3f}, reliability of the "
+        f"vector {reliability:.2f}"
+    )
+    if found.p > CHANCE:
+        why = f"the model tells the two sides apart no better than swapped labels ({found.p:.0%} of them do as well)"
+        return Verdict("not", (f"{numbers}: {why}",))
+    if not found.paired and found.d_prime < WEAK:
+        return Verdict("not", (f"{numbers}: for two classes of prompts a d′ of {WEAK} or more is expected",))
+    if reliability < RELIABLE:
+        needed = found.pairs_for(RELIABLE)
+        more = "" if needed is None else f", which takes {needed} pairs in place of {captured}"
+        return Verdict("weak", (f"{numbers}: expected a reliability of {RELIABLE} or more{more}",))
+    if not found.paired and found.d_prime < STEERABLE:
+        return Verdict("weak", (f"{numbers}: for two classes of prompts a d′ of {STEERABLE} or more is expected",))
     return Verdict("steerable", (numbers,))

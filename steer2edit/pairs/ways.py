@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from steer2edit.data.metric_choice import Goal
@@ -122,7 +122,8 @@ class Sorted:
         requests = [Request(question.prompt, sample=number) for question, number in places]
         answers = writer.write(requests, sampling, "answers to sort")
         samples = [Sample(q, answer, number) for (q, number), answer in zip(places, answers, strict=True)]
-        left, tally = self._sifted(samples, allowed)
+        # an answer that is cut off is one of the longest
+        left, tally = self._sifted(samples, replace(allowed, cut=True) if self.by == "length" else allowed)
         if not left:
             return Written([], tally)
         values = self._values(left)
