@@ -22,6 +22,7 @@ from steer2edit.engines.engine import Answer, Request, Sampling
 from steer2edit.errors import DataError
 from steer2edit.experts import own_labels as module
 from steer2edit.experts.own_labels import LEAST, own_labels
+from steer2edit.files.layout import PLAN
 
 TOPICS = ("cat", "dog", "house", "tree", "river", "stone", "bread", "light")
 PROMPTS = [f"the {topic} is {place}" for topic in TOPICS for place in ("here", "there")]
@@ -113,4 +114,4 @@ def test_experts_are_ranked_over_prompts_as_by_data_with_these_labels(
         "-o", tmp_path / "out",
     )  # fmt: skip
     assert masked.exit_code == 0, masked.output
-    assert module.SOURCE in (tmp_path / "out" / "plan.safetensors").read_bytes().decode("latin-1")
+    assert module.SOURCE in (tmp_path / "out" / PLAN).read_bytes().decode("latin-1")

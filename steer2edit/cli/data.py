@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from steer2edit.pairs.make import Made
 
 
+MANY = 1000
+"""More rows than this are not advised."""
+
+
 @dataclass(frozen=True)
 class FolderFlags(FlagGroup):
     """Where the data goes."""
@@ -113,10 +117,15 @@ def advice(made: Made) -> list[str]:
     from steer2edit.pairs.filters import CUT
     from steer2edit.pairs.samples import samples_of
     from steer2edit.pairs.separation import LEAST_PROMPTS
+    from steer2edit.pairs.verdict import RELIABLE
 
     lines = ["The data does not hold the behaviour, and compile refuses it. What helps, with steer2edit data:"]
+    needed = None if made.separation is None else made.separation.pairs_for(RELIABLE)
     if min(len(samples_of(made.rows, side)) for side in ("positive", "negative")) < LEAST_PROMPTS:
         lines.append("  --prompts, --max-prompts   more prompts, so that more rows are left")
+    elif needed is not None and needed <= MANY and all(one.obeyed for one in made.differences):
+        more = f"about {needed} rows in train.jsonl, if what they have in common is not chance"
+        lines.append(f"  --prompts, --max-prompts   more prompts: {more}")
     reasons = [*made.tally.reasons, *(made.answers.reasons if made.answers else ())]
     if CUT in reasons:
         lines.append("  --max-new-tokens           longer answers, fewer of which are cut off")

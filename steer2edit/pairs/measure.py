@@ -22,8 +22,8 @@ from steer2edit.pairs.sorting import prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
-PAIRS = 48
-"""Of so many pairs the activations are read: enough for a verdict, and a matter of a minute."""
+PAIRS = 128
+"""Of so many pairs at most the activations are read, which takes less time than it took to write them."""
 
 
 @dataclass(frozen=True)

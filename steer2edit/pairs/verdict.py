@@ -14,8 +14,8 @@ from steer2edit.pairs.separation import LEAST_PROMPTS, Separation, Word
 
 CHANCE = 0.01
 """Largest share of swapped labels that may do as well as the labels: so many data without a behaviour are not called "not"."""
-RELIABLE = 0.8
-"""Least expected cosine of the vector with that of endlessly many pairs, of data that is called steerable."""
+RELIABLE, UNRELIABLE = 0.8, 0.5
+"""Least expected cosine of the vector with that of endlessly many pairs, of data that is called steerable; and weak."""
 STEERABLE, WEAK = 1.5, 0.8
 """Least d′ of two classes of prompts, which differ in their topics too; pairs of one prompt have no such bound."""
 
@@ -75,7 +75,8 @@ def verdict(
     if reliability < RELIABLE:
         needed = found.pairs_for(RELIABLE)
         more = "" if needed is None else f", which takes {needed} pairs in place of {captured}"
-        return Verdict("weak", (f"{numbers}: expected a reliability of {RELIABLE} or more{more}",))
+        word: Word = "not" if reliability < UNRELIABLE else "weak"
+        return Verdict(word, (f"{numbers}: expected a reliability of {RELIABLE} or more{more}",))
     if not found.paired and found.d_prime < STEERABLE:
         return Verdict("weak", (f"{numbers}: for two classes of prompts a d′ of {STEERABLE} or more is expected",))
     return Verdict("steerable", (numbers,))
