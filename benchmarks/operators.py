@@ -52,7 +52,7 @@ def subject_of(folder: str, behavior: str, limit: int, scratch: Path) -> Subject
     contexts, _ = pad_right(ids, loaded.padding, loaded.device)
     # rows of one length, so that no padding is compared
     shortest = min(map(len, ids))
-    return Subject(Path(folder).name, loaded, checkpoint, data, contexts[:, :shortest])
+    return Subject(loaded.spec.model_type, loaded, checkpoint, data, contexts[:, :shortest])
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 
 def _measure(subject: Subject, given: argparse.Namespace) -> None:
     settings = {
-        "model": subject.family,
+        "model": Path(given.model).name,
         "command": f"benchmarks/operators.py MODEL --behavior {given.behavior} --limit {given.limit}"
         + "".join(f" --to {target}" for target in given.to or ()),
     }

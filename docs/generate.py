@@ -7,11 +7,13 @@ block is not what its function gives.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -122,11 +124,22 @@ def _operators() -> str:
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from operator_rows import all_rows
 
-    heads = ["system", "operator", "at run time", "command", "as weights", "carried by"]
+    measured = json.loads((DOCS / "operators.measured.json").read_text(encoding="utf-8"))
+    heads = ["system", "operator", "at run time", "command", "as weights", "carried by", measured["model"]]
     rows = [
-        [row.system, row.operator, row.hook, _code(row.command), row.exactness, row.carried_text] for row in all_rows()
+        [
+            *(row.system, row.operator, row.hook, _code(row.command), row.exactness, row.carried_text),
+            _error(measured["rows"].get(row.name)),
+        ]
+        for row in all_rows()
     ]
     return _table(heads, [[text.replace("|", "\\|") for text in row] for row in rows])
+
+
+def _error(measured: Mapping[str, Any] | None) -> str:
+    """An operator's error in a checkpoint of the measured model; – where it was not measured there."""
+    error = (measured or {}).get("errors", {}).get("checkpoint")
+    return "–" if error is None else f"{error:.0e}".replace("e-0", "e-") if error < 0.01 else f"{error:g}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
