@@ -147,14 +147,15 @@ def _answers(
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, their last ones left out: each row has a token of its own to go on from."""
+    """How many tokens all rows begin with; each row's last one is its own, to go on from."""
     return min(min(common_prefix(rows[0], row) for row in rows), min(map(len, rows)) - 1)
 
 
 def _begun(loaded: LoadedModel, batch: Sequence[Sequence[int]], head: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Ids and mask ``[rows, width]`` of a batch, and the cache of the ``head`` tokens that all rows begin with, read once.
+    """Ids and mask ``[rows, width]`` of a batch, and the cache of its ``head``.
 
-    Rows are filled up behind the head, on the left of what is their own: so every row's next token is at the same place.
+    The head is so many tokens that all rows begin with; they are read once. Rows are filled up behind the head, on the left of
+    what is their own: so every row's next token is at the same place.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -265,9 +266,9 @@ def _drops(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> bool:
 
 
 def _try(loaded: LoadedModel, batch: Sequence[Sequence[int]]) -> str | None:
-    """Read the beginning of three rows once, drop one after two steps, and compare with three that are read whole and stay.
+    """Read the beginning of three rows once, drop one after two steps, and compare with the plain way.
 
-    The reason where that does not work, or None where both agree.
+    That is three rows which are read whole, and stay. The reason where that does not work, or None where both agree.
     """
     config = loaded.model.generation_config
     if changed := [name for name in _FROM_THE_START if getattr(config, name, None)]:
