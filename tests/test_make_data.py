@@ -303,6 +303,22 @@ def test_a_judge_without_an_opinion_takes_no_row_and_sorts_nothing(tmp_path: Pat
         judged(tmp_path / "none", FakeJudge(trusted=False), way=way, sampling=sampling)
 
 
+class CutOff(FakeEngine):
+    """Ends no answer of more than 15 words."""
+
+    def answer(self, request: Any, sampling: Sampling) -> Any:
+        answer = super().answer(request, sampling)
+        return replace(answer, ended=answer.tokens <= 15)
+
+
+def test_answers_that_are_cut_off_are_the_long_end_of_a_length(tmp_path: Path) -> None:
+    # one answer to each prompt: the ends are classes
+    way = Sorted("length", "less", samples=1, share=0.25)
+    made = make(tmp_path / "data", CutOff(), way=way)
+    assert not made.receipt["paired"] and made.differences[0].obeyed
+    assert filters.CUT not in made.tally.reasons and made.tally.kept == len(made.rows) >= 16
+
+
 # traits
 
 
@@ -331,6 +347,7 @@ def test_other_texts_are_not_traits(text: str) -> None:
         "Style: uses long words",
         "The opposite of a style is often an extremely detailed and complex language",
         "What is meant?",
+        "Beneath the surface of",
         "uses simple everyday words that a child knows",
         "in few words",
     ],

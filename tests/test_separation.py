@@ -129,7 +129,8 @@ def test_pairs_of_one_prompt_are_one_draw() -> None:
         # classes of prompts differ in their topics too
         ((0.05, 0.4, 0.9, 0.0025), False, 48, "not"),
         ((0.05, 1.0, 0.9, 0.0025), False, 48, "weak"),
-        ((0.05, 1.6, 0.9, 0.0025), False, 48, "steerable"),
+        ((0.05, 1.6, 0.9, 0.0025), False, 48, "weak"),
+        ((0.05, 1.9, 0.9, 0.0025), False, 48, "steerable"),
         ((0.01, 1.6, 0.9, 0.0025), False, 48, "weak"),
         # a vector that is mostly noise
         ((0.01, 0.7, 0.7, 0.0025), True, 18, "not"),

@@ -25,6 +25,8 @@ BATCH = 64
 """Answers that are written at a time."""
 _YES_TOKENS = 8192
 """Tokens of prompts that are read at a time for a yes or no."""
+_LIKELIEST = 256
+"""Among so many likeliest tokens those of top_p are looked for first."""
 
 
 class TransformersEngine:
@@ -117,6 +119,17 @@ class TransformersEngine:
         return len(token_ids(self.loaded.tokenizer, [text], False)[0])
 
 
+def _likeliest(probabilities: torch.Tensor, total: float) -> torch.Tensor:
+    """Which tokens of each row are the likeliest that together reach ``total``."""
+    # sorting a whole vocabulary takes longer than the pass of a small model
+    for count in (min(_LIKELIEST, probabilities.shape[1]), probabilities.shape[1]):
+        ordered, tokens = probabilities.topk(count, dim=1)
+        before = ordered.cumsum(1) - ordered
+        if bool((before[:, -1] >= total).all()):
+            break
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, tokens, before < total)
+
+
 def _choosing(requests: Sequence[Request], sampling: Sampling, limit: int) -> Choose:
     """Draws each row's next token by the row's own generator.
 
@@ -135,9 +148,7 @@ def _choosing(requests: Sequence[Request], sampling: Sampling, limit: int) -> Ch
         values = logits.float() if logits.device.type != "mps" else logits.float().cpu()  # which has no float64
         probabilities = (values.double() / sampling.temperature).softmax(1)
         if sampling.top_p < 1:
-            ordered, tokens = probabilities.sort(1, descending=True)
-            dropped = ordered.cumsum(1) - ordered >= sampling.top_p
-            probabilities = probabilities.masked_fill(dropped.gather(1, tokens.argsort(1)), 0.0)
+            probabilities = torch.where(_likeliest(probabilities, sampling.top_p), probabilities, 0.0)
         sums = probabilities.cumsum(1)
         drawn = numbers[list(indices), step].to(sums.device)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp(max=sums.shape[1] - 1).to(logits.device)

@@ -135,7 +135,9 @@ def _made(
     if isinstance(way, Sorted) and way.by == "judge" and judged is not None:
         way = replace(way, judge=judged.sorted)
     written = way.rows(questions, writer, request.sampling, request.allowed)
-    rows, tally = sift(written.rows, request.allowed, None if judged is None else judged.faults)
+    # of answers that are sorted by their length, those that are cut off are the long end
+    allowed = replace(request.allowed, cut=True) if isinstance(way, Sorted) and way.by == "length" else request.allowed
+    rows, tally = sift(written.rows, allowed, None if judged is None else judged.faults)
     if not rows:
         raise DataError(
             f"no row is left to make data of: {_why(written.answers, tally)}; every answer is in {request.out / JOURNAL}. Give "

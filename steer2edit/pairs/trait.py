@@ -23,6 +23,9 @@ FORMS = (
     "Whatever you are asked, write your answer like this: {}.",
 )
 """How an instruction is worded. Prompts take turns, so that no wording is the behaviour; both sides of a pair have the same."""
+_UNFINISHED = frozenset(
+    ("a", "an", "and", "as", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with")
+)
 _MAX_NAME, _MAX_DESCRIPTION = 60, 600
 _TRIES = 6
 _EXAMPLES = (
@@ -97,7 +100,9 @@ def read_opposite(text: str, trait: Trait) -> str | None:
     line = line.strip(" \"'*…").rstrip(".!").strip()
     known = [trait.description, *(part for example in _EXAMPLES for part in example)]
     words = words_of(line)
-    # a line that speaks of styles and opposites describes the task
+    # a line that speaks of styles and opposites describes the task, and one that ends so was not ended
+    if words and words[-1] in _UNFINISHED:
+        return None
     if not 2 <= len(words) <= 30 or ":" in line or line.endswith("?") or {"opposite", "style", "styles"} & set(words):
         return None
     if any(similarity(line, one) >= 0.5 for one in known) or set(words) <= set(words_of(trait.description)):

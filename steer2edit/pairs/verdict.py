@@ -17,7 +17,7 @@ CHANCE = 0.01
 RELIABLE, UNRELIABLE = 0.8, 0.5
 """Least expected cosine of the vector with that of endlessly many pairs, of data that is called steerable; and weak."""
 STEERABLE, WEAK = 1.5, 0.8
-"""Least d′ of two classes of prompts, which differ in their topics too; pairs of one prompt have no such bound."""
+"""Least d′ of two classes of prompts, beyond chance and at all: they differ in their topics too. Pairs have no such bound."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,16 @@ def verdict(
     if found.p > CHANCE:
         why = f"the model tells the two sides apart no better than swapped labels ({found.p:.0%} of them do as well)"
         return Verdict("not", (f"{numbers}: {why}",))
-    if not found.paired and found.d_prime < WEAK:
-        return Verdict("not", (f"{numbers}: for two classes of prompts a d′ of {WEAK} or more is expected",))
+    if not found.paired and found.d_prime < max(WEAK, found.chance):
+        return Verdict(
+            "not", (f"{numbers}: for two classes of prompts a d′ of {WEAK}, and more than by chance, is expected",)
+        )
     if reliability < RELIABLE:
         needed = found.pairs_for(RELIABLE)
         more = "" if needed is None else f", which takes {needed} pairs in place of {captured}"
         word: Word = "not" if reliability < UNRELIABLE else "weak"
         return Verdict(word, (f"{numbers}: expected a reliability of {RELIABLE} or more{more}",))
-    if not found.paired and found.d_prime < STEERABLE:
-        return Verdict("weak", (f"{numbers}: for two classes of prompts a d′ of {STEERABLE} or more is expected",))
+    if not found.paired and found.d_prime < STEERABLE + found.chance:
+        why = f"for two classes of prompts a d′ of {STEERABLE} beyond chance is expected"
+        return Verdict("weak", (f"{numbers}: {why}",))
     return Verdict("steerable", (numbers,))
