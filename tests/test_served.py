@@ -192,6 +192,17 @@ def test_names_that_a_server_does_not_know(serve: Callable[..., Api], folder: Pa
     assert not api.asked
 
 
+def test_the_base_under_another_label_is_told_and_a_folder_that_is_not_there(
+    serve: Callable[..., Api], folder: Path, questions: Path
+) -> None:
+    api = serve(models=["plain", "blunt"])
+    asked = ("--eval", questions, "--server", api.url, "--server-model", "plain", "--limit", "2")
+    found = result_of(folder, *asked, "--served", f"again={api.url}#plain", "--served", "blunt")
+    assert "again is the base itself: plain of" in found["stderr"] and "blunt is the base" not in found["stderr"]
+    result = run("eval", folder / "nowhere", *asked)
+    assert result.exit_code == 2 and "nowhere does not exist; expected a model's folder" in result.stderr
+
+
 def test_two_system_messages_are_refused(serve: Callable[..., Api], folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Why {n}?"}] for n in range(12)]

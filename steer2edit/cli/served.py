@@ -109,6 +109,7 @@ def served_evaluation(
     from steer2edit.engines.server_client import ServerClient
     from steer2edit.engines.server_engine import ServerEngine
     from steer2edit.evaluation.served import ServedModel, evaluate_served, note_unmeasured, with_instruction
+    from steer2edit.notices import notice
 
     questions = asked.read_questions(data)
     check_arguments(data.template_arguments)
@@ -134,6 +135,8 @@ def served_evaluation(
     for text in how.served:
         one = _Name.read(text)
         there = engine(one.url or how.url, one.model, f"--served {one.label}={one.url}#NAME")
+        if there.place == base.place:
+            notice(f"{one.label} is the base itself: {base.model} of {how.url}")
         served.append(ServedModel(one.label, there, note=there.adapter or there.model))
     suite = judged.suite(asked.written_suite(questions, data), choice, data, base, model_flags)
     note_unmeasured(suite, how.split)
@@ -148,11 +151,13 @@ def _tokenizer(model: str, flags: ModelFlags) -> Any:
     """The tokenizer of a model's folder, or of one on the Hub."""
     from pathlib import Path
 
+    from steer2edit.errors import CheckpointError
     from steer2edit.files.hub import fetch, read_reference
     from steer2edit.runtime.model import load_tokenizer
 
     # a reference that names another revision than --revision does is refused
     reference = None if Path(model).expanduser().exists() else read_reference(model, flags.revision)
-    return load_tokenizer(
-        fetch(model if reference is None else str(reference), only=_TOKENIZER), flags.trust_remote_code
-    )
+    folder = fetch(model if reference is None else str(reference), only=_TOKENIZER)
+    if not folder.is_dir():
+        raise CheckpointError(f"{model} does not exist; expected a model's folder, or its id on the Hub")
+    return load_tokenizer(folder, flags.trust_remote_code)

@@ -164,6 +164,11 @@ class ServerEngine:
         shares = dict(self._client.each(self._yes, requests))
         return [shares[index] for index in range(len(requests))]
 
+    @property
+    def place(self) -> tuple[str, str, str | None]:
+        """The server's URL, the model's name there, and the adapter that requests choose."""
+        return self._client.shown, self.model, self.adapter
+
     def counted(self) -> str:
         """Who counted the tokens of the answers so far."""
         if not self._uncounted:
