@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from steer2edit import targets
 from steer2edit.architecture import ModelSpec, read_spec
+from steer2edit.architecture.unquantised import planned_from
 from steer2edit.artefact.emit import artefact_folders, emit
 from steer2edit.artefact.request import CompileRequest, Protected
 from steer2edit.capture.affine_maps import contrast_runs
@@ -57,6 +59,9 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         checkpoint = open_checkpoint(request.model, request.revision)
         spec = read_spec(checkpoint)
         # what can be known to be wrong is said before the expensive part
+        for target in folders:
+            targets.check_quantised(target, checkpoint)
+        planned = planned_from(checkpoint, spec, request.weights)
         if request.vectors is not None:
             request.vectors.check(spec)
         if request.statistics is not None:
@@ -92,7 +97,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
             statistics = with_vector(statistics, request.vector)
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
         runs = contrast_runs(loaded, request.behavior, request.batch_tokens) if runs_the_model(request.method) else None
-        scoring = Scoring(checkpoint, spec, protected(statistics, others), runs)
+        scoring = Scoring(planned, spec, protected(statistics, others), runs)
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
         arguments = statistics.source.get("chat_template_kwargs")
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)

@@ -13,6 +13,7 @@ import torch
 from steer2edit import methods, targets
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import MatrixRole, Site
+from steer2edit.architecture.unquantised import planned_from
 from steer2edit.artefact.emit import artefact_folders
 from steer2edit.artefact.request import CompileRequest
 from steer2edit.capture.background import BACKGROUND_TOKENS
@@ -98,6 +99,9 @@ def dry_run(request: CompileRequest) -> DryRun:
     folders = artefact_folders(request.out, request.to, request.force, [request.model])
     checkpoint = open_checkpoint(request.model, request.revision)
     spec = read_spec(checkpoint)
+    for target in folders:
+        targets.check_quantised(target, checkpoint)
+    planned = planned_from(checkpoint, spec, request.weights)
     if request.vectors is not None:
         request.vectors.check(spec)
     if request.statistics is not None:
@@ -118,12 +122,18 @@ def dry_run(request: CompileRequest) -> DryRun:
         for target, folder in folders.items()
     ]
     size = numel * torch.empty(0, dtype=dtype).element_size()
+    if checkpoint.quantisation is not None:
+        packed = [info for info in checkpoint.tensors.values() if info.packed is not None]
+        size = (numel - sum(_numel(checkpoint, info.name) for info in packed)) * torch.empty(
+            0, dtype=dtype
+        ).element_size()
+        size += sum(info.stored_bytes for info in packed)
     # fp8 is taken apart beside the model that it becomes
     twice = 2 if block_size(checkpoint.config) and device.type == "cpu" else 1
     return DryRun(
         matrices=len(plan.edits),
         read=sum(
-            spec.owners[edit.tensor].locate(checkpoint).nbytes for edit in plan.edits if isinstance(edit, LowRank)
+            spec.owners[edit.tensor].locate(planned).stored_bytes for edit in plan.edits if isinstance(edit, LowRank)
         ),
         model=size,
         memory=memory_now() + (twice * size if device.type == "cpu" else 0),

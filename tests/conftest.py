@@ -150,7 +150,7 @@ def save_tiny(folder: Path, config: Any, dtype: torch.dtype = torch.float32, see
     return folder
 
 
-def save_chat_model(folder: Path) -> Path:
+def save_chat_model(folder: Path, **changes: Any) -> Path:
     """A random llama of two layers that reads bytes and has a chat template: it takes any text, and is done in no time."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -167,7 +167,8 @@ def save_chat_model(folder: Path) -> Path:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     # heads of 32: the smallest that every engine runs
-    save_tiny(folder, llama_config(vocab_size=260, num_hidden_layers=2, head_dim=32, max_position_embeddings=2048))
+    settings = {"vocab_size": 260, "num_hidden_layers": 2, "head_dim": 32, "max_position_embeddings": 2048}
+    save_tiny(folder, llama_config(**{**settings, **changes}))
     reader.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: text-generation\n---\n")
     return folder

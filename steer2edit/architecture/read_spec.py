@@ -222,6 +222,11 @@ class _Reader:
             if info is None and f"{name}_blocks" in self.checkpoint.tensors:
                 self.frozen.append(f"{name}_blocks")
                 break
+            if info is not None and info.packed is not None:
+                # how an engine runs them is its own affair: no module has one of them alone
+                self.frozen.append(name)
+                self.claimed.add(name)
+                continue
             if info is None:
                 self.problems.append(f"layer {layer}: {name} is missing (expert {expert} of {router.experts})")
                 if mixture.layout != "separate":
@@ -319,6 +324,8 @@ def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[st
             problems.append(str(error))
     elif info.dtype not in EDITABLE:
         problems.append(f"{info.name} is stored as {info.dtype}; editable are {', '.join(sorted(EDITABLE))}")
+    if info.packed is not None and site.orientation != "out_in":
+        problems.append(f"{info.name} is quantised, output × input; this family's matrices are input × output")
     axis = 0 if site.orientation == "out_in" else 1
     if len(info.shape) != 2 or 0 in info.shape or info.shape[axis] != site.out_features:
         problems.append(f"{info.name} has the shape {list(info.shape)}; expected {site.out_features} on axis {axis}")

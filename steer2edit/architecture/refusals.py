@@ -12,6 +12,7 @@ from typing import Any
 
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
+from steer2edit.checkpoint.quantised import READ, method_of
 from steer2edit.errors import ArchitectureError
 
 REFUSED: Mapping[str, str] = {
@@ -161,23 +162,39 @@ def _matching(checkpoint: Checkpoint, matches: Callable[[str], object]) -> list[
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse every quantised format but fp8 with block scales, which is edited, and mxfp4 experts, which stay as they are."""
+    """Refuse quantised formats that are not read.
+
+    Read are fp8 with block scales, which is also edited, and the formats of ``checkpoint.quantised``, beside which adapters are
+    written. mxfp4 experts stay as they are.
+    """
     settings = checkpoint.config.get("quantization_config")
     marked = sorted(name for name in checkpoint.tensors if _QUANTISED.search(name))
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    method = method_of(checkpoint.config)
     if block_size(checkpoint.config):
         marked = [name for name in marked if not name.endswith(SUFFIX)]
     elif method == "mxfp4" and marked:
         marked = [name for name in marked if not _MXFP4_EXPERTS.search(name)]
-    elif not settings and not marked:
+    elif (not settings and not marked) or (checkpoint.quantisation is not None and not marked):
         return
     else:
         marked = marked or ["by its config"]
     if not marked:
         return
     sign = marked[0] if marked == ["by its config"] else f"such as {marked[0]}"
+    if checkpoint.quantisation is not None:
+        raise ArchitectureError(
+            f"{checkpoint.name} is quantised ({checkpoint.quantisation.text}), and holds tensors beside its matrices that change "
+            f"what they compute and are not described, {sign}. Compile the unquantised model instead; a LoRA compiled from it "
+            "also serves beside the quantised base."
+        )
+    if method in READ:
+        raise ArchitectureError(
+            f"{checkpoint.name}: quantization_config in its config.json names {method}, and none of its tensors is quantised "
+            "so. Take quantization_config out of config.json to compile the unquantised weights, or save the quantised model."
+        )
     raise ArchitectureError(
-        f"{checkpoint.name} is quantised ({method or 'unknown format'}, {sign}). Compile the unquantised model "
-        "(bf16, f16 or f32, or fp8 with weight_block_size) instead, and quantise the result; a LoRA compiled from it also serves "
-        "beside the quantised base."
+        f"{checkpoint.name} is quantised ({method or 'unknown format'}, {sign}), in a format whose matrices are not read, and a "
+        f"plan reads every matrix that it edits. Read are fp8 with weight_block_size, {', '.join(READ)}. Compile the "
+        "unquantised model (bf16, f16 or f32) instead, and quantise the result; a LoRA compiled from it also serves beside the "
+        "quantised base."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit import __version__
-from steer2edit.artefact.emit import exactness_of
+from steer2edit.artefact.emit import base_notes, exactness_of
 from steer2edit.artefact.model_card import inherited, model_card
 from steer2edit.errors import shown
 from steer2edit.files.layout import CARD, PLAN, RECEIPT
@@ -45,7 +45,7 @@ def check_claims(
     notes = [
         f"{RECEIPT}: the remark {shown(note)} is not computed again"
         for note in receipt["notes"]
-        if note not in lowering.notes
+        if note not in (*lowering.notes, *base_notes(resolved.checkpoint))
     ]
     notes += [
         f"{RECEIPT}: details.{key} is not computed again"

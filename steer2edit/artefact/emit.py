@@ -46,6 +46,7 @@ def emit(
     resolved = resolve(plan, checkpoint, spec)
     plan.check_content(checkpoint, spec)
     targets.check_structure(to, plan)
+    targets.check_quantised(to, checkpoint)
     check_apart(out, inputs_of(checkpoint))
     _check_names(checkpoint)
     checkpoint.check_unchanged()
@@ -54,7 +55,8 @@ def emit(
         use = disk_use(resolved, to, Path(out), writing, whole_model=target.WHOLE_MODEL, measure=False)
         check_room(use, Path(out))
         lowering = target.lower(resolved, folder, writing, progress)
-        lowering = replace(lowering, exactness=exactness_of(plan, lowering))
+        notes = (*lowering.notes, *base_notes(checkpoint))
+        lowering = replace(lowering, exactness=exactness_of(plan, lowering), notes=notes)
         plan.save(folder / PLAN)
         receipt = {
             "format": FORMAT,
@@ -80,6 +82,16 @@ def emit(
     if checkpoint.revision is None:
         remember(checkpoint.fingerprint, checkpoint.path)
     return lowering
+
+
+def base_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A remark on an adapter beside a quantised base."""
+    if checkpoint.quantisation is None:
+        return ()
+    return (
+        f"The base is quantised ({checkpoint.quantisation.text}). The update is exact beside it: y = Q(W) x + B A x. Another "
+        "quantisation of the same model is another base, whose behaviour and KL under this adapter were not measured.",
+    )
 
 
 def exactness_of(plan: EditPlan, lowering: Lowering) -> str:

@@ -61,6 +61,7 @@ def model_card(
     rows = [
         ("Base", base["name"] + (f" at {base['revision']}" if base["revision"] else "")),
         ("Base fingerprint", base["fingerprint"]),
+        *([("Base format", quantised["format"])] if (quantised := receipt["data"].get("quantised")) else []),
         ("Behaviour", behaviour),
         ("Method", method_of(receipt["method"])),
         ("Changed tensors", changed),

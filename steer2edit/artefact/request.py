@@ -39,7 +39,8 @@ class CompileRequest:
     (``strength/neutral_texts.py``). With one target ``out`` is its folder, with several a folder for each inside. Held-out
     ``questions`` ask for an evaluation and a report page, unless ``report`` is False; ``told`` is an instruction that asks for
     the same behaviour: the edit is compared with it. A ``judge`` reads the answers. An ``aim`` takes the weakest strength that
-    reaches it on the selection half of the questions, within ``kl_budget``.
+    reaches it on the selection half of the questions, within ``kl_budget``. ``weights`` is the unquantised form of a quantised
+    ``model``, from whose matrices the plan is computed.
 
     Raises DataError where behaviour and statistics are both given, or neither although the method needs one, and for an aim
     without questions or beside another strength.
@@ -69,6 +70,7 @@ class CompileRequest:
     judge: JudgeChoice | None = None
     report: bool = True
     aim: Aim | None = None
+    weights: str | Path | None = None
     force: bool = False
     writing: Writing = field(default_factory=Writing)
 

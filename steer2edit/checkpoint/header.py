@@ -10,10 +10,10 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -64,9 +64,26 @@ _BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 _PART = re.compile(r"(.+)\[(\d+)\]")
 
 
+class Packed(Protocol):
+    """How the numbers of a quantised matrix [out, in] lie in a file. ``sources`` are the tensors that it is stored in."""
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]: ...
+
+    def decoder(self, read: Callable[[TensorInfo], torch.Tensor]) -> Callable[[int, int], torch.Tensor]:
+        """A function of a first row and a count, which gives these rows [count, in] as numbers.
+
+        ``read`` gives a stored tensor. What all rows need is read at once, the rest with the rows.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``offset`` is from the start of the shard's file, ``nbytes`` its length there."""
+    """Where a tensor lies: ``offset`` is from the start of the shard's file, ``nbytes`` its length there.
+
+    A quantised matrix is ``packed``. Then dtype, shape and ``nbytes`` are those of its numbers, and it lies nowhere as it is.
+    """
 
     name: str
     dtype: str
@@ -74,10 +91,23 @@ class TensorInfo:
     shard: str
     offset: int
     nbytes: int
+    packed: Packed | None = field(default=None, compare=False)
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes it takes in the files."""
+        return self.nbytes if self.packed is None else sum(one.nbytes for one in self.packed.sources)
+
+    def rows(self, first: int, count: int) -> TensorInfo:
+        """``count`` rows of the first axis from ``first``."""
+        size = self.nbytes // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * size, nbytes=count * size)
 
     def part(self, index: int, count: int) -> TensorInfo:
         """The ``index``-th of ``count`` equal parts of the first axis, which goes where there is one part for each row."""
         rows, *rest = self.shape
+        if self.packed is not None:
+            raise ValueError(f"{self.name} is quantised, and has no parts")
         if rows % count or not 0 <= index < count:
             raise ValueError(f"{self.name} has {rows} rows; it does not have a part {index} of {count}")
         shape = (rows // count, *rest) if rows > count else tuple(rest)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from steer2edit.checkpoint.header import TensorInfo, read_header
 from steer2edit.checkpoint.json_file import read_json
+from steer2edit.checkpoint.quantised import plain_view
 from steer2edit.checkpoint.reader import Checkpoint, stamp
 from steer2edit.checkpoint.weight_files import INDEX, SINGLE, WeightFiles, choose_weights, other_set
 from steer2edit.errors import CheckpointError, HubError, listing
@@ -33,6 +34,7 @@ _DEPTH, _FOLDERS = 3, 500  # how far models are looked for in a folder that is n
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a folder, or a Hub id ``user/name`` or ``user/name@revision`` (fetched through huggingface_hub into its cache).
 
+    Matrices that are quantised in a format that is read have the names and shapes of the unquantised ones.
     Where a folder holds several sets of weights, the one that transformers loads is opened, and a notice names the others.
     Raises CheckpointError naming every problem: missing files, an index that contradicts its shards, damaged headers, files
     in whose place a Git LFS pointer or a web page lies.
@@ -53,7 +55,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
             f"{path} holds more than one set of weights: {files.shards[0] if files.index is None else files.index} is used, as "
             f"transformers does; neither read nor copied: {', '.join(others[:6])}{' …' * (len(others) > 6)}"
         )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         name=name,
         revision=commit,
@@ -65,6 +67,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         index=files.index,
         other_weights=files.others,
     )
+    return plain_view(checkpoint)
 
 
 def _locate(model: str | Path, revision: str | None) -> tuple[Path, str, str | None]:

@@ -22,12 +22,32 @@ _STAMPED = ("size", "time of writing", "inode")
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """The format in which a checkpoint's matrices are stored, in words, and how many of them are.
+
+    ``weights`` is the unquantised model that they are read from in their place: its name, revision and fingerprint, and how far
+    the quantised matrices are from its own.
+    """
+
+    text: str
+    matrices: int
+    weights: Mapping[str, Any] | None = None
+
+    def described(self) -> dict[str, Any]:
+        """The format, and what the matrices are read from, in plain values."""
+        return {"format": self.text, "weights": None if self.weights is None else dict(self.weights)}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder in the Hugging Face layout, opened by :func:`open_checkpoint`.
 
     ``shards`` are the files of the weights and ``index`` the file that lists them, if there is one. ``other_weights`` are
     safetensors files and indexes beside them that are neither read nor copied. ``stamps`` are each shard's size, time of
     writing and inode when it was opened, and ``digests`` SHA-256 of tensors that were computed so far.
+
+    Where matrices are quantised in a format that is read (``quantisation``), ``tensors`` has each under the name and the shape
+    that it has unquantised, and reading gives the numbers that it stands for. ``stored`` are the files' own tensors.
     """
 
     path: Path
@@ -41,6 +61,8 @@ class Checkpoint:
     index: str | None = field(default=None, compare=False)
     other_weights: tuple[str, ...] = field(default=(), compare=False)
     digests: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
+    quantisation: Quantisation | None = field(default=None, compare=False)
 
     def blocks(self, tensor: str | TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor, or part of one, in blocks of its first axis: ``(first row, block)``, in the stored dtype.
@@ -49,6 +71,9 @@ class Checkpoint:
         the file ends early.
         """
         info = self._info(tensor)
+        if info.packed is not None:
+            yield from self._decoded(info, block_bytes)
+            return
         rows, *rest = info.shape or (1,)
         row_bytes = info.nbytes // rows if rows else 0
         step = max(1, min(rows, block_bytes // row_bytes if row_bytes else rows))
@@ -60,20 +85,38 @@ class Checkpoint:
                 _pread(file.fileno(), info.offset + first * row_bytes, raw, info)
                 yield first, raw.view(torch_dtype(info)).view(count, *rest)
 
+    def _decoded(self, info: TensorInfo, block_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The numbers of a quantised matrix, in blocks of its rows."""
+        assert info.packed is not None
+        rows = info.shape[0]
+        step = max(1, min(rows, block_bytes * rows // max(info.nbytes, 1)))
+        decode = info.packed.decoder(self.read)
+        for first in range(0, rows, step):
+            yield first, decode(first, min(step, rows - first))
+
     def _info(self, tensor: str | TensorInfo) -> TensorInfo:
         return self.tensors[tensor] if isinstance(tensor, str) else tensor
 
     def read(self, tensor: str | TensorInfo) -> torch.Tensor:
         """The whole tensor, or part of one, in the stored dtype and shape."""
         info = self._info(tensor)
+        if info.packed is not None:
+            return info.packed.decoder(self.read)(0, info.shape[0])
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with _opened(self.path / info.shard) as file:
             _pread(file.fileno(), info.offset, raw, info)
         return raw.view(torch_dtype(info)).view(info.shape)
 
     def raw_blocks(self, tensor: str | TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
-        """The stored bytes of a tensor, or of a part of one, in blocks. A block's memory is used again for the next."""
+        """The stored bytes of a tensor, or of a part of one, in blocks. A block's memory is used again for the next.
+
+        A quantised matrix has those of all tensors that it is stored in.
+        """
         info = self._info(tensor)
+        if info.packed is not None:
+            for source in info.packed.sources:
+                yield from self.raw_blocks(source, block_bytes)
+            return
         buffer = torch.empty(min(block_bytes, info.nbytes), dtype=torch.uint8)
         with _opened(self.path / info.shard) as file:
             for start in range(0, info.nbytes, block_bytes):
@@ -108,8 +151,9 @@ class Checkpoint:
         digest = hashlib.sha256()
         files: dict[str, int] = {}
         try:
-            for name in sorted(self.tensors):
-                info = self.tensors[name]
+            tensors = self.stored or self.tensors
+            for name in sorted(tensors):
+                info = tensors[name]
                 digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
                 if info.shard not in files:
                     files[info.shard] = os.open(self.path / info.shard, os.O_RDONLY)

@@ -22,6 +22,7 @@ from steer2edit.cli.options import (
     ModelFlags,
     StrengthFlags,
     TargetFlags,
+    UnquantisedFlags,
     WritingFlags,
     progress_bar,
 )
@@ -81,6 +82,7 @@ class ReportFlags(FlagGroup):
     method=MethodFlags,
     strength=StrengthFlags,
     model_flags=ModelFlags,
+    unquantised=UnquantisedFlags,
     report=ReportFlags,
     judged=JudgeFlags,
     plans=PlansFlags,
@@ -101,6 +103,7 @@ def compile(
     method: MethodFlags,
     strength: StrengthFlags,
     model_flags: ModelFlags,
+    unquantised: UnquantisedFlags,
     report: ReportFlags,
     judged: JudgeFlags,
     plans: PlansFlags,
@@ -135,6 +138,8 @@ def compile(
             raise click.UsageError(
                 "--protect clears vectors, and the plans of --plan are made: give it where they are planned"
             )
+        if unquantised.unquantised is not None:
+            raise click.UsageError("--weights is what a plan is computed from, and the plans of --plan are made")
         if aim is not None:
             raise click.UsageError("--aim is for one behaviour, and --plan takes finished plans")
         compile_plans(
@@ -187,6 +192,7 @@ def compile(
         told=data.instruction(report.told),
         judge=judged.choice(data),
         aim=aim,
+        weights=unquantised.unquantised,
         force=force.force,
         writing=writing.writing(),
     )
@@ -204,6 +210,7 @@ def compile(
         "changed": len(compiled.plan.edits),
         "method": dict(compiled.plan.method),
         "measured": compiled.plan.measured.to_json(),
+        **({"quantised": quantised} if (quantised := compiled.plan.data.get("quantised")) else {}),
         "evaluation": compiled.evaluation and summary(compiled.evaluation),
     }
     print_result(result, printed.as_json, lambda _: _render(compiled, model, model_flags.revision))

@@ -72,7 +72,7 @@ def emit(
     from steer2edit.artefact.emit import emit as emit_plan
 
     checkpoint, spec = revision.open(model)
-    edits = read_plan(plan_file)
+    edits = read_plan(plan_file).moved_to(checkpoint, spec)
     if writing.dry_run:
         dry_run_emit(edits, checkpoint, spec, output.to, output.out, force.force, writing.writing(), printed.as_json)
         return

@@ -84,6 +84,22 @@ class ModelFlags(RevisionFlags):
             raise click.BadParameter(f"it is not a JSON object: {error}", param_hint="--device-map") from None
 
 
+@dataclass(frozen=True)
+class UnquantisedFlags(FlagGroup):
+    """What a plan for a quantised model is computed from."""
+
+    heading: ClassVar[str] = "Model"
+
+    unquantised: str | None = option(
+        None,
+        "Unquantised form of a quantised MODEL, folder or Hub id, to compute the plan from; MODEL itself is what runs.",
+        "--weights",
+        metavar="MODEL",
+        shown_default="MODEL's own matrices, dequantised",
+        rare=True,
+    )
+
+
 NEUTRAL = "Neutral text for the KL budget, prose or chats (.jsonl), in place of the packaged text of its kind."
 """The help text of --neutral."""
 

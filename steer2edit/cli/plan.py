@@ -18,6 +18,7 @@ from steer2edit.cli.options import (
     ModelFlags,
     ReplaceFlags,
     StrengthFlags,
+    UnquantisedFlags,
     progress_bar,
     read_plan,
 )
@@ -95,6 +96,7 @@ class BaseFlags(ModelFlags):
     method=MethodFlags,
     strength=StrengthFlags,
     model_flags=ModelFlags,
+    unquantised=UnquantisedFlags,
     output=PlanOut,
     replace=ReplaceFlags,
     printed=JsonFlags,
@@ -108,11 +110,13 @@ def plan(
     method: MethodFlags,
     strength: StrengthFlags,
     model_flags: ModelFlags,
+    unquantised: UnquantisedFlags,
     output: PlanOut,
     replace: ReplaceFlags,
     printed: JsonFlags,
 ) -> None:
     """Score every component and write the edits as a plan. Runs no model unless a KL budget is given."""
+    from steer2edit.architecture.unquantised import planned_from
     from steer2edit.capture.protect import protected
     from steer2edit.capture.vector_kinds import with_vector
     from steer2edit.capture.vectors import substituted
@@ -131,7 +135,8 @@ def plan(
     if steering is not None:
         statistics = substituted(steering, statistics, checkpoint, spec)
     statistics = with_vector(statistics, vectors.vector)
-    scoring = Scoring(checkpoint, spec, protected(statistics, _directions(protect, statistics, checkpoint, spec)))
+    protected_statistics = protected(statistics, _directions(protect, statistics, checkpoint, spec))
+    scoring = Scoring(planned_from(checkpoint, spec, unquantised.unquantised), spec, protected_statistics)
     edits = make_plan(scoring, method=method.method, options=options, progress=progress_bar())
     if strength.measured:
         loaded = model_flags.load(checkpoint, spec)

@@ -84,7 +84,18 @@ def make_plan(
     plan = record_mean_effect(plan, scoring.spec, statistics)
     plan = plan.computed_from(checkpoint, scoring.spec)
     checkpoint.check_unchanged()
-    return replace(plan, data=describe_data(statistics))
+    data = describe_data(statistics)
+    if (quantisation := checkpoint.quantisation) is not None:
+        data["quantised"] = quantisation.described()
+        origin = quantisation.weights
+        source = (
+            "the numbers that its matrices stand for"
+            if origin is None
+            else f"the unquantised {origin['name']}, from which its own differ by {origin['largest_difference']:.2f} of the norm "
+            "at most"
+        )
+        notice(f"{checkpoint.name} is quantised ({quantisation.text}): the plan is computed from {source}")
+    return replace(plan, data=data)
 
 
 def edited_layers(options: Any) -> tuple[int, int] | None:

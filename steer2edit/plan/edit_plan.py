@@ -34,12 +34,17 @@ __all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "NewBias", "
 
 FORMAT = "steer2edit.plan.1"
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
+BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
 DATA: Any = {
     **{"name?": TEXT, "data?": TEXT, "system?": TEXT, "span?": TEXT, "background?": TEXT},
     "prompts?": ([str], None),  # None: statistics of older versions name none
     **{"metric?": ({"name": str, "goal": str}, None), "origin?": ([{"kind": str}], None)},
+    "quantised?": {
+        "format": str,
+        "weights": ({"name": str, "revision": TEXT, "fingerprint": str, "largest_difference": NUMBER}, None),
+        "captured_on?": BASE,
+    },
 }
-BASE: Any = {"name": str, "revision": TEXT, "fingerprint": str}
 _DESCRIBED: Any = {
     "base": BASE,
     "edits": [{"tensor": str, "op": str}],
@@ -180,6 +185,14 @@ class EditPlan:
                 f"the plan was made for {self.base.name} (fingerprint {self.base.fingerprint[:12]}), but {checkpoint.name} "
                 f"has the fingerprint {checkpoint.fingerprint[:12]}; a plan fits only the weights it was computed from"
             )
+
+    def moved_to(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
+        """The plan for ``checkpoint``, where that is the unquantised model whose matrices it was computed from; else the same."""
+        weights = (self.data.get("quantised") or {}).get("weights") or {}
+        if weights.get("fingerprint") != checkpoint.fingerprint or self.base.fingerprint == checkpoint.fingerprint:
+            return self
+        data = {**self.data, "quantised": {**self.data["quantised"], "captured_on": vars(self.base)}}
+        return replace(self, base=Base.of(checkpoint), data=data, content={}).computed_from(checkpoint, spec)
 
     def computed_from(self, checkpoint: Checkpoint, spec: ModelSpec) -> EditPlan:
         """The plan with the content of the matrices that it edits recorded, each of which is read."""

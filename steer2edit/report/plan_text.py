@@ -76,6 +76,7 @@ def render_summary(plan: EditPlan) -> str:
     rows = {
         "Base": f"{plan.base.name}{f', revision {plan.base.revision}' if plan.base.revision else ''} "
         f"(fingerprint {plan.base.fingerprint[:12]})",
+        "Format": quantised_line(plan),
         "Data": data_line(plan),
         "From": origin_line(plan),
         "Method": method_line(plan.method),
@@ -118,6 +119,18 @@ def _scale_line(scale: Scale) -> str:
     low, high = float(changed.min()), float(changed.max())
     factors = f"{low:g}" if low == high else f"{low:.3g} to {high:.3g}"
     return f"{len(changed)} of {len(scale.factors)} {scale.axis} × {factors}"
+
+
+def quantised_line(plan: EditPlan) -> str:
+    """The format of a quantised base, and what the plan was computed from; empty for other bases."""
+    told = plan.data.get("quantised")
+    if not told:
+        return ""
+    weights = told.get("weights")
+    if "captured_on" in told:
+        return f"captured on {told['captured_on']['name']} ({told['format']}), and moved to its unquantised form"
+    source = f"the unquantised {weights['name']}" if weights else "its matrices, dequantised"
+    return f"{told['format']}; computed from {source}"
 
 
 def data_line(plan: EditPlan) -> str:

@@ -15,13 +15,14 @@ import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.wrappers import TEXT_ALONE
-from steer2edit.checkpoint import Checkpoint, open_checkpoint, read_json
-from steer2edit.checkpoint.fp8 import SUFFIX, block_size, read_values
+from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.checkpoint.fp8 import block_size
+from steer2edit.checkpoint.quantised import READ, method_of
 from steer2edit.data.templates import processor_template, templated
 from steer2edit.data.tokens import token_ids
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line, shown
 from steer2edit.files.layout import ADAPTER_CONFIG
-from steer2edit.notices import notice
+from steer2edit.runtime.dequantised import cast_dequantised, check_kernels, keep_as_loaded, load_dequantised, runs_fp8
 from steer2edit.runtime.launch import process_of
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, reason
 from steer2edit.runtime.number_format import resolved_dtype
@@ -162,6 +163,7 @@ class LoadedModel:
 def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runtime()) -> LoadedModel:
     """Load a checkpoint's model and tokenizer for inference. Raises CheckpointError with transformers' own reason."""
     tokenizer = load_tokenizer(checkpoint.path, runtime.trust_remote_code)
+    check_kernels(checkpoint, pick_device(runtime.device))
     model = load_weights(checkpoint.path, runtime)
     return LoadedModel(model, tokenizer, spec, checkpoint.path, fingerprint=checkpoint.fingerprint)
 
@@ -174,9 +176,17 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         dtype = getattr(torch, dtype)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     check_release(path, config)
-    if block_size(config) and not _runs_fp8(device):
-        return _load_dequantised(path, runtime, dtype).to(device).eval().requires_grad_(False)
-    placing = {"device_map": runtime.device_map} if runtime.device_map else {}
+    if block_size(config) and not runs_fp8(device):
+        if runtime.trust_remote_code or runtime.device_map:
+            raise CheckpointError(
+                f"{path} is in fp8, which this device does not run; it is loaded as plain numbers, and then neither with "
+                "--trust-remote-code nor with --device-map"
+            )
+        return load_dequantised(path, dtype).to(device).eval().requires_grad_(False)
+    placing: dict[str, Any] = {"device_map": runtime.device_map} if runtime.device_map else {}
+    if not placing and method_of(config) in READ:
+        # a quantised model does not move: it is loaded to where it runs
+        placing = {"device_map": {"": str(device)}}
     if runtime.offload_folder is not None:
         placing["offload_folder"] = runtime.offload_folder
     if runtime.tensor_parallel:
@@ -195,7 +205,8 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
         raise CheckpointError(f"transformers cannot load {path}: {reason(error, config)}") from None
     check_complete(path, model, loading)
     if (config.get("quantization_config") or {}).get("quant_method") == "mxfp4" and dtype != "auto":
-        _cast_dequantised(model, dtype)
+        cast_dequantised(model, dtype)
+    keep_as_loaded(model)
     if not placing:
         model.to(device)
     return model.eval().requires_grad_(False)
@@ -242,55 +253,6 @@ def _tensor_parallel() -> dict[str, Any]:
 
     started = process_of(os.environ)
     return {"distributed_config": DistributedConfig(tp_size=started.size if started else 1)}
-
-
-def _cast_dequantised(model: Any, dtype: torch.dtype) -> None:
-    """Give the weights that were dequantised the dtype asked for: transformers 5.15 leaves mxfp4's in bfloat16."""
-    for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16 and parameter.device.type != "meta":
-            parameter.data = parameter.data.to(dtype)
-
-
-def _runs_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _load_dequantised(path: Path, runtime: Runtime, dtype: Any) -> Any:
-    """A model in fp8 with block scales as the numbers that its weights stand for, for devices without fp8.
-
-    transformers does so too, but with blocks of another size where a matrix is not a multiple of theirs, and leaves the dtypes
-    mixed. Memory is that of the whole model in ``dtype``.
-    """
-    import transformers
-
-    if runtime.trust_remote_code or runtime.device_map:
-        raise CheckpointError(
-            f"{path} is in fp8, which this device does not run; it is loaded as plain numbers, and then neither with "
-            "--trust-remote-code nor with --device-map"
-        )
-    dtype = torch.bfloat16 if dtype == "auto" else dtype
-    notice(
-        f"{path} is in fp8, which this device does not run: it is loaded as {str(dtype).removeprefix('torch.')} numbers"
-    )
-    checkpoint = open_checkpoint(path)
-    weights = {
-        name: value.to(dtype) if (value := read_values(checkpoint, name)).is_floating_point() else value
-        for name in checkpoint.tensors
-        if not name.endswith(SUFFIX)
-    }
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        del config.quantization_config
-        kind = getattr(transformers, (config.architectures or [""])[0])
-        model, loading = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-        if (path / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"transformers cannot load {path}: {first_line(error)}") from None
-    check_complete(path, model, loading)
-    return model
 
 
 def device_of(module: Any) -> torch.device:

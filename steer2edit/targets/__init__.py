@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from steer2edit.errors import TargetError
 
 if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
     from steer2edit.lowering import Target
     from steer2edit.plan import EditPlan
 
@@ -63,6 +64,19 @@ def check_structure(name: str, plan: EditPlan) -> None:
         able = " or ".join(f"--to {one}" for one in names() if load(one).STRUCTURE)
         what = "layers" if plan.structure.layers else "experts, or change how many each token passes through"
         raise TargetError(f"{name} cannot remove {what}; use {able}")
+
+
+def check_quantised(name: str, checkpoint: Checkpoint) -> None:
+    """Raise TargetError where a target writes whole models and the base is in a quantised format that is not written."""
+    if checkpoint.quantisation is None or not load(name).WHOLE_MODEL:
+        return
+    able = ", ".join(f"--to {one}" for one in names() if not load(one).WHOLE_MODEL)
+    raise TargetError(
+        f"{checkpoint.name} is quantised ({checkpoint.quantisation.text}), and of quantised formats {name} writes only fp8 with "
+        f"block scales. An adapter is exact beside the quantised matrices, and is not rounded into them: {able}. Or write the "
+        "edit into the unquantised model, and quantise the result: compile that model with --to checkpoint, or emit this "
+        "model's plan into the model that --weights named"
+    )
 
 
 def _check(name: str) -> None:
