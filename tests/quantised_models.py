@@ -87,6 +87,14 @@ def pack_quantized(W: torch.Tensor, bits: int = 4, group: int = 16) -> tuple[Ten
     }, numbers
 
 
+def symmetric(W: torch.Tensor, bits: int = 4, group: int = 16) -> tuple[Tensors, torch.Tensor]:
+    """A matrix in compressed-tensors' packed format, without zero points, and the numbers that it stands for."""
+    q, step, z = levels(W, bits, group, zero=1 << (bits - 1))
+    numbers = step.float().repeat_interleave(group, 1) * (q - int(z[0, 0]))
+    parts = {"weight_packed": bit_string(q, bits), "weight_scale": step, "weight_shape": torch.tensor(W.shape)}
+    return parts, numbers
+
+
 def quantised_copy(
     model: Path,
     folder: Path,
@@ -113,9 +121,11 @@ GPTQ: Mapping[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 16, 
 AWQ: Mapping[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
 
 
-def compressed(bits: int = 4, group: int = 16, kind: str = "pack-quantized") -> dict[str, Any]:
-    """The config of compressed-tensors for matrices of whole numbers with zero points."""
-    weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
+def compressed(
+    bits: int = 4, group: int = 16, kind: str = "pack-quantized", *, symmetric: bool = False
+) -> dict[str, Any]:
+    """The config of compressed-tensors for matrices of whole numbers."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
     return {
         "quant_method": "compressed-tensors",
         "format": kind,

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "interference.py": "below, with two behaviours",
     "fronts.py": "below, with two budgets",
     "quantised.py": "below, with what its first row must be",
+    "quantised_bases.py": "needs bitsandbytes",
     "experts_families.py": "the demo's mixture of each family takes minutes",
     "experts_vllm.py": "needs vLLM",
     "vllm_greedy.py": "needs vLLM",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run, save_tiny
-from quantised_models import AWQ, GPTQ, awq, gptq, quantised_copy
+from quantised_models import AWQ, GPTQ, awq, compressed, gptq, quantised_copy, symmetric
 from safetensors.torch import load_file, save_file
 
 from steer2edit.architecture import read_spec
@@ -302,3 +302,39 @@ def test_a_kernel_that_reads_other_numbers_is_refused(tmp_path: Path) -> None:
                 check_kernels(checkpoint, torch.device("cpu"))
         else:
             check_kernels(checkpoint, torch.device("cpu"))
+
+
+SERVED: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "gptq": ("gptqmodel", {**GPTQ, "backend": "torch"}, gptq),
+    "gptq, inputs sorted": (
+        "gptqmodel",
+        {**GPTQ, "desc_act": True, "backend": "torch"},
+        lambda W: gptq(W, order=torch.arange(W.shape[1]).flip(0)),
+    ),
+    "awq": ("gptqmodel", {**AWQ, "backend": "torch_awq"}, awq),
+    "compressed-tensors": ("compressed_tensors", compressed(symmetric=True), symmetric),
+}
+
+
+# gptqmodel leaves a temporary folder open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", SERVED)
+def test_adapters_act_in_the_libraries_that_run_the_formats(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    library, config, pack = SERVED[kind]
+    pytest.importorskip(library)
+    from steer2edit.plan import Base
+    from steer2edit.runtime.model import load_model
+
+    quantised_copy(tiny_llama, tmp_path / "q", config, pack)
+    checkpoint = open_checkpoint(tmp_path / "q")
+    spec = read_spec(checkpoint)
+    loaded = load_model(checkpoint, spec)
+    for site in (*spec.sites, *spec.readers):
+        W = checkpoint.read(site.tensor).float()
+        # the library computes with scales in float16
+        assert torch.allclose(loaded.module(site)(torch.eye(W.shape[1])).T.float(), W, atol=1e-3 * float(W.abs().max()))
+    torch.manual_seed(0)
+    edits = (LowRank(s.matrix, torch.randn(s.out_features, 2), torch.randn(2, s.in_features)) for s in spec.sites)
+    emit(EditPlan(Base.of(checkpoint), tuple(edits)), checkpoint, spec, "lora", tmp_path / "out")
+    found = verify(tmp_path / "out", tmp_path / "q")
+    assert found.ok and found.numbers["effect"] > 0.1

@@ -187,7 +187,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             f"what they compute and are not described, {sign}. Compile the unquantised model instead; a LoRA compiled from it "
             "also serves beside the quantised base."
         )
-    if method in READ:
+    if method in READ and marked == ["by its config"]:
         raise ArchitectureError(
             f"{checkpoint.name}: quantization_config in its config.json names {method}, and none of its tensors is quantised "
             "so. Take quantization_config out of config.json to compile the unquantised weights, or save the quantised model."

@@ -1,4 +1,4 @@
-"""Whole numbers of a few bits, packed densely into 32-bit words: the first number in the lowest bits of the first word."""
+"""Whole numbers of a few bits, packed densely into 32-bit words, from the lowest bits up."""
 
 from __future__ import annotations
 

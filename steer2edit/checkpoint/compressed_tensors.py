@@ -98,6 +98,8 @@ def packed_matrices(
     """Each quantised matrix by its name, and the format in words. Raises CheckpointError for layouts that are not known."""
     groups = settings.get("config_groups")
     groups = groups if isinstance(groups, dict) else {}
+    if not groups and "format" not in settings:
+        return {}, ""
     schemes = [one for one in groups.values() if isinstance(one, dict)]
     formats = {str(one.get("format") or settings.get("format")) for one in schemes} or {str(settings.get("format"))}
     if strange := sorted(formats - _FORMATS.keys()):
@@ -166,7 +168,7 @@ def _plain(stored: Mapping[str, TensorInfo], base: str, values: TensorInfo) -> S
 
 
 def _check_scales(scales: TensorInfo, shape: tuple[int, int], values: TensorInfo) -> None:
-    """Raise CheckpointError unless there is one scale, one for each row, or one for each of equal groups of a row."""
+    """Raise CheckpointError unless scales are one, one for each row, or one for each equal group."""
     count = math.prod(scales.shape)
     grouped = len(scales.shape) == 2 and scales.shape[0] == shape[0] and shape[1] % max(scales.shape[1], 1) == 0
     if count not in (1, shape[0]) and not grouped:

@@ -1,4 +1,4 @@
-"""A quantised checkpoint that reads its matrices from the unquantised model: for planning, which then works on unrounded weights.
+"""A quantised checkpoint that reads its matrices from the unquantised model, for planning.
 
 Names, fingerprint and content stay those of the quantised model, which a plan is made for; norms and biases are read from it too.
 """

@@ -1,4 +1,4 @@
-"""The plain view of a quantised checkpoint: each matrix under its own name and shape, read as the numbers it stands for.
+"""The plain view of a quantised checkpoint: each matrix by its name, read as the numbers it stands for.
 
 fp8 with block scales has a module of its own (``checkpoint.fp8``), since it is edited and written too. mxfp4 experts stay packed.
 """

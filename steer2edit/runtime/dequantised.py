@@ -1,4 +1,4 @@
-"""Quantised models on devices that lack their formats' instructions: run as plain numbers, or told that a kernel is wrong."""
+"""Quantised models where a device lacks a format's instructions, or a library's kernel is not faithful."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def keep_as_loaded(model: Any) -> None:
             "bitsandbytes' kernel for bfloat16 on CPUs is not used: it rounds the scales of 4-bit matrices again. It "
             "takes longer so"
         )
+
+
+def first_pass(model: Any) -> None:
+    """Run one token: compressed-tensors unpacks a model's matrices in the first pass of the whole, which a part's is not."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
 
 
 def cast_dequantised(model: Any, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from steer2edit.data.templates import processor_template, templated
 from steer2edit.data.tokens import token_ids
 from steer2edit.errors import ArchitectureError, CheckpointError, first_line, shown
 from steer2edit.files.layout import ADAPTER_CONFIG
-from steer2edit.runtime.dequantised import cast_dequantised, check_kernels, keep_as_loaded, load_dequantised, runs_fp8
+from steer2edit.runtime.dequantised import (
+    cast_dequantised,
+    check_kernels,
+    first_pass,
+    keep_as_loaded,
+    load_dequantised,
+    runs_fp8,
+)
 from steer2edit.runtime.launch import process_of
 from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, reason
 from steer2edit.runtime.number_format import resolved_dtype
@@ -209,6 +217,8 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     keep_as_loaded(model)
     if not placing:
         model.to(device)
+    if method_of(config) == "compressed-tensors":
+        first_pass(model)
     return model.eval().requires_grad_(False)
 
 
@@ -257,7 +267,8 @@ def _tensor_parallel() -> dict[str, Any]:
 
 def device_of(module: Any) -> torch.device:
     """Where a module runs: where its weights are, or where accelerate brings them to for a pass."""
-    device: torch.device = next(module.parameters()).device
+    # GPTQ's and AWQ's modules hold buffers alone
+    device: torch.device = next(chain(module.parameters(), module.buffers())).device
     if device.type != "meta":
         return device
     hook = getattr(module, "_hf_hook", None)
