@@ -20,7 +20,7 @@ from steer2edit.architecture.unquantised import planned_from
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.errors import CheckpointError, PlanError, TargetError
+from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, TargetError
 from steer2edit.lowering import resolve
 from steer2edit.methods import make_plan
 from steer2edit.methods.component import Options
@@ -209,6 +209,19 @@ def test_the_dry_run_says_what_a_quantised_model_takes(quantised: Path, tiny_lla
     plain = json.loads(run("compile", tiny_llama, *flags, "--to", "lora").stdout)
     assert told["model"] < plain["model"] and told["matrices"] == plain["matrices"]
     assert run("compile", quantised, *flags).exit_code == 2
+
+
+def test_it_does_not_run_by_layers(quantised: Path) -> None:
+    pytest.importorskip("accelerate")
+    from steer2edit.runtime.by_layer import opened_by_layer
+    from steer2edit.runtime.model import Runtime
+
+    checkpoint = open_checkpoint(quantised)
+    with (
+        pytest.raises(Steer2EditError, match="loaded whole"),
+        opened_by_layer(checkpoint, read_spec(checkpoint), Runtime()),
+    ):
+        pass
 
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {

@@ -36,7 +36,10 @@ class Elsewhere:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How far a quantised matrix is from the unquantised one: ``‖Q - W‖ / ‖W‖``, and what is left where columns are rescaled."""
+    """How far a quantised matrix Q is from the unquantised W.
+
+    ``difference`` is ``‖Q - W‖ / ‖W‖``, and ``rescaled`` what is left of it where each column of W has its own factor.
+    """
 
     tensor: str
     difference: float

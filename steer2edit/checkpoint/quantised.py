@@ -25,7 +25,10 @@ READ = tuple(_READ)
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The quant_method that a config names; None without one. Old configs of bitsandbytes name none, and say how many bits."""
+    """The quant_method that a config names; None without one.
+
+    Old configs of bitsandbytes name none, and say how many bits.
+    """
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return None
@@ -36,8 +39,9 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 
 def plain_view(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its quantised matrices under their own names; the same one where none is in a format that is read.
+    """The checkpoint with its quantised matrices under their own names.
 
+    It is the same one where none is in a format that is read.
     Raises CheckpointError where a matrix lacks a part, or its parts do not fit together.
     """
     method = method_of(checkpoint.config)

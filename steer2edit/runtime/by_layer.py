@@ -161,6 +161,11 @@ def opened_by_layer(
         raise Steer2EditError("--by-layer needs accelerate: pip install 'steer2edit[offload]'") from None
     if runtime.device_map is not None:
         raise Steer2EditError("--by-layer places the model itself; leave --device-map out")
+    if checkpoint.quantisation is not None:
+        raise Steer2EditError(
+            f"{checkpoint.name} is quantised ({checkpoint.quantisation.text}): its matrices are loaded whole, and --by-layer has "
+            "no weights to bring in. Run it without, or capture the unquantised model by layers"
+        )
     try:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
