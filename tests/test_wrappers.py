@@ -22,6 +22,7 @@ from steer2edit.artefact.numbers import TOLERANCE
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import TargetError
+from steer2edit.plan import Base, EditPlan
 from steer2edit.targets.lora import MISREAD_BY_PEFT, NO_ADAPTER
 
 
@@ -88,6 +89,17 @@ def test_a_plan_becomes_a_checkpoint_and_an_adapter_that_act_in_the_whole_model(
     assert edited.tensors.keys() == case.checkpoint.tensors.keys()
     for name in edited.tensors.keys() - ours:
         assert torch.equal(edited.read(name), case.checkpoint.read(name))
+
+
+def test_an_adapter_for_a_language_model_alone_says_so(build: Callable[[str], Case], tmp_path: Path) -> None:
+    case = build("llama4")
+    edits = single_readers(case.checkpoint, case.spec)
+    lowering = emit(
+        EditPlan(Base.of(case.checkpoint), tuple(edits)), case.checkpoint, case.spec, "lora", tmp_path / "lora"
+    )
+    assert any("AutoModelForCausalLM" in note and "language_model." in note for note in lowering.notes)
+    card = (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForCausalLM" in card and "ImageText" not in card and "image-text" not in card
 
 
 def in_adapters(case: Case, tensor: str) -> bool:

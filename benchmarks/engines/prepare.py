@@ -56,7 +56,6 @@ MIXTURES = (
 WRAPPERS = (
     *("aya_vision", "gemma3", "glm4v", "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
     *("llava_onevision", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
-    *("llama4", "nemotron_h_omni"),
 )
 # what mlx-lm alone was compared on: its class of model, and the numbers of layers that it takes for granted
 APPLE = (
@@ -126,8 +125,6 @@ PECULIAR_WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": SIZE["hidden_size"]}},
     # with as many layers as the published pattern of layers has
     "gemma3": {"text_config": {**SIZE, "num_hidden_layers": 6, "query_pre_attn_scalar": SIZE["head_dim"]}},
-    # experts in every second layer, which is how vLLM tells them
-    "llama4": {"text_config": {**SIZE, "num_hidden_layers": 4, "moe_layers": [1, 3], "interleave_moe_layer_step": 2}},
     "qwen3_5": {
         "text_config": {
             **SIZE,

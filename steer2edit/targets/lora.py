@@ -17,6 +17,7 @@ import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.architecture.config import text_config
+from steer2edit.architecture.wrappers import TEXT_ALONE
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.errors import TargetError, listing
 from steer2edit.files.atomic import save_tensors
@@ -77,7 +78,7 @@ EXPERTS = (
 )
 # their modules have other names in vLLM, whose table of names lacks those of transformers
 NO_PLACE_IN_VLLM = (
-    *("granite_speech", "granite_speech_plus", "llama4", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
+    *("granite_speech", "granite_speech_plus", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "voxtral"),
 )
 
 _ANY = LowRank("", torch.zeros(1, 1), torch.zeros(1, 1))
@@ -160,6 +161,11 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         if isinstance(edit, Bias)
     )
     notes = ["Stored in float32: cast to bf16, an adapter loses about three digits.", *rank_notes(rank)]
+    if resolved.checkpoint.config.get("model_type") in TEXT_ALONE:
+        notes.append(
+            "It fits the language model alone (AutoModelForCausalLM). vLLM 0.32 loads it and applies none of it: there "
+            "'language_model.' has to stand before its modules' names. Serve --to checkpoint there, or rename them."
+        )
     if resolved.checkpoint.config.get("model_type") in NO_PLACE_IN_VLLM:
         notes.append(
             "By its source, vLLM 0.32 loads this adapter and ignores it: it does not rename this model's modules. Serve --to "
