@@ -185,6 +185,17 @@ def test_wrong_way_is_said() -> None:
     assert judged is not None and not judged.steerable and str(judged).endswith("that is the wrong direction.")
 
 
+def test_what_is_ahead_of_harm_alone_is_not_steerable() -> None:
+    """Random directions that make the metric worse do not turn an edit that does nothing into a success."""
+    harmful = [[-1.0 - 0.01 * i for i in range(8)]] * 3
+    idle, harm = [0.1 if i % 2 else -0.1 for i in range(8)], [-0.5 - 0.01 * i for i in range(8)]
+    for values, why in ((idle, "what may be nothing"), (harm, "the wrong direction")):
+        found = made(values, harmful)
+        judged = steerability(found, found.rows[1])
+        assert judged is not None and judged.beyond.low > 0 and not judged.steerable and judged.needed is None
+        assert str(judged).startswith("Not steerable here") and str(judged).endswith(f"from the base, {why}.")
+
+
 @pytest.fixture(scope="module")
 def neutral(loaded: LoadedModel) -> NeutralTexts:
     return NeutralTexts(NeutralText(loaded, TEXT, window=20))

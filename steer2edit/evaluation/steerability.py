@@ -24,15 +24,17 @@ _POWER = (1.96 + 0.84) / 1.96
 
 @dataclass(frozen=True)
 class Steerability:
-    """An edit minus the mean of random directions at equal KL, on the behaviour's first metric.
+    """An edit minus the mean of random directions at equal KL, and minus the base, on the behaviour's first metric.
 
-    The interval of ``beyond`` covers another draw of questions and another draw of directions. ``steerable`` says whether it is
-    clear of zero on the better side. ``needed`` is how many questions would decide a difference of this size four times in
+    The interval of ``beyond`` covers another draw of questions and another draw of directions. ``steerable`` says whether both
+    differences are clear of zero on the better side: an edit that does nothing is ahead of random directions that do harm.
+    ``needed`` is how many questions would decide a difference of this size four times in
     five; None where the directions differ so much among themselves that no number would.
     """
 
     metric: Metric
     beyond: Estimate
+    change: Estimate
     directions: int
     steerable: bool
     needed: int | None
@@ -43,25 +45,32 @@ class Steerability:
             "metric": self.metric.name,
             "steerable": self.steerable,
             "beyond_random": asdict(self.beyond),
+            "beyond_base": asdict(self.change),
             "random_directions": self.directions,
             "questions_needed": self.needed,
         }
 
     def __str__(self) -> str:
         metric, found = self.metric, self.beyond
-        unit = f" {metric.unit}" if metric.unit else ""
-        size = f"{found.value:+.3g} [{found.low:.3g}, {found.high:.3g}]{unit}"
-        beyond = f"{metric.name} differs by {size} from what {self.directions} random directions at equal KL give"
+        beyond = f"{metric.name} differs by {self._size(found)} from what {self.directions} random directions at equal KL give"
         if self.steerable:
             return f"Steerable here: {beyond}, on {found.count} questions."
         sign = direction(metric, found)
         if sign < 0:
             return f"Not steerable here: {beyond}, on {found.count} questions, and that is the wrong direction."
+        if sign > 0:
+            why = "the wrong direction" if direction(metric, self.change) < 0 else "what may be nothing"
+            own = f"by {self._size(self.change)} from the base, {why}"
+            return f"Not steerable here: {beyond}, on {found.count} questions, but {own}."
         if self.needed is None:
             more = "Random directions differ too much among themselves: a larger effect or more directions would be needed."
         else:
             more = f"To decide a difference of this size would take about {self.needed:,} questions."
         return f"Not steerable here: {beyond}, on {found.count} questions, which may be nothing. {more}"
+
+    def _size(self, found: Estimate) -> str:
+        unit = f" {self.metric.unit}" if self.metric.unit else ""
+        return f"{found.value:+.3g} [{found.low:.3g}, {found.high:.3g}]{unit}"
 
 
 def steerability(evaluation: Evaluation, row: Row) -> Steerability | None:
@@ -88,10 +97,10 @@ def steerability(evaluation: Evaluation, row: Row) -> Steerability | None:
     widened = (value, value - math.hypot(value - low, between), value + math.hypot(high - value, between))
     middle, least, most = (math.exp(x) if metric.exponential else x for x in widened)
     beyond = Estimate(middle, least, most, paired.count)
-    sure = direction(metric, beyond) > 0
-    return Steerability(
-        metric, beyond, k, sure, None if sure else _needed(value, (high - low) / 2, between, paired.count)
-    )
+    change = evaluation.change(row, metric.name)
+    ahead = direction(metric, beyond) > 0
+    needed = None if ahead else _needed(value, (high - low) / 2, between, paired.count)
+    return Steerability(metric, beyond, change, k, ahead and direction(metric, change) > 0, needed)
 
 
 def _needed(value: float, half: float, between: float, count: int) -> int | None:
