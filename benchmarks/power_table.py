@@ -48,7 +48,8 @@ class Front:
         if self.method not in ("base", "instruction"):
             weights = front_weights([cell.kl[self.kind] for cell in cells], low, high)
         columns = zip(*(cell.values[metric] for cell in cells), strict=True)
-        return [sum(w * value for w, value in zip(weights, column, strict=True)) for column in columns]
+        # the weights' sum is 1 but for rounding, which must not tell equal answers apart
+        return [round(sum(w * value for w, value in zip(weights, column, strict=True)), 9) for column in columns]
 
 
 def front_weights(kls: Sequence[float], low: float, high: float) -> list[float]:
@@ -233,6 +234,9 @@ def _table(table: Table, row: str) -> str:
     seeds = sorted({seed for mine in table.seeds for seed in mine})
     if len(seeds) > 1:
         notes.append(_by_seed(table, row, seeds))
+    lengths = {value for front in table.fronts.values() for c in front.cells for value in c.values.get("length", ())}
+    if len(lengths) == 1:
+        notes.append("No answer ended before the bound, with an edit or without: the length cannot be read here.")
     failed = {(cell.method, cell.budget): cell.failed for cell in table.failed}
     notes += [f"Not measured: {method} at a KL of {budget}: {why}" for (method, budget), why in failed.items()]
     return "\n".join([*text, *(["", *notes] if notes else [])])

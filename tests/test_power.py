@@ -92,6 +92,22 @@ def test_a_journal_survives_a_kill_and_keeps_to_its_settings(tmp_path: Path) -> 
         power_cells.Journal(tmp_path, other)
 
 
+def test_lengths_that_all_meet_the_bound_tell_nothing_apart(tmp_path: Path) -> None:
+    """Weights that sum to 1 but for rounding make no edit better than another."""
+    settings = power_cells.Settings("f", "float32", (0.025, 0.07, 0.4), (0,), 9, 9, 1, 1, 64, 4, 1.0)
+    journal = power_cells.Journal(tmp_path, settings)
+    journal.add(power_cells.Cell("concise", "base", None, values={"length": [64.0] * 9}))
+    for method, off in (("edit", 1.01), ("steering", 0.97)):
+        for kl in settings.budgets:
+            cell = power_cells.Cell("concise", method, kl, 1.0, {"prose": kl * off}, {"length": [64.0] * 9})
+            journal.add(cell)
+    asked = {"attribute": "length", "digests": [], "seeds": [[0]] * 9}
+    (tmp_path / "questions-concise.json").write_text(json.dumps(asked))
+    (table,) = power_table.read_tables(tmp_path)
+    assert [one.signs[0] for one in power_table.against(table)] == [0]
+    assert "the length cannot be read here" in power_table.render([table])
+
+
 def test_the_table_is_measured_resumed_and_printed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
