@@ -31,8 +31,8 @@ from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
 from steer2edit.lowering import Lowering, Writing, resolve
 from steer2edit.methods import scaling
-from steer2edit.plan import EditPlan, LowRank, Measured, merge
-from steer2edit.plan.operations import addition_of
+from steer2edit.notices import notice
+from steer2edit.plan import Bias, Edit, EditPlan, LowRank, Measured, merge
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
@@ -43,19 +43,20 @@ FORMAT = "steer2edit.interference.1"
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two plans share at one site, or, with ``site`` None, in all.
+    """What two plans share at one site, or, with ``site`` None, in all. A bias is called by its tensor's name.
 
-    ``update`` is the cosine of both updates as matrices, ``<ΔW, ΔW'> / (‖ΔW‖ ‖ΔW'‖)``: 0 where they cannot meet. ``direction`` is
-    that of what they push on their own data where both know it, else the largest between their column spaces, unsigned.
-    ``components`` is the part of both updates' energy that lies on the same heads or neurons, 0 to 1.
+    ``update`` is the cosine of both updates, ``<ΔW, ΔW'> / (‖ΔW‖ ‖ΔW'‖)``: 0 where they cannot meet. ``direction`` is that of
+    what they push on their own data where both know it, else the largest between their column spaces, unsigned. ``components`` is
+    the part of both updates' energy that lies on the same heads or neurons, 0 to 1; a bias has none. All three are None where
+    one of both scales or sets what is there, since the plan alone does not know that update.
     """
 
     first: int
     second: int
     site: str | None
-    update: float
-    direction: float
-    components: float
+    update: float | None
+    direction: float | None
+    components: float | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Composed:
         """Overlaps and changes in plain values."""
         return {
             "format": FORMAT,
-            "plans": [part["name"] for part in self.plan.method["plans"]],
+            "plans": told_apart([str(part["name"] or "unnamed") for part in self.plan.method["plans"]]),
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
             "evaluations": {name: summary(found) for name, found in self.evaluations.items()},
         }
@@ -116,8 +117,7 @@ def compose(
         texts = neutral_texts(loaded, neutral, progress)
         plan = settle_strength(loaded, plan, strength=strength if settled else 1.0, kl_budget=kl_budget, neutral=texts)
         if measure:
-            known = [builtin_questions(name) for name in names(plans)] if questions is None else list(questions)
-            evaluations = _measure(loaded, parts, plan, known, texts, progress)
+            evaluations = _measure(loaded, parts, plan, questions_of(plans, questions), texts, progress)
     lowerings = {
         target: emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
         for target, folder in folders.items()
@@ -161,34 +161,56 @@ def rescale(
 
 
 def overlap(plans: Sequence[EditPlan], spec: ModelSpec) -> tuple[Overlap, ...]:
-    """What each pair of plans shares: in all, and at each site that both edit. Sites come in the model's order."""
+    """What each pair of plans shares: in all, and at each matrix and bias that both edit.
+
+    Matrices come in the model's order, biases behind them. What is shared in all is of the updates that the plans know.
+    """
     found: list[Overlap] = []
+    sites = {site.matrix: site for site in (*spec.sites, *spec.readers)}
     for (i, first), (j, second) in combinations(enumerate(plans), 2):
-        mine, theirs = _low_rank(first), _low_rank(second)
-        shared, product = [], 0.0
-        for site in (*spec.sites, *spec.readers):
-            if site.matrix in mine and site.matrix in theirs:
-                a, b = mine[site.matrix], theirs[site.matrix]
-                inner = _inner(a, b)
-                product += inner
-                cosine = inner / max(a.norm * b.norm, 1e-30)
-                shared.append(Overlap(i, j, site.key, cosine, _direction(a, b), _shared_energy(a, b, site)))
-        size = math.prod(math.sqrt(sum(e.norm**2 for e in part.values())) for part in (mine, theirs))
-        weight = [
-            mine[spec.site(o.site or "").matrix].norm * theirs[spec.site(o.site or "").matrix].norm for o in shared
+        mine, theirs = _by_tensor(first), _by_tensor(second)
+        order = [
+            name for name in (*sites, *(name for name in mine if name not in sites)) if name in mine and name in theirs
         ]
-        total = max(sum(weight), 1e-30)
-        mean = [sum(w * getattr(o, key) for w, o in zip(weight, shared, strict=True)) / total for key in _MEANS]
-        found += [Overlap(i, j, None, product / max(size, 1e-30), *mean), *shared]
+        shared, inners, weights = [], [], []
+        for name in order:
+            a, b = _known(mine[name]), _known(theirs[name])
+            key = sites[name].key if name in sites else name
+            if a is None or b is None:
+                shared.append(Overlap(i, j, key, None, None, None))
+                continue
+            inner, weight = _inner(a, b), a.norm * b.norm
+            cosine = inner / max(weight, 1e-30)
+            if isinstance(a, LowRank) and isinstance(b, LowRank):
+                energy = _shared_energy(a, b, sites[name]) if name in sites else None
+                shared.append(Overlap(i, j, key, cosine, _direction(a, b), energy))
+            else:
+                shared.append(Overlap(i, j, key, cosine, cosine, None))
+            inners.append(inner)
+            weights.append(weight)
+        size = math.prod(math.sqrt(sum(e.norm**2 for e in map(_known, part.values()) if e)) for part in (mine, theirs))
+        known = [one for one in shared if one.update is not None]
+        means = [_mean([getattr(one, key) for one in known], weights) for key in _MEANS]
+        found += [Overlap(i, j, None, sum(inners) / max(size, 1e-30), *means), *shared]
     return tuple(found)
 
 
 def names(plans: Sequence[EditPlan]) -> list[str]:
     """What each plan's behaviour is called; plans of one name are told apart by a number."""
-    called = [str(plan.data.get("name") or "unnamed") for plan in plans]
+    return told_apart([str(plan.data.get("name") or "unnamed") for plan in plans])
+
+
+def told_apart(called: Sequence[str]) -> list[str]:
+    """The names, with a number where one occurs more than once."""
     return [
         name if called.count(name) == 1 else f"{name} {called[: i + 1].count(name)}" for i, name in enumerate(called)
     ]
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[float]) -> float:
+    """The weighted mean of the values that are known; 0 where none is."""
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    return sum(value * weight for value, weight in known) / max(sum(weight for _, weight in known), 1e-30)
 
 
 _MEANS = ("direction", "components")
@@ -198,7 +220,7 @@ def _measure(
     loaded: LoadedModel,
     parts: Sequence[EditPlan],
     plan: EditPlan,
-    questions: Sequence[Sequence[Question] | None],
+    questions: Mapping[str, tuple[EditPlan, Sequence[Question]]],
     neutral: NeutralTexts,
     progress: Progress,
 ) -> dict[str, Evaluation]:
@@ -211,11 +233,32 @@ def _measure(
     ]
     candidates.append(plan_candidate(loaded, "together", plan, note=" + ".join(called)))
     found = {}
-    for name, part, asked in zip(called, parts, questions, strict=True):
+    for name, (part, asked) in questions.items():
+        own, _ = read_metric(part.data.get("metric"))
+        suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF, metric=own)
+        found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
+    return found
+
+
+def questions_of(
+    plans: Sequence[EditPlan], questions: Sequence[Sequence[Question] | None] | None
+) -> dict[str, tuple[EditPlan, Sequence[Question]]]:
+    """The questions of each behaviour, with a plan of it. Behaviours without questions are told in a notice.
+
+    Those that come with the package are asked once, also where several plans are of one behaviour.
+    """
+    found: dict[str, tuple[EditPlan, Sequence[Question]]] = {}
+    numbered = names(plans)
+    for place, plan in enumerate(plans):
+        name = str(plan.data.get("name") or "unnamed")
+        asked = builtin_questions(name) if questions is None else questions[place]
         if asked:
-            own, _ = read_metric(part.data.get("metric"))
-            suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF, metric=own)
-            found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
+            found[name if questions is None else numbered[place]] = (plan, asked)
+        elif questions is None:
+            notice(
+                f"the effect on {name} is not measured: no questions of that name come with the package. Give --eval FILE for "
+                "each plan"
+            )
     return found
 
 
@@ -225,13 +268,21 @@ def _strength(settled: EditPlan) -> float:
     return settled.measured.strength
 
 
-def _low_rank(plan: EditPlan) -> dict[str, LowRank]:
-    additions = ((edit.tensor, addition_of(edit)) for edit in plan.edits)
-    return {name: one for name, one in additions if isinstance(one, LowRank) and one.norm > 0}
+def _by_tensor(plan: EditPlan) -> dict[str, Edit]:
+    """The edits that change something, by tensor."""
+    return {edit.tensor: edit for edit in plan.edits if edit.norm is None or edit.norm > 0}
 
 
-def _inner(a: LowRank, b: LowRank) -> float:
+def _known(edit: Edit) -> LowRank | Bias | None:
+    """The update, where the plan alone knows all of it."""
+    return edit if isinstance(edit, (LowRank, Bias)) else None
+
+
+def _inner(a: LowRank | Bias, b: LowRank | Bias) -> float:
     """``<ΔW, ΔW'>`` without forming either."""
+    if isinstance(a, Bias) or isinstance(b, Bias):
+        assert isinstance(a, Bias) and isinstance(b, Bias)  # a tensor is a matrix or a bias
+        return float(a.delta.double() @ b.delta.double())
     return float(((a.B.double().T @ b.B.double()) * (a.A.double() @ b.A.double().T)).sum())
 
 

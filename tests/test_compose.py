@@ -11,11 +11,12 @@ import torch
 from conftest import ROWS, run
 
 from steer2edit.artefact.verify import verify
-from steer2edit.compose import compose, names, overlap, rescale
+from steer2edit.compose import compose, names, overlap, questions_of, rescale
 from steer2edit.errors import PlanError
 from steer2edit.files.layout import INTERFERENCE, PLAN
 from steer2edit.methods import component, make_plan, steering
-from steer2edit.plan import EditPlan, LowRank, Measured, merge
+from steer2edit.notices import collected
+from steer2edit.plan import EditPlan, LowRank, Measured, NewBias, Scale, merge
 from steer2edit.runtime.hooks import edited
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
@@ -85,6 +86,40 @@ def test_a_plan_shares_everything_with_itself_and_nothing_with_other_sites(
         assert (found.update, found.direction, found.components) == pytest.approx((-1, -1, 1), abs=1e-5)
     halves = [replace(parts[0], edits=edits) for edits in (parts[0].edits[:2], parts[0].edits[2:])]
     assert [(o.site, o.update) for o in overlap(halves, scoring.spec)] == [(None, 0.0)]
+
+
+def test_biases_are_compared_and_matrices_that_are_scaled_are_counted(
+    scoring: Scoring, parts: list[EditPlan], tmp_path: Path
+) -> None:
+    edits = [edit for edit in parts[0].edits if isinstance(edit, LowRank)][:2]
+    name, delta = edits[0].tensor.replace(".weight", ".bias"), torch.linspace(-1, 1, edits[0].B.shape[0])
+    first = replace(parts[0], edits=(*edits, NewBias(name, delta)))
+    factors = torch.linspace(0.5, 2, edits[0].B.shape[0], dtype=torch.float64)
+    scaled = Scale(edits[0].tensor, factors, "rows")
+    second = replace(parts[0], edits=(scaled, edits[1].scaled(-1), NewBias(name, -2 * delta)))
+    total, *rest = overlap([first, second], scoring.spec)
+    assert [o.update for o in rest] == [None, pytest.approx(-1), pytest.approx(-1)] and rest[-1].site == name
+    inner = edits[1].norm ** 2 + 2 * float(delta @ delta)
+    mine = (sum(e.norm**2 for e in edits) + float(delta @ delta)) ** 0.5
+    theirs = (edits[1].norm ** 2 + 4 * float(delta @ delta)) ** 0.5
+    assert total.update == pytest.approx(-inner / (mine * theirs), rel=1e-4)
+    other = replace(parts[1], edits=(scaled,))
+    both = []
+    for place, plan in enumerate((replace(parts[0], edits=tuple(edits)), other)):
+        plan.save(tmp_path / f"{place}.plan.safetensors")
+        both += ["--plan", tmp_path / f"{place}.plan.safetensors"]
+    made = run("compile", scoring.checkpoint.path, *both, "--out", tmp_path / "out", "--no-report")
+    assert made.exit_code == 0, made.output
+    assert "one and two edit 1 of the same matrices" in made.output and "Not compared" in made.output
+
+
+def test_two_plans_of_one_behaviour_are_told_apart_and_asked_its_questions_once(parts: list[EditPlan]) -> None:
+    both = [replace(plan, data={**plan.data, "name": "concise"}) for plan in parts]
+    assert names(both) == ["concise 1", "concise 2"]
+    assert list(questions_of(both, None)) == ["concise"]
+    with collected() as told:
+        assert questions_of(parts, None) == {}
+    assert [name in text for name, text in zip(("one", "two"), told, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("weights", [("--weight", "1", "--weight", "-0.5"), ("--weight", "1", "-0.5")])

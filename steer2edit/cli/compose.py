@@ -145,11 +145,14 @@ def _render(composed: Composed, result: dict[str, Any], model: str, revision: st
                 for o in composed.overlaps
                 if o.site is not None and (o.first, o.second) == (overlap.first, overlap.second)
             ]
-            most = sorted(mine, key=lambda o: -abs(o.update))[:5]
+            known = [o for o in mine if o.update is not None]
+            most = sorted(known, key=lambda o: -abs(o.update or 0.0))[:5]
             rows += [[str(o.site), *_numbers(o)] for o in most]
             lines += [
-                f"{pair} edit {len(mine)} of the same matrices (0: they do not meet, 1: they do the same); the closest:",
+                f"{pair} edit {len(mine)} of the same matrices and biases (0: they do not meet, 1: they do the same); the "
+                "closest:",
                 tabulate(rows, heads, disable_numparse=True),
+                *_not_compared([str(o.site) for o in mine if o.update is None]),
                 "",
             ]
     for name, found in composed.evaluations.items():
@@ -158,8 +161,16 @@ def _render(composed: Composed, result: dict[str, Any], model: str, revision: st
     return "\n".join([*lines, "", *closing_lines(composed.artefacts, model, revision)])
 
 
+def _not_compared(places: list[str], limit: int = 6) -> list[str]:
+    if not places:
+        return []
+    more = f" and {len(places) - limit} more" if len(places) > limit else ""
+    return [f"Not compared, since one of both scales or sets what is there: {', '.join(places[:limit])}{more}"]
+
+
 def _numbers(overlap: Any) -> list[str]:
-    return [f"{overlap.update:+.3f}", f"{overlap.direction:+.3f}", f"{overlap.components:.0%}"]
+    components = "–" if overlap.components is None else f"{overlap.components:.0%}"
+    return [f"{overlap.update:+.3f}", f"{overlap.direction:+.3f}", components]
 
 
 def _is_number(text: str) -> bool:
