@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
+from steer2edit.runtime import model
 from steer2edit.runtime.adapters import with_adapter
 from steer2edit.runtime.loading import check_release
 from steer2edit.runtime.model import empty_model, load_weights
@@ -165,3 +167,18 @@ def test_an_adapter_without_some_of_its_weights_is_refused_with_the_names(tiny_l
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"PEFT cannot load .*missing adapter keys.*layers\.1.*lora_B"):
         with_adapter(load_weights(tiny_llama), tmp_path)
+
+
+def test_what_a_library_prints_while_a_model_is_loaded_is_not_a_result(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = model._first_that_knows
+
+    def talks(*arguments: Any) -> Any:
+        print("a banner")
+        return make(*arguments)
+
+    monkeypatch.setattr(model, "_first_that_knows", talks)
+    load_weights(tiny_llama)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "a banner" in printed.err

@@ -66,6 +66,7 @@ def warn():
     warnings.warn("`past` is deprecated\\nand more", FutureWarning)
     logging.getLogger("transformers.cache").warning("`cache_params` is deprecated")
     logging.getLogger("transformers.cache").warning("the model is large")
+    logging.getLogger("bitsandbytes.autograd").warning("inputs are cast")
 """
 MODELING = """
 def forward():
@@ -90,7 +91,11 @@ def test_a_librarys_warnings_are_told_at_the_end_once_each() -> None:
             raise Steer2EditError("no luck")
         print_result({"done": 1}, as_json, lambda result: str(result))
 
-    expected = ["transformers: `past` is deprecated (FutureWarning)", "transformers: `cache_params` is deprecated"]
+    expected = [
+        "transformers: `past` is deprecated (FutureWarning)",
+        "transformers: `cache_params` is deprecated",
+        "bitsandbytes: inputs are cast",
+    ]
     said = "".join(f"note: {text}\n" for text in expected)
 
     def run(*flags: str) -> Any:

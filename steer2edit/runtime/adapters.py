@@ -21,7 +21,7 @@ from steer2edit.errors import CheckpointError, first_line, shown
 from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from steer2edit.files.sandbox import limited
 from steer2edit.notices import notice
-from steer2edit.runtime.loading import LOADING_ERRORS
+from steer2edit.runtime.loading import LOADING_ERRORS, printing_to_stderr
 
 # an adapter's config may hold regular expressions, which may run for ever
 _SECONDS = 600
@@ -59,6 +59,7 @@ def adapted(model: Any, folder: Path) -> Iterator[Any]:
             tensor.data = data
 
 
+@printing_to_stderr()
 def with_adapter(model: Any, folder: Path) -> Any:
     """The model under a PEFT adapter, whose layers PEFT puts into the model itself; :func:`adapted` takes them out again.
 

@@ -6,7 +6,9 @@ transformers puts random numbers where a checkpoint lacks a weight, and goes on;
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,13 @@ _PARTS = re.compile(r"(^|\.)(mtp|mtp_\w+|v_head|vision\w*|visual\w*|audio\w*|mul
 """Parts that a language model's class may leave out: heads of further tokens, value heads, what sees and hears."""
 _RELEASE = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
 _LAYER = re.compile(r"\.(?:layers|blocks|h)\.(\d+)\.")
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Within the block whatever prints does so to stderr: stdout is for results, and libraries have banners."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def check_complete(path: Path, model: Any, loading: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from steer2edit.runtime.dequantised import (
     runs_fp8,
 )
 from steer2edit.runtime.launch import process_of
-from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, reason
+from steer2edit.runtime.loading import LOADING_ERRORS, check_complete, check_release, printing_to_stderr, reason
 from steer2edit.runtime.number_format import resolved_dtype
 from steer2edit.runtime.replaced_body import returning
 
@@ -176,6 +176,7 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec, runtime: Runtime = Runti
     return LoadedModel(model, tokenizer, spec, checkpoint.path, fingerprint=checkpoint.fingerprint)
 
 
+@printing_to_stderr()
 def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     """The causal language model of a folder, in evaluation mode, on its device."""
     device = pick_device(runtime.device)
@@ -222,6 +223,7 @@ def load_weights(path: Path, runtime: Runtime = Runtime()) -> Any:
     return model.eval().requires_grad_(False)
 
 
+@printing_to_stderr()
 def empty_model(path: Path, trust_remote_code: bool = False) -> Any:
     """The model of a folder with its modules and no weights, all on the meta device. Raises CheckpointError."""
     from transformers import AutoConfig
@@ -276,6 +278,7 @@ def device_of(module: Any) -> torch.device:
     return torch.device("cpu" if inner is None else inner.execution_device)
 
 
+@printing_to_stderr()
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder, with the chat template of ``chat_template.json`` where it has none of its own."""
     from transformers import AutoTokenizer
