@@ -8,7 +8,7 @@ from pathlib import Path
 from steer2edit import targets
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.unquantised import planned_from
-from steer2edit.artefact.emit import artefact_folders, emit
+from steer2edit.artefact.emit import artefact_folders, check_carried, emit
 from steer2edit.artefact.request import CompileRequest, Protected
 from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.attribution import by_gradients
@@ -33,7 +33,7 @@ from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.search.reach import AIM_QUESTIONS, settle_by_aim
 from steer2edit.strength.neutral_texts import neutral_texts
-from steer2edit.strength.settle import settle
+from steer2edit.strength.settle import check_not_empty, settle
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         runs = contrast_runs(loaded, request.behavior, request.batch_tokens) if runs_the_model(request.method) else None
         scoring = Scoring(planned, spec, protected(statistics, others), runs)
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
+        check_not_empty(plan)
+        check_carried(plan, checkpoint, spec, request.to)
         arguments = statistics.source.get("chat_template_kwargs")
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)
         if request.aim is not None:

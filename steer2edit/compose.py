@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec, Site, read_spec
-from steer2edit.artefact.emit import artefact_folders, emit
+from steer2edit.artefact.emit import artefact_folders, check_carried, emit
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.metric_choice import read_metric
@@ -29,7 +29,7 @@ from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary
 from steer2edit.files.atomic import write_text
 from steer2edit.files.layout import INTERFERENCE
-from steer2edit.lowering import Lowering, Writing, resolve
+from steer2edit.lowering import Lowering, Writing
 from steer2edit.methods import scaling
 from steer2edit.notices import notice
 from steer2edit.plan import Bias, Edit, EditPlan, LowRank, Measured, merge
@@ -107,7 +107,7 @@ def compose(
     checkpoint = open_checkpoint(model, revision)
     spec = read_spec(checkpoint)
     plan = merge(plans, weights)
-    resolve(plan, checkpoint, spec)
+    check_carried(plan, checkpoint, spec, to)
     parts = [one.scaled(weight) for one, weight in zip(plans, weights, strict=True)]
     overlaps = overlap(parts, spec)
     settled = strength is not None or kl_budget is not None

@@ -15,7 +15,9 @@ import torch
 from conftest import ROWS, llama_config, make_tokenizer, run, save_tiny
 from safetensors.torch import load_file, save_file
 
-from steer2edit.plan import EditPlan
+from steer2edit.errors import Steer2EditError
+from steer2edit.plan import Base, EditPlan
+from steer2edit.strength.settle import check_not_empty
 
 
 @pytest.fixture
@@ -83,6 +85,32 @@ def test_every_method_compiles(
     result = run("compile", tiny_llama, "--data", data, "--neutral", neutral, *options, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert run("verify", tmp_path / "out", "--base", tiny_llama).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("transport",), "full rank"), (("silence", "--components", "layer.1", "--prune"), "cannot remove layers")],
+)
+def test_a_plan_that_a_target_cannot_carry_is_refused_before_its_strength_is_measured(
+    tiny_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], reason: str
+) -> None:
+    def measured(*arguments: object, **named: object) -> None:
+        raise AssertionError("the strength is measured")
+
+    monkeypatch.setattr("steer2edit.compiler.neutral_texts", measured)
+    out = tmp_path / "out"
+    targets = ("--to", "checkpoint", "--to", "lora")
+    result = run("compile", tiny_llama, "--data", data, "--method", *options, *targets, "--out", out)
+    assert result.exit_code == 2 and reason in result.output
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_an_empty_plan_is_refused_with_what_its_method_offers() -> None:
+    for options, offers in (({}, False), ({"stable": True}, False), ({"stable": True, "top_heads": 0.2}, True)):
+        empty = EditPlan(Base("x", None, "00"), (), method={"name": "x", **options})
+        with pytest.raises(Steer2EditError, match="give more examples") as raised:
+            check_not_empty(empty)
+        assert ("--all-components" in str(raised.value), "--top-heads" in str(raised.value)) == (bool(options), offers)
 
 
 def test_scale_absolute_is_not_rescaled(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path) -> None:

@@ -223,6 +223,18 @@ def test_a_second_revert_with_force_finds_the_first(emitted: tuple[Path, Path, E
         revert(edited, base, back, force=True)
 
 
+@pytest.mark.parametrize("target", ["lora", "gguf", "mlx"])
+def test_revert_of_an_adapter_says_that_the_base_is_unchanged(
+    emitted: tuple[Path, Path, EditPlan], tmp_path: Path, target: str
+) -> None:
+    base, _, plan = emitted
+    checkpoint = open_checkpoint(base)
+    emit(plan, checkpoint, read_spec(checkpoint), target, tmp_path / "adapter")
+    for place in ([], ["-o", tmp_path / "back"]):
+        refused = run("revert", tmp_path / "adapter", "--base", base, *place)
+        assert refused.exit_code == 2 and "the base is unchanged" in refused.output
+
+
 def test_revert_in_place_loses_no_file_that_it_does_not_carry(emitted: tuple[Path, Path, EditPlan]) -> None:
     base, edited, _ = emitted
     (edited / "checkpoint-5").mkdir()

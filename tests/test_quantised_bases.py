@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from steer2edit.architecture import read_spec
 from steer2edit.architecture.unquantised import planned_from
-from steer2edit.artefact.emit import emit
+from steer2edit.artefact.emit import base_notes, check_carried, emit
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, TargetError
-from steer2edit.lowering import resolve
+from steer2edit.lowering import Lowering, resolve
 from steer2edit.methods import make_plan
 from steer2edit.methods.component import Options
 from steer2edit.notices import collected
-from steer2edit.plan import EditPlan, LowRank
+from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.plan.operations import Scale
 from steer2edit.scoring.scores import Scoring
 
@@ -151,14 +151,28 @@ def test_columns_that_are_scaled_are_the_running_matrix(quantised: Path, dequant
     def adapter(folder: Path) -> dict[str, torch.Tensor]:
         checkpoint = open_checkpoint(folder)
         spec = read_spec(checkpoint)
-        from steer2edit.plan import Base
-
         plan = EditPlan(Base.of(checkpoint), (Scale(spec.sites[0].matrix, factors, "columns"),))
         emit(plan, checkpoint, spec, "lora", tmp_path / folder.name)
         return load_file(tmp_path / folder.name / "adapter_model.safetensors")
 
     ours, theirs = adapter(quantised), adapter(dequantised)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_no_adapter_carries_is_refused_with_advice_that_holds_for_a_quantised_base(
+    quantised: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(quantised)
+    spec = read_spec(checkpoint)
+    site = spec.sites[0]
+    plan = EditPlan(Base.of(checkpoint), (Scale(site.matrix, torch.full((site.out_features,), 2.0).double(), "rows"),))
+    for target in ("lora", "gguf", "mlx", "gguf-vector"):
+        with pytest.raises(TargetError, match="no checkpoint of it is written"):
+            check_carried(plan, checkpoint, spec, [target])
+        with pytest.raises(TargetError, match="no checkpoint of it is written"):
+            emit(plan, checkpoint, spec, target, tmp_path / "out")
+    noted = [base_notes(checkpoint, Lowering(exactness, (), ())) for exactness in ("exact", "approximate")]
+    assert ["Q(W) x" in text for (text,) in noted] == [True, False]
 
 
 def test_weights_beside_a_plain_model_are_refused(tiny_llama: Path) -> None:

@@ -45,7 +45,7 @@ def check_claims(
     notes = [
         f"{RECEIPT}: the remark {shown(note)} is not computed again"
         for note in receipt["notes"]
-        if note not in (*lowering.notes, *base_notes(resolved.checkpoint))
+        if note not in (*lowering.notes, *base_notes(resolved.checkpoint, lowering))
     ]
     notes += [
         f"{RECEIPT}: details.{key} is not computed again"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from steer2edit import __version__, targets
 from steer2edit.architecture import ModelSpec
@@ -17,7 +18,7 @@ from steer2edit.files.atomic import new_folder
 from steer2edit.files.known_bases import remember
 from steer2edit.files.layout import CARD, PLAN, RECEIPT
 from steer2edit.files.outputs import check_apart, check_new
-from steer2edit.lowering import Lowering, Writing, resolve
+from steer2edit.lowering import Lowering, Resolved, Writing, resolve
 from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
 
@@ -54,8 +55,8 @@ def emit(
         # only now: what a killed run left there has been removed
         use = disk_use(resolved, to, Path(out), writing, whole_model=target.WHOLE_MODEL, measure=False)
         check_room(use, Path(out))
-        lowering = target.lower(resolved, folder, writing, progress)
-        notes = (*lowering.notes, *base_notes(checkpoint))
+        lowering = _lower(to, resolved, folder, writing, progress)
+        notes = (*lowering.notes, *base_notes(checkpoint, lowering))
         lowering = replace(lowering, exactness=exactness_of(plan, lowering), notes=notes)
         plan.save(folder / PLAN)
         receipt = {
@@ -84,13 +85,42 @@ def emit(
     return lowering
 
 
-def base_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """A remark on an adapter beside a quantised base."""
+def check_carried(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, chosen: Sequence[str]) -> None:
+    """Raise what :func:`emit` would raise where a target cannot carry a plan, before the plan's strength and effect are measured.
+
+    Adapters are written into a folder that is removed again; of whole models it is asked whether they can lose what is removed.
+    """
+    resolved = resolve(plan, checkpoint, spec)
+    for name in chosen:
+        targets.check_structure(name, plan)
+        targets.check_quantised(name, checkpoint)
+        if not targets.load(name).WHOLE_MODEL:
+            with TemporaryDirectory() as folder:
+                _lower(name, resolved, Path(folder), Writing(), silent)
+
+
+def _lower(name: str, resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
+    """The target's own lowering. Its advice to write a checkpoint holds for no quantised base, and is followed by what does."""
+    try:
+        return targets.load(name).lower(resolved, folder, writing, progress)
+    except TargetError as error:
+        checkpoint = resolved.checkpoint
+        if checkpoint.quantisation is None or targets.load(name).WHOLE_MODEL:
+            raise
+        raise TargetError(
+            f"{error}\n{checkpoint.name} is quantised, and no checkpoint of it is written: compile its unquantised model to a "
+            "checkpoint, and quantise that; or take a method whose edits an adapter carries"
+        ) from None
+
+
+def base_notes(checkpoint: Checkpoint, lowering: Lowering) -> tuple[str, ...]:
+    """A remark on an artefact beside a quantised base."""
     if checkpoint.quantisation is None:
         return ()
+    exact = " The update is exact beside it: y = Q(W) x + B A x." if lowering.exactness.startswith("exact") else ""
     return (
-        f"The base is quantised ({checkpoint.quantisation.text}). The update is exact beside it: y = Q(W) x + B A x. Another "
-        "quantisation of the same model is another base, whose behaviour and KL under this adapter were not measured.",
+        f"The base is quantised ({checkpoint.quantisation.text}).{exact} Another quantisation of the same model, such as a "
+        "GGUF or MLX copy, is another base, whose behaviour and KL under this artefact were not measured.",
     )
 
 

@@ -21,6 +21,7 @@ from steer2edit.files.layout import CARD, RECEIPT
 from steer2edit.files.outputs import check_apart
 from steer2edit.lowering.other_files import copied_files, copy_other_files, refuse_links
 from steer2edit.progress import Progress, silent
+from steer2edit.targets import load
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def revert(
     folder = Path(edited).expanduser()
     if unproven and out is None:
         raise TargetError("what no receipt proves is not replaced: give a folder for the result with -o")
+    _refuse_adapters(folder)
     ours, theirs = open_checkpoint(base, revision), open_checkpoint(folder)
     different = _different(ours, theirs, progress)
     if unproven:
@@ -86,6 +88,16 @@ def revert(
         for checkpoint in (ours, theirs):
             checkpoint.check_unchanged()
     return Reverted(place, (*restored, *created), not unproven, unlike)
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise TargetError for an artefact beside its base: nothing in the base was changed."""
+    if (folder / RECEIPT).is_file() and not (folder / "config.json").is_file():
+        target = read_receipt(folder)["target"]
+        if not load(target).WHOLE_MODEL:
+            raise TargetError(
+                f"{folder} is written by --to {target}: the base is unchanged beside it. Load the base without it"
+            )
 
 
 def _holds(place: Path, ours: Checkpoint, theirs: Checkpoint, unlike: tuple[str, ...]) -> bool:

@@ -34,6 +34,21 @@ class Settled:
     costs: Mapping[NeutralText, Windows]
 
 
+def check_not_empty(plan: EditPlan) -> None:
+    """Raise Steer2EditError where a plan edits nothing, with what its own method offers against that."""
+    if plan.edits or plan.structure:
+        return
+    offers = [
+        "give more examples",
+        *(["edit components of unstable sign too (--all-components)"] if "stable" in plan.method else []),
+        *(["lower rho, or raise --top-heads and --top-neurons"] if "top_heads" in plan.method else []),
+    ]
+    under = ", or every score is under its threshold" if "top_heads" in plan.method else ""
+    raise Steer2EditError(
+        f"the plan edits nothing: no score's sign is stable over resamples of the data{under}; {'; or '.join(offers)}"
+    )
+
+
 def settle_strength(
     loaded: LoadedModel,
     plan: EditPlan,
@@ -69,11 +84,7 @@ def settle(
     """
     if strength is not None:
         check_strength(strength, "--strength")
-    if not plan.edits and not plan.structure:
-        raise Steer2EditError(
-            "the plan edits nothing: every score is under its threshold, or no score's sign is stable; lower rho, raise "
-            "--top-heads/--top-neurons, give more examples, or --all-components"
-        )
+    check_not_empty(plan)
     classes: dict[str, ClassStrength] = {}
     text = neutral.budget
     linear = scaled is EditPlan.scaled
