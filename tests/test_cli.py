@@ -113,6 +113,15 @@ def test_an_empty_plan_is_refused_with_what_its_method_offers() -> None:
         assert ("--all-components" in str(raised.value), "--top-heads" in str(raised.value)) == (bool(options), offers)
 
 
+def test_a_plan_that_edits_nothing_says_so(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    stats, out = tmp_path / "x.stats.safetensors", tmp_path / "x.plan.safetensors"
+    assert run("capture", tiny_llama, "--data", data, "-o", stats).exit_code == 0
+    options = ("--method", "component", "--tau-attn", "1", "--tau-mlp", "1", "--slope", "1")
+    planned = run("plan", tiny_llama, "--stats", stats, *options, "-o", out, "--json")
+    assert planned.exit_code == 0 and json.loads(planned.stdout)["edits"] == 0
+    assert any("edits nothing" in text for text in json.loads(planned.stdout)["notices"])
+
+
 def test_scale_absolute_is_not_rescaled(tiny_llama: Path, data: Path, neutral: Path, tmp_path: Path) -> None:
     options = ("--method", "component", "--scale", "absolute", "--rho-attn", "0.5", "--alpha", "0.1")
     result = run(

@@ -243,8 +243,16 @@ def scale(
 
 
 def print_plan(edits: EditPlan, out: Path, as_json: bool) -> None:
-    """Print what a plan that was written is, and what to do with it next."""
+    """Print what a plan that was written is, and what to do with it next. A plan that edits nothing is told in a notice."""
+    from steer2edit.errors import Steer2EditError
+    from steer2edit.notices import notice
     from steer2edit.report.plan_text import describe_plan, render_summary
+    from steer2edit.strength.settle import check_not_empty
+
+    try:
+        check_not_empty(edits)
+    except Steer2EditError as nothing:
+        notice(str(nothing))
 
     print_result(
         {"plan": str(out), **describe_plan(edits)},
