@@ -218,10 +218,56 @@ def test_compile_refuses_data_that_does_not_hold_the_behaviour(
     )
     taken = run("compile", model, "--data", tmp_path / "data", "--despite-verdict", *COMPILE, "--out", tmp_path / "out")
     assert taken.exit_code == 0, taken.output
-    missing = run(
-        "compile", model, "--behavior", tmp_path / "mine.toml", "--max-prompts", "30", *COMPILE, "--out", tmp_path / "x"
-    )
+    asked = ("--behavior", tmp_path / "mine.toml", "--max-prompts", "30", *COMPILE, "--out", tmp_path / "x")
+    missing = run("compile", model, *asked)
     assert missing.exit_code == 2 and "does not hold the behaviour" in missing.stderr
+    assert "--despite-verdict" in missing.stderr
+    despite = run("compile", model, *asked, "--despite-verdict")
+    assert despite.exit_code == 0, despite.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "papyrus"), "no target 'papyrus'"),
+        (("--to", "lora", "--eval", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--to", "lora", "--neutral", "nowhere.txt"), "nowhere.txt"),
+        (("--to", "lora", "--background", "nowhere.txt"), "nowhere.txt"),
+        (("--to", "lora", "--keep", "nowhere.txt"), "nowhere.txt"),
+        (("--to", "lora", "--protect", "nowhere"), "nowhere"),
+        (("--to", "lora"), "out exists"),
+    ],
+)
+def test_what_is_wrong_with_a_compile_is_said_before_data_is_made(
+    model: Path, obeying: FakeEngine, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    if message == "out exists":
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("x")
+    result = run("compile", model, *TRAIT, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "out-data").exists()
+
+
+def test_instructions_are_not_ignored_by_a_method_that_needs_no_data(
+    model: Path, obeying: FakeEngine, tmp_path: Path
+) -> None:
+    method = ("--method", "silence", "--components", "layer.1", "--to", "lora", "--no-report")
+    run("compile", model, *TOLD, "--max-prompts", "30", *method, "--out", tmp_path / "out")
+    assert (tmp_path / "out-data" / "data.json").is_file()
+
+
+def test_a_behaviours_own_questions_are_not_passed_over_in_silence(
+    model: Path, obeying: FakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Which tea do you like?"}\n')
+    (tmp_path / "mine.toml").write_text(
+        'description = "x"\npositive = "Answer briefly."\nnegative = "Answer at length."\nquestions = "q.jsonl"\n'
+        'metric = {name = "length", goal = "less"}\n'
+    )
+    arguments = ("--behavior", tmp_path / "mine.toml", "--max-prompts", "30", *COMPILE, "--out", tmp_path / "out")
+    compiled = run("compile", model, *arguments)
+    assert "takes the behaviour's own" in " ".join(compiled.stderr.split()), compiled.output
 
 
 def test_a_judge_of_the_folder_looks_for_what_its_data_was_made_by(

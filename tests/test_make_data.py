@@ -243,6 +243,10 @@ class FakeJudge:
     def __init__(self, trusted: bool = True) -> None:
         self.trusted, self.asked = trusted, 0
 
+    @property
+    def knows_traits(self) -> bool:
+        return self.trusted
+
     def shows(self, trait: str, prompts: Any, answers: Any) -> list[float]:
         assert trait == "in few words"
         self.asked += len(answers)
@@ -299,8 +303,16 @@ def test_a_judge_without_an_opinion_takes_no_row_and_sorts_nothing(tmp_path: Pat
     sampling = Sampling(temperature=1)
     made = judged(tmp_path / "sorted", FakeJudge(), way=way, sampling=sampling)
     assert made.receipt["paired"] and made.differences[0].obeyed
-    with pytest.raises(DataError, match="no opinion on any answer"):
+    # a judge that failed its trial is refused before an answer is written
+    with pytest.raises(DataError, match="the judge cannot sort answers by the trait"):
         judged(tmp_path / "none", FakeJudge(trusted=False), way=way, sampling=sampling)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_same_answer_is_not_asked_for_twice(tmp_path: Path) -> None:
+    for number, way in enumerate((replace(BRIEF, samples=2), Sorted("length", "less", samples=2))):
+        with pytest.raises(DataError, match="at a temperature of 0 are all the same"):
+            make(tmp_path / str(number), way=way, sampling=Sampling(temperature=0))
 
 
 class CutOff(FakeEngine):

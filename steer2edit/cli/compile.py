@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from steer2edit.compiler import Compiled
 
 
-_NO_EFFECT = "not measured: that takes held-out questions (--eval FILE), and no --no-report"
+_NO_EFFECT = (
+    "not measured: that takes held-out questions (a behaviour, a folder of data, --eval FILE), and --no-report left out"
+)
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ def compile(
 
     With --plan, finished plans are composed into one artefact: their updates add up, each times its --weight.
     """
+    from steer2edit.artefact.emit import artefact_folders
     from steer2edit.artefact.request import CompileRequest
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
+    from steer2edit.data.questions import read_questions
     from steer2edit.evaluation.summary import summary
     from steer2edit.methods import edited_layers, needs_no_statistics
     from steer2edit.strength.aim import Aim
@@ -154,7 +158,7 @@ def compile(
     stats.check(data)
     vectors.check()
     options = method.options()
-    without_data = stats.stats is None and not data.any and missing.trait is None and needs_no_statistics(options)
+    without_data = stats.stats is None and not data.any and not missing.any and needs_no_statistics(options)
     if without_data and (vectors.vectors_file is not None or vectors.vector != "mean" or protect.protect):
         raise click.UsageError(
             "--vectors, --vector and --protect change what is captured: give data too (--data, --behavior or --stats)"
@@ -163,6 +167,13 @@ def compile(
         raise click.UsageError(
             "--eval and --aim compare with steering by the data's vector: give data too (--data or --behavior)"
         )
+    # what is wrong with files and folders is said before data is made
+    neutral, background, texts_to_keep = strength.read_neutral(), data.read_background(), data.read_keep()
+    protected = protect.read(data)
+    if not data.data and not writing.dry_run:
+        artefact_folders(output.out, targets.to, force.force, [model])
+        for source in report.questions:
+            read_questions(source)
     if stats.stats is None and vectors.vectors_file is None and not without_data:
         data = missing.with_data(data, model, model_flags, judged, output.out, writing.dry_run)
     steering = vectors.read(edited_layers(options))
@@ -174,7 +185,7 @@ def compile(
         statistics=statistics,
         vectors=steering,
         vector=vectors.vector,
-        protect=protect.read(data),
+        protect=protected,
         to=targets.to,
         revision=model_flags.revision,
         method=method.method,
@@ -182,9 +193,9 @@ def compile(
         strength=strength.strength,
         kl_budget=strength.kl_budget,
         class_budgets=strength.class_budgets,
-        neutral=strength.read_neutral(),
-        background=data.read_background(),
-        texts_to_keep=data.read_keep(),
+        neutral=neutral,
+        background=background,
+        texts_to_keep=texts_to_keep,
         runtime=model_flags.runtime(),
         batch_tokens=data.batch_tokens,
         questions=None if (report.no_report or writing.dry_run) and aim is None else data.questions(report.questions),

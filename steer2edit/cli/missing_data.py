@@ -101,6 +101,7 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
         model_flags: ModelFlags,
         asking: AskingFlags,
     ) -> None:
+        from steer2edit.data.behavior_file import open_behavior
         from steer2edit.errors import DataError
         from steer2edit.notices import notice
 
@@ -113,14 +114,17 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
             self._engine(asking),
             model_flags,
         )
+        if behavior is not None and (own := open_behavior(behavior).questions) is not None:
+            notice(f"held-out questions are those of the data that is made; --eval {own} takes the behaviour's own")
         made = making.run(folder, force=False)
         kept = f"{made.tally}; {made.verdict.word}"
         notice(f"the data in {folder} is used again: {kept}" if made.reused else f"data was made in {folder}: {kept}")
-        if not made.verdict.sound:
+        if not made.verdict.sound and not data.despite_verdict:
             from steer2edit.cli.data import advice
 
             reasons = "; ".join(made.verdict.reasons)
-            raise DataError("\n".join([f"{folder} does not hold the behaviour: {reasons}", *advice(made)]))
+            first = f"{folder} does not hold the behaviour: {reasons}. --despite-verdict takes it all the same"
+            raise DataError("\n".join([first, *advice(made)]))
 
     def _engine(self, asking: AskingFlags) -> EngineFlags:
         """How a server that writes is asked; where none does, the flags are those of the judge alone."""

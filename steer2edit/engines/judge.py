@@ -37,6 +37,11 @@ class Judge:
     on_traits: Agreement
     on_coherence: Agreement
 
+    @property
+    def knows_traits(self) -> bool:
+        """Whether it told labelled answers apart, which show a trait or do not."""
+        return self.on_traits.trusted
+
     def shows(self, trait: str, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """How likely each answer shows ``trait``, a description in words; nan where the judge says neither yes nor no."""
         return self._said(self.on_traits, [trait_request(trait, p, a) for p, a in zip(prompts, answers, strict=True)])

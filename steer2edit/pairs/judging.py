@@ -23,6 +23,10 @@ _BATCH = 64
 class Judge(Protocol):
     """Probabilities of yes, one for each answer; nan where the judge says neither yes nor no."""
 
+    @property
+    def knows_traits(self) -> bool:
+        """Whether it told labelled answers apart, which show a trait or do not."""
+
     def shows(self, trait: str, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """How likely it is that each answer shows the trait."""
 
@@ -49,10 +53,7 @@ class Judged:
         """What answers are sorted by. Raises DataError where the judge has no opinion on any of them."""
         found = self.shows(samples)
         if all(map(math.isnan, found)):
-            raise DataError(
-                "the judge has no opinion on any answer: it does not tell labelled answers apart, or says neither yes nor no; "
-                "give another --judge"
-            )
+            raise DataError("the judge has no opinion on any answer: it says neither yes nor no; give another --judge")
         return found
 
     def coherent(self, samples: Sequence[Sample]) -> list[float]:

@@ -106,10 +106,15 @@ def make_data(request: DataRequest, engines: Engines, progress: Progress = silen
 
     With ``force`` the data that is there stays until the first answer of the new run is there. No other run can write the folder
     meanwhile. The files depend on the request and the engines alone, not on interruptions.
-    Raises DataError where no row is left, where the folder holds data of other settings, and for whatever is wrong with the
-    input.
+    Raises DataError where no row is left, where a judge that is to sort the answers failed its trial, where the folder holds
+    data of other settings, and for whatever is wrong with the input.
     """
     questions = chosen_questions(request.questions, request.max_prompts)
+    sorts = isinstance(request.way, Sorted) and request.way.by == "judge"
+    if sorts and engines.judge is not None and not engines.judge.knows_traits:
+        raise DataError(
+            "the judge cannot sort answers by the trait: it did not tell labelled answers apart; give another --judge"
+        )
     with claimed([request.out]):
         check_folder(request.out)
         request.out.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,12 @@ class Written:
     """Further plain values for the receipt."""
 
 
+def check_samples(samples: int, sampling: Sampling) -> None:
+    """Raise DataError where a prompt would get the same answer several times."""
+    if samples > 1 and not sampling.temperature:
+        raise DataError(f"{samples} answers at a temperature of 0 are all the same; give a higher temperature")
+
+
 class Way(Protocol):
     """How rows come about."""
 
@@ -71,6 +77,7 @@ class Opposites:
         }
 
     def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, _allowed: Allowed) -> Written:
+        check_samples(self.samples, sampling)
         system = takes_system(writer.engine, self.instructions.positive[0])
         requests = [
             told(question.prompt, instruction, number, system)
@@ -148,8 +155,7 @@ class Sorted:
         return Written(rows, tally, {**more, "paired": found.paired})
 
     def _check(self, questions: Sequence[Question], sampling: Sampling) -> None:
-        if self.samples > 1 and not sampling.temperature:
-            raise DataError(f"{self.samples} answers at a temperature of 0 are all the same; give a higher temperature")
+        check_samples(self.samples, sampling)
         if (self.by == "answer" or self.only_correct) and not any(q.answers or q.choices for q in questions):
             raise DataError("no row of the prompts has an answer to compare with; expected a column answer or choices")
 
