@@ -63,6 +63,9 @@ def main() -> None:
     )
     parser.add_argument("--random-questions", type=int, default=64, help="for random directions (default %(default)s)")
     parser.add_argument("--knowledge", type=int, default=64, help="general questions answered (default %(default)s)")
+    parser.add_argument(
+        "--general-split", choices=("select", "report"), default="report", help="half of the general questions"
+    )
     parser.add_argument("--answer-tokens", type=int, default=32, help="of a general answer (default %(default)s)")
     parser.add_argument(
         "--length-tokens", type=int, default=64, help="of an answer whose length counts (default %(default)s)"
@@ -102,10 +105,11 @@ def run(options: argparse.Namespace) -> None:
         options.kl_rows,
         options.train_seconds,
         options.train_steps,
+        options.general_split,
     )
     journal = Journal(options.out, settings)
     costs = neutral_texts(loaded, limit=options.kl_rows)
-    general = general_questions(options.knowledge)
+    general = general_questions(options.knowledge, options.general_split)
     names, methods = options.behavior or list(behavior_files()), options.method or list(METHODS)
     for place, name in enumerate(names):
         asked = ask(builtin_questions(name) or [], settings.seeds, settings.questions)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from train_lora import Loss, train
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import open_behavior
 from steer2edit.data.prompts import prompt_digest
-from steer2edit.data.questions import Question, knowledge_questions, take
+from steer2edit.data.questions import Question, Split, knowledge_questions, take
 from steer2edit.data.templates import render_prompts, without_thought
 from steer2edit.data.tokens import texts_of
 from steer2edit.errors import DataError, Steer2EditError
@@ -56,6 +56,11 @@ class Settings:
     kl_rows: int
     train_seconds: float
     train_steps: int | None = None
+    general_split: Split = "report"
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+"""Settings that a folder of an earlier release does not name."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,12 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         if settings is not None:
             described = json.loads(json.dumps(asdict(settings)))
-            if stored.is_file() and (found := json.loads(stored.read_text())) != described:
-                changed = sorted(key for key in described if found.get(key) != described[key])
-                raise DataError(
-                    f"{folder} holds cells with other settings ({', '.join(changed)}): give another --out, or those settings"
-                )
+            if stored.is_file():
+                found = _DEFAULTS | json.loads(stored.read_text())
+                if changed := sorted(key for key in described if found.get(key) != described[key]):
+                    raise DataError(
+                        f"{folder} holds cells with other settings ({', '.join(changed)}): give another --out, or those settings"
+                    )
             stored.write_text(json.dumps(described, indent=1) + "\n")
         self.cells: dict[tuple[str, str, float | None], Cell] = {}
         whole = 0
@@ -146,10 +152,10 @@ def ask(questions: Sequence[Question], seeds: Sequence[int], count: int) -> Aske
     return Asked(attribute, tuple(q for q, _ in kept), tuple(mine for _, mine in kept))
 
 
-def general_questions(count: int) -> list[Question]:
-    """General questions with short choices, from the reporting half; the model is not shown the choices."""
+def general_questions(count: int, split: Split = "report") -> list[Question]:
+    """General questions with short choices, from one half; the model is not shown the choices."""
     ordered = sorted(knowledge_questions(), key=lambda q: q.digest[::-1])
-    return [q for q in take(ordered, "report") if q.choices][:count]
+    return [q for q in take(ordered, split) if q.choices][:count]
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,12 @@ def test_a_journal_survives_a_kill_and_keeps_to_its_settings(tmp_path: Path) -> 
     assert list(again.cells.values()) == cells[:1]
     again.add(cells[1])
     assert (tmp_path / "cells.jsonl").read_bytes() == data
+    described = json.loads((tmp_path / "settings.json").read_text())
+    del described["general_split"]
+    (tmp_path / "settings.json").write_text(json.dumps(described))
+    assert power_cells.Journal(tmp_path, settings).cells, (
+        "a folder of an earlier release lacks a setting, and had its default"
+    )
     other = power_cells.Settings("g", "float32", (0.1,), (0,), 1, 1, 1, 1, 1, 4, 1.0)
     with pytest.raises(DataError, match=r"other settings \(fingerprint\)"):
         power_cells.Journal(tmp_path, other)
