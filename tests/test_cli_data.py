@@ -249,6 +249,12 @@ def test_what_is_wrong_with_a_compile_is_said_before_data_is_made(
     assert not (tmp_path / "out-data").exists()
 
 
+def test_prompts_are_not_called_questions(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Which tea?"\n')
+    result = run("data", model, *TOLD, "--prompts", tmp_path / "p.jsonl", "-o", tmp_path / "data")
+    assert result.exit_code == 2 and "cannot be used as prompts to answer" in result.stderr
+
+
 def test_instructions_are_not_ignored_by_a_method_that_needs_no_data(
     model: Path, obeying: FakeEngine, tmp_path: Path
 ) -> None:

@@ -155,7 +155,7 @@ class Making:
             texts = {q.digest: chat.answer for q, chat in reversed(list(zip(asked, chats.chats, strict=True)))}
             return asked, texts
         if source is not None:
-            return read_questions(source), {}
+            return read_questions(source, "prompts to answer"), {}
         prompts = everyday_prompts("pairs") if file is None else file.read_prompts()
         return [Question(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, start=1)], {}
 

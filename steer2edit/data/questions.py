@@ -47,9 +47,9 @@ class Question:
         return prompt_digest(self.prompt)
 
 
-def read_questions(source: str | Path) -> list[Question]:
-    """Questions from a file or a Hub dataset. Raises DataError listing every problem."""
-    return _chat(read_source(source, _COLUMNS | formats.columns(), _PURPOSE, _EXPECTED, _question))
+def read_questions(source: str | Path, purpose: str = _PURPOSE) -> list[Question]:
+    """Questions from a file or a Hub dataset. Raises DataError listing every problem, ``purpose`` says of what."""
+    return _chat(read_source(source, _COLUMNS | formats.columns(), purpose, _EXPECTED, _question))
 
 
 def knowledge_questions() -> list[Question]:
