@@ -113,6 +113,20 @@ def test_an_empty_plan_is_refused_with_what_its_method_offers() -> None:
         assert ("--all-components" in str(raised.value), "--top-heads" in str(raised.value)) == (bool(options), offers)
 
 
+def test_show_lists_edits_that_are_of_no_component(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    stats, out = tmp_path / "x.stats.safetensors", tmp_path / "x.plan.safetensors"
+    assert run("capture", tiny_llama, "--data", data, "-o", stats).exit_code == 0
+    options = (("constant", "--place", "writers"), ("rotation", "--layers", "0-1"), ("ablation", "--embedding"))
+    for method in options:
+        planned = run("plan", tiny_llama, "--stats", stats, "--method", *method, "-o", out, "--force")
+        assert planned.exit_code == 0, planned.output
+        assert ("--to checkpoint" in planned.output) == (method[0] == "ablation")
+        edits = EditPlan.load(out).edits
+        assert all(edit.tensor in run("show", out).stdout for edit in edits)
+        listed = json.loads(run("show", out, "--json").stdout)["tensors"]
+        assert [row["tensor"] for row in listed] == [edit.tensor for edit in edits]
+
+
 def test_a_plan_that_edits_nothing_says_so(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     stats, out = tmp_path / "x.stats.safetensors", tmp_path / "x.plan.safetensors"
     assert run("capture", tiny_llama, "--data", data, "-o", stats).exit_code == 0

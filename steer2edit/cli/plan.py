@@ -269,7 +269,9 @@ def _next(edits: EditPlan, out: Path) -> list[str]:
     name = shlex.quote(str(out))
     # factors of all rows or columns are an update of full rank, which no adapter carries
     full = any(len(scale.changed) == len(scale.factors) for edit in edits.edits for scale in scales_of(edit))
-    target = "checkpoint" if edits.structure or full else "lora"
+    # nor does any the embedding
+    embedding = edits.method.get("embedding") is True
+    target = "checkpoint" if edits.structure or full or embedding else "lora"
     return [
         f"  steer2edit show {name}",
         f"  steer2edit emit {name} MODEL --to {target} -o FOLDER    (MODEL: {edits.base.name})",

@@ -30,14 +30,15 @@ _LEGEND = (
     "score: cosine, from -1 to 1, of the steering vector with what the component writes on the contrast data.\n"
     "edit: Frobenius norm of the component's edit; it is negative where the edit works against the component."
 )
+_MOST_TENSORS = 60
 _NOT_OPTIONS = (
-    *("name", "plans", "experts", "layers", "grade", "experts_left_alone"),
-    *("ranks", "left_out", "silenced", "discriminative_layers"),
+    *("name", "plans", "experts", "layers", "grade", "experts_left_alone", "ranks", "left_out", "silenced"),
+    "discriminative_layers",
 )
 
 
 def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
-    """A plan in plain values: totals, layers, and the ``top`` components of each kind by |lam|."""
+    """A plan in plain values: totals, layers, every edited tensor, and the ``top`` components of each kind by |lam|."""
     return {
         "base": vars(plan.base),
         "method": dict(plan.method),
@@ -49,6 +50,7 @@ def describe_plan(plan: EditPlan, top: int = 10) -> dict[str, Any]:
         "stable": _stable(plan),
         "layers": _layers(plan),
         "scaled": _scaled(plan),
+        "tensors": _tensors(plan),
         "components": {kind: _top(plan, role, top) for role, kind in _KINDS.items()},
     }
 
@@ -68,6 +70,11 @@ def render_plan(plan: EditPlan, top: int = 10) -> str:
             parts += ["", f"Strongest {kind}s", tabulate(named, headers="keys", floatfmt="+.3f")]
     if rows := _scaled(plan):
         parts += ["", "Scaled tensors", tabulate(rows, headers="keys", floatfmt=".3g")]
+    # edits of no single component, such as constants, rotations and imported adapters
+    single = any(bool(table.lam.any()) for table in plan.scores.values())
+    if rest := [] if single else [row for row in _tensors(plan) if "×" not in row["edit"]]:
+        parts += ["", "Edited tensors", tabulate(rest[:_MOST_TENSORS], headers="keys", floatfmt=".3g")]
+        parts += [f"… and {len(rest) - _MOST_TENSORS} more (--json lists all)"] if len(rest) > _MOST_TENSORS else []
     return "\n".join([*parts, *(["", _LEGEND] if plan.scores else [])])
 
 
@@ -104,9 +111,8 @@ def plan_line(plan: EditPlan) -> str:
 def edit_line(edit: Edit) -> str:
     """What one edit is: its rank, or what it scales."""
     parts = [_scale_line(one) for one in scales_of(edit)]
-    addition = addition_of(edit)
-    if addition is not None:
-        parts.append(f"rank {addition.A.shape[0]}" if isinstance(addition, LowRank) else addition.op)
+    if (addition := addition_of(edit)) is not None:
+        parts += [f"rank {addition.A.shape[0]}" if isinstance(addition, LowRank) else addition.op]
     return " + ".join(parts) or edit.op
 
 
@@ -175,12 +181,10 @@ def method_line(method: Mapping[str, Any]) -> str:
 
 def training_line(method: Mapping[str, Any]) -> str:
     """How long a trained plan was trained, on what, and how far its loss fell; "" for all others."""
-    training = method.get("training")
-    if not isinstance(training, Mapping):
+    if not isinstance(training := method.get("training"), Mapping):
         return ""
     before, after = training["loss"]
-    untouched = method.get("left_as_it_was", ())
-    told = f"; {len(untouched)} outputs are left as they were" if untouched else ""
+    told = f"; {len(untouched)} outputs are left as they were" if (untouched := method.get("left_as_it_was")) else ""
     return (
         f"{training['parameters']:,} numbers in {training['steps']} steps on {training['prompts']} prompts; the classes' "
         f"distance there is {number(before)} before, {number(after)} after{told}"
@@ -191,8 +195,7 @@ def held_out_line(method: Mapping[str, Any]) -> str:
     """What maps of outputs leave of the classes' distance on held-out prompts; "" for other methods."""
     if why := method.get("why_no_held_out"):
         return f"the maps' error was not measured: {why}"
-    held_out = method.get("held_out")
-    if not isinstance(held_out, Mapping):
+    if not isinstance(held_out := method.get("held_out"), Mapping):
         return ""
     before, after = held_out["loss"]
     errors = method.get("held_out_errors", {})
@@ -319,8 +322,13 @@ def _layers(plan: EditPlan) -> list[dict[str, Any]]:
 
 def _scaled(plan: EditPlan) -> list[dict[str, Any]]:
     """The edits that scale rows or columns."""
-    scaled = [edit for edit in plan.edits if any(one.axis != "whole" for one in scales_of(edit))]
+    scaled = (edit for edit in plan.edits if any(one.axis != "whole" for one in scales_of(edit)))
     return [{"tensor": edit.tensor, "edit": edit_line(edit)} for edit in scaled]
+
+
+def _tensors(plan: EditPlan) -> list[dict[str, Any]]:
+    """Every edit, with its Frobenius norm where the plan alone knows it."""
+    return [{"tensor": edit.tensor, "edit": edit_line(edit), "norm": edit.norm} for edit in plan.edits]
 
 
 def _place(key: str) -> tuple[str, int, int | None]:
