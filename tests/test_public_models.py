@@ -194,8 +194,8 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no_kv_heads": (config(num_key_value_heads=...), ("k_proj.weight has the shape [16, 32]; expected 32 rows",)),
     "adapter_top": (lambda folder: shutil.copy(folder / "config.json", folder / "adapter_config.json") and None,
                     ("adapter_config.json beside a model",)),
-    "quant_gptq": (quantised("gptq"), ("is quantised (gptq",)),
-    "quant_bnb": (quantised("bitsandbytes"), ("is quantised (bitsandbytes",)),
+    "quant_gptq": (quantised("gptq"), ("names gptq", "none of its tensors is quantised so")),
+    "quant_bnb": (quantised("bitsandbytes"), ("names bitsandbytes", "none of its tensors is quantised so")),
     "quant_bnb_nocfg": (
         tensors(lambda w: w | {f"{LAYER}.mlp.up_proj.weight.absmax": torch.zeros(4)}), ("is quantised", "absmax"),
     ),

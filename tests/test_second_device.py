@@ -82,7 +82,7 @@ def test_kl_waits_once_a_pass(loaded: LoadedModel, monkeypatch: pytest.MonkeyPat
         vectors = {site.key: torch.ones(site.out_features) for site in loaded.spec.sites}
         with steered(loaded, vectors, 0.5):
             text.measure()
-    assert watched.waits == {"strength/kl.py:windows": 2}
+    assert watched.waits == {"strength/kl.py:_summed": 2}
 
 
 def test_the_mode_sees_a_mix_of_devices_and_a_wait() -> None:

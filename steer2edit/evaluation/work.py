@@ -9,7 +9,9 @@ from steer2edit.capture.populations import RESAMPLES
 from steer2edit.data.questions import Split
 from steer2edit.evaluation.baselines import Match
 from steer2edit.evaluation.suite import Suite
-from steer2edit.strength.line_search import USUAL_PASSES
+
+SEARCH_PASSES = 2
+"""Passes that bring a baseline to a KL, about, beside the one that its evaluation takes over."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +49,4 @@ def baselines_work(match: Match, draws: int, strengths: Sequence[float] = ()) ->
     edits = draws + min(draws, RESAMPLES["shuffled"]) + 3
     matched = edits - 1 if match == "kl" else 0
     # activation steering at the plan's KL is one more, and the plan's own KL takes one pass
-    return edits + 1 + len(strengths), 1 + USUAL_PASSES * (matched + 1)
+    return edits + 1 + len(strengths), 1 + SEARCH_PASSES * (matched + 1)
