@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ RUNS = {
     "generation_speed.py": "MODEL --runs 1 --answers 2 --max-new-tokens 3",
     "grid.py": "MODEL --runs 1 --choices 2 --behavior formal --dtype float32",
     "judge.py": "MODEL --dtype float32",
+    "made_data.py": "MODEL --behavior formal --data other=PAIRS@response --out WORK --kl 0.001 --method steering --questions 2 "
+    "--knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
     "methods_at_kl.py": "MODEL --behavior formal --out WORK --kl 0.001 --method steering --method constant --questions 2 "
     "--written 2 --knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
     "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",
@@ -99,8 +102,12 @@ def test_it_runs_through(
     script: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STEER2EDIT_CACHE", str(tmp_path / "cache"))  # a script may name another
-    places = {"MODEL": str(model), "WORK": str(tmp_path / "work")}
-    start(BENCHMARKS / script, monkeypatch, *(places.get(word, word) for word in (RUNS | IN_PROCESSES)[script].split()))
+    pairs = [{"prompt": f"Prompt {i}", "positive": "Yes, Sir.", "negative": "Yep."} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = (RUNS | IN_PROCESSES)[script]
+    for name, place in {"MODEL": model, "WORK": tmp_path / "work", "PAIRS": tmp_path / "pairs.jsonl"}.items():
+        words = words.replace(name, str(place))
+    start(BENCHMARKS / script, monkeypatch, *words.split())
     assert len(capsys.readouterr().out.splitlines()) >= 1
 
 
