@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from steer2edit.cli.engine_flags import NoServerFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.method import MethodFlags
-from steer2edit.cli.options import JsonFlags, ModelFlags, numbers, progress_bar
+from steer2edit.cli.options import JsonFlags, ModelFlags, UnquantisedFlags, numbers, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.cli.suite import SuiteFlags, scoring_of
 from steer2edit.options import option
@@ -81,6 +81,7 @@ class StudyOut(FlagGroup):
     elsewhere=NoServerFlags,
     searched=SearchFlags,
     model_flags=ModelFlags,
+    unquantised=UnquantisedFlags,
     output=StudyOut,
     printed=JsonFlags,
 )
@@ -94,10 +95,13 @@ def tune(
     elsewhere: NoServerFlags,
     searched: SearchFlags,
     model_flags: ModelFlags,
+    unquantised: UnquantisedFlags,
     output: StudyOut,
     printed: JsonFlags,
 ) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
+    from steer2edit import targets
+    from steer2edit.architecture.unquantised import planned_from
     from steer2edit.evaluation.answers import in_this_process
     from steer2edit.report.tables import render_study
     from steer2edit.search.grid import read_grid
@@ -131,13 +135,18 @@ def tune(
     if stored is None and not data.any:
         raise click.UsageError("give --data, --behavior or --stats: exactly one of them")
     judge = judged.choice(data)
+    for target in output.to:
+        targets.load(target)
+        targets.check_quantised(target, checkpoint)
+    planned = planned_from(checkpoint, spec, unquantised.unquantised)
     loaded = model_flags.load(checkpoint, spec)
-    scoring = scoring_of(stored, data, checkpoint, spec, model_flags, loaded)
+    scoring = replace(scoring_of(stored, data, checkpoint, spec, model_flags, loaded), checkpoint=planned)
     suite = asked.suite(loaded, questions, data, scoring.statistics)
     suite = judged.suite(suite, judge, data, in_this_process(loaded), model_flags)
     click.echo(study_work(search, suite, not output.no_report), err=True)
     study = run_study(
         loaded,
+        checkpoint,
         scoring,
         suite,
         search,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.artefact.emit import emit
+from steer2edit.checkpoint import Checkpoint
 from steer2edit.data.questions import refuse_seen
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
@@ -54,6 +55,7 @@ class Study:
 
 def run_study(
     loaded: LoadedModel,
+    checkpoint: Checkpoint,
     scoring: Scoring,
     suite: Suite,
     search: Search,
@@ -67,7 +69,8 @@ def run_study(
 ) -> Study:
     """Search, or go on searching, and save the front as plans.
 
-    The front is measured on the reporting split, and the knee is emitted ``to`` targets.
+    ``checkpoint`` is that of the loaded model; ``scoring`` may read the matrices of its unquantised form. The front is measured
+    on the reporting split, and the knee is emitted ``to`` targets.
 
     Raises DataError, before any work, where a prompt of the reporting split is in the contrast data.
     """
@@ -92,7 +95,7 @@ def run_study(
         evaluation = _report(loaded, scoring, suite, plans, result, progress)
         evaluation.save(folder / "evaluation.json")
     for target in to:
-        emit(knee, scoring.checkpoint, scoring.spec, target, folder / target, force=True, progress=progress)
+        emit(knee, checkpoint, scoring.spec, target, folder / target, force=True, progress=progress)
     return Study(folder, result, knee, evaluation)
 
 

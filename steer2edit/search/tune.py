@@ -315,12 +315,14 @@ def _metric(tasks: Sequence[Task], name: str) -> Metric:
 
 def _settings(scoring: Scoring, suite: Suite, search: Search, attribute: Metric, utility: Metric) -> dict[str, Any]:
     source = scoring.statistics.source
+    origin = scoring.checkpoint.quantisation and scoring.checkpoint.quantisation.weights
     settings = {
         **asdict(search),
         "attribute": {"name": attribute.name, "goal": attribute.goal},
         "utility": {"name": utility.name, "goal": utility.goal},
         "model": scoring.checkpoint.name,
         "fingerprint": scoring.checkpoint.fingerprint,
+        "weights": origin and {"name": origin["name"], "fingerprint": origin["fingerprint"]},
         "behavior": source.get("name"),
         "data": source.get("data"),
         "split_seed": suite.seed,
