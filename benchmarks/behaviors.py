@@ -4,7 +4,8 @@
 
 For each behaviour it runs ``steer2edit compile MODEL --behavior NAME --to lora``, unless RUNS has its artefact already. With
 --write the result becomes an entry under ``measured`` of the behaviour's file, in place of an older one of the same model. The
-behaviour's own metric comes first, then those of general use and the signs of damage; losses are written too.
+behaviour's own metric comes first, then those of general use and the signs of damage; losses are written too. The entry holds
+the hash of the pairs that the artefact was compiled from. An artefact of other pairs than the file has now is not written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from steer2edit.bootstrap import Estimate
 from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_behavior
-from steer2edit.data.measurement import Interval, MeasuredMetric, Measurement, as_toml
+from steer2edit.data.measurement import DIGITS, Interval, MeasuredMetric, Measurement, as_toml
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.metrics import attributes
 from steer2edit.evaluation.steerability import steerability
@@ -49,6 +50,7 @@ def measurement(evaluation: Evaluation, plan: EditPlan, model: str, name: str) -
         (KL_NAMES[plan.measured.budget_text], _rounded(plan.measured.kl)),
         None if judged is None else judged.steerable,
         tuple(metrics),
+        str(plan.data["data"])[:DIGITS],
     )
 
 
@@ -85,7 +87,9 @@ def main() -> None:
         plan = EditPlan.load(out / PLAN)
         found = measurement(Evaluation.load(out / EVALUATION), plan, given.id or given.model, file.name)
         print(f"{file.name}: {found}", flush=True)
-        if given.write:
+        if why := file.outdated(found):
+            print(f"{file.name}: {out}: {why}. Give another --out", file=sys.stderr, flush=True)
+        elif given.write:
             write(file, found)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -42,6 +44,8 @@ def test_a_packaged_behaviour_reads_and_says_everything(name: str) -> None:
     assert file.rubric
     assert file.metric.name in METRICS
     assert file.positive != file.negative
+    # benchmarks/behaviors.py --write takes a stale measurement again
+    assert [why for one in file.measured if (why := file.outdated(one))] == []
 
 
 def test_the_least_file_is_a_behaviour_without_data(tmp_path: Path) -> None:
@@ -85,6 +89,11 @@ FAULTS = {
     "no prompts": ("prompts = []", 'prompts is []; expected "everyday"'),
     "a prompt that is a number": ("prompts = ['a', 2]", "prompts[1]: expected a string, found 2"),
     "measurements of another form": ("measured = [{model = 'm'}]", "measured[0].command is missing"),
+    "a hash that is none": (
+        "measured = [{model = 'm', command = '', questions = 1, cost = {name = '', value = 1}, metrics = [], "
+        "pairs_sha256 = 'ab'}]",
+        'measured[0].pairs_sha256 is "ab"; expected 16 hexadecimal digits',
+    ),
 }
 
 
@@ -152,6 +161,13 @@ def test_a_behaviour_in_a_folder_is_compiled_as_a_packaged_one_is(tiny_llama: Pa
     own = next(metric for metric in found["metrics"] if metric["role"] == "attribute")
     assert own == {**own, "name": "letters", "goal": "more", "own": True, "unit": "per 100 words"}
     assert "instructed" in {row["kind"] for row in found["rows"]}
+    given = f"behaviors.py {tiny_llama} --out {tmp_path} --behavior {path} --id us/tiny --write"
+    (tmp_path / "rhyme").symlink_to(out)
+    with mock.patch.object(sys, "argv", given.split()):
+        runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "behaviors.py"), run_name="__main__")
+    (measured,) = open_behavior(path).measured
+    assert (measured.model, measured.metrics[0].name, measured.questions) == ("tiny", "letters", 7)
+    assert open_behavior(path).outdated(measured) is None
     data = json.loads((out / "steer2edit.json").read_text())["data"]
     assert (data["name"], data["metric"]["title"]) == ("rhyme", "letters")
     wrong = written(tmp_path, text + 'colour = "red"', "wrong")
@@ -223,6 +239,7 @@ MEASURED = Measurement(
         MeasuredMetric("answers right", "more", "", (0.5, 0.4, 0.6), (0.4, 0.3, 0.5), (-0.1, -0.15, -0.05)),
         MeasuredMetric("loops", "less", "", (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
     ),
+    "0123456789abcdef",
 )
 
 
@@ -244,5 +261,33 @@ def test_one_is_shown_whole_with_its_pairs_and_its_losses(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("steerable", [True, False, None])
 def test_measurements_are_read_as_they_are_written(tmp_path: Path, steerable: bool | None) -> None:
-    both = (MEASURED, replace(MEASURED, model='other\n "model"', steerable=steerable))
+    both = (MEASURED, replace(MEASURED, model='other\n "model"', steerable=steerable, pairs_sha256=None))
     assert open_behavior(written(tmp_path, LEAST + as_toml(both))).measured == both
+
+
+def test_a_measurement_with_other_pairs_or_by_another_metric_says_so(tmp_path: Path) -> None:
+    """The entry holds for the pairs and the metric that it was taken with, whatever format or place the pairs have."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    bare = open_behavior(written(tmp_path, f'pairs = "pairs.jsonl"\n{LEAST}'))
+    entry = replace(MEASURED, pairs_sha256=bare.pairs_sha256)
+
+    def shown(one: Measurement, metric: str = "length") -> tuple[str, str | None]:
+        text = LEAST.replace('name = "length"', f'name = "{metric}"')
+        path = written(tmp_path, f'pairs = "pairs.jsonl"\n{text}{as_toml([one])}')
+        outdated = json.loads(run("behaviors", path, "--json").stdout)["measured"][0]["outdated"]
+        return " ".join(run("behaviors", path).stdout.split()), outdated
+
+    assert shown(entry)[1] is None and "with other pairs" not in shown(entry)[0]
+    text, why = shown(replace(entry, pairs_sha256=None))
+    assert why is not None and "does not say with which pairs" in why and why in text
+    text, why = shown(entry, "words")
+    assert why is not None and "measured by another metric (length, less is better)" in why and why in text
+    pairs.write_text("".join(json.dumps(row, indent=None, sort_keys=True) + "\n\n" for row in ROWS))
+    assert shown(entry)[1] is None
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    text, why = shown(entry)
+    assert why == "measured with other pairs: measure it again" and f"Measured {why}" in text
+    assert (
+        written(tmp_path, LEAST + as_toml([entry])) and open_behavior(tmp_path / "rhyme.toml").outdated(entry) is None
+    )

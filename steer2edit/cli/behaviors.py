@@ -45,7 +45,11 @@ def _described(file: BehaviorFile) -> dict[str, Any]:
         "pairs": _pairs(file),
         "questions": len(file.read_questions()),
         "measured": [
-            {**vars(one), "metrics": [{**vars(metric), "worse": metric.worse} for metric in one.metrics]}
+            {
+                **vars(one),
+                "metrics": [{**vars(metric), "worse": metric.worse} for metric in one.metrics],
+                "outdated": file.outdated(one),
+            }
             for one in file.measured
         ],
     }
@@ -89,7 +93,8 @@ def _data_text(file: BehaviorFile) -> str:
 
 
 def _measured_texts(file: BehaviorFile) -> list[str]:
-    return [str(one) for one in file.measured] or ["nothing yet"]
+    reasons = ((one, file.outdated(one)) for one in file.measured)
+    return [str(one) if why is None else f"{why}. {one}" for one, why in reasons] or ["nothing yet"]
 
 
 def _render_list(files: list[BehaviorFile]) -> str:

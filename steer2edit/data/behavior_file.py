@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from steer2edit.data.contrast import Example, as_chats, read_contrast
+from steer2edit.data.contrast import Example, as_chats, data_hash, read_contrast
 from steer2edit.data.everyday import everyday_prompts
-from steer2edit.data.measurement import Measurement, read_measurements
+from steer2edit.data.measurement import DIGITS, Measurement, read_measurements
 from steer2edit.data.metric_choice import MetricChoice, read_metric
 from steer2edit.data.prompts import Message, Prompt, text_fault
 from steer2edit.data.questions import Question, read_questions
@@ -64,6 +64,25 @@ class BehaviorFile:
                 "(steer2edit data), or give --data"
             )
         return as_chats(read_contrast(self.pairs))
+
+    @property
+    def pairs_sha256(self) -> str | None:
+        """The first digits of the pairs' hash, as entries of ``measured`` hold them; None without pairs."""
+        return None if self.pairs is None else data_hash(self.read_pairs())[:DIGITS]
+
+    def outdated(self, one: Measurement) -> str | None:
+        """Why a measurement does not hold for the file as it is now; None where it does.
+
+        Where the file has no pairs, they are made for each model, and nothing is said of them.
+        """
+        own = one.metrics[0]
+        if (own.name, own.goal) != (self.metric.label, self.metric.goal):
+            return f"measured by another metric ({own.name}, {own.goal} is better): measure it again"
+        if self.pairs is None:
+            return None
+        if one.pairs_sha256 is None:
+            return "the entry does not say with which pairs it was measured"
+        return None if one.pairs_sha256 == self.pairs_sha256 else "measured with other pairs: measure it again"
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steer2edit.data.metric_choice import Goal
+from steer2edit.errors import shown
 from steer2edit.files.schema import NUMBER, faults
 
 Interval = tuple[float, float, float]
@@ -22,8 +24,10 @@ _METRIC: Any = {
 }
 _ENTRY: Any = {
     **{"model": str, "command": str, "questions": int, "cost": {"name": str, "value": NUMBER}},
-    **{"steerable?": bool, "metrics": [_METRIC]},
+    **{"steerable?": bool, "pairs_sha256?": str, "metrics": [_METRIC]},
 }
+DIGITS = 16
+"""Of the SHA-256 of the pairs that a measurement was taken with, an entry holds so many hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Measurement:
 
     ``cost`` is the name and value of the KL in nats per token. ``questions`` is how many the behaviour's own metric, the first of
     ``metrics``, was measured on. ``steerable`` says whether the edit does more than random directions at equal KL; None where
-    that is not known.
+    that is not known. ``pairs_sha256`` are the first :data:`DIGITS` digits of the hash of the pairs (``contrast.data_hash``);
+    None where the entry does not say them.
     """
 
     model: str
@@ -64,6 +69,7 @@ class Measurement:
     cost: tuple[str, float]
     steerable: bool | None
     metrics: tuple[MeasuredMetric, ...]
+    pairs_sha256: str | None = None
 
     @property
     def losses(self) -> list[MeasuredMetric]:
@@ -88,6 +94,9 @@ def read_measurements(value: object) -> tuple[tuple[Measurement, ...], list[str]
         where = f"measured[{at}]"
         wrong += _unknown(entry, _ENTRY, where)
         wrong += [] if entry["metrics"] else [f"{where}.metrics is empty; expected the behaviour's own metric first"]
+        pairs = entry.get("pairs_sha256")
+        if pairs is not None and not re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", pairs):
+            wrong.append(f"{where}.pairs_sha256 is {shown(pairs)}; expected {DIGITS} hexadecimal digits")
         for index, metric in enumerate(entry["metrics"]):
             wrong += _metric_faults(metric, f"{where}.metrics[{index}]")
     return (tuple(map(_measurement, value)), []) if not wrong else ((), wrong)
@@ -102,6 +111,8 @@ def _entry_text(one: Measurement) -> str:
     head = {"model": one.model, "command": one.command, "questions": one.questions}
     lines = ["", "[[measured]]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())]
     lines.append(f"cost = {{ name = {json.dumps(one.cost[0])}, value = {one.cost[1]!r} }}")
+    if one.pairs_sha256 is not None:
+        lines.append(f"pairs_sha256 = {json.dumps(one.pairs_sha256)}")
     if one.steerable is not None:
         lines.append(f"steerable = {json.dumps(one.steerable)}")
     lines.append("metrics = [")
@@ -121,7 +132,8 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
         for m in entry["metrics"]
     )
     cost = entry["cost"]["name"], float(entry["cost"]["value"])
-    return Measurement(entry["model"], entry["command"], entry["questions"], cost, entry.get("steerable"), metrics)
+    steerable, pairs = entry.get("steerable"), entry.get("pairs_sha256")
+    return Measurement(entry["model"], entry["command"], entry["questions"], cost, steerable, metrics, pairs)
 
 
 def _metric_faults(metric: Mapping[str, Any], where: str) -> list[str]:
