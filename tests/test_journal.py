@@ -12,9 +12,11 @@ from test_make_data import contents, make, questions
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Sampling
-from steer2edit.errors import EngineError
+from steer2edit.errors import DataError, EngineError
 from steer2edit.pairs.journal import JOURNAL, Journal
 from steer2edit.pairs.ways import PositiveOnly
+
+SEEDED = Sampling(temperature=1, seed=1)
 
 
 def test_the_journal_drops_what_is_half_written_anywhere(tmp_path: Path) -> None:
@@ -44,16 +46,28 @@ def test_force_loses_nothing_where_the_new_run_fails_before_its_first_answer(
         engine = FakeEngine()
         monkeypatch.setattr(engine, "answer", Mock(side_effect=error))
         with pytest.raises(type(error)):
-            make(folder, engine, sampling=Sampling(seed=1), force=True)
+            make(folder, engine, sampling=SEEDED, force=True)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(KeyboardInterrupt):
-        make(folder, FakeEngine(dies_after=20), sampling=Sampling(seed=1), force=True)
+        make(folder, FakeEngine(dies_after=20), sampling=SEEDED, force=True)
     # from its first answer on the folder is the new run's, which goes on
     assert [path.name for path in folder.iterdir()] == [JOURNAL]
-    made = make(folder, sampling=Sampling(seed=1))
+    made = make(folder, sampling=SEEDED)
     assert not made.reused and contents(folder).keys() | {JOURNAL} == before.keys()
     # and where there is no answer to write, with its files
     background = [Question((Message("user", f"tell about {noun}"),), noun) for noun in NOUNS]
     texts = {question.digest: f"it is {question.prompt[-1]}" for question in questions()}
     make(folder, way=PositiveOnly(background, texts=texts), force=True)
     assert make(folder, way=PositiveOnly(background, texts=texts)).reused
+
+
+def test_a_journal_of_another_time_or_of_something_else_is_named(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    for line, message in (
+        ('{"format": "steer2edit.journal.1", "settings": {}}', "an older steer2edit's.*give another place"),
+        ('{"format": "x", "settings": {}}', "not a journal of steer2edit: give another place"),
+        ('{"format": "steer2edit.journal.2", "settings": {"a": 2}}', "a was 2 and is 1.*give another place"),
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(DataError, match=message):
+            Journal(path, {"a": 1}, otherwise="give another place")

@@ -34,7 +34,7 @@ class FolderFlags(FlagGroup):
     heading: ClassVar[str] = "Output"
 
     out: Path = option(..., "Folder of the data; a run that was interrupted goes on there.", "-o", "--out")
-    force: bool = option(False, "Begin anew where the folder holds data of other settings.")
+    force: bool = option(False, "Begin anew, with new answers, where the folder holds answers of other settings.")
 
 
 @command(

@@ -47,7 +47,13 @@ def check_folder(folder: Path) -> None:
 
 def clear_folder(folder: Path) -> None:
     """Remove what another run wrote at ``folder``: first the receipt, last the journal, which holds every answer."""
-    for name in (RECEIPT, *FILES.values(), JOURNAL):
+    clear_rows(folder)
+    (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def clear_rows(folder: Path) -> None:
+    """Remove the receipt at ``folder`` and then the rows; the journal and its answers stay."""
+    for name in (RECEIPT, *FILES.values()):
         (folder / name).unlink(missing_ok=True)
 
 

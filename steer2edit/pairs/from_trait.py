@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer2edit.data.questions import Question
+from steer2edit.engines.engine import Sampling
 from steer2edit.notices import notice
 from steer2edit.pairs.questions import chosen_questions
 from steer2edit.pairs.telling import Instructions
 from steer2edit.pairs.trait import Trait, instructions, write_opposite, write_questions
-from steer2edit.pairs.ways import Opposites, PositiveOnly, Way
+from steer2edit.pairs.ways import Opposites, PositiveOnly, Way, check_samples, prompts_asked
 from steer2edit.pairs.writing import Writer
 
 
@@ -31,7 +32,7 @@ class FromTrait:
     background: Sequence[Question] = ()
 
     def described(self) -> dict[str, Any]:
-        """The settings in plain values: a run that goes on has the same."""
+        """The settings in plain values, for the receipt."""
         return {
             "way": "trait",
             "trait": self.trait.name,
@@ -42,6 +43,14 @@ class FromTrait:
             "samples": self.samples,
             "background": len(self.background),
         }
+
+    def asked(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What the answers depend on of these settings and of the prompts: a run that goes on has the same."""
+        return {**self.described(), **prompts_asked(questions)}
+
+    def check(self, _questions: Sequence[Question], sampling: Sampling) -> None:
+        """Raise DataError where a prompt would get the same answer several times."""
+        check_samples(self.samples, sampling)
 
     def resolved(
         self, writer: Writer, questions: Sequence[Question], seed: int = 0

@@ -1,7 +1,7 @@
 """The journal of a run: every answer is written down at once, so that a killed run goes on.
 
-It is a file of lines. The first holds the run's settings, each other one a key and its value. What a kill left half written at
-the end is dropped. A later line of the same key counts.
+It is a file of lines. The first holds the settings that answers depend on, each other one a key and its value. What a kill left
+half written at the end is dropped. A later line of the same key counts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from steer2edit.files.untrusted import parse_json, read_bytes
 from steer2edit.notices import notice
 
 JOURNAL = "journal.jsonl"
-FORMAT = "steer2edit.journal.1"
+FORMAT = "steer2edit.journal.2"
+_OLDER = ("steer2edit.journal.1",)
 _MAX_BYTES = 8 << 30
+_SHOWN = 5
+"""Of the settings that differ no more are named."""
 _ASIDE = ("versions",)
 """What may be otherwise when a run goes on: it is recorded and not compared."""
+
+
+OTHERWISE = "give another folder (compile: --data-out), or begin anew with steer2edit data --force"
+"""What to do about a journal of other settings, for an error."""
 
 
 def key_of(*parts: Any) -> str:
@@ -34,11 +41,17 @@ class Journal:
 
     ``settings`` are plain values that what is written depends on. With ``clear`` the journal begins anew: what another run left
     stays until there is a first value, and then ``clear`` removes it. Raises DataError where the file is of other settings, or
-    not a journal.
+    not a journal; ``otherwise`` says what to do then.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], clear: Callable[[], None] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        clear: Callable[[], None] | None = None,
+        otherwise: str = OTHERWISE,
+    ) -> None:
+        self.path, self._otherwise = path, otherwise
         self._values: dict[str, Any] = {}
         self._head = {"format": FORMAT, "settings": _plain(settings)}
         self._clear = clear
@@ -79,6 +92,10 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
+    def get(self, key: str) -> Any:
+        """The value of a key, or None."""
+        return self._values.get(key)
+
     def add(self, key: str, value: Any) -> None:
         """Write a value down; :meth:`sync` makes it safe."""
         self.begin()
@@ -115,11 +132,17 @@ class Journal:
         if len(lines) == 1 and len(data) < 1 << 16 and not data.rstrip(b"\0"):
             return 0  # killed before the first line was there
         first = _parsed(lines[0]) if len(lines) > 1 else None
+        if isinstance(first, dict) and first.get("format") in _OLDER:
+            raise DataError(f"{self.path} is an older steer2edit's, which wrote it otherwise: {self._otherwise}")
         if not isinstance(first, dict) or first.get("format") != FORMAT or not isinstance(first.get("settings"), dict):
             if len(lines) == 1 and b'{"format": "steer2edit.journal'.startswith(data[:30]):
                 return 0
-            raise DataError(f"{self.path} is not a journal of steer2edit data; give another folder")
-        _compare(first["settings"], head["settings"], self.path)
+            raise DataError(f"{self.path} is not a journal of steer2edit: {self._otherwise}")
+        if other := differing(first["settings"], head["settings"]):
+            lines_of = "; ".join(other[:_SHOWN])
+            raise DataError(
+                f"{self.path.parent} holds answers of other settings: {lines_of}. To go on, {self._otherwise}"
+            )
         whole = len(lines[0]) + 1
         for line in lines[1:-1]:
             entry = _parsed(line)
@@ -130,6 +153,11 @@ class Journal:
         if whole < len(data):
             notice(f"{len(data) - whole} bytes at the end of {self.path.name} are half written and dropped")
         return whole
+
+
+def without_versions(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings in one level, without the versions of what is installed: what two runs are compared by."""
+    return _flat(_plain(settings))
 
 
 def _parsed(line: bytes) -> Any:
@@ -144,15 +172,14 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _compare(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    one, two = _flat(known), _flat(wanted)
-    other = [key for key in {**one, **two} if one.get(key) != two.get(key)]
-    if other:
-        lines = "; ".join(f"{key} was {shown(one.get(key))} and is {shown(two.get(key))}" for key in other[:5])
-        raise DataError(
-            f"{path.parent} holds data of other settings: {lines}. Give another folder (compile: --data-out), or begin anew "
-            "with steer2edit data --force"
-        )
+def differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Which plain settings are other ones now, each as a line; versions of what is installed are not compared."""
+    one, two = _flat(known), _flat(_plain(wanted))
+    return [
+        f"{key} was {shown(one.get(key))} and is {shown(two.get(key))}"
+        for key in {**one, **two}
+        if one.get(key) != two.get(key)
+    ]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from steer2edit.data.prompts import Prompt
 from steer2edit.errors import DataError
 from steer2edit.pairs.filters import CONTRADICTS, INCOHERENT
-from steer2edit.pairs.journal import Journal, key_of
+from steer2edit.pairs.journal import Journal, key_of, without_versions
 from steer2edit.pairs.measure import Difference, difference
 from steer2edit.pairs.samples import Pair, Row, Sample
+from steer2edit.pairs.writing import alone
 from steer2edit.progress import Progress, silent
 
 COHERENT = 0.5
@@ -38,10 +40,16 @@ class Judge(Protocol):
 
 
 class Judged:
-    """A judge with a journal. ``trait`` is what answers are to show; None where there is none to look for."""
+    """A judge with a journal. ``trait`` is what answers are to show; None where there is none to look for.
+
+    Within a run an answer is judged once. What the journal has of another judge, or of this one after another trial, is not used.
+    """
 
     def __init__(self, judge: Judge, journal: Journal, trait: str | None, progress: Progress = silent) -> None:
         self._judge, self._journal, self._trait, self._progress = judge, journal, trait, progress
+        described = judge.described()
+        self._identity, self._alone = without_versions(described), alone(described.get("engine") or {})
+        self._known: dict[str, float] = {}
 
     def shows(self, samples: Sequence[Sample]) -> list[float]:
         """How likely each answer shows the trait; nan for all without a trait."""
@@ -90,24 +98,37 @@ class Judged:
         return [] if found is None else [Difference("the judge's yes", "more", found)]
 
     def _asked(self, what: str, trait: str, samples: Sequence[Sample]) -> list[float]:
-        keys = [key_of("judge", what, trait, _plain(one.question.prompt), one.answer.text) for one in samples]
-        places = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._journal}
+        keys = [key_of(what, trait, _plain(one.question.prompt), one.answer.text) for one in samples]
+        places = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}
         order = sorted(places.values(), key=lambda i: keys[i])
         with self._progress(f"judge: {what}", total=len(order)) as advance:
             for first in range(0, len(order), _BATCH):
-                chosen = order[first : first + _BATCH]
-                prompts = [samples[i].question.prompt for i in chosen]
-                answers = [samples[i].answer.text for i in chosen]
-                values = (
-                    self._judge.shows(trait, prompts, answers)
-                    if what == "shows"
-                    else self._judge.coherent(prompts, answers)
-                )
-                for i, value in zip(chosen, values, strict=True):
-                    self._journal.add(keys[i], None if math.isnan(value) else value)
-                self._journal.sync()
-                advance(len(chosen))
-        return [math.nan if (value := self._journal[key]) is None else float(value) for key in keys]
+                batch = [samples[i] for i in order[first : first + _BATCH]]
+                values = self._said(what, trait, batch)
+                self._known.update(zip((keys[i] for i in order[first : first + _BATCH]), values, strict=True))
+                advance(len(batch))
+        return [self._known[key] for key in keys]
+
+    def _said(self, what: str, trait: str, samples: Sequence[Sample]) -> list[float]:
+        """The judge's values for a batch, which the journal keeps by all that is in the batch.
+
+        So they do not depend on what was asked before. The answers of a server do not depend on their batch, and are kept one
+        by one.
+        """
+        texts = [[_plain(one.question.prompt), one.answer.text] for one in samples]
+        groups = [[i] for i in range(len(samples))] if self._alone else [list(range(len(samples)))]
+        names = [key_of("judge", self._identity, what, trait, [texts[i] for i in group]) for group in groups]
+        missing = [number for number, name in enumerate(names) if name not in self._journal]
+        asked = [samples[i] for number in missing for i in groups[number]]
+        prompts, answers = [one.question.prompt for one in asked], [one.answer.text for one in asked]
+        if asked:
+            ask = partial(self._judge.shows, trait) if what == "shows" else self._judge.coherent
+            values = iter(ask(prompts, answers))
+            for number in missing:
+                found = [next(values) for _ in groups[number]]
+                self._journal.add(names[number], [None if math.isnan(value) else value for value in found])
+            self._journal.sync()
+        return [math.nan if value is None else float(value) for name in names for value in self._journal[name]]
 
 
 def _sides(row: Row) -> tuple[tuple[str, Sample], ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +16,9 @@ from steer2edit.errors import DataError
 from steer2edit.files.locks import claimed
 from steer2edit.notices import notice
 from steer2edit.pairs.filters import Allowed, Tally, sift
-from steer2edit.pairs.folder import check_folder, clear_folder, question_rows, train_rows, write_folder
+from steer2edit.pairs.folder import check_folder, clear_folder, clear_rows, question_rows, train_rows, write_folder
 from steer2edit.pairs.from_trait import FromTrait
-from steer2edit.pairs.journal import JOURNAL, Journal
+from steer2edit.pairs.journal import JOURNAL, Journal, differing, key_of
 from steer2edit.pairs.judging import Judge, Judged
 from steer2edit.pairs.lengths import Lengths, lengths
 from steer2edit.pairs.measure import Difference, differences, read_separation
@@ -29,10 +27,15 @@ from steer2edit.pairs.samples import Row, Think, samples_of
 from steer2edit.pairs.separation import Separation
 from steer2edit.pairs.split import deal
 from steer2edit.pairs.verdict import Verdict, verdict
-from steer2edit.pairs.ways import Sorted, Way
-from steer2edit.pairs.writing import BATCH, Pace, Writer
+from steer2edit.pairs.ways import Sorted, Way, prompts_asked
+from steer2edit.pairs.writing import BATCH, Pace, Writer, alone, drawn
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
+
+_ROWS = "rows"
+"""The journal's entry with the settings by which rows were last made of its answers."""
+_REQUESTS = ("prompts", "number_of_prompts", "samples", "batch")
+"""Settings that say which answers are asked for, and not what is in one."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,13 @@ def make_data(request: DataRequest, engines: Engines, progress: Progress = silen
     """Write answers, make rows of them, and put the folder in place; a run that was killed goes on.
 
     With ``force`` the data that is there stays until the first answer of the new run is there. No other run can write the folder
-    meanwhile. The files depend on the request and the engines alone, not on interruptions.
+    meanwhile. The files depend on the request and the engines alone, not on interruptions, nor on what was made of the answers
+    before: where settings alone have changed that no answer depends on, the rest is done again from the answers that are there.
     Raises DataError where no row is left, where a judge that is to sort the answers failed its trial, where the folder holds
-    data of other settings, and for whatever is wrong with the input.
+    answers of other settings, and for whatever is wrong with the input.
     """
     questions = chosen_questions(request.questions, request.max_prompts)
+    request.way.check(questions, request.sampling)
     sorts = isinstance(request.way, Sorted) and request.way.by == "judge"
     if sorts and engines.judge is not None and not engines.judge.knows_traits:
         raise DataError(
@@ -119,7 +124,8 @@ def make_data(request: DataRequest, engines: Engines, progress: Progress = silen
         check_folder(request.out)
         request.out.mkdir(parents=True, exist_ok=True)
         clear = partial(clear_folder, request.out) if request.force else None
-        with Journal(request.out / JOURNAL, _settings(request, engines, questions), clear) as journal:
+        with Journal(request.out / JOURNAL, _answer_settings(request, engines, questions), clear) as journal:
+            _note_changes(journal, _row_settings(request, engines, questions))
             return _made(request, engines, questions, journal, progress)
 
 
@@ -127,12 +133,12 @@ def _made(
     request: DataRequest, engines: Engines, questions: list[Question], journal: Journal, progress: Progress
 ) -> Made:
     common: dict[str, Any] = {"journal": journal, "batch": request.batch, "progress": progress}
-    writer = Writer(engines.answers, name="answers", alone=_alone(engines.answers), **common)
-    before = len(journal)
+    writer = Writer(engines.answers, name="answers", alone=alone(engines.answers.described()), **common)
+    row_settings, authored = _row_settings(request, engines, questions), Pace()
     way = request.way
     told: dict[str, Any] = {}
     if isinstance(way, FromTrait):
-        author = Writer(engines.writer, name="writer", alone=_alone(engines.writer), **common)
+        author = Writer(engines.writer, name="writer", alone=alone(engines.writer.described()), pace=authored, **common)
         way, questions, told = way.resolved(author, questions, request.sampling.seed)
     if engines.judge is not None and request.trait is None:
         notice("the judge is not told of a trait to look for: it judges whether answers make sense, and nothing else")
@@ -209,39 +215,73 @@ def _made(
         "verdict": result.to_json(),
     }
     journal.begin()  # where no answer was to be written
+    if differing(_last_settings(journal), row_settings):
+        # rows of other settings go first: no receipt stands beside files that are not its own
+        clear_rows(request.out)
+        journal.add(_ROWS, row_settings)
+        journal.sync()
     write_folder(request.out, files, receipt)  # type: ignore[arg-type]
     return Made(
         request.out, receipt, tuple(rows), tally, written.answers, long, found, tuple(differ), result, writer.pace,
-        len(journal) == before,
+        not (writer.pace.answers or authored.answers),
     )  # fmt: skip
 
 
-def _settings(request: DataRequest, engines: Engines, questions: Sequence[Question]) -> dict[str, Any]:
-    """Everything that the files depend on, in plain values."""
-    asked = [
-        [question.digest, list(question.answers), list(question.choices), list(question.labels)]
-        for question in questions
-    ]
+def _answer_settings(request: DataRequest, engines: Engines, questions: Sequence[Question]) -> dict[str, Any]:
+    """What the written answers depend on, in plain values: a run that goes on has the same.
+
+    A server's answer depends on its request alone. There it may be asked for more answers, or to more prompts.
+    """
+    answers, writes = engines.answers.described(), isinstance(request.way, FromTrait)
+    found = {**request.way.asked(questions), "batch": request.batch}
+    if alone(answers) and not writes:
+        found = {key: value for key, value in found.items() if key not in _REQUESTS}
+    # a program of its own that names no fingerprint runs the model that reads the rows
+    known = "fingerprint" in answers or "url" in answers
+    return {
+        **found,
+        "sampling": drawn(request.sampling),
+        "engine": answers,
+        **({} if known else {"read_by": engines.described()["read_by"]}),
+        # the writer draws its tries by the seed, whatever the temperature of the answers
+        **({"writer": engines.writer.described(), "writer_seed": request.sampling.seed} if writes else {}),
+    }
+
+
+def _row_settings(request: DataRequest, engines: Engines, questions: Sequence[Question]) -> dict[str, Any]:
+    """What else the files depend on, in plain values: they are made again of the same answers where it changes."""
+    accepted = [[list(q.answers), list(q.choices), list(q.labels)] for q in questions]
+    described = engines.described()
     return {
         "name": request.name,
         "trait": request.trait,
         "made": request.way.described(),
         "metric": None if request.metric is None else request.metric.described(),
-        "prompts": hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()[:16],
-        "number_of_prompts": len(questions),
-        "sampling": asdict(request.sampling),
+        **prompts_asked(questions),
+        "right_answers": key_of(accepted),
         "think": request.think,
-        "allowed": asdict(request.allowed),
         "chat_template_kwargs": dict(request.chat_template_kwargs or {}),
-        "batch": request.batch,
+        "allowed": asdict(request.allowed),
         "seed": request.seed,
-        **engines.described(),
+        "judge": described["judge"],
+        "read_by": described["read_by"],
     }
 
 
-def _alone(engine: Engine) -> bool:
-    """Whether an engine's answers do not depend on what is asked with them: those of a server."""
-    return engine.described().get("engine") == "server"
+def _last_settings(journal: Journal) -> Mapping[str, Any]:
+    """The settings by which rows were last made; none where they never were."""
+    found = journal.get(_ROWS)
+    return found if isinstance(found, dict) else {}
+
+
+def _note_changes(journal: Journal, settings: Mapping[str, Any]) -> None:
+    """Say which settings were others when rows were last made of the journal's answers."""
+    last = _last_settings(journal)
+    if last and (other := differing(last, settings)):
+        notice(
+            f"the answers in {journal.path.name} are kept, and rows are made of them anew, because settings are others: "
+            f"{'; '.join(other[:5])}"
+        )
 
 
 def _lengths(rows: Sequence[Row]) -> Lengths | None:

@@ -51,11 +51,22 @@ def check_samples(samples: int, sampling: Sampling) -> None:
         raise DataError(f"{samples} answers at a temperature of 0 are all the same; give a higher temperature")
 
 
+def prompts_asked(questions: Sequence[Question]) -> dict[str, Any]:
+    """The prompts as a setting, in plain values: what their rows accept as right changes no answer."""
+    return {"prompts": key_of([question.digest for question in questions]), "number_of_prompts": len(questions)}
+
+
 class Way(Protocol):
     """How rows come about."""
 
     def described(self) -> dict[str, Any]:
-        """The settings in plain values: a run that goes on has the same."""
+        """The settings in plain values, for the receipt."""
+
+    def asked(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What the answers depend on of these settings and of the prompts: a run that goes on has the same."""
+
+    def check(self, questions: Sequence[Question], sampling: Sampling) -> None:
+        """Raise DataError where no rows can come of it, before an answer is written."""
 
     def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, allowed: Allowed) -> Written:
         """Write the answers to ``questions``, and make rows of them."""
@@ -76,8 +87,14 @@ class Opposites:
             "samples": self.samples,
         }
 
-    def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, _allowed: Allowed) -> Written:
+    def asked(self, questions: Sequence[Question]) -> dict[str, Any]:
+        return {**self.described(), **prompts_asked(questions)}
+
+    def check(self, _questions: Sequence[Question], sampling: Sampling) -> None:
         check_samples(self.samples, sampling)
+
+    def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, _allowed: Allowed) -> Written:
+        self.check(questions, sampling)
         system = takes_system(writer.engine, self.instructions.positive[0])
         requests = [
             told(question.prompt, instruction, number, system)
@@ -123,8 +140,17 @@ class Sorted:
             "only_correct": self.only_correct,
         }
 
+    def asked(self, questions: Sequence[Question]) -> dict[str, Any]:
+        # whatever they are sorted by, they are the same answers
+        return {"way": "sorted", "samples": self.samples, **prompts_asked(questions)}
+
+    def check(self, questions: Sequence[Question], sampling: Sampling) -> None:
+        check_samples(self.samples, sampling)
+        if (self.by == "answer" or self.only_correct) and not any(q.answers or q.choices for q in questions):
+            raise DataError("no row of the prompts has an answer to compare with; expected a column answer or choices")
+
     def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, allowed: Allowed) -> Written:
-        self._check(questions, sampling)
+        self.check(questions, sampling)
         places = [(question, number) for question in questions for number in range(self.samples)]
         requests = [Request(question.prompt, sample=number) for question, number in places]
         answers = writer.write(requests, sampling, "answers to sort")
@@ -153,11 +179,6 @@ class Sorted:
                 "to take. Give other --prompts, more --samples, or a higher --temperature"
             )
         return Written(rows, tally, {**more, "paired": found.paired})
-
-    def _check(self, questions: Sequence[Question], sampling: Sampling) -> None:
-        check_samples(self.samples, sampling)
-        if (self.by == "answer" or self.only_correct) and not any(q.answers or q.choices for q in questions):
-            raise DataError("no row of the prompts has an answer to compare with; expected a column answer or choices")
 
     def _sifted(self, samples: Sequence[Sample], allowed: Allowed) -> tuple[list[Sample], Tally]:
         """The answers that can be sorted, and the count of the others."""
@@ -210,6 +231,15 @@ class PositiveOnly:
             "background": len(self.background),
             **({"own_texts_key": key_of(sorted(self.texts.items()))} if self.texts else {}),
         }
+
+    def asked(self, questions: Sequence[Question]) -> dict[str, Any]:
+        # where the positive side is there, the background alone is answered
+        prompts = {} if self.texts else prompts_asked(questions)
+        background = key_of([question.digest for question in self.background])
+        return {"way": "positive only", "positive": list(self.instructions), "background": background, **prompts}
+
+    def check(self, _questions: Sequence[Question], _sampling: Sampling) -> None:
+        """One answer to each prompt can always be written."""
 
     def rows(self, questions: Sequence[Question], writer: Writer, sampling: Sampling, _allowed: Allowed) -> Written:
         notice(

@@ -82,7 +82,17 @@ class Writer:
 
     def _key(self, request: Request, sampling: Sampling) -> str:
         asked = [list(message) for message in request.messages]
-        return key_of(self.name, asked, request.prefix, request.sample, asdict(sampling))
+        return key_of(self.name, asked, request.prefix, request.sample, drawn(sampling))
+
+
+def drawn(sampling: Sampling) -> dict[str, Any]:
+    """What answers depend on of a sampling. At a temperature of 0 nothing is drawn, whatever the seed and top-p."""
+    return asdict(sampling if sampling.temperature else Sampling(sampling.max_new_tokens, 0.0))
+
+
+def alone(described: Mapping[str, Any]) -> bool:
+    """Whether an engine's answers do not depend on what is asked with them, by its description: those of a server."""
+    return described.get("engine") == "server"
 
 
 def _size(request: Request) -> int:
