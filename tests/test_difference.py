@@ -21,7 +21,7 @@ from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import emit
 from steer2edit.artefact.revert import revert
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.diff.difference import CheckpointDifference, compare, fused_parts, recover_plan
+from steer2edit.diff.difference import CheckpointDifference, compare, recover_plan
 from steer2edit.diff.numerical_rank import TensorDifference
 from steer2edit.errors import PlanError, TargetError
 from steer2edit.files.layout import RECEIPT
@@ -253,7 +253,7 @@ def test_experts_of_one_tensor_are_recovered_and_reverted_by_themselves(tmp_path
     edits = tuple(edit for edit in plan.edits if spec.owners[edit.tensor].expert in (1, 5))
     plan = replace(plan, edits=edits)
     emit(plan, checkpoint, spec, "checkpoint", tmp_path / "edited")
-    found = compare(checkpoint, open_checkpoint(tmp_path / "edited"), fused_parts(spec))
+    found = compare(checkpoint, open_checkpoint(tmp_path / "edited"), spec)
     assert {item.tensor for item in found.tensors} == {edit.tensor for edit in edits}
     assert {item.rank for item in found.tensors} == {1}
     recovered, left_out = recover_plan(found, checkpoint, spec)
@@ -346,7 +346,7 @@ def test_a_fine_tune_that_changed_readers_becomes_a_plan(tiny_llama: Path, tmp_p
     spec = read_spec(base)
     plan = EditPlan(Base.of(base), tuple(single_readers(base, spec)))
     emit(plan, base, spec, "checkpoint", tmp_path / "edited")
-    found = compare(base, open_checkpoint(tmp_path / "edited"), fused_parts(spec))
+    found = compare(base, open_checkpoint(tmp_path / "edited"), spec)
     recovered, left_out = recover_plan(found, base, spec)
     assert not left_out and {edit.tensor for edit in recovered.edits} == {edit.tensor for edit in plan.edits}
     for edit in recovered.edits:

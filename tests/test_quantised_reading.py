@@ -273,3 +273,16 @@ def test_a_config_that_quantises_nothing_is_told(tmp_path: Path, tiny_llama: Pat
     quantised_copy(tiny_llama, tmp_path / "q", GPTQ, lambda W: ({"weight": W}, W))
     with pytest.raises(ArchitectureError, match=r"none of its tensors is quantised"):
         read_spec(open_checkpoint(tmp_path / "q"))
+
+
+def test_two_quantised_models_differ_where_their_numbers_do(tiny_llama: Path, tmp_path: Path) -> None:
+    from steer2edit.diff.difference import compare
+
+    quantised_copy(tiny_llama, tmp_path / "one", GPTQ, gptq)
+    quantised_copy(tiny_llama, tmp_path / "two", GPTQ, lambda W: gptq(2 * W if W.shape[1] == 48 else W))
+    one, two, plain = (open_checkpoint(folder) for folder in (tmp_path / "one", tmp_path / "two", tiny_llama))
+    found = compare(one, two)
+    assert found.same == len(one.tensors) - 3
+    assert [item.tensor for item in found.tensors] == [f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)]
+    assert all(item.relative == pytest.approx(1, abs=0.01) for item in found.tensors)
+    assert not compare(one, one).tensors and len(compare(plain, one).tensors) == 21

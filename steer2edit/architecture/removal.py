@@ -108,6 +108,11 @@ def renumbered(name: str, gone: Sequence[int], spec: ModelSpec) -> str | None:
     return f"{prefix}{new}{name[len(prefix) + len(str(number)) :]}"
 
 
+def layer_number(name: str, spec: ModelSpec) -> int | None:
+    """The layer that a tensor belongs to; None for one outside of the layers."""
+    return _number(name, _prefix(spec))
+
+
 def set_layers(values: dict[str, Any], gone: Sequence[int]) -> None:
     """Change a text model's config, in place, to that without the layers."""
     count = layer_count(text_config(values).values)

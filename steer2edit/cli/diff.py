@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -13,6 +13,10 @@ from steer2edit.cli.flags import PATH, FlagGroup
 from steer2edit.cli.options import ForceFlags, JsonFlags, ReplaceFlags, RevisionFlags, progress_bar
 from steer2edit.cli.output import print_result
 from steer2edit.options import option
+
+if TYPE_CHECKING:
+    from steer2edit.checkpoint import Checkpoint
+    from steer2edit.plan import Structure
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def diff(base: str, edited: str, output: DiffFlags, replace: ReplaceFlags, print
     Works on checkpoints made by any tool, however they are divided among shards. Reads each file, loads no model.
     """
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.diff.difference import compare, fused_parts, recover_plan
+    from steer2edit.diff.difference import compare, recover_plan
+    from steer2edit.diff.missing_parts import missing_parts
     from steer2edit.errors import ArchitectureError, PlanError, first_line
 
     replace.check(output.out, "plan")
@@ -61,9 +66,11 @@ def diff(base: str, edited: str, output: DiffFlags, replace: ReplaceFlags, print
         spec = read_spec(ours)
     except ArchitectureError as error:
         unknown = first_line(error)
-    found = compare(ours, theirs, fused_parts(spec), max_rank=output.max_rank, progress=progress_bar())
+    missing = missing_parts(ours, theirs, spec, lambda: _told_by_receipt(ours, theirs))
+    found = compare(ours, theirs, spec, missing, max_rank=output.max_rank, progress=progress_bar())
     result: dict[str, Any] = {
-        **{key: value for key, value in vars(found).items() if key not in ("tensors", "added")},
+        **{key: value for key, value in vars(found).items() if key not in ("tensors", "added", "missing")},
+        "missing": found.missing.described() if found.missing else None,
         "zeros": [name for name, values in found.added.items() if not bool(values.any())],
         "tensors": [_described(item) for item in found.tensors],
         "plan": None,
@@ -102,6 +109,26 @@ def revert(edited: Path, output: RevertFlags, revision: RevisionFlags, force: Fo
     print_result({**asdict(reverted), "folder": str(reverted.folder)}, printed.as_json, render)
 
 
+def _told_by_receipt(base: Checkpoint, edited: Checkpoint) -> Structure | None:
+    """What the plan in an artefact removes from this base; None where there is none, or it cannot be read."""
+    from steer2edit.artefact.receipt import read_receipt
+    from steer2edit.errors import Steer2EditError, first_line
+    from steer2edit.files.layout import PLAN, RECEIPT
+    from steer2edit.notices import notice
+    from steer2edit.plan import EditPlan
+
+    if not (edited.path / RECEIPT).is_file():
+        return None
+    try:
+        receipt = read_receipt(edited.path)
+        if receipt["base"]["fingerprint"] != base.fingerprint:
+            return None
+        return EditPlan.load(edited.path / PLAN).structure
+    except Steer2EditError as error:
+        notice(f"the receipt of {edited.name} does not tell what is missing: {first_line(error)}")
+        return None
+
+
 def _described(item: Any) -> dict[str, Any]:
     values = {key: value for key, value in vars(item).items() if key not in {"factors", "delta", "scaled"}}
     if item.scaled is None:
@@ -111,10 +138,29 @@ def _described(item: Any) -> dict[str, Any]:
     return {**values, "scaled": {"lines": lines, "axis": "columns" if axis else "rows", "factors": factors.tolist()}}
 
 
+def _missing_lines(missing: dict[str, Any] | None) -> list[str]:
+    """What the edited checkpoint has lost, in words."""
+    if missing is None:
+        return []
+    lines = []
+    if layers := missing.get("layers"):
+        what = f"layer {layers[0]}" if len(layers) == 1 else f"the layers {', '.join(map(str, layers))}"
+        lines.append(f"The edited checkpoint has lost {what}.")
+    lines += [
+        f"Layer {layer} has lost the expert{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}."
+        for layer, gone in missing["remove"].items()
+    ]
+    if missing["top_k"] is not None:
+        lines.append(f"Each token passes through {missing['top_k']} experts of a layer.")
+    if lines and (missing.get("layers") or missing["remove"]):
+        lines.append("Layers and experts are numbered as in the base.")
+    return [*lines, ""]
+
+
 def _render(r: dict[str, Any], top: int) -> str:
     from tabulate import tabulate
 
-    lines = [f"{len(r['tensors'])} tensors differ, {r['same']} are the same"]
+    lines = [*_missing_lines(r["missing"]), f"{len(r['tensors'])} tensors differ, {r['same']} are the same"]
     rows = []
     for item in r["tensors"][:top]:
         matrix = item["floor"] > 0
