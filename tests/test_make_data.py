@@ -404,6 +404,22 @@ def test_prompts_that_repeat_are_asked_once_and_the_choice_does_not_depend_on_th
     many = questions()
     assert chosen_questions([*many, *many], None) == many
     some = chosen_questions(many, 10)
+    # short ones too, where they differ by case, space and punctuation alone
+    texts = [
+        "What is 2+2?",
+        "what is 2+2",
+        "What is 2-2?",
+        " What is  love",
+        '"What is love?"',
+        "Name a tree.",
+        "Name a river.",
+    ]
+    short = [Question((Message("user", text),), text) for text in texts]
+    assert [short[i].where for i in (0, 2, 3, 5, 6)] == [q.where for q in chosen_questions(short, None)]
+    chats = [
+        (Message("user", begin), Message("assistant", "yes"), Message("user", "Go on.")) for begin in ("one", "two")
+    ]
+    assert len(chosen_questions([Question(chat, "") for chat in chats], None)) == 2
     assert len(some) == 10 and {q.digest for q in some} == {q.digest for q in chosen_questions(many[::-1], 10)}
     with pytest.raises(DataError, match="no prompts"):
         chosen_questions([], None)

@@ -15,7 +15,7 @@ from steer2edit.errors import DataError
 from steer2edit.pairs import filters
 from steer2edit.pairs.filters import Allowed, Tally, sample_fault, sift
 from steer2edit.pairs.lengths import lengths
-from steer2edit.pairs.near_duplicates import repeated, similarity
+from steer2edit.pairs.near_duplicates import is_short, plain, repeated, similarity
 from steer2edit.pairs.samples import Labelled, Pair, Sample, samples_of
 from steer2edit.pairs.sorting import by_answer, by_function, by_length, by_pattern
 from steer2edit.pairs.split import SHARES, deal
@@ -209,6 +209,59 @@ def test_what_is_left_has_no_near_duplicates_and_what_goes_has_one(rows: list[st
     left = [i for i in range(len(rows)) if i not in gone and len(rows[i].split()) >= 8]
     assert all(similarity(rows[a], rows[b]) < 0.7 for a in left for b in left if a < b)
     assert all(any(similarity(rows[a], rows[b]) >= 0.7 for b in left if b < a) for a in gone)
+
+
+few_words = st.lists(
+    st.sampled_from(["yes", "no", "Yes.", "it is", "It is!", "rather not", LONG, OTHER]), min_size=2, max_size=2
+)
+short_rows = st.lists(st.tuples(st.sampled_from("pqr"), few_words), max_size=14)
+
+
+@settings(max_examples=80, deadline=None)
+@given(short_rows)
+def test_short_answers_repeat_where_the_whole_row_does_and_nowhere_else(drawn: list[tuple[str, list[str]]]) -> None:
+    rows = [Labelled(sample(two[0], p), "positive") if two[0] == two[1] else pair(*two, p) for p, two in drawn]
+    left, tally = sift(rows)
+
+    def content(row: Pair | Labelled) -> tuple[object, ...]:
+        return row.question.digest, *((side, *plain(one.answer.text)) for side, one in row.sides)
+
+    def all_short(row: Pair | Labelled) -> bool:
+        return all(is_short(one.answer.text) for _, one in row.sides)
+
+    # what is left says something new, and where nothing else is wrong a row of short answers goes for its copy alone
+    contents = [content(row) for row in left]
+    assert len(set(contents)) == len(contents)
+    sound = [row for row in rows if filters.row_fault(row) is None and all_short(row)]
+    assert {content(row) for row in sound} == {content(row) for row in left if all_short(row)}
+    assert tally.kept == len(left)
+
+
+def test_short_answers_to_different_prompts_agree_by_right() -> None:
+    rows = [pair("Yes.", "No!", f"is {number} prime") for number in range(30)]
+    assert sift(rows)[0] == rows
+    # of one prompt the whole row is looked at: the same short answer beside another long one says something new
+    same = [pair("Yes.", "No!"), pair(" yes", '"No"'), pair("Yes.", LONG), pair("Yes.", OTHER)]
+    assert sift(same)[0] == [same[0], *same[2:]]
+    assert sift(same)[1].reasons == {filters.REPEATED: 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("2+2", "2-2"), ("C", "C#"), ("1.5", "15"), ("it is", "is it"), ("yes 🙂", "yes")]
+)
+def test_what_differs_in_more_than_punctuation_is_not_a_copy(one: str, two: str) -> None:
+    rows = [pair(one, "otherwise"), pair(two, "otherwise")]
+    assert sift(rows)[0] == rows
+
+
+def test_rows_with_thoughts_are_compared_with_them() -> None:
+    def thinking(thought: str) -> Sample:
+        return Sample(sample("x").question, Answer("42", 1, True, thought, 9))
+
+    row, again = Pair(thinking("at once"), thinking("long and wide")), Pair(thinking("soon"), thinking("long and wide"))
+    for think in ("keep", "only"):
+        assert sift([row, again], think=think)[0] == [row, again]
+    assert sift([row, again])[1].reasons == {filters.ALIKE: 2}
 
 
 @settings(max_examples=60, deadline=None)

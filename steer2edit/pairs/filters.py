@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from steer2edit.data.degeneration import is_empty
-from steer2edit.pairs.near_duplicates import SIMILAR, repeated, similarity, words_of
-from steer2edit.pairs.samples import Pair, Row, Sample
+from steer2edit.pairs.near_duplicates import SIMILAR, copies, repeated, similarity, words_of
+from steer2edit.pairs.samples import Pair, Row, Sample, Think
 
 EMPTY = "empty"
 CUT = "cut off at the limit of tokens"
@@ -79,9 +79,10 @@ def sample_fault(sample: Sample, allowed: Allowed = Allowed()) -> str | None:
     return None
 
 
-def row_fault(row: Row, allowed: Allowed = Allowed()) -> str | None:
+def row_fault(row: Row, allowed: Allowed = Allowed(), think: Think = "strip") -> str | None:
     """Why a row is left out: for one of its answers, or because both sides say the same.
 
+    Sides are compared in what a row holds of a thought and an answer (``think``).
     A pair is read up to the end of its shorter answer, so that the longer one may be cut off after it.
     """
     samples = (row.positive, row.negative) if isinstance(row, Pair) else (row.sample,)
@@ -90,7 +91,7 @@ def row_fault(row: Row, allowed: Allowed = Allowed()) -> str | None:
     faults = [fault for sample in samples if (fault := sample_fault(sample, allowed))]
     if faults:
         return min(faults, key=REASONS.index)
-    if isinstance(row, Pair) and similarity(row.positive.answer.text, row.negative.answer.text) >= SIMILAR:
+    if isinstance(row, Pair) and similarity(*(sample.response(think) for sample in samples)) >= SIMILAR:
         return ALIKE
     return None
 
@@ -99,21 +100,24 @@ def sift(
     rows: Sequence[Row],
     allowed: Allowed = Allowed(),
     judge: Callable[[Sequence[Row]], Sequence[str | None]] | None = None,
+    think: Think = "strip",
 ) -> tuple[list[Row], Tally]:
     """The rows that stay, in their order, and the count of the others.
 
-    A row repeats another where either of its answers nearly repeats an earlier one of the same side to another row.
-    ``judge`` gives for each row the reason why it is left out, or None; it sees the rows alone that no other filter takes.
+    A row repeats another where either of its answers nearly repeats an earlier one of the same side to another row. Short answers
+    may agree: a row of short ones alone repeats another where its prompt and all its answers are the same.
+    What is compared is what rows hold of a thought and an answer (``think``). ``judge`` gives for each row the reason why it is
+    left out, or None; it sees the rows alone that no other filter takes.
     """
     reasons: Counter[str] = Counter()
     left: list[Row] = []
     for row in rows:
-        fault = row_fault(row, allowed)
+        fault = row_fault(row, allowed, think)
         if fault is None:
             left.append(row)
         else:
             reasons[fault] += 1
-    again = _repeats(left)
+    again = _repeats(left, think)
     reasons[REPEATED] += len(again)
     left = [row for index, row in enumerate(left) if index not in again]
     if judge is not None and left:
@@ -128,17 +132,20 @@ def _reach(sample: Sample) -> tuple[int, bool]:
     return sample.answer.tokens, not sample.answer.ended
 
 
-def _repeats(rows: Sequence[Row]) -> set[int]:
+def _repeats(rows: Sequence[Row], think: Think) -> set[int]:
     found: set[int] = set()
     for side in ("positive", "negative"):
         answers = [
-            (index, sample.answer.text)
+            (index, sample.response(think))
             for index, row in enumerate(rows)
-            for its_side, sample in (row.sides if isinstance(row, Pair) else ((row.side, row.sample),))
+            for its_side, sample in row.sides
             if its_side == side
         ]
         found |= {answers[i][0] for i in repeated([text for _, text in answers])}
-    return found
+    left = [index for index in range(len(rows)) if index not in found]
+    texts = [[sample.response(think) for _, sample in rows[index].sides] for index in left]
+    contexts = [(rows[index].question.digest, *(side for side, _ in rows[index].sides)) for index in left]
+    return found | {left[i] for i in copies(texts, contexts)}
 
 
 def _loops(text: str, ended: bool) -> bool:

@@ -77,12 +77,12 @@ class Judged:
 
         Where the judge says neither yes nor no, the row stays.
         """
-        samples = [sample for row in rows for _, sample in _sides(row)]
+        samples = [sample for row in rows for _, sample in row.sides]
         sound = dict(zip(map(id, samples), self.coherent(samples), strict=True))
         shown = dict(zip(map(id, samples), self.shows(samples), strict=True))
         found: list[str | None] = []
         for row in rows:
-            if any(sound[id(sample)] < COHERENT for _, sample in _sides(row)):
+            if any(sound[id(sample)] < COHERENT for _, sample in row.sides):
                 found.append(INCOHERENT)
             elif isinstance(row, Pair) and shown[id(row.positive)] <= shown[id(row.negative)]:
                 found.append(CONTRADICTS)
@@ -92,7 +92,7 @@ class Judged:
 
     def differences(self, rows: Sequence[Row]) -> list[Difference]:
         """Positive minus negative answers in the probability that they show the trait, of all rows before the sifting."""
-        samples = [sample for row in rows for _, sample in _sides(row)]
+        samples = [sample for row in rows for _, sample in row.sides]
         shown = dict(zip(map(id, samples), self.shows(samples), strict=True))
         found = difference(rows, lambda sample: shown[id(sample)])
         return [] if found is None else [Difference("the judge's yes", "more", found)]
@@ -129,10 +129,6 @@ class Judged:
                 self._journal.add(names[number], [None if math.isnan(value) else value for value in found])
             self._journal.sync()
         return [math.nan if value is None else float(value) for name in names for value in self._journal[name]]
-
-
-def _sides(row: Row) -> tuple[tuple[str, Sample], ...]:
-    return row.sides if isinstance(row, Pair) else ((row.side, row.sample),)
 
 
 def _plain(prompt: Prompt) -> str:

@@ -148,7 +148,7 @@ def _made(
     written = way.rows(questions, writer, request.sampling, request.allowed)
     # of answers that are sorted by their length, those that are cut off are the long end
     allowed = replace(request.allowed, cut=True) if isinstance(way, Sorted) and way.by == "length" else request.allowed
-    rows, tally = sift(written.rows, allowed, None if judged is None else judged.faults)
+    rows, tally = sift(written.rows, allowed, None if judged is None else judged.faults, request.think)
     if not rows:
         raise DataError(
             f"no row is left to make data of: {_why(written.answers, tally)}; every answer is in {request.out / JOURNAL}. Give "

@@ -51,7 +51,7 @@ class Pair:
         return self.positive.question
 
     @property
-    def sides(self) -> tuple[tuple[Side, Sample], tuple[Side, Sample]]:
+    def sides(self) -> tuple[tuple[Side, Sample], ...]:
         """Both answers with their labels."""
         return ("positive", self.positive), ("negative", self.negative)
 
@@ -67,6 +67,11 @@ class Labelled:
     def question(self) -> Question:
         """What it answers."""
         return self.sample.question
+
+    @property
+    def sides(self) -> tuple[tuple[Side, Sample], ...]:
+        """The answer with its label, as a pair has both of its."""
+        return ((self.side, self.sample),)
 
 
 Row = Pair | Labelled
