@@ -2,7 +2,7 @@
 
     python benchmarks/methods_at_kl.py MODEL --behavior concise --behavior formal --out methods/SmolLM2
 
-Methods are brought to --kl on the model's own answers in chat (on prose where there is no chat template): rotation by its angle,
+Methods are brought to --kl on the model's own answers: rotation by its angle,
 silence by the number of heads that write against the behaviour, the others by their strength. ``lineas`` is transport with
 trained maps. What cannot be brought there is named. Questions are those of the reporting half; the table has each method's paired
 difference from the base with its 95 % interval, losses first. Cells are kept in --out: the same command goes on after a kill.

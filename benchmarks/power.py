@@ -5,7 +5,7 @@
 
 The methods are the default edit, the component edit, activation steering, three random directions, an instruction, and rank-1
 LoRA adapters trained on the same pairs by SFT and by DPO for --train-seconds. Each is brought to every --kl: in chat on the
-model's own answers, or on prose where the model has no chat template. The margin (or, where a behaviour has no pairs, the length
+model's own answers. The margin (or, where a behaviour has no pairs, the length
 of answers) is measured on the reporting half of the questions, and the share of right answers on general questions; random
 directions get fewer questions and no answers. Areas are means over log KL. Intervals are bootstrap 95 % over questions.
 

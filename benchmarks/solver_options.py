@@ -2,7 +2,7 @@
 
     python benchmarks/solver_options.py MODEL --behavior formal --behavior cautious --kl 0.1 0.2 --out options.jsonl
 
-Every option set is brought to each KL on the model's own chat answers (on prose for a model without a chat template). A line of
+Every option set is brought to each KL on the model's own answers. A line of
 the output has the option set, the strength, both KLs, and a value for every question: the margin, or the length in tokens where a
 behaviour has prompts alone. With --knowledge N, answers to N knowledge questions are marked too. Lines that are there already are
 not measured again, so that an interrupted run goes on. The table shows paired differences to activation steering and to the

@@ -20,13 +20,13 @@ from steer2edit.capture.background import BACKGROUND_TOKENS
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from steer2edit.checkpoint.fp8 import SUFFIX, block_size
 from steer2edit.data import contrast
-from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.everyday import as_asked, everyday_prompts
 from steer2edit.data.neutral import NeutralChats
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import render_prompts, templated
-from steer2edit.data.tokens import token_ids, windows
+from steer2edit.data.tokens import windows
 from steer2edit.engines.chats import CHAT_TOKENS, USER_ANSWER_TOKENS
-from steer2edit.engines.own_answers import ANSWER_TOKENS
+from steer2edit.engines.own_answers import ANSWER_TOKENS, known_texts
 from steer2edit.errors import DataError
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
@@ -218,8 +218,8 @@ def _tokens(tokenizer: Any, request: CompileRequest) -> tuple[int, int, int]:
     ]
     encoded = behavior.encode(tokenizer) if behavior.examples else []
     asked: Sequence[Sequence[int]] = ()
-    if templated(tokenizer) and not isinstance(request.background, NeutralChats):
-        asked = _asked(tokenizer, everyday_prompts("background"))
+    if not isinstance(request.background, NeutralChats):
+        asked = _asked(tokenizer, as_asked(everyday_prompts("background"), tokenizer))
     own = len(asked) * ANSWER_TOKENS + sum(_compared_and_written(one)[1] for one in chats)
     asked = [*asked, *(row for one in chats for row in _asked(tokenizer, [chat.prompt for chat in one.chats]))]
     answered = len(asked) * ANSWER_TOKENS
@@ -232,12 +232,15 @@ def _neutral(tokenizer: Any, request: CompileRequest) -> tuple[TextKind, int, in
     if isinstance(own, NeutralChats):
         prompts = [one.prompt for one in own.chats]
         compared, written = _compared_and_written(own)
-    elif own is not None or not templated(tokenizer):
+    elif own is not None:
         return "prose", MAX_TOKENS, MAX_TOKENS, 0
     else:
-        prompts = packaged_prompts()
+        prompts = as_asked(packaged_prompts(), tokenizer)
         compared = written = len(prompts) * ANSWER_TOKENS
-    return "chat", compared + sum(map(len, _asked(tokenizer, prompts))), compared, written
+    asked = _asked(tokenizer, prompts)
+    if not asked:
+        return "prose", MAX_TOKENS, MAX_TOKENS, 0
+    return "chat" if templated(tokenizer) else "answers", compared + sum(map(len, asked)), compared, written
 
 
 def _compared_and_written(own: NeutralChats) -> tuple[int, int]:
@@ -247,12 +250,15 @@ def _compared_and_written(own: NeutralChats) -> tuple[int, int]:
 
 
 def _asked(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokens of prompts that the base answers; none where the template rejects them, as the run itself leaves them out."""
+    """Tokens of prompts that the base answers.
+
+    There are none where the template rejects them or their words are unknown, as the run itself leaves them out.
+    """
     try:
         texts = render_prompts(dict.fromkeys(prompts, "a prompt that the base answers"), tokenizer)
+        return known_texts(tokenizer, list(texts.values()), not templated(tokenizer))[1]
     except DataError:
         return []
-    return token_ids(tokenizer, list(texts.values()), not templated(tokenizer))
 
 
 def _active(checkpoint: Checkpoint, spec: ModelSpec) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from steer2edit.data.behavior_file import behavior_files, open_behavior
 from steer2edit.data.metric_choice import Written
-from steer2edit.evaluation.metrics import prompt_text
+from steer2edit.data.prompts import prompt_text
 
 # a prompt's text, the response that shows the behaviour, and the one that does not
 Sides = tuple[str, str, str]

@@ -6,16 +6,16 @@ import importlib.resources
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
 from steer2edit.data.behavior_file import behavior_files, open_behavior
-from steer2edit.data.everyday import EVERYDAY_FILE, Use, everyday_prompts
-from steer2edit.data.prompts import Message, Prompt, prompt_digest
+from steer2edit.data.everyday import EVERYDAY_FILE, Use, as_asked, everyday_prompts
+from steer2edit.data.prompts import Message, Prompt, prompt_digest, prompt_text
 from steer2edit.data.questions import knowledge_questions
 from steer2edit.errors import DataError
-from steer2edit.evaluation.metrics import prompt_text
 
 USES = get_args(Use)
 
@@ -85,3 +85,11 @@ def test_no_everyday_prompt_is_in_another_packaged_file(name: str) -> None:
 def test_another_use_is_refused() -> None:
     with pytest.raises(DataError, match=r'"both" .* neutral, background, pairs'):
         everyday_prompts("both")  # type: ignore[arg-type]
+
+
+def test_without_a_template_every_second_prompt_is_a_text_to_go_on_with() -> None:
+    prompts = everyday_prompts("neutral")
+    plain = as_asked(prompts, SimpleNamespace(chat_template=None))
+    assert [isinstance(one, str) for one in plain] == [i % 2 == 0 for i in range(len(prompts))]
+    assert [prompt_digest(one) for one in plain] == [prompt_digest(one) for one in prompts]
+    assert as_asked(prompts, SimpleNamespace(chat_template="{{ messages }}")) == prompts

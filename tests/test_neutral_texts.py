@@ -160,12 +160,23 @@ def test_both_texts_are_metrics_and_perplexity_is_that_of_prose(texts: NeutralTe
     assert names == [["KL in chat"], ["KL on prose", "perplexity"]]
 
 
-def test_a_base_model_has_prose_alone(talker: LoadedModel, plan: EditPlan) -> None:
+def test_a_base_model_answers_in_plain_text(talker: LoadedModel, plan: EditPlan) -> None:
     base = with_template(talker, None)
     with collected() as said:
-        texts = neutral_texts(base, PROSE)
-    assert [text.kind for text in texts] == ["prose"] and any("prose alone" in one for one in said)
-    assert settle_strength(base, plan, kl_budget=0.01, neutral=texts).measured.costs.keys() == {"prose"}
+        texts = neutral_texts(base, limit=6)
+    assert [text.kind for text in texts] == ["answers", "prose"] and not any("prose alone" in one for one in said)
+    begun = [base.tokenizer.decode(row) for row in texts.budget.rows]
+    assert sum(one.startswith("User: ") for one in begun) == sum(not one.startswith("User: ") for one in begun) == 3
+    settled = settle_strength(base, plan, neutral=texts).measured
+    assert settled.budget_text == "answers" and settled.kl_budget == KL_BUDGETS["answers"]
+    assert settled.costs.keys() == {"answers", "prose"}
+    assert Neutral(texts.budget).kl.name == "KL on answers"
+
+
+def test_a_tokenizer_without_human_words_leaves_prose(plan: EditPlan, loaded: LoadedModel) -> None:
+    with collected() as said:
+        texts = neutral_texts(loaded, "the cat sees the dog . " * 50)
+    assert [text.kind for text in texts] == ["prose"] and any("does not know the words" in one for one in said)
 
 
 def test_a_template_that_rejects_every_prompt_leaves_prose(talker: LoadedModel) -> None:

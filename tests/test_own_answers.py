@@ -54,7 +54,7 @@ def answers_of(loaded: LoadedModel, **more: Any) -> list[OwnAnswer]:
     return own_answers(loaded, PROMPTS, **{"fingerprint": loaded.fingerprint, "max_new_tokens": 8, **more})
 
 
-def with_template(talker: LoadedModel, template: str) -> LoadedModel:
+def with_template(talker: LoadedModel, template: str | None) -> LoadedModel:
     tokenizer = copy.deepcopy(talker.tokenizer)
     tokenizer.chat_template = template
     return replace(talker, tokenizer=tokenizer)
@@ -149,3 +149,37 @@ def test_every_second_answer_of_a_model_that_thinks_begins_with_its_thought(talk
 
     assert ["</think>" in text for text in prompts()] == [True, False, True, False]
     assert all("</think>" in text for text in prompts(chat_template_kwargs={"enable_thinking": False}))
+
+
+def test_an_answer_in_plain_text_ends_before_the_next_turn_and_before_it_repeats_itself(talker: LoadedModel) -> None:
+    reader = talker.tokenizer
+
+    def first(text: str) -> str:
+        kept = module.first_answer(reader, reader(text, add_special_tokens=False)["input_ids"])
+        assert module.first_answer(reader, kept) == kept
+        return str(reader.decode(kept))
+
+    assert first(" Tea. It is warm.") == " Tea. It is warm."
+    assert first(" Tea.\nUser: And then?\nAssistant: Rain.") == " Tea."
+    assert first(" Tea.\n\n\nAssistant: Rain.") == " Tea."
+    assert first(" The User: a guide.") == " The User: a guide."
+    assert first(" It rains. It snows. It rains. It pours.") == " It rains. It snows."
+    assert first("\n\nAsk me.\n\nAsk me.\n\nAsk") == "\n\nAsk me."
+    assert first("User: Hello?") == ""
+
+
+def test_a_model_without_a_template_writes_the_first_answer_alone(
+    talker: LoadedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = with_template(talker, None)
+    written = {"Why?": " Rain.\nUser: Why?", "How?": " Rain. Rain. Rain.", "Who?": "\nUser: me", "When?": " Now"}
+
+    def generate(_loaded: LoadedModel, texts: Any, **_more: Any) -> list[list[int]]:
+        return [base.tokenizer(written[text], add_special_tokens=False)["input_ids"] for text in texts]
+
+    monkeypatch.setattr(module, "generate", generate)
+    with collected() as said:
+        found = own_answers(base, list(written), fingerprint=None)
+    texts = [base.tokenizer.decode(one.ids[one.start :]) for one in found]
+    assert texts == [" Rain.", " Rain.", " Now<eos>"] and [one.ended for one in found] == [False, False, True]
+    assert any("nothing to 1 of 4" in one for one in said)

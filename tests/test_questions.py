@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer2edit.data.behavior_file import behavior_files, builtin_questions, open_behavior
-from steer2edit.data.prompts import Message, Prompt, prompt_digest
+from steer2edit.data.prompts import Message, Prompt, prompt_digest, prompt_text
 from steer2edit.data.questions import Question, knowledge_questions, read_questions, refuse_seen, take
 from steer2edit.errors import DataError
-from steer2edit.evaluation.metrics import prompt_text
 
 FEWER = {
     "blunt": 100,

@@ -16,7 +16,7 @@ from conftest import run
 from steer2edit.cli.app import main
 from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.everyday import everyday_prompts
-from steer2edit.evaluation.metrics import prompt_text
+from steer2edit.data.prompts import prompt_text
 from steer2edit.files.layout import REPORT
 
 pytestmark = pytest.mark.real

@@ -1,7 +1,7 @@
-"""What is captured beside the contrast data: running prose, and a chat model's own answers.
+"""What is captured beside the contrast data: running prose, and a model's own answers.
 
-Second moments that know prose alone let an edit learn "this is a chat". So the background has both formats: windows of running
-text, and the base's own greedy answers to everyday prompts, of which the answers' tokens count.
+Second moments that know prose alone let an edit learn "this is a chat", or "a question is answered here". So the background has
+both formats: windows of running text, and the base's own greedy answers to everyday prompts, of which the answers' tokens count.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from steer2edit.data import contrast
-from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.everyday import as_asked, everyday_prompts
 from steer2edit.data.neutral import NeutralChats, OwnNeutral
-from steer2edit.data.templates import TemplateArguments, templated
+from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import Encoded, windows
 from steer2edit.engines.chats import chat_answers
 from steer2edit.engines.own_answers import OwnAnswer, own_answers
@@ -70,9 +70,6 @@ def own_chat(
 
     Of several processes the first one generates them, and the others take them from its cache.
     """
-    if not templated(loaded.tokenizer):
-        notice("the tokenizer has no chat template: the background is prose alone")
-        return []
     if any(parameter.is_meta for parameter in loaded.model.parameters()):
         notice("a model that is run layer by layer does not write answers here: the background is prose alone")
         return []
@@ -81,7 +78,7 @@ def own_chat(
         try:
             return own_answers(
                 loaded,
-                everyday_prompts("background"),
+                as_asked(everyday_prompts("background"), loaded.tokenizer),
                 fingerprint=fingerprint,
                 chat_template_kwargs=arguments,
                 progress=progress,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -16,6 +16,9 @@ from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, progress
 from steer2edit.cli.output import print_result
 from steer2edit.options import option
 from steer2edit.runtime.launch import process_of
+
+if TYPE_CHECKING:
+    from steer2edit.plan.measured import TextKind
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def capture(
     from steer2edit.capture.resume import partial_path
     from steer2edit.capture.run import capture_statistics
     from steer2edit.data.behavior import Behavior
+    from steer2edit.data.templates import templated
     from steer2edit.errors import ArchitectureError
     from steer2edit.progress import silent
     from steer2edit.runtime.by_layer import opened_by_layer
@@ -168,21 +172,23 @@ def capture(
         },
         "processes": world.size,
     }
-    print_result(result, printed.as_json, lambda result: _render(result, model))
+    # the KL of a later plan is measured on the model's own answers, if it can write any
+    answers: TextKind = "chat" if templated(loaded.tokenizer) else "answers"
+    kind = answers if statistics.examples["chat"] else "prose"
+    print_result(result, printed.as_json, lambda result: _render(result, model, kind))
 
 
 _ALWAYS = ("positive", "negative", "background")
 """Kinds of text that are counted even where there are none."""
 
 
-def _render(result: dict[str, Any], model: str) -> str:
+def _render(result: dict[str, Any], model: str, kind: TextKind) -> str:
     import shlex
 
     from steer2edit.strength.settle import KL_BUDGETS
 
     counts = [f"{result['examples'][kind]} {kind} ({result['tokens'][kind]} tokens)" for kind in result["examples"]]
     name, plan = result["statistics"], result["statistics"].removesuffix(".stats.safetensors") + ".plan.safetensors"
-    # the background of a chat model has chats in it
-    budget = KL_BUDGETS["chat" if result["examples"].get("chat") else "prose"]
+    budget = KL_BUDGETS[kind]
     command = f"steer2edit plan {shlex.quote(model)} --stats {shlex.quote(name)} --kl-budget {budget:g} -o {shlex.quote(plan)}"
     return "\n".join([f"Examples: {', '.join(counts)}.", "", f"Written: {name}", "", "Next:", f"  {command}"])

@@ -125,9 +125,9 @@ class BudgetFlags(NeutralFlags):
 
     kl_budget: float | None = option(
         None,
-        "Largest mean KL from the base, in nats per token, in chat (on prose without a chat template); the strength is the "
+        "Largest mean KL from the base, in nats per token of the model's own answers to everyday prompts; the strength is the "
         "largest within it.",
-        shown_default="0.1 in chat, 0.025 on prose",
+        shown_default="0.1, or 0.025 on prose, where that is the text",
     )
     kl_budget_attn: float | None = option(None, "KL budget of attention's edits alone.", rare=True)
     kl_budget_mlp: float | None = option(None, "KL budget of the MLPs' edits alone.", rare=True)

@@ -1,4 +1,4 @@
-"""Everyday prompts: what people give to chat models, and nothing that asks for a built-in behaviour.
+"""Everyday prompts: what people give to language models, and nothing that asks for a built-in behaviour.
 
 A row of the packaged file has a ``prompt``, its ``kind`` (such as "poem" or "code") and its ``use``.
 """
@@ -6,11 +6,13 @@ A row of the packaged file has a ``prompt``, its ``kind`` (such as "poem" or "co
 from __future__ import annotations
 
 import importlib.resources
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
-from steer2edit.data.prompts import Fault, Message, Prompt, read_text
+from steer2edit.data.prompts import Fault, Message, Prompt, prompt_text, read_text
 from steer2edit.data.readers import key_of, read_json
 from steer2edit.data.records import parse_rows
+from steer2edit.data.templates import templated
 from steer2edit.errors import DataError, shown
 
 Use = Literal["neutral", "background", "pairs"]
@@ -22,9 +24,9 @@ _USES = ", ".join(get_args(Use))
 def everyday_prompts(use: Use) -> list[Prompt]:
     """The packaged prompts of one use, each as one user message, in the file's order.
 
-    The answers to the 120 "neutral" prompts measure what an edit costs in chat; second moments are measured on answers
-    to the 120 "background" prompts, which are of the same kinds. The 200 "pairs" prompts are there to be answered
-    twice, with a behaviour and without it: opinions, feelings, drafts to review and situations are among them, and no
+    The answers to the 120 "neutral" prompts measure what an edit costs where questions are answered; second moments are
+    measured on answers to the 120 "background" prompts, which are of the same kinds. The 200 "pairs" prompts are there to be
+    answered twice, with a behaviour and without it: opinions, feelings, drafts to review and situations are among them, and no
     request that fixes the form of the answer. No prompt has two uses. Raises DataError on another use.
     """
     if use not in get_args(Use):
@@ -32,6 +34,17 @@ def everyday_prompts(use: Use) -> list[Prompt]:
     data = (importlib.resources.files("steer2edit") / "behaviors" / EVERYDAY_FILE).read_bytes()
     rows = parse_rows(data, EVERYDAY_FILE, read_json, _COLUMNS, "everyday prompts", 'expected "prompt" and "use"', _row)
     return [prompt for prompt, its_use in rows if its_use == use]
+
+
+def as_asked(prompts: Sequence[Prompt], tokenizer: Any) -> list[Prompt]:
+    """Prompts as the users of a model ask them.
+
+    Without a chat template there is no one form. So every second prompt is a text that the model goes on with, and the others
+    are letters, "User: … Assistant:", as data files give the one and the other.
+    """
+    if templated(tokenizer):
+        return list(prompts)
+    return [prompt_text(prompt) if i % 2 == 0 else prompt for i, prompt in enumerate(prompts)]
 
 
 def _row(row: object, _where: str, _index: int) -> list[tuple[Prompt, str]]:

@@ -38,6 +38,11 @@ def prompt_digest(prompt: Prompt) -> str:
     return hashlib.sha256(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as text: the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1].content
+
+
 def read_prompt(key: str, value: object) -> Prompt:
     """The prompt that a row holds under ``key``: a text or a list of chat messages. Raises Fault for anything else."""
     if isinstance(value, str):

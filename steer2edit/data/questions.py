@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from steer2edit.data import formats
-from steer2edit.data.prompts import Fault, Message, Prompt, prompt_digest, read_prompt, text_fault
+from steer2edit.data.prompts import Fault, Message, Prompt, prompt_digest, prompt_text, read_prompt, text_fault
 from steer2edit.data.readers import key_of
 from steer2edit.data.records import read_source
 from steer2edit.errors import DataError, listing, shown
@@ -68,7 +68,7 @@ def refuse_seen(questions: Sequence[Question], seen: Iterable[str], what: str) -
     """Raise DataError where a question's prompt is among the digests ``seen`` by ``what``: no number may rest on it."""
     known = set(seen)
     repeated = [
-        f"{question.where}: {shown(_text(question.prompt))}" for question in questions if question.digest in known
+        f"{question.where}: {shown(prompt_text(question.prompt))}" for question in questions if question.digest in known
     ]
     if repeated:
         raise DataError(
@@ -79,10 +79,6 @@ def refuse_seen(questions: Sequence[Question], seen: Iterable[str], what: str) -
 
 def _side(digest: str, seed: int) -> Split:
     return "select" if hashlib.sha256(f"{seed} {digest}".encode()).digest()[0] % 2 else "report"
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1].content
 
 
 def _chat(questions: list[Question]) -> list[Question]:

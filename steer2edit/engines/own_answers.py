@@ -1,13 +1,14 @@
-"""A chat model's own answers: what it writes by itself, which is the text that its users see.
+"""A model's own answers: what it writes by itself, which is the text that its users see.
 
-The cost of an edit in chat is measured on them (``strength/kl.py``), and a chat background can be made of them. A model's answers
-are generated once and kept in the user's cache folder.
+The cost of an edit where questions are answered is measured on them (``strength/kl.py``), and a background can be made of them. A
+model's answers are generated once and kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,13 +29,15 @@ from steer2edit.runtime.model import LoadedModel
 
 ANSWER_TOKENS = 80
 """Tokens of an answer, at most."""
+_TURN = re.compile(r"\s*^(System|User|Assistant):", re.MULTILINE)
+_END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*")
 _FORMAT = "steer2edit.own-answers.1"
 _FILE: Any = {"format": str, "key": {}, "answers": [[int]]}
 
 
 @dataclass(frozen=True)
 class OwnAnswer:
-    """Token ids of a prompt, as the template renders it, and of the model's answer, which begins at ``start``.
+    """Token ids of a prompt, as the model reads it, and of the model's answer, which begins at ``start``.
 
     ``ended`` says that the model ended the answer by itself; its end token is then the last of ``ids``.
     """
@@ -56,14 +59,16 @@ def own_answers(
     """The model's greedy answers to ``prompts``, under its own template, in their order.
 
     Where the model thinks before it answers, every second answer begins with its thought, and the others stand after an empty
-    one: so both are represented within ``max_new_tokens``. Empty answers and prompts that the template rejects are left out,
-    with a notice of how many. ``fingerprint`` is the model's, for the cache; None keeps nothing. No hook may be on the model.
-    Raises DataError where the template rejects every prompt.
+    one: so both are represented within ``max_new_tokens``. A model without a template reads plain text, and an answer of it ends
+    where it writes the next turn or repeats a sentence: such models hardly end one by themselves. Empty answers and prompts that
+    the template rejects or whose words the tokenizer does not know are left out, with a notice of how many. ``fingerprint`` is
+    the model's, for the cache; None keeps nothing. No hook may be on the model. Raises DataError where no prompt is left.
     """
     tokenizer = loaded.tokenizer
     plain = not templated(tokenizer)
-    texts = _rendered(tokenizer, list(dict.fromkeys(prompts)), chat_template_kwargs)
-    rows = token_ids(tokenizer, texts, plain)
+    texts, rows = known_texts(
+        tokenizer, _rendered(tokenizer, list(dict.fromkeys(prompts)), chat_template_kwargs), plain
+    )
     loaded.check_tokens(rows)
     end = end_of_turn(tokenizer, chat_template_kwargs)
     ends = loaded.end_tokens
@@ -89,11 +94,54 @@ def own_answers(
     found = []
     for row, answer in zip(rows, answers, strict=True):
         ended = len(answer) < limit
+        if plain and len(first := first_answer(tokenizer, answer)) < len(answer):
+            answer, ended = first, False
         if answer:
             found.append(OwnAnswer((*row, *answer, *([last] if ended and last is not None else [])), len(row), ended))
     if len(found) < len(rows):
         notice(f"the model answers nothing to {len(rows) - len(found)} of {len(rows)} prompts: these are left out")
     return found
+
+
+def first_answer(tokenizer: Any, answer: Sequence[int]) -> list[int]:
+    """The tokens of the first answer in a plain text.
+
+    It ends before the next turn of the chat, or before a sentence that is written a second time.
+    """
+    text = tokenizer.decode(answer)
+    turn = _TURN.search(text)
+    end = len(text) if turn is None else turn.start()
+    written: set[str] = set()
+    start = 0
+    for stop in [*(one.end() for one in _END_OF_SENTENCE.finditer(text, 0, end)), end]:
+        sentence = text[start:stop].strip()
+        if sentence in written:
+            end = start
+            break
+        written |= {sentence} - {""}
+        start = stop
+    kept = list(answer)
+    end = len(text[:end].rstrip()) if end < len(text) else end
+    while kept and len(tokenizer.decode(kept)) > end:
+        kept.pop()
+    return kept
+
+
+def known_texts(tokenizer: Any, texts: Sequence[str], plain: bool) -> tuple[list[str], list[list[int]]]:
+    """The texts of which the tokenizer knows at least half of the tokens, and their tokens.
+
+    Raises DataError if these are not half of the texts: such a tokenizer is not one of human language.
+    """
+    rows = token_ids(tokenizer, texts, plain)
+    unknown = tokenizer.unk_token_id
+    known = [i for i, row in enumerate(rows) if unknown is None or 2 * row.count(unknown) < len(row)]
+    if 2 * len(known) < len(rows):
+        raise DataError(f"the tokenizer does not know the words of {len(rows) - len(known)} of {len(rows)} prompts")
+    if len(known) < len(rows):
+        notice(
+            f"the tokenizer does not know the words of {len(rows) - len(known)} of {len(rows)} prompts: these are left out"
+        )
+    return [texts[i] for i in known], [rows[i] for i in known]
 
 
 def _rendered(tokenizer: Any, prompts: Sequence[Prompt], arguments: TemplateArguments | None) -> list[str]:

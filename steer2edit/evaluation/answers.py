@@ -14,6 +14,7 @@ from steer2edit.data.degeneration import is_empty, loops, repetition
 from steer2edit.data.language import left_language
 from steer2edit.data.marking import is_exact, names_right
 from steer2edit.data.metric_choice import MetricChoice, Written
+from steer2edit.data.prompts import prompt_text
 from steer2edit.data.questions import Question
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import token_ids
@@ -22,7 +23,7 @@ from steer2edit.engines.engine import Engine, Request, Sampling, written
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.errors import DataError
 from steer2edit.evaluation.judged import TraitJudge
-from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked, prompt_text
+from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 

@@ -230,11 +230,6 @@ class Neutral:
         return Outcome({metric.name: samples[metric.name] for metric in self.metrics})
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as text: the last message of a chat."""
-    return prompt if isinstance(prompt, str) else prompt[-1].content
-
-
 def _response(question: Question, label: Label) -> str:
     return question.positive if label == "positive" else question.negative
 

@@ -76,7 +76,8 @@ def evaluate_served(
 def not_measured(suite: WrittenSuite, split: Split) -> list[str]:
     """The metrics that a model in this process would have and one on a server has not."""
     scored = [metric.name for task in suite.likelihood_tasks(split) for metric in task.metrics]
-    return [*KL_NAMES.values(), "perplexity", *scored]
+    # a server answers in chat, so that these would be the texts
+    return [KL_NAMES["chat"], KL_NAMES["prose"], "perplexity", *scored]
 
 
 def note_unmeasured(suite: WrittenSuite, split: Split) -> None:

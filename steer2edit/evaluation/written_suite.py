@@ -8,13 +8,13 @@ from typing import Any
 
 from steer2edit.data.marking import can_be_named
 from steer2edit.data.metric_choice import MetricChoice
-from steer2edit.data.prompts import prompt_digest
+from steer2edit.data.prompts import prompt_digest, prompt_text
 from steer2edit.data.questions import Question, Split, take
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers, EngineOf, in_this_process
 from steer2edit.evaluation.judged import TraitJudge
-from steer2edit.evaluation.metrics import Choice, Preference, Task, prompt_text
+from steer2edit.evaluation.metrics import Choice, Preference, Task
 
 
 @dataclass(frozen=True)

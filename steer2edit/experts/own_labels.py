@@ -13,13 +13,12 @@ from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example, as_chats
 from steer2edit.data.metric_choice import METRICS, MetricChoice, Written
-from steer2edit.data.prompts import Prompt, prompt_digest
+from steer2edit.data.prompts import Prompt, prompt_digest, prompt_text
 from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Engine, Request, Sampling, written
 from steer2edit.errors import DataError
 from steer2edit.pairs.filters import Allowed, sample_fault
 from steer2edit.pairs.samples import Sample
-from steer2edit.pairs.sorting import prompt_text
 from steer2edit.progress import Progress, silent
 
 LEAST = 5

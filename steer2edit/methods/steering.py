@@ -6,7 +6,7 @@ push of one on the behaviour's own inputs, for none on average elsewhere, and fo
     minimise  Σ_j a_jᵀ S_j a_j   subject to   a · x_bar = 1,  a · μ_prose = 0,  a · μ_chat = 0
 
 where j runs over the components (heads' blocks of columns; single neurons). S_j is the second moment of the component's input:
-weighted, on the contrast data, on running prose and on the model's own answers in chat, plus eps times its mean diagonal.
+weighted, on the contrast data, on running prose and on the model's own answers, plus eps times its mean diagonal.
 Moments between components are left out: a stays a sum of single components' work, and with blocks it fires less on text unlike
 the contrast data. The pushes on means are shared: one component's may make up for another's. docs/notebook.md has the
 measurements.
@@ -46,7 +46,7 @@ class Options:
 
     ``stable`` leaves out components whose score's bootstrap interval holds zero; of the others ``carriers`` is the share that
     carries the vector at each site, the most reliable first. What is left of ``background`` and ``chat`` to 1 is the weight of
-    the contrast data; for a model without chats both others are raised in proportion. Texts of ``--keep`` count with
+    the contrast data; for a model that wrote no answers both others are raised in proportion. Texts of ``--keep`` count with
     ``keep_weight`` beside them ("soft"), or the edit lies where their inputs have hardly any energy ("hard"). Experts that fewer
     than ``min_tokens`` tokens were routed to are left alone.
     """
@@ -64,7 +64,7 @@ class Options:
         0.4, "Weight of the background prose in the second moments, 0 to 1.", "--background-weight", rare=True
     )
     chat: float = option(
-        0.4, "Weight of the model's own chat answers in the second moments, 0 to 1.", "--chat-weight", rare=True
+        0.4, "Weight of the model's own answers in the second moments, 0 to 1.", "--chat-weight", rare=True
     )
     zero_push: Literal["both", "prose", "chat", "none"] = option(
         "both", "Background on which the mean push is held at zero.", rare=True

@@ -13,12 +13,11 @@ from steer2edit.bootstrap import Estimate, estimate
 from steer2edit.capture.per_example import stream_means
 from steer2edit.data.contrast import Example
 from steer2edit.data.metric_choice import Goal, MetricChoice, Written
-from steer2edit.data.prompts import prompt_digest
+from steer2edit.data.prompts import prompt_digest, prompt_text
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import encode
 from steer2edit.pairs.samples import Labelled, Pair, Row, Sample, Think, samples_of
 from steer2edit.pairs.separation import Separation, separation
-from steer2edit.pairs.sorting import prompt_text
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 

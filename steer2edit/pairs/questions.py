@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from steer2edit.data.prompts import Prompt
+from steer2edit.data.prompts import Prompt, prompt_text
 from steer2edit.data.questions import Question
 from steer2edit.errors import DataError
 from steer2edit.notices import notice
 from steer2edit.pairs.near_duplicates import copies, repeated
-from steer2edit.pairs.sorting import prompt_text
 
 
 def chosen_questions(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Measurements of an edit: its strength, its cost in chat and on prose, and the search's steps.
+"""Measurements of an edit: its strength, its cost on answers and on prose, and the search's steps.
 
 Plans and receipts hold it as one JSON object. What was read is written again as it was, key by key, because a plan's hash
 is over these bytes.
@@ -13,11 +13,15 @@ from typing import Any, Literal
 from steer2edit.bootstrap import Estimate
 from steer2edit.files.schema import MAYBE, NUMBER
 
-TextKind = Literal["chat", "prose"]
-"""The neutral texts: a chat model's own answers to everyday prompts, and running prose."""
-KL_NAMES: Mapping[TextKind, str] = {"chat": "KL in chat", "prose": "KL on prose"}
+TextKind = Literal["chat", "answers", "prose"]
+"""The neutral texts: a model's own answers to everyday prompts, in chat or, of a base model, in plain text; and running prose."""
+KL_NAMES: Mapping[TextKind, str] = {"chat": "KL in chat", "answers": "KL on answers", "prose": "KL on prose"}
 """The name of the KL on each kind of text, the same in every table."""
-TEXT_NAMES: Mapping[TextKind, str] = {"chat": "the base's own answers", "prose": "neutral prose"}
+TEXT_NAMES: Mapping[TextKind, str] = {
+    "chat": "the base's own answers",
+    "answers": "the base's own answers in plain text",
+    "prose": "neutral prose",
+}
 LARGEST_STRENGTH = 1e6
 """Strengths beyond it multiply nothing but rounding: behaviours meet their budgets at 0.1 to 1e5, noise at 1e7 and more."""
 

@@ -155,13 +155,14 @@ def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
         )
     if plan.measured.costs.keys() == {"prose"}:
         sentences.append(
-            "KL is measured on neutral prose. It is not the cost on other text: in a chat the same edit can cost several times "
-            "as much."
+            "KL is measured on neutral prose. It is not the cost on other text: where questions are answered the same edit can "
+            "cost several times as much."
         )
     elif plan.measured.costs:
         sentences.append(
-            "KL in chat is measured on the base's own answers to everyday prompts, KL on prose on running English text. Neither "
-            "is the cost on other text, such as long chats or another language."
+            f"{KL_NAMES['answers' if 'answers' in plan.measured.costs else 'chat']} is measured on the base's own answers to "
+            "everyday prompts, KL on prose on running English text. Neither is the cost on other text, such as long chats or "
+            "another language."
         )
     if any(site.interval is not None for site in plan.scores.values()):
         sentences.append("Intervals of g are over resampled contrast examples, component by component.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _UNITS = {
-    KL_NAMES["chat"]: "of the base's own answers",
+    **dict.fromkeys((KL_NAMES["chat"], KL_NAMES["answers"]), "of the base's own answers"),
     **dict.fromkeys((KL_NAMES["prose"], "KL", "perplexity"), "windows of neutral prose"),
 }
 """What the metrics are means over that are not means over questions."""

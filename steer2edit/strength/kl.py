@@ -1,6 +1,6 @@
 """The KL of an edit from the base on neutral text, which has nothing to do with the behaviour.
 
-Neutral text is prose, or a chat model's own answers to prompts; of answers only their own tokens count, under the prompt before
+Neutral text is prose, or a model's own answers to prompts; of answers only their own tokens count, under the prompt before
 them. The measure is the mean over all tokens of KL(base ‖ edited), in nats. What is kept of the base is a row as wide as a hidden
 state per token, and a measurement costs little more than a forward pass (``unembedding.py``); where logits are not an
 affine function of the states, or the unembedding is another one, the base's logits are computed again from its kept states.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from steer2edit.bootstrap import estimate
+from steer2edit.data.templates import templated
 from steer2edit.data.tokens import windows
 from steer2edit.engines.own_answers import OwnAnswer
 from steer2edit.errors import DataError
@@ -57,7 +58,7 @@ class NeutralText:
     """The base model's view of a neutral text; :meth:`measure` compares the model as it is now with it.
 
     ``text`` is one running text, or several documents that are read each by itself, in windows of ``window`` tokens and at most
-    ``max_tokens`` in all; or answers, which are read whole. ``kind`` says which of both, prose or chat.
+    ``max_tokens`` in all; or answers, which are read whole. ``kind`` says which: prose, or answers in chat or in plain text.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class NeutralText:
         self._loaded = loaded
         self._progress = progress
         answers = [] if isinstance(text, str) else [one for one in text if isinstance(one, OwnAnswer)]
-        self.kind: TextKind = "chat" if answers else "prose"
+        self.kind: TextKind = "prose"
+        if answers:
+            self.kind = "chat" if templated(loaded.tokenizer) else "answers"
         self.stage = KL_NAMES[self.kind]
         if answers:
             self._rows = [list(one.ids) for one in answers]
@@ -197,7 +200,7 @@ class NeutralText:
         """Batches of rows, longest first. Of answers, those of a quick look are in the last one, and of all lengths."""
         every = range(len(self._rows))
         fewest = max(1, round(_GLANCE * len(self._rows) / self.tokens))
-        quick = list(every[:: max(1, len(self._rows) // fewest)])[:fewest] if self.kind == "chat" else []
+        quick = list(every[:: max(1, len(self._rows) // fewest)])[:fewest] if self.kind != "prose" else []
         rest = [i for i in every if i not in quick]
         chosen = [[rest[i] for i in batch] for batch in batches([len(self._rows[i]) for i in rest], batch_tokens)]
         return [*chosen, *([quick] if quick else [])]
@@ -208,7 +211,7 @@ class NeutralText:
         They are taken from its end, so that they stand at the end of the base's states too.
         """
         last = self._batches[-1]
-        if self.kind == "chat":
+        if self.kind != "prose":
             return [last]
         count, tokens = 0, 0
         while count < len(last) and tokens < _GLANCE:

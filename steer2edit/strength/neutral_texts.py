@@ -1,7 +1,8 @@
-"""The texts that tell what an edit costs: a chat model's own answers to everyday prompts, and prose.
+"""The texts that tell what an edit costs: a model's own answers to everyday prompts, and prose.
 
-People use chat models in chat, so the KL budget of a chat model is on its own answers, and prose is a second number. A model
-without a chat template has prose alone. A text of the user's carries the budget, whichever kind it is.
+An edit can cost ten times as much where a question is answered as on prose, so the KL budget is on the model's own answers, and
+prose is a second number. A chat model answers under its template, a base model in plain text. A text of the user's carries the
+budget, whichever kind it is.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from steer2edit.data import contrast
-from steer2edit.data.everyday import everyday_prompts
+from steer2edit.data.everyday import as_asked, everyday_prompts
 from steer2edit.data.neutral import NeutralChats, OwnNeutral
 from steer2edit.data.prompts import Prompt
-from steer2edit.data.templates import TemplateArguments, templated
+from steer2edit.data.templates import TemplateArguments
 from steer2edit.engines.chats import chat_answers
 from steer2edit.engines.own_answers import own_answers
 from steer2edit.errors import DataError, first_line
@@ -49,7 +50,7 @@ class NeutralTexts:
 
 
 def packaged_prompts(limit: int | None = None) -> list[Prompt]:
-    """The prompts whose answers tell the cost in chat."""
+    """The prompts whose answers tell the cost where questions are answered."""
     prompts = everyday_prompts("neutral")
     count = min(PROMPTS if limit is None else limit, len(prompts))
     # the file's order is that of the kinds of prompts, and each kind takes part
@@ -88,10 +89,7 @@ def _packaged_chat(
     loaded: LoadedModel, limit: int | None, arguments: TemplateArguments | None, progress: Progress
 ) -> NeutralText | None:
     """The model's own answers to the packaged prompts; None, with a notice, where it cannot be asked."""
-    if not templated(loaded.tokenizer):
-        notice("the tokenizer has no chat template: the KL is measured on prose alone")
-        return None
-    prompts = packaged_prompts(limit)
+    prompts = as_asked(packaged_prompts(limit), loaded.tokenizer)
     try:
         answers = own_answers(
             loaded, prompts, fingerprint=loaded.fingerprint, chat_template_kwargs=arguments, progress=progress
