@@ -36,7 +36,7 @@ class Api:
     owner: str = "vllm"
     message: Callable[[dict[str, Any]], dict[str, Any]] = echoed
     finish: str = "stop"
-    top: list[tuple[str, float]] | None = None
+    top: list[tuple[str, float]] | Callable[[dict[str, Any]], list[tuple[str, float]]] | None = None
     usage: dict[str, Any] | None = field(default_factory=lambda: {"completion_tokens": 7})
     fault: Callable[[int], tuple[int, dict[str, str], bytes] | None] = lambda number: None
     seconds: float = 0.0
@@ -125,7 +125,8 @@ def served(api: Api) -> Iterator[Api]:
             finish, used = message.pop("finish_reason", api.finish), message.pop("usage", api.usage)
             choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": finish}
             if body.get("logprobs") and api.top is not None:
-                top = [{"token": token, "logprob": value} for token, value in api.top]
+                likeliest = api.top(body) if callable(api.top) else api.top
+                top = [{"token": token, "logprob": value} for token, value in likeliest]
                 choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
             usage = {} if used is None else {"usage": used}
             self.reply(200, {"id": "1", "object": "chat.completion", "choices": [choice], **usage})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 from conftest import load_talker, run
 from loopback_api import Api, serving
 
+from steer2edit.engines.agreement import labelled_answers
 from steer2edit.engines.engine import Request, Sampling, written
+from steer2edit.engines.judge import coherence_request, trait_request
+from steer2edit.engines.server_client import ServerClient
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.runtime.model import LoadedModel
@@ -211,3 +215,114 @@ def test_two_system_messages_are_refused(serve: Callable[..., Api], folder: Path
     result = run("eval", folder, "--server", api.url, "--eval", path, "--system", "Be brief.", "--utility", "none")
     assert result.exit_code == 2 and "has a system message of its own" in " ".join(result.stderr.split())
     assert "chats.jsonl" in result.stderr and not api.asked
+
+
+# killed runs
+
+
+def compared(out: Path) -> dict[str, Any]:
+    """All that an evaluation's file says, but for the seconds that it took."""
+    found: dict[str, Any] = json.loads(out.read_text())
+    for row in found["rows"]:
+        row.pop("seconds")
+    return found
+
+
+def judging(body: dict[str, Any]) -> list[tuple[str, float]]:
+    """Yes to what people labelled so, and to what the model blunt wrote."""
+    asked = body["messages"][-1]["content"]
+    good = {
+        request.prompt
+        for one in labelled_answers()
+        for request, label in (
+            (trait_request(one.trait, one.prompt, one.answer), one.shows),
+            (coherence_request(one.prompt, one.answer), one.coherent),
+        )
+        if label
+    }
+    return [("Yes" if asked in good or "blunt" in asked else "No", -0.1), ("I", -3.0)]
+
+
+@pytest.mark.parametrize(("judge", "counts"), [((), True), (("--judge", "self", "--rubric", "It is short."), False)])
+def test_an_evaluation_that_is_killed_twice_is_that_of_an_unbroken_run(
+    serve: Callable[..., Api],
+    folder: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    judge: tuple[str, ...],
+    counts: bool,
+) -> None:
+    usage = {"completion_tokens": 7} if counts else None
+    api = serve(models=["plain", "blunt"], message=word, usage=usage, top=judging)
+    asked = ("--eval", questions, "--server", api.url, "--server-model", "plain", "--served", "blunt", *judge)
+    asked = (*asked, "--requests", "2")
+    whole = tmp_path / "whole.json"
+    names = {metric["name"] for metric in result_of(folder, *asked, "-o", whole)["metrics"]}
+    assert ({"judged", "coherent"} <= names) == bool(judge)
+    unbroken, api.asked[:] = len(api.asked), []
+    out, journal = tmp_path / "broken.json", tmp_path / "broken.json.journal.jsonl"
+    each = ServerClient.each
+
+    def killed(client: ServerClient, work: Any, items: Any) -> Iterator[tuple[int, Any]]:
+        with closing(each(client, work, items)) as answers:
+            for found in answers:
+                if len(api.asked) > unbroken // 2:
+                    raise KeyboardInterrupt
+                yield found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerClient, "each", killed)
+        assert run("eval", folder, *asked, *SMALL, "-o", out).exit_code == 1
+    assert journal.exists() and not out.exists()
+    # then the server itself fails for good
+    seen = len(api.asked)
+    api.fault = lambda number: (400, {}, b'{"error": {"message": "no more"}}') if number == seen + 5 else None
+    failed = run("eval", folder, *asked, *SMALL, "-o", out)
+    assert failed.exit_code == 2 and "no more" in failed.stderr and "which are not asked for again" in failed.stderr
+    # the last line may be half written
+    with journal.open("ab") as file:
+        file.write(b'{"key": "12')
+    api.fault = lambda number: None
+    result_of(folder, *asked, "-o", out)
+    assert compared(out) == compared(whole)
+    # each kill lost what was under way or not yet written down: of a judge, a batch of 32 at most
+    assert len(api.asked) <= unbroken + 2 * (6 + 32 * bool(judge))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "whole.json"]
+
+
+def test_what_is_served_later_is_asked_anew_and_other_settings_take_up_the_answers(
+    serve: Callable[..., Api], folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = serve(models=["plain", "blunt"], message=word)
+    asked = ("--eval", questions, "--server", api.url, "--server-model", "plain", "--limit", "4")
+    out = tmp_path / "one.json"
+    result_of(folder, *asked, "-o", out)
+    result_of(folder, *asked, "-o", out, "--force")
+    assert len(api.asked) == 2 * 4
+    # a run that fails leaves its answers to one with another candidate
+    api.fault = lambda number: (400, {}, b"{}") if number == 8 + 6 else None
+    assert (
+        run("eval", folder, *asked, *SMALL, "--served", "blunt", "--requests", "1", "-o", out, "--force").exit_code == 2
+    )
+    api.fault = lambda number: None
+    result_of(folder, *asked, "-o", out, "--force", "--told", "Be brief.")
+    asked_plain = [body for body in api.asked if body["model"] == "plain"]
+    assert len([body for body in asked_plain if body["messages"][0]["role"] == "user"]) == 3 * 4
+    assert len(asked_plain) == 4 * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_a_file_in_the_journals_place_is_left_alone_and_a_run_that_asks_nothing_leaves_none(
+    folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    asked = ("--eval", questions, "--server", "http://127.0.0.1:9", "-o", tmp_path / "x.json")
+    assert run("eval", folder, *asked).exit_code == 2
+    assert not list(tmp_path.iterdir())
+    mine = tmp_path / "x.json.journal.jsonl"
+    mine.write_text("mine\n")
+    result = run("eval", folder, *asked)
+    assert result.exit_code == 2 and "is not a journal of steer2edit: give -o another file" in " ".join(
+        result.stderr.split()
+    )
+    assert mine.read_text() == "mine\n"

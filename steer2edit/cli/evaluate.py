@@ -14,7 +14,7 @@ from steer2edit.cli.evaluate_flags import BaselineFlags, EvaluationOut, HowFlags
 from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, find_plan, numbers, progress_bar
 from steer2edit.cli.output import print_result
-from steer2edit.cli.served import check_served, served_evaluation
+from steer2edit.cli.served import check_served, kept_answers, served_evaluation
 from steer2edit.cli.suite import SuiteFlags, scoring_of
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def evaluate(
     replacing.check(output.out, "evaluation")
     if how.server:
         check_served(candidates, stats, asked, judged, compared, how, model_flags)
-        _print(served_evaluation(model, data, asked, judged, compared, how, model_flags), output, printed)
+        with kept_answers(output.out) as journal:
+            found = served_evaluation(model, data, asked, judged, compared, how, model_flags, journal)
+            _print(found, output, printed)
         return
     strengths = numbers(compared.strengths, "--strengths")
     checkpoint, spec = model_flags.open(model)

@@ -16,6 +16,8 @@ from steer2edit.cli.options import progress_bar
 from steer2edit.options import option
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from steer2edit.cli.data_options import DataFlags
     from steer2edit.cli.options import ModelFlags
     from steer2edit.engines.engine import Engine
@@ -85,20 +87,25 @@ class JudgeFlags(JudgeNameFlags, AskingFlags):
         return JudgeChoice(self.judge, self.rubric or traits[0], self.judge_model, **self.asked())
 
     def suite(
-        self, suite: Questions, choice: JudgeChoice | None, data: DataFlags, own: Engine, model: ModelFlags
+        self,
+        suite: Questions,
+        choice: JudgeChoice | None,
+        data: DataFlags,
+        own: Engine,
+        model: ModelFlags,
+        kept: Callable[[Engine], Engine] = lambda engine: engine,
     ) -> Questions:
         """The suite with its judge, tried on the contrast data where there are any.
 
-        The judge "self" is the model's ``own`` engine.
+        The judge "self" is the model's ``own`` engine; ``kept`` makes of another one that which is asked.
         """
         from steer2edit.evaluation.judged import TraitJudge
 
         if choice is None:
             return suite
         examples = data.read_behavior().examples if data.any else ()
-        return replace(
-            suite, judge=TraitJudge(choice.open(own, model.runtime(), examples, progress_bar()), choice.trait)
-        )
+        judge = choice.open(own, model.runtime(), examples, progress_bar(), kept)
+        return replace(suite, judge=TraitJudge(judge, choice.trait))
 
 
 def _trait_of(source: object) -> str:

@@ -5,6 +5,7 @@ Heavy imports happen inside the functions, so that ``--help`` stays fast.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,19 @@ from steer2edit.cli.options import ModelFlags, progress_bar
 from steer2edit.cli.suite import SuiteFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from steer2edit.engines.server_client import ServerClient
     from steer2edit.evaluation.evaluate import Evaluation
     from steer2edit.evaluation.served import ServedModel
+    from steer2edit.pairs.journal import Journal
 
 _TOKENIZER = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
 """Of a model on the Hub these files alone are fetched, and no weights."""
 _TAKEN = ("base", "instruction")
+_JOURNAL = ".journal.jsonl"
+"""The end of the name of the file with the answers so far, beside that of the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,29 @@ def served_evaluation(
     compared: BaselineFlags,
     how: HowFlags,
     model_flags: ModelFlags,
+    journal: Journal | None,
 ) -> Evaluation:
-    """Measure the base that the server serves, and what --served names. Of MODEL the tokenizer alone is read."""
+    """Measure the base that the server serves, and what --served names. Of MODEL the tokenizer alone is read.
+
+    Answers go through the ``journal``, if there is one.
+    """
     from pathlib import Path
 
     from steer2edit.data.templates import check_arguments
     from steer2edit.data.tokens import token_ids
     from steer2edit.engines.server_client import ServerClient
     from steer2edit.engines.server_engine import ServerEngine
-    from steer2edit.evaluation.served import ServedModel, evaluate_served, note_unmeasured, with_instruction
+    from steer2edit.evaluation.served import (
+        CountingEngine,
+        KeptServer,
+        ServedModel,
+        evaluate_served,
+        note_unmeasured,
+        with_instruction,
+    )
     from steer2edit.notices import notice
+    from steer2edit.pairs.kept_engine import KeptEngine
+    from steer2edit.pairs.writing import BATCH
 
     questions = asked.read_questions(data)
     check_arguments(data.template_arguments)
@@ -129,22 +147,68 @@ def served_evaluation(
             flag=flag,
         )
 
+    def kept(one: ServerEngine) -> CountingEngine:
+        return one if journal is None else KeptServer(one, journal)
+
     assert how.url is not None
-    base = engine(how.url, how.server_model, "--server-model", bare=True)
+    server = engine(how.url, how.server_model, "--server-model", bare=True)
+    base = kept(server)
     served: list[ServedModel] = []
     for text in how.served:
         one = _Name.read(text)
         there = engine(one.url or how.url, one.model, f"--served {one.label}={one.url}#NAME")
-        if there.place == base.place:
-            notice(f"{one.label} is the base itself: {base.model} of {how.url}")
-        served.append(ServedModel(one.label, there, note=there.adapter or there.model))
-    suite = judged.suite(asked.written_suite(questions, data), choice, data, base, model_flags)
+        if there.place == server.place:
+            notice(f"{one.label} is the base itself: {server.model} of {how.url}")
+        served.append(ServedModel(one.label, kept(there), note=there.adapter or there.model))
+    suite = judged.suite(
+        asked.written_suite(questions, data),
+        choice,
+        data,
+        base,
+        model_flags,
+        lambda one: one if journal is None else KeptEngine(one, journal),
+    )
     note_unmeasured(suite, how.split)
+    if journal is None and suite.answers(how.split) * (1 + len(served)) > BATCH:
+        notice("what is answered is lost where this run is killed: with -o FILE it would go on")
     if compared.told:
         served = with_instruction(base, served, data.instruction(compared.told))
     name = " + ".join(source.name for source in data.sources()) or None
     context = {"model": Path(model).name, "fingerprint": None, "behavior": name}
     return evaluate_served(base, served, suite, tokenizer, split=how.split, context=context, progress=progress_bar())
+
+
+@contextmanager
+def kept_answers(out: Path | None) -> Iterator[Journal | None]:
+    """The journal of an evaluation that goes to ``out``, beside it; None where it goes nowhere.
+
+    It is removed when the block ends well: then the evaluation holds the answers, and whatever is served later under the same
+    name is asked anew. No other run can write ``out`` meanwhile.
+    """
+    from steer2edit.files.locks import claimed
+    from steer2edit.notices import notice
+    from steer2edit.pairs.journal import Journal
+
+    if out is None:
+        yield None
+        return
+    path = out.expanduser().with_name(f"{out.name}{_JOURNAL}")
+    otherwise = f"give -o another file, or remove {path.name}"
+    removable = False
+    with claimed([path]):
+        try:
+            with Journal(path, {"kind": "evaluation of what is served"}, otherwise=otherwise) as journal:
+                if len(journal):
+                    left = f"an interrupted run left {len(journal)} answers and judgements in {path}"
+                    notice(f"{left}, which are not asked for again; remove it to begin anew")
+                try:
+                    yield journal
+                    removable = True
+                finally:
+                    removable = removable or not len(journal)
+        finally:
+            if removable:
+                path.unlink(missing_ok=True)
 
 
 def _tokenizer(model: str, flags: ModelFlags) -> Any:

@@ -70,8 +70,8 @@ class Request:
 class Answer:
     """What a model wrote: the text without the thought, and the tokens of both apart.
 
-    ``ended`` says that the model ended the answer by itself; its end token is not counted. ``tokens`` are an estimate where a
-    server counts none. ``ids`` are the tokens of both, where the engine knows them.
+    ``ended`` says that the model ended the answer by itself; its end token is not counted. ``tokens`` are an estimate, and not
+    ``counted``, where a server counts none. ``ids`` are the tokens of both, where the engine knows them.
     """
 
     text: str
@@ -79,6 +79,7 @@ class Answer:
     ended: bool
     thought: str | None = None
     thought_tokens: int = 0
+    counted: bool = True
     ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 

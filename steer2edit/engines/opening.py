@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,16 +48,18 @@ class JudgeChoice:
         runtime: Runtime = Runtime(),  # noqa: B008
         examples: Sequence[Example] = (),
         progress: Progress = silent,
+        kept: Callable[[Engine], Engine] = lambda engine: engine,
     ) -> Judge:
         """The judge, tried on labelled answers: on ``examples`` of the trait, or on the packaged ones where there are none.
 
-        "self" is the model's ``own`` engine, without any edit whenever it is asked.
+        "self" is the model's ``own`` engine, without any edit whenever it is asked. ``kept`` makes of another engine that which
+        is asked, such as one with a journal.
         """
         if self.where == SELF:
             engine = own
         else:
             asked: dict[str, Any] = {"at_a_time": self.at_a_time, "rate": self.rate, "key_variable": self.key_variable}
-            engine = open_named(self.where, runtime, model=self.model, flag="--judge-model", **asked)
+            engine = kept(open_named(self.where, runtime, model=self.model, flag="--judge-model", **asked))
         labelled = [LabelledAnswer(self.trait, e.prompt, e.response, e.label == "positive") for e in examples]
         return tried(engine, of_both_kinds(labelled, TRIED) or None, progress=progress)
 

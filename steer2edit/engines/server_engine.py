@@ -141,9 +141,9 @@ class ServerEngine:
         longer = estimated = 0
         with progress("write answers", total=len(requests)) as advance:
             for index, reply in self._client.each(lambda one: self._asked(one, sampling), requests):
-                answer, counted = self._answer(reply, requests[index])
-                estimated += not counted
-                self._uncounted += not counted
+                answer = self._answer(reply, requests[index])
+                estimated += not answer.counted
+                self._uncounted += not answer.counted
                 longer += answer.tokens + answer.thought_tokens > sampling.max_new_tokens
                 advance(1)
                 yield index, answer
@@ -169,9 +169,9 @@ class ServerEngine:
         """The server's URL, the model's name there, and the adapter that requests choose."""
         return self._client.shown, self.model, self.adapter
 
-    def counted(self) -> str:
-        """Who counted the tokens of the answers so far."""
-        if not self._uncounted:
+    def counted(self, estimated: bool | None = None) -> str:
+        """Who counted the tokens of the answers so far, or of others, of which some are ``estimated`` or none."""
+        if not (self._uncounted if estimated is None else estimated):
             return "the server"
         return "their letters" if self._count is None else "the model's tokenizer"
 
@@ -268,8 +268,8 @@ class ServerEngine:
         """Arguments for an answer without a thought, unless the user's own say something of it."""
         return {} if _NO_THOUGHT.keys() & self._arguments.keys() else _NO_THOUGHT
 
-    def _answer(self, reply: Mapping[str, Any], request: Request) -> tuple[Answer, bool]:
-        """The answer in a reply, and whether its tokens are counted and not estimated."""
+    def _answer(self, reply: Mapping[str, Any], request: Request) -> Answer:
+        """The answer in a reply."""
         choice = _object(reply["choices"][0])
         message = choice.get("message")
         if not isinstance(message, dict):
@@ -287,7 +287,7 @@ class ServerEngine:
         text = text.rstrip() if request.prefix else text.strip()
         ended = choice.get("finish_reason") == "stop"
         total, of_thought, counted = self._tokens(reply, thought, text, ended)
-        return Answer(text, total - of_thought, ended, thought, of_thought), counted
+        return Answer(text, total - of_thought, ended, thought, of_thought, counted)
 
     def _tokens(self, reply: Mapping[str, Any], thought: str | None, text: str, ended: bool) -> tuple[int, int, bool]:
         """Tokens of thought and answer together, those of the thought, and whether the server counted them."""

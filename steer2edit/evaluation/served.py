@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from steer2edit.data.questions import Split
+from steer2edit.engines.engine import Engine
 from steer2edit.engines.server_engine import ServerEngine
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.comparison import BOTH, INSTRUCTED
@@ -20,10 +21,31 @@ from steer2edit.evaluation.instructed import told
 from steer2edit.evaluation.metrics import Outcome, Task
 from steer2edit.evaluation.written_suite import WrittenSuite, check_names
 from steer2edit.notices import notice
+from steer2edit.pairs.journal import Journal
+from steer2edit.pairs.kept_engine import KeptEngine
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import Progress, silent
 
 NO_PROBABILITIES = "a server gives answers, and no log-probabilities of given texts"
+
+
+class CountingEngine(Engine, Protocol):
+    """An engine that says who counted the tokens of its answers."""
+
+    def counted(self) -> str:
+        """Who counted the tokens of the answers so far."""
+
+
+class KeptServer(KeptEngine):
+    """A server whose answers go through a journal."""
+
+    def __init__(self, engine: ServerEngine, journal: Journal) -> None:
+        super().__init__(engine, journal)
+        self._server = engine
+
+    def counted(self) -> str:
+        """Who counted the tokens of the answers so far, those of the journal included."""
+        return self._server.counted(self.estimated)
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class ServedModel:
     """A model under its name on a server. ``kind`` is as a candidate's; ``told`` is an instruction before every prompt."""
 
     name: str
-    engine: ServerEngine
+    engine: CountingEngine
     kind: str = "edit"
     note: str = ""
     told: str = ""
@@ -45,7 +67,7 @@ class _Served:
 
 
 def evaluate_served(
-    base: ServerEngine,
+    base: CountingEngine,
     candidates: Sequence[ServedModel],
     suite: WrittenSuite,
     tokenizer: Any,
@@ -89,7 +111,7 @@ def note_unmeasured(suite: WrittenSuite, split: Split) -> None:
 
 
 def with_instruction(
-    base: ServerEngine, candidates: Sequence[ServedModel], instruction: str | None
+    base: CountingEngine, candidates: Sequence[ServedModel], instruction: str | None
 ) -> list[ServedModel]:
     """The candidates, the base under an instruction, and the first candidate under it too."""
     if not instruction:

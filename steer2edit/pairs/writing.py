@@ -15,7 +15,7 @@ from steer2edit.progress import Progress, silent
 
 BATCH = 64
 """Answers that are asked for at a time: a kill loses these at most."""
-_ANSWER: Any = {"text": str, "tokens": int, "ended": bool, "thought": TEXT, "thought_tokens": int}
+_ANSWER: Any = {"text": str, "tokens": int, "ended": bool, "thought": TEXT, "thought_tokens": int, "counted": bool}
 
 
 @dataclass
