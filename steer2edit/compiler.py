@@ -9,6 +9,7 @@ from steer2edit import targets
 from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.unquantised import planned_from
 from steer2edit.artefact.emit import artefact_folders, check_carried, emit
+from steer2edit.artefact.foresee import foreseen_refusals
 from steer2edit.artefact.request import CompileRequest, Protected
 from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.attribution import by_gradients
@@ -18,7 +19,7 @@ from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vector_kinds import with_vector
 from steer2edit.capture.vectors import Vectors, substituted
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.dry_run import check_rooms
+from steer2edit.dry_run import check_rooms, widest_plan
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
@@ -66,8 +67,10 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
             request.vectors.check(spec)
         if request.statistics is not None:
             request.statistics.check_model(checkpoint)
+        widest = widest_plan(checkpoint, spec, request.method, request.options)
+        foreseen_refusals(widest, checkpoint, spec, request.to)
         if not request.writing.link:
-            check_rooms(checkpoint, spec, folders, request.method, request.options, request.writing)
+            check_rooms(widest, checkpoint, spec, folders, request.writing)
 
         loaded = load_model(checkpoint, spec, request.runtime)
         statistics = request.statistics

@@ -15,6 +15,7 @@ from steer2edit.architecture import ModelSpec, read_spec
 from steer2edit.architecture.sites import MatrixRole, Site
 from steer2edit.architecture.unquantised import planned_from
 from steer2edit.artefact.emit import artefact_folders
+from steer2edit.artefact.foresee import foreseen_refusals
 from steer2edit.artefact.request import CompileRequest
 from steer2edit.capture.background import BACKGROUND_TOKENS
 from steer2edit.checkpoint import DTYPES, Checkpoint, open_checkpoint
@@ -30,7 +31,7 @@ from steer2edit.engines.own_answers import ANSWER_TOKENS, known_texts
 from steer2edit.errors import DataError
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
-from steer2edit.plan import Base, EditPlan, LowRank
+from steer2edit.plan import Base, EditPlan, LowRank, Structure
 from steer2edit.plan.measured import TextKind
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
 from steer2edit.runtime.number_format import resolved_dtype
@@ -49,7 +50,7 @@ class DryRun:
     capture's background, at most, where no earlier run has kept them. A pass of the search for a strength compares ``neutral``
     tokens at most, of the kind ``neutral_kind``, of which the base writes ``neutral_own`` once. ``capture`` and ``search`` are
     seconds, from the rate at which this device multiplies matrices of this model's width; None where the model runs on none
-    that can be timed here.
+    that can be timed here. ``may_be_refused`` are the targets that refuse some of what the method may edit, with what they say.
     """
 
     matrices: int
@@ -66,11 +67,13 @@ class DryRun:
     capture: float | None
     search: float | None
     targets: tuple[DiskUse, ...]
+    may_be_refused: tuple[str, ...]
 
     def described(self) -> dict[str, Any]:
         """The numbers in plain values."""
         return {
             **{key: value for key, value in vars(self).items() if key != "targets"},
+            "may_be_refused": list(self.may_be_refused),
             "targets": [{**vars(one), "fits": one.fits} for one in self.targets],
             "problems": list(self.problems),
         }
@@ -107,6 +110,7 @@ def dry_run(request: CompileRequest) -> DryRun:
     if request.statistics is not None:
         request.statistics.check_model(checkpoint)
     plan = widest_plan(checkpoint, spec, request.method, request.options)
+    may_be_refused = foreseen_refusals(plan, checkpoint, spec, tuple(folders))
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
     device = pick_device(request.runtime.device)
     dtype = _dtype(request.runtime, device, checkpoint.path)
@@ -149,19 +153,15 @@ def dry_run(request: CompileRequest) -> DryRun:
         if rate is None
         else (written_for_it * (active + head) + (1 + passes) * (read * active + compared * 2 * head)) / rate,
         targets=tuple(written),
+        may_be_refused=may_be_refused,
     )
 
 
 def check_rooms(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    folders: Mapping[str, Path],
-    method: str,
-    options: Any,
-    writing: Writing,
+    widest: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folders: Mapping[str, Path], writing: Writing
 ) -> None:
     """Raise TargetError where a target would not fit its disk, whatever the plan turns out to be."""
-    resolved = resolve(widest_plan(checkpoint, spec, method, options), checkpoint, spec)
+    resolved = resolve(widest, checkpoint, spec)
     for target, folder in folders.items():
         whole = targets.load(target).WHOLE_MODEL
         check_room(disk_use(resolved, target, folder, writing, whole_model=whole, measure=False), folder)
@@ -170,7 +170,7 @@ def check_rooms(
 def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: Any) -> EditPlan:
     """A plan of zeros on every matrix that a method may edit with these options.
 
-    ``widest`` of the method's module says which.
+    ``widest`` of the method's module says which, and ``structure`` what it removes.
     """
     module = methods.load(method)
     options = module.Options() if options is None else options
@@ -178,7 +178,8 @@ def widest_plan(checkpoint: Checkpoint, spec: ModelSpec, method: str, options: A
         # which layers are discriminative is not known before the data is captured
         options = replace(options, layers=methods.edited_layers(options))
     if hasattr(module, "widest"):
-        return EditPlan(Base.of(checkpoint), tuple(module.widest(spec, options)))
+        structure = module.structure(spec, options) if hasattr(module, "structure") else Structure()
+        return EditPlan(Base.of(checkpoint), tuple(module.widest(spec, options)), structure=structure)
     first, last = spec.layer_range(getattr(options, "layers", None))
     kinds = {"attn": {MatrixRole.ATTN_OUT}, "mlp": {MatrixRole.MLP_OUT}}.get(getattr(options, "sites", "both"))
     sites: list[Site] = [

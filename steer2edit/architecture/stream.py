@@ -8,7 +8,7 @@ from steer2edit.architecture import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint
 
 # what these write reaches the stream at some tokens only, or weighted by a router
-_CONDITIONAL = (MatrixRole.EMBED, MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT)
+CONDITIONAL = (MatrixRole.EMBED, MatrixRole.EXPERT_OUT, MatrixRole.SHARED_EXPERT_OUT)
 
 
 def gain(checkpoint: Checkpoint, site: Site) -> torch.Tensor:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from steer2edit import __version__, targets
 from steer2edit.architecture import ModelSpec
@@ -44,18 +43,14 @@ def emit(
     from steer2edit.lowering.disk_use import check_room, disk_use
 
     target = targets.load(to)
-    resolved = resolve(plan, checkpoint, spec)
+    resolved = check_emit(plan, checkpoint, spec, to, out)
     plan.check_content(checkpoint, spec)
-    targets.check_structure(to, plan)
-    targets.check_quantised(to, checkpoint)
-    check_apart(out, inputs_of(checkpoint))
-    _check_names(checkpoint)
     checkpoint.check_unchanged()
     with new_folder(Path(out), force) as folder:
         # only now: what a killed run left there has been removed
         use = disk_use(resolved, to, Path(out), writing, whole_model=target.WHOLE_MODEL, measure=False)
         check_room(use, Path(out))
-        lowering = _lower(to, resolved, folder, writing, progress)
+        lowering = target.lower(resolved, folder, writing, progress)
         notes = (*lowering.notes, *base_notes(checkpoint, lowering))
         lowering = replace(lowering, exactness=exactness_of(plan, lowering), notes=notes)
         plan.save(folder / PLAN)
@@ -85,27 +80,37 @@ def emit(
     return lowering
 
 
+def check_emit(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, to: str, out: str | Path) -> Resolved:
+    """Raise what :func:`emit` raises before it reads a matrix, except for a folder that is there; the resolved plan."""
+    resolved = resolve(plan, checkpoint, spec)
+    _check_target(to, resolved)
+    check_apart(out, inputs_of(checkpoint))
+    _check_names(checkpoint)
+    return resolved
+
+
 def check_carried(plan: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, chosen: Sequence[str]) -> None:
     """Raise what :func:`emit` would raise where a target cannot carry a plan, before the plan's strength and effect are measured.
 
-    Adapters are written into a folder that is removed again; of whole models it is asked whether they can lose what is removed.
+    No matrix is read, and nothing is written.
     """
     resolved = resolve(plan, checkpoint, spec)
     for name in chosen:
-        targets.check_structure(name, plan)
-        targets.check_quantised(name, checkpoint)
-        if not targets.load(name).WHOLE_MODEL:
-            with TemporaryDirectory() as folder:
-                _lower(name, resolved, Path(folder), Writing(), silent)
+        _check_target(name, resolved)
 
 
-def _lower(name: str, resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
-    """The target's own lowering. Its advice to write a checkpoint holds for no quantised base, and is followed by what does."""
+def _check_target(name: str, resolved: Resolved) -> None:
+    """Ask a target for its refusals.
+
+    Its advice to write a checkpoint does not hold for a quantised base, and is followed by advice that does.
+    """
+    checkpoint = resolved.checkpoint
+    targets.check_structure(name, resolved.plan)
+    targets.check_quantised(name, checkpoint)
     try:
-        return targets.load(name).lower(resolved, folder, writing, progress)
+        targets.load(name).check(resolved)
     except TargetError as error:
-        checkpoint = resolved.checkpoint
-        if checkpoint.quantisation is None or targets.load(name).WHOLE_MODEL:
+        if checkpoint.quantisation is None:
             raise
         raise TargetError(
             f"{error}\n{checkpoint.name} is quantised, and no checkpoint of it is written: compile its unquantised model to a "

@@ -27,16 +27,17 @@ def dry_run_emit(
     writing: Writing,
     as_json: bool,
 ) -> None:
-    """Print how much one target writes."""
+    """Print how much one target writes. Raises what emit would raise before it reads the matrices that it edits."""
+    from steer2edit.artefact.emit import check_emit
     from steer2edit.errors import TargetError
     from steer2edit.files.outputs import check_new
-    from steer2edit.lowering import resolve
     from steer2edit.lowering.disk_use import check_room, disk_use
     from steer2edit.targets import load
 
     target = load(to)
+    resolved = check_emit(plan, checkpoint, spec, to, out)
     check_new(out, force)
-    use = disk_use(resolve(plan, checkpoint, spec), to, out, writing, whole_model=target.WHOLE_MODEL)
+    use = disk_use(resolved, to, out, writing, whole_model=target.WHOLE_MODEL)
     problem = ""
     try:
         check_room(use, out)
@@ -80,6 +81,11 @@ def _render(result: Mapping[str, Any]) -> str:
     lines = columns(rows)
     for one in result["targets"]:
         lines += ["", *_target_lines(one)]
+    lines += (
+        ["", *(f"May be refused: {refusal}" for refusal in result["may_be_refused"])]
+        if result["may_be_refused"]
+        else []
+    )
     lines += ["", *(f"Problem: {problem}" for problem in result["problems"])] if result["problems"] else []
     return "\n".join([*lines, "", "Nothing was run or written (--dry-run)."])
 

@@ -158,8 +158,14 @@ class Target(Protocol):
     WHOLE_MODEL: bool
     STRUCTURE: bool
 
+    def check(self, resolved: Resolved) -> None:
+        """Raise TargetError for what the target cannot express. Reads no matrix and writes nothing: dry runs ask it too."""
+
     def lower(self, resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
-        """Write the artefact's own files into ``folder``. Raises TargetError for what the target cannot express."""
+        """Write the artefact's own files into ``folder``.
+
+        Raises what ``check`` raises, and TargetError for values that do not fit.
+        """
 
     def verify(self, resolved: Resolved, folder: Path, progress: Progress) -> Comparison:
         """Compare the artefact in ``folder`` with what base and plan give. Runs no model."""
@@ -176,5 +182,5 @@ class Target(Protocol):
 
 MEMBERS = (
     *("SUMMARY", "HUB", "WHOLE_MODEL", "STRUCTURE"),
-    *("lower", "verify", "loadable", "load_snippet", "loading_files"),
+    *("check", "lower", "verify", "loadable", "load_snippet", "loading_files"),
 )

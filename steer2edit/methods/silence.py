@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from steer2edit.architecture import ModelSpec, Site
-    from steer2edit.plan import Edit, EditPlan, Scores
+    from steer2edit.plan import Edit, EditPlan, Scores, Structure
     from steer2edit.scoring.scores import Scoring
 
 MIN_TOKENS = 32
@@ -138,29 +138,37 @@ def _pruned(scoring: Scoring, options: Options, chosen: Mapping[str, tuple[int, 
         raise PlanError(f"--prune removes whole layers, and {why}: name layers as a whole, such as layer.5")
     if problems := layer_problems(layers, scoring.checkpoint, spec):
         raise PlanError(f"layers cannot be removed from this model:\n{listing(problems)}")
-    structure = Structure(layers=layers)
     method = {"name": "silence", **asdict(options), "removed_layers": list(layers)}
-    return EditPlan(Base.of(scoring.checkpoint), (), {}, method, structure=structure)
+    return EditPlan(Base.of(scoring.checkpoint), (), {}, method, structure=Structure(layers=layers))
+
+
+def structure(spec: ModelSpec, options: Options) -> Structure:
+    """The layers that a plan with these options removes: those of the listed components."""
+    from steer2edit.architecture.components import read_components
+    from steer2edit.plan import Structure
+
+    chosen = read_components(_names(options.components), spec) if options.prune and options.components else {}
+    return Structure(layers=tuple(sorted({spec.site(key).layer for key in chosen})))
 
 
 def widest(spec: ModelSpec, options: Options) -> Sequence[Edit]:
-    """The scales of listed components, or an update of their rank for every matrix in which the strongest may be."""
+    """The scales of listed components; without a list, of as many columns of every matrix as the strongest have."""
     import torch
 
     from steer2edit.architecture.components import read_components
-    from steer2edit.plan import LowRank, Scale
+    from steer2edit.plan import Scale
 
+    if options.prune:
+        return []
     if options.components is not None:
         chosen = read_components(_names(options.components), spec)
         sites = {site: numbers for site in spec.sites if (numbers := chosen.get(site.key))}
         return [Scale(site.matrix, (~_columns(site, numbers)).double(), "columns") for site, numbers in sites.items()]
-    zero = torch.zeros(1, 1)  # one number for all matrices
     edits = []
     for site in _sites(spec, options):
-        rank = min(
-            (options.strongest or 1) * (site.in_features // site.components), site.in_features, site.out_features
-        )
-        edits.append(LowRank(site.matrix, zero.expand(site.out_features, rank), zero.expand(rank, site.in_features)))
+        factors = torch.ones(site.in_features, dtype=torch.float64)
+        factors[: (options.strongest or 1) * (site.in_features // site.components)] = 0
+        edits.append(Scale(site.matrix, factors, "columns"))
     return edits
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from steer2edit.architecture import ModelSpec, Site
-from steer2edit.architecture.stream import _CONDITIONAL
+from steer2edit.architecture.stream import CONDITIONAL
 from steer2edit.capture.statistics import Statistics
 from steer2edit.data.answers import LABELS
 from steer2edit.plan import Edit, EditPlan, LowRank
@@ -24,7 +24,7 @@ def record_mean_effect(plan: EditPlan, spec: ModelSpec, statistics: Statistics) 
 
     def recorded(edit: Edit) -> Edit:
         site = spec.owners.get(edit.tensor)
-        if site is None or site.role in _CONDITIONAL or not isinstance(edit, LowRank):
+        if site is None or site.role in CONDITIONAL or not isinstance(edit, LowRank):
             return edit
         if (site.key, "input", "positive") not in statistics.moments:
             return edit

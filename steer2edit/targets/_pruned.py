@@ -28,9 +28,19 @@ from steer2edit.targets._compare_shards import header_bytes, raw_blocks
 CONFIG = "config.json"
 
 
+def check(resolved: Resolved) -> None:
+    """Raise PlanError where the model cannot be pruned so, and TargetError where what is left cannot be edited too."""
+    checkpoint, structure = resolved.checkpoint, resolved.plan.structure
+    check_structure(structure, checkpoint, resolved.spec)
+    if not structure.removes:
+        return
+    if scaled := [name for name, (_, site) in resolved.edits.items() if site.locate(checkpoint, name).dtype == FP8]:
+        raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts or layers first, and edit the result")
+    _assembled(resolved)
+
+
 def write_config(resolved: Resolved, folder: Path) -> None:
-    """Write config.json with the plan's numbers of experts and layers. Raises PlanError where the model cannot be pruned so."""
-    check_structure(resolved.plan.structure, resolved.checkpoint, resolved.spec)
+    """Write config.json with the plan's numbers of experts and layers."""
     text = json.dumps(_config(resolved), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -48,8 +58,6 @@ def rewritten_files(resolved: Resolved) -> dict[str, Mapping[str, Any]]:
 def lower_pruned(resolved: Resolved, folder: Path, progress: Progress, writing: Writing) -> Lowering:
     """Write the shards, the index and the config of the model without the plan's removed experts or layers."""
     checkpoint = resolved.checkpoint
-    if scaled := [name for name, (_, site) in resolved.edits.items() if site.locate(checkpoint, name).dtype == FP8]:
-        raise TargetError(f"{scaled[0]} is stored in {FP8}: remove the experts or layers first, and edit the result")
     write_config(resolved, folder)
     shards = _assembled(resolved)
     if (index := checkpoint.index) is not None:

@@ -54,8 +54,16 @@ _LICENCE = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)([-_.][\w.-]+)?", 
 _LICENCE_SUFFIXES = frozenset(["", ".txt", ".md", ".rst", ".pdf", ".html"])
 
 
+def check(resolved: Resolved) -> None:
+    """Raise TargetError where there is no place for new biases, and PlanError for parts that cannot be removed."""
+    new_biases(resolved)
+    if resolved.plan.structure:
+        _pruned.check(resolved)
+
+
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write the edited checkpoint into ``folder``. Raises TargetError where a value does not fit the stored dtype."""
+    check(resolved)
     checkpoint, edits, created = resolved.checkpoint, resolved.rewritten, new_biases(resolved)
     places = {name: places_of(checkpoint, *one) for name, one in edits.items()}
     copy_other_files(checkpoint, folder)

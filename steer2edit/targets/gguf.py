@@ -96,8 +96,8 @@ _NOT_ADAPTED = (MatrixRole.ROUTER, MatrixRole.UNEMBED)
 _TAKEN_APART = {"deepseek_v2": "kv_b_proj", "deepseek_v3": "kv_b_proj"}
 
 
-def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
-    """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
+def check(resolved: Resolved) -> None:
+    """Raise TargetError for edits and families that no GGUF adapter can carry."""
     spec = resolved.spec
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
@@ -111,6 +111,13 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             f"a GGUF adapter carries low-rank edits of matrices, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
+    tensor_names(spec, architecture_of(spec))
+
+
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
+    """Write ``adapter.gguf`` into ``folder``. Raises TargetError for edits and families that no GGUF adapter can carry."""
+    check(resolved)
+    spec = resolved.spec
     architecture = architecture_of(spec)
     edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())

@@ -29,7 +29,7 @@ from steer2edit.lowering import (
     Writing,
     compare_with_lowered,
 )
-from steer2edit.lowering.constant_part import constant_parts
+from steer2edit.lowering.constant_part import check_constant_parts, constant_parts
 from steer2edit.plan import Bias, LowRank
 from steer2edit.progress import Progress
 
@@ -45,14 +45,20 @@ STRUCTURE = False
 FILE = "control-vector.gguf"
 
 
+def check(resolved: Resolved) -> None:
+    """Raise TargetError for plans whose mean effect is not known."""
+    if not resolved.edits:
+        raise TargetError("the plan is empty; there is nothing for a control vector to carry")
+    if resolved.spec.layers < 2:
+        raise TargetError("llama.cpp adds control vectors from the second block on, and this model has one")
+    check_constant_parts(resolved.plan, resolved.spec)
+
+
 def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
     """Write ``control-vector.gguf`` into ``folder``. Raises TargetError for plans whose mean effect is not known."""
+    check(resolved)
     spec = resolved.spec
     vectors = constant_parts(resolved.plan, resolved.checkpoint, spec)
-    if not vectors:
-        raise TargetError("the plan is empty; there is nothing for a control vector to carry")
-    if spec.layers < 2:
-        raise TargetError("llama.cpp adds control vectors from the second block on, and this model has one")
     moved = 0 in vectors
     if moved:
         # block 1 multiplies what block 0 has written, too, by its factor

@@ -84,9 +84,9 @@ NO_PLACE_IN_VLLM = (
 _ANY = LowRank("", torch.zeros(1, 1), torch.zeros(1, 1))
 
 
-def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
-    """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
-    plan, spec = resolved.plan, resolved.spec
+def check(resolved: Resolved) -> None:
+    """Raise TargetError for edits that no LoRA can carry."""
+    spec = resolved.spec
     refused = [
         f"{name}: {why}"
         for name, (edit, site) in resolved.edits.items()
@@ -106,18 +106,24 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
         )
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
+    targeted, experts = _targeted(resolved)
+    if any(isinstance(edit, Bias) for edit, _ in resolved.edits.values()) and (
+        experts or any(_moved(spec, site) for site in targeted)
+    ):
+        raise TargetError(
+            "PEFT gives biases to modules alone, and this plan edits parameters too. Use --to checkpoint."
+        )
+
+
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
+    """Write the adapter into ``folder``. Raises TargetError for edits that no LoRA can carry."""
+    check(resolved)
+    plan, spec = resolved.plan, resolved.spec
     edits = low_rank_forms(resolved)
     biases = {site.key: edit.delta for edit, site in resolved.edits.values() if isinstance(edit, Bias)}
     rank = max((edit.B.shape[1] for edit in edits.values()), default=1)
-    single = [
-        site for site in (*spec.sites, *spec.readers) if not adapter_refusal(replace(_ANY, tensor=site.matrix), site)
-    ]
-    leaves = {_leaf(site) for site in single if {site.key} & {*edits, *biases}}
-    targeted = [site for site in single if _leaf(site) in leaves]
-    experts: dict[str, list[Site]] = {}
-    for site in (site for site in spec.sites if site.expert is not None):
-        experts.setdefault(site.module, []).append(site)
-    experts = {module: sites for module, sites in experts.items() if any(site.key in edits for site in sites)}
+    targeted, experts = _targeted(resolved)
+    leaves = {_leaf(site) for site in targeted}
     tensors = {}
     for module, sites in experts.items():
         stacked_B, stacked_A = expert_factors(edits, sites, rank)
@@ -131,10 +137,6 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             zeros = torch.zeros(site.out_features)
             tensors[f"base_model.model.{site.module}.lora_B.bias"] = biases.get(site.key, zeros).clone()
     moved = [site for site in targeted if _moved(spec, site)]
-    if biases and (moved or experts):
-        raise TargetError(
-            "PEFT gives biases to modules alone, and this plan edits parameters too. Use --to checkpoint."
-        )
     save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -214,6 +216,20 @@ def load_snippet(place: Place) -> Snippet:
 def loading_files(folder: Path, names: Sequence[str]) -> set[str]:
     """All files: the target wrote each of them for loading."""
     return set(names)
+
+
+def _targeted(resolved: Resolved) -> tuple[list[Site], dict[str, list[Site]]]:
+    """The sites of every type of module that is edited, and the edited layers' experts, by module."""
+    spec, edited = resolved.spec, {site.key for _, site in resolved.edits.values()}
+    single = [
+        site for site in (*spec.sites, *spec.readers) if not adapter_refusal(replace(_ANY, tensor=site.matrix), site)
+    ]
+    leaves = {_leaf(site) for site in single if site.key in edited}
+    experts: dict[str, list[Site]] = {}
+    for site in (site for site in spec.sites if site.expert is not None):
+        experts.setdefault(site.module, []).append(site)
+    chosen = {module: sites for module, sites in experts.items() if any(site.key in edited for site in sites)}
+    return [site for site in single if _leaf(site) in leaves], chosen
 
 
 def _moved(spec: ModelSpec, site: Site) -> bool:

@@ -99,9 +99,8 @@ NO_READERS = ("afmoe", "cohere2", "exaone4", "lfm2", "mamba2", "olmo3")
 _TAKEN_APART = "kv_b_proj"  # mlx-lm has two modules for it
 
 
-def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
-    """Write the adapter into ``folder``. Raises TargetError for edits and families that no adapter of mlx-lm can carry."""
-    spec = resolved.spec
+def check(resolved: Resolved) -> None:
+    """Raise TargetError for edits and families that no adapter of mlx-lm can carry."""
     if not resolved.edits:
         raise TargetError("the plan is empty; there is nothing for an adapter to carry")
     kind = model_kind(resolved.checkpoint)
@@ -115,6 +114,12 @@ def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress
             f"an adapter for mlx-lm carries low-rank edits of matrices, and none of these:\n{listing(refused)}\n"
             "Use --to checkpoint, and convert that."
         )
+
+
+def lower(resolved: Resolved, folder: Path, writing: Writing, progress: Progress) -> Lowering:
+    """Write the adapter into ``folder``. Raises TargetError for edits and families that no adapter of mlx-lm can carry."""
+    check(resolved)
+    spec, kind = resolved.spec, model_kind(resolved.checkpoint)
     edits = low_rank_forms(resolved)
     rank = max(edit.B.shape[1] for edit in edits.values())
     edited = [site for site in _carried(spec, kind) if site.key in edits]
