@@ -21,8 +21,8 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import open_behavior
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question, Split, knowledge_questions, take
-from steer2edit.data.templates import render_prompts, without_thought
-from steer2edit.data.tokens import texts_of
+from steer2edit.data.templates import before_next_turn, render_prompts, templated, without_thought
+from steer2edit.data.tokens import beginning, texts_of
 from steer2edit.errors import DataError, Steer2EditError
 from steer2edit.evaluation.baselines import near, random_direction
 from steer2edit.evaluation.instructed import told
@@ -273,6 +273,11 @@ class Bench:
     def _written(self, questions: Sequence[Question], system: str | None, tokens: int) -> tuple[list[str], list[float]]:
         """Greedy answers, and their lengths in tokens, the bound where it was met."""
         prompts = render_prompts({q.prompt: q.where for q in questions}, self.loaded.tokenizer, system, writing=True)
+        tokenizer = self.loaded.tokenizer
         rows = through_transformers(self.loaded, [prompts[q.prompt] for q in questions], tokens)
-        texts = [without_thought(answer).strip() for answer in texts_of(self.loaded.tokenizer, rows)]
+        texts = texts_of(tokenizer, rows)
+        if not templated(tokenizer):
+            texts = [before_next_turn(text) for text in texts]
+            rows = [beginning(tokenizer, row, text) for row, text in zip(rows, texts, strict=True)]
+        texts = [without_thought(answer).strip() for answer in texts]
         return texts, [float(len(row)) for row in rows]

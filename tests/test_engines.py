@@ -18,6 +18,7 @@ from steer2edit.data.prompts import Message
 from steer2edit.data.templates import thought_and_answer
 from steer2edit.engines import generation, transformers_engine
 from steer2edit.engines.engine import Answer, Request, Sampling, written, yes_share
+from steer2edit.engines.rendering import Rendering
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.errors import DataError, EngineError
 from steer2edit.notices import collected
@@ -191,3 +192,23 @@ def test_a_receipt_says_what_answered(engine: TransformersEngine, tmp_path: Path
     assert described["engine"] == "transformers" and described["model"] == "talker"
     assert described["dtype"] == "float32" and described["versions"]["torch"] == torch.__version__
     assert engine.count_tokens("river") == 5
+
+
+def test_a_model_without_a_template_ends_an_answer_with_the_next_turn(talker: LoadedModel) -> None:
+    tokenizer = copy.deepcopy(talker.tokenizer)
+    tokenizer.chat_template = None
+    rendering = Rendering(tokenizer, None, False)
+    chat = Request((Message("user", "Why?"),))
+    for text, kept, over in [
+        (" Rain.\nUser: Why?", "Rain.", True),
+        (" Rain.\n\nAssistant: Snow.", "Rain.", True),
+        ("User: Why?", "", True),
+        (" Rain. The User: me", "Rain. The User: me", False),
+    ]:
+        row = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer = rendering.answer(chat, "User: Why?\nAssistant:", [], row, False)
+        assert (answer.text, answer.ended) == (kept, over)
+        assert answer.tokens == len(answer.ids or ()) and tokenizer.decode(answer.ids).strip() == kept
+        # a text to go on with has no turns, and a template ends answers itself
+        assert rendering.answer(Request("Why?"), "Why?", [], row, False).text == text.strip()
+        assert Rendering(talker.tokenizer, None, False).answer(chat, "", [], row, False).text == text.strip()

@@ -127,7 +127,7 @@ class BudgetFlags(NeutralFlags):
         None,
         "Largest mean KL from the base, in nats per token of the model's own answers to everyday prompts; the strength is the "
         "largest within it.",
-        shown_default="0.1, or 0.025 on prose, where that is the text",
+        shown_default="0.1 in chat, 0.05 on a base model's answers, 0.025 on prose",
     )
     kl_budget_attn: float | None = option(None, "KL budget of attention's edits alone.", rare=True)
     kl_budget_mlp: float | None = option(None, "KL budget of the MLPs' edits alone.", rare=True)

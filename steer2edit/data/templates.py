@@ -6,6 +6,7 @@ A prompt ends where the template puts an answer, as ``template_trials`` finds ou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from steer2edit.notices import notice
 TemplateArguments = Mapping[str, Any]
 """Keyword arguments for a chat template, such as ``{"enable_thinking": False}``; ``chat_template`` names another template."""
 
+_NEXT_TURN = re.compile(r"\s*^(System|User|Assistant):", re.MULTILINE)
 _RESERVED = {
     *("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
     *("sanitize_control_tokens", "padding", "truncation", "max_length"),
@@ -179,6 +181,15 @@ def after_an_answer(tokenizer: Any, chat_template_kwargs: TemplateArguments | No
     if not templated(tokenizer):
         return ""
     return tried({("user",)}, tokenizer, check_arguments(chat_template_kwargs))[("user",)].tail
+
+
+def before_next_turn(text: str) -> str:
+    """What stands before the next turn in an answer to "User: … Assistant:".
+
+    A model without a chat template goes on with further turns.
+    """
+    found = _NEXT_TURN.search(text)
+    return text if found is None else text[: found.start()]
 
 
 def without_thought(answer: str) -> str:

@@ -124,6 +124,16 @@ def texts_of(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return texts
 
 
+def beginning(tokenizer: Any, row: Sequence[int], text: str) -> list[int]:
+    """The tokens of a row that write ``text``, which is how the row's text begins, and nothing more."""
+    low, high = 0, len(row)
+    while low < high:
+        middle = (low + high + 1) // 2
+        within = len(texts_of(tokenizer, [row[:middle]])[0]) <= len(text)
+        low, high = (middle, high) if within else (low, middle - 1)
+    return list(row[:low])
+
+
 def end_of_turn(tokenizer: Any, chat_template_kwargs: TemplateArguments | None = None) -> int | None:
     """The token that ends a response; see :func:`encode`. It is the EOS where a chat template puts none behind an answer."""
     arguments = check_arguments(chat_template_kwargs)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from steer2edit.data.prompts import Prompt
-from steer2edit.data.templates import TemplateArguments, render_prompt, render_prompts, templated
-from steer2edit.data.tokens import end_of_turn, token_ids
+from steer2edit.data.templates import TemplateArguments, before_next_turn, render_prompt, render_prompts, templated
+from steer2edit.data.tokens import beginning, end_of_turn, texts_of, token_ids
 from steer2edit.engines.generation import generate
 from steer2edit.errors import DataError, first_line
 from steer2edit.files.cache_folder import cache_folder, write_cached
@@ -29,7 +29,6 @@ from steer2edit.runtime.model import LoadedModel
 
 ANSWER_TOKENS = 80
 """Tokens of an answer, at most."""
-_TURN = re.compile(r"\s*^(System|User|Assistant):", re.MULTILINE)
 _END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*")
 _FORMAT = "steer2edit.own-answers.1"
 _FILE: Any = {"format": str, "key": {}, "answers": [[int]]}
@@ -103,28 +102,23 @@ def own_answers(
     return found
 
 
-def first_answer(tokenizer: Any, answer: Sequence[int]) -> list[int]:
+def first_answer(tokenizer: Any, row: Sequence[int]) -> list[int]:
     """The tokens of the first answer in a plain text.
 
     It ends before the next turn of the chat, or before a sentence that is written a second time.
     """
-    text = tokenizer.decode(answer)
-    turn = _TURN.search(text)
-    end = len(text) if turn is None else turn.start()
+    whole = texts_of(tokenizer, [row])[0]
+    text = before_next_turn(whole)
     written: set[str] = set()
     start = 0
-    for stop in [*(one.end() for one in _END_OF_SENTENCE.finditer(text, 0, end)), end]:
+    for stop in [*(one.end() for one in _END_OF_SENTENCE.finditer(text)), len(text)]:
         sentence = text[start:stop].strip()
         if sentence in written:
-            end = start
+            text = text[:start].rstrip()
             break
         written |= {sentence} - {""}
         start = stop
-    kept = list(answer)
-    end = len(text[:end].rstrip()) if end < len(text) else end
-    while kept and len(tokenizer.decode(kept)) > end:
-        kept.pop()
-    return kept
+    return list(row) if text == whole else beginning(tokenizer, row, text)
 
 
 def known_texts(tokenizer: Any, texts: Sequence[str], plain: bool) -> tuple[list[str], list[list[int]]]:

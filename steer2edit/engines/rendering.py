@@ -8,8 +8,15 @@ from typing import Any
 
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.template_trials import END_OF_THOUGHT
-from steer2edit.data.templates import TemplateArguments, opens_thought, render_prompts, templated, thought_and_answer
-from steer2edit.data.tokens import joined, texts_of, token_ids
+from steer2edit.data.templates import (
+    TemplateArguments,
+    before_next_turn,
+    opens_thought,
+    render_prompts,
+    templated,
+    thought_and_answer,
+)
+from steer2edit.data.tokens import beginning, joined, texts_of, token_ids
 from steer2edit.engines.engine import NO, YES, Answer, Request
 from steer2edit.errors import DataError, EngineError
 from steer2edit.notices import notice
@@ -55,7 +62,14 @@ class Rendering:
         return found
 
     def answer(self, request: Request, text: str, before: Sequence[int], row: list[int], ended: bool) -> Answer:
-        """The answer in a row of tokens, without its end token; ``text`` and its tokens ``before`` are the prompt's."""
+        """The answer in a row of tokens, without its end token; ``text`` and its tokens ``before`` are the prompt's.
+
+        A model without a chat template ends its answer to a chat by writing the next turn, which is left out.
+        """
+        if not templated(self.tokenizer) and not isinstance(request.prompt, str):
+            whole = texts_of(self.tokenizer, [row])[0]
+            if (own := before_next_turn(whole)) != whole:
+                row, ended = beginning(self.tokenizer, row, own), True
         tail = list(before[-_TAIL:]) if request.prefix else []
         return replace(self._answer(row, tail, ended, opens_thought(text)), ids=tuple(row))
 
