@@ -32,7 +32,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
 from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.search.reach import AIM_QUESTIONS, settle_by_aim
+from steer2edit.search.reach import AIM_QUESTIONS, check_aim, settle_by_aim
 from steer2edit.strength.neutral_texts import neutral_texts
 from steer2edit.strength.settle import check_not_empty, settle
 
@@ -69,6 +69,8 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
             request.statistics.check_model(checkpoint)
         widest = widest_plan(checkpoint, spec, request.method, request.options)
         foreseen_refusals(widest, checkpoint, spec, request.to)
+        if request.aim is not None and request.questions is not None:
+            check_aim(request.questions, request.metric, request.aim)
         if not request.writing.link:
             check_rooms(widest, checkpoint, spec, folders, request.writing)
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import ROWS, run
 
+from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.questions import Question
 from steer2edit.errors import DataError, PlanError
+from steer2edit.evaluation.metrics import attributes
 from steer2edit.evaluation.suite import Suite
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel
 from steer2edit.scoring.scores import Scoring
-from steer2edit.search.reach import reach, settle_by_aim, weakest
+from steer2edit.search.reach import check_aim, reach, settle_by_aim, weakest
 from steer2edit.strength.aim import Aim
 from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.neutral_texts import NeutralTexts
@@ -67,6 +69,17 @@ def test_what_is_not_an_aim_is_refused(text: str) -> None:
 def test_an_aim_may_be_of_any_metric_by_name() -> None:
     assert Aim.read("/a=b/=0.5") == Aim("/a=b/", 0.5)
     assert str(Aim.read("length=40")) == "length=40"
+
+
+def test_a_metric_that_questions_do_not_have_is_known_without_a_model(suite: Suite) -> None:
+    own = MetricChoice("words", "less")
+    check_aim(suite.attribute, own, Aim("words", 4.0))
+    # whatever can be aimed at later can be aimed at now
+    for metric in attributes(metric for task in suite.tasks("select") for metric in task.metrics):
+        check_aim(suite.attribute, None, Aim(metric.name, 1.0))
+    for name, metric in (("words", None), ("shortness", own), ("answers right", own)):
+        with pytest.raises(PlanError, match=f"no metric '{name}' of the behaviour to aim at"):
+            check_aim(suite.attribute, metric, Aim(name, 1.0))
 
 
 def test_a_plan_by_aim_remembers_what_it_was_chosen_by(loaded: LoadedModel, scoring: Scoring, suite: Suite) -> None:

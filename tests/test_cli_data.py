@@ -70,7 +70,20 @@ TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
         ((*TOLD, "--writer-model", "x"), "--writer-model names a model of a server"),
         ((*TOLD, "--requests", "8"), "--requests says how a server is asked, and no server is"),
         ((*TOLD, "--rate", "60", "--judge", "self"), "--rate says how a server is asked, and no server is"),
-        ((*TOLD, "--api-key-from", "KEY", "--writer", "x"), "--api-key-from says how a server is asked"),
+        ((*TOLD, "--api-key-from", "KEY", "--answers-by", "x"), "--api-key-from says how a server is asked"),
+        (
+            ("--trait", "blunt: says it", "--samples", "2", "--temperature", "0"),
+            "at a temperature of 0 are all the same",
+        ),
+        ((*TOLD, "--samples", "2", "--temperature", "0"), "at a temperature of 0 are all the same"),
+        (("--by", "length", "--temperature", "0"), "at a temperature of 0 are all the same"),
+        (("--by", "length", "--only-correct"), "expected a column answer or choices"),
+        ((*TOLD, "--top-p", "0.5"), "at a temperature of 0 nothing is"),
+        ((*TOLD, "--writer", "x"), "--writer writes the opposite of a trait"),
+        (
+            ("--by", "judge", "--trait", "blunt: says it", "--judge", "self", "--writer", "x"),
+            "--writer writes the opposite",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(
@@ -80,6 +93,30 @@ def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--answers-by", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--server", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--judge", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--trait", "brief: in few words", "--writer", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--trait", "brief: in few words", "--writer", "nowhere"), "nowhere"),
+        ((), "files that steer2edit data did not write"),
+    ],
+)
+def test_what_is_not_there_is_said_before_a_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setattr("steer2edit.cli.options.ModelFlags.load", None)
+    (tmp_path / "data").mkdir()
+    if not arguments:
+        (tmp_path / "data" / "mine.txt").write_text("mine")
+    told = () if "--trait" in arguments else TOLD
+    result = run("data", model, *told, *arguments, "-o", tmp_path / "data")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
 
 
 def test_a_models_own_answers_become_a_folder(model: Path, tmp_path: Path) -> None:
@@ -235,6 +272,15 @@ def test_compile_refuses_data_that_does_not_hold_the_behaviour(
         (("--to", "lora", "--background", "nowhere.txt"), "nowhere.txt"),
         (("--to", "lora", "--keep", "nowhere.txt"), "nowhere.txt"),
         (("--to", "lora", "--protect", "nowhere"), "nowhere"),
+        (
+            ("--to", "lora", "--aim", "shortness=4"),
+            "no metric 'shortness' of the behaviour to aim at; there are margin",
+        ),
+        (("--to", "lora", "--aim", "length=4", "--strength", "1"), "decides the strength"),
+        (("--to", "lora", "--judge", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--to", "lora", "--judge", "nowhere"), "nowhere"),
+        (("--to", "lora", "--judge", "self", "--no-report"), "no --no-report"),
+        (("--to", "lora", "--weights", "nowhere"), "--weights has no place"),
         (("--to", "lora"), "out exists"),
     ],
 )

@@ -19,7 +19,7 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import Example
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
-from steer2edit.data.templates import TemplateArguments, render_prompt, render_prompts, without_thought
+from steer2edit.data.templates import TemplateArguments, note_unread, render_prompt, render_prompts, without_thought
 from steer2edit.data.tokens import encode
 from steer2edit.engines.engine import Answer
 from steer2edit.engines.transformers_engine import TransformersEngine
@@ -95,6 +95,24 @@ def rendered(template: str, prompt: Any = "Is it?", **arguments: Any) -> tuple[s
 )
 def test_ordinary_templates_need_no_remark(template: str, text: str) -> None:
     assert rendered(template) == (text, [])
+
+
+def test_arguments_that_a_template_does_not_name_are_said() -> None:
+    reads = CHATML + "{# style is read #}{{ style | default('') }}"
+    assert rendered(reads, style="x")[1] == []
+    text, notes = rendered(reads, stile="x", styl=1, style="")
+    assert notes == ["the chat template does not read stile, styl: as arguments for it they change nothing"]
+    assert text == rendered(reads, style="")[0]
+    assert "enable_thinking" in " ".join(rendered(CHATML, enable_thinking=False)[1])
+    # of several templates the chosen one counts, and a template that is given itself is read too
+    with collected() as said:
+        note_unread(make_tokenizer({"default": CHATML, "tool_use": reads}), {"chat_template": "tool_use", "style": 1})
+        note_unread(make_tokenizer(CHATML), {"chat_template": reads, "style": 1})
+        note_unread(make_tokenizer(), {"style": 1})
+    assert said == []
+    with collected() as said:
+        note_unread(make_tokenizer({"default": CHATML, "tool_use": reads}), {"style": 1})
+    assert len(said) == 1
 
 
 def test_parts_are_used_in_chats_and_for_the_end_of_an_answer() -> None:

@@ -12,6 +12,7 @@ from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vector_kinds import VectorKind
 from steer2edit.capture.vectors import Vectors
 from steer2edit.data.behavior import Behavior
+from steer2edit.data.metric_choice import MetricChoice, read_metric
 from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question
 from steer2edit.engines.opening import JudgeChoice
@@ -23,6 +24,12 @@ from steer2edit.strength.aim import Aim
 
 Protected = Behavior | Statistics | Vectors
 """Where a direction to protect comes from."""
+
+
+def check_alone(aim: Aim | None, strength: float | None, class_budgets: Mapping[MatrixRole, float] | None) -> None:
+    """Raise DataError where an aim stands beside what decides the strength too."""
+    if aim is not None and (strength is not None or class_budgets is not None):
+        raise DataError(f"the aim {aim} decides the strength: give no strength, and no budget for one class")
 
 
 @dataclass(frozen=True)
@@ -82,13 +89,19 @@ class CompileRequest:
             raise DataError(f"a vector of the pairs ({self.vector}) and vectors from elsewhere: give one of the two")
         if self.aim is not None and self.questions is None:
             raise DataError(f"the aim {self.aim} takes held-out questions to measure it on (--eval FILE)")
-        if self.aim is not None and (self.strength is not None or self.class_budgets is not None):
-            raise DataError(f"the aim {self.aim} decides the strength: give no strength, and no budget for one class")
+        check_alone(self.aim, self.strength, self.class_budgets)
 
     @property
     def needs_data(self) -> bool:
         """Whether something that is captured is needed."""
         return self.vectors is not None or bool(self.protect) or not needs_no_statistics(self.options)
+
+    @property
+    def metric(self) -> MetricChoice | None:
+        """The behaviour's own metric, where the behaviour or the statistics name one."""
+        if self.behavior is not None:
+            return self.behavior.metric
+        return None if self.statistics is None else read_metric(self.statistics.source.get("metric"))[0]
 
     @property
     def fixed_strength(self) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,8 +31,10 @@ from steer2edit.options import option
 
 if TYPE_CHECKING:
     from steer2edit.compiler import Compiled
+    from steer2edit.pairs.make import DataRequest
 
 
+_NOTHING_TO_JUDGE = "--judge reads answers to held-out questions: give them (--eval FILE), and no --no-report"
 _NO_EFFECT = (
     "not measured: that takes held-out questions (a behaviour, a folder of data, --eval FILE), and --no-report left out"
 )
@@ -119,11 +121,15 @@ def compile(
 
     With --plan, finished plans are composed into one artefact: their updates add up, each times its --weight.
     """
+    from steer2edit import targets as target_formats
+    from steer2edit.architecture.unquantised import planned_from
     from steer2edit.artefact.emit import artefact_folders
-    from steer2edit.artefact.request import CompileRequest
+    from steer2edit.artefact.foresee import foreseen_refusals
+    from steer2edit.artefact.request import CompileRequest, check_alone
     from steer2edit.capture.statistics import Statistics
     from steer2edit.compiler import compile as compile_model
     from steer2edit.data.questions import read_questions
+    from steer2edit.dry_run import widest_plan
     from steer2edit.evaluation.summary import summary
     from steer2edit.methods import edited_layers, needs_no_statistics
     from steer2edit.strength.aim import Aim
@@ -170,12 +176,32 @@ def compile(
     # what is wrong with files and folders is said before data is made
     neutral, background, texts_to_keep = strength.read_neutral(), data.read_background(), data.read_keep()
     protected = protect.read(data)
+    check_alone(aim, strength.strength, strength.class_budgets)
+    if judged.judge is not None and not writing.dry_run:
+        if report.no_report:
+            raise click.UsageError(_NOTHING_TO_JUDGE)
+        judged.check_reachable()
     if not data.data and not writing.dry_run:
         artefact_folders(output.out, targets.to, force.force, [model])
         for source in report.questions:
             read_questions(source)
+
+    def checks(asked: DataRequest) -> None:
+        """What can be known to be wrong with the compile before data is made for it."""
+        checkpoint, spec = model_flags.open(model)
+        for target in targets.to:
+            target_formats.check_quantised(target, checkpoint)
+        planned_from(checkpoint, spec, unquantised.unquantised)
+        foreseen_refusals(widest_plan(checkpoint, spec, method.method, options), checkpoint, spec, targets.to)
+        if aim is not None and not report.questions:
+            from steer2edit.search.reach import check_aim
+
+            # every question that is held out has both answers
+            held_out = [replace(q, positive="yes", negative="no", split="select") for q in asked.questions]
+            check_aim(held_out, asked.metric, aim)
+
     if stats.stats is None and vectors.vectors_file is None and not without_data:
-        data = missing.with_data(data, model, model_flags, judged, output.out, writing.dry_run)
+        data = missing.with_data(data, model, model_flags, judged, output.out, writing.dry_run, checks)
     steering = vectors.read(edited_layers(options))
     statistics = Statistics.load(stats.stats) if stats.stats is not None else None
     request = CompileRequest(
@@ -207,10 +233,8 @@ def compile(
         force=force.force,
         writing=writing.writing(),
     )
-    if judged.judge is not None and not writing.dry_run and (report.no_report or request.questions is None):
-        raise click.UsageError(
-            "--judge reads answers to held-out questions: give them (--eval FILE), and no --no-report"
-        )
+    if judged.judge is not None and not writing.dry_run and request.questions is None:
+        raise click.UsageError(_NOTHING_TO_JUDGE)
     if writing.dry_run:
         dry_run_compile(request, printed.as_json)
         return

@@ -104,6 +104,13 @@ class EngineNameFlags(ServerFlags):
         "transformers", "Program that writes the answers, where no server does."
     )
 
+    def check_installed(self) -> None:
+        """Raise EngineError where the program that writes is not installed."""
+        if self.engine == "vllm":
+            from steer2edit.engines.vllm_engine import import_vllm
+
+            import_vllm()
+
     def check(self) -> None:
         """Raise UsageError where flags contradict each other."""
         if self.server and self.engine != "transformers":

@@ -80,6 +80,7 @@ def evaluate(
     if (compared.baselines or strengths) and stats.stats is None and not data.any:
         raise click.UsageError("baselines need the contrast data: give --data, --behavior or --stats")
     judge = judged.choice(data)
+    judged.check_reachable()
     loaded = model_flags.load(checkpoint, spec)
     chosen = [open_candidate(loaded, checkpoint, where, model_flags.runtime()) for where in candidates]
     suite = judged.suite(asked.suite(loaded, questions, data), judge, data, in_this_process(loaded), model_flags)

@@ -72,6 +72,14 @@ class JudgeFlags(JudgeNameFlags, AskingFlags):
             raise click.UsageError("--judge-model names a model of a server; give --judge with the server's URL")
         self.check_asked({"--judge": self.judge, **{f"--{n.replace('_', '-')}": where for n, where in others.items()}})
 
+    def check_reachable(self) -> None:
+        """Raise an error where the judge cannot be opened: before the work whose answers it is to judge."""
+        from steer2edit.engines.opening import SELF, check_named
+
+        if self.judge not in (None, SELF):
+            assert self.judge is not None  # for the type checker
+            check_named(self.judge, model=self.judge_model, flag="--judge-model", judging=True, **self.asked())
+
     def choice(self, data: DataFlags) -> JudgeChoice | None:
         """Who judges what; None without --judge. Raises UsageError where it is not known what to look for."""
         from steer2edit.engines.opening import JudgeChoice

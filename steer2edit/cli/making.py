@@ -15,6 +15,7 @@ from steer2edit.cli.engine_flags import EngineFlags
 from steer2edit.cli.making_flags import (
     SAMPLES,
     TEMPERATURE,
+    TOP_P,
     WRITTEN_QUESTIONS,
     AnswerFlags,
     AuthorFlags,
@@ -26,6 +27,8 @@ from steer2edit.cli.making_flags import (
 from steer2edit.cli.options import ModelFlags, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from steer2edit.data.behavior_file import BehaviorFile
     from steer2edit.data.metric_choice import MetricChoice
     from steer2edit.data.questions import Question
@@ -46,14 +49,17 @@ class Making:
     engine: EngineFlags = field(default_factory=EngineFlags)
     model_flags: ModelFlags = field(default_factory=ModelFlags)
 
-    def run(self, out: Path, force: bool) -> Made:
-        """Check the flags, load what is needed, and make the data."""
+    def run(self, out: Path, force: bool, check: Callable[[DataRequest], None] = lambda asked: None) -> Made:
+        """Check the flags, load what is needed, and make the data; ``check`` raises what else is wrong with the request."""
+        from steer2edit.pairs.folder import check_folder
         from steer2edit.pairs.make import make_data
 
         check_way(self.way, self.prompts, self.authors, self.answers)
         check_authors(self.authors, self.engine)
         # what is wrong with files is said before a model is loaded
         request = self.request(out, force)
+        check(request)
+        check_folder(request.out)
         return make_data(request, self.engines(), progress_bar())
 
     def engines(self) -> Engines:
@@ -62,28 +68,33 @@ class Making:
         from steer2edit.pairs.make import Engines
 
         checkpoint, spec = self.model_flags.open(self.model)
-        loaded = self.model_flags.load(checkpoint, spec)
         arguments, think = self.answers.template_arguments, self.answers.think != "strip"
 
         def named(where: str | None, model: str | None, **more: Any) -> Any:
-            return where and open_named(where, self.model_flags.runtime(), model=model, **self.engine.asked(), **more)
+            return (
+                None
+                if where is None
+                else open_named(where, self.model_flags.runtime(), model=model, **self.engine.asked(), **more)
+            )
 
         template: dict[str, Any] = {"chat_template_kwargs": arguments, "think": think}
-        answers = named(self.authors.answers_by, self.engine.server_model, **template) or self.engine.open(
-            loaded, **template
-        )
-        writer = named(self.authors.writer, self.authors.writer_model, flag="--writer-model") or answers
+        # a server that is not there, or a program that is not installed, is said before a model is loaded
+        answers = named(self.authors.answers_by, self.engine.server_model, **template)
+        if answers is None and self.engine.server:
+            answers = self.engine.open(None, **template)
+        elif answers is None:
+            self.engine.check_installed()
+        writer = named(self.authors.writer, self.authors.writer_model, flag="--writer-model")
         judge = self.authors.judge
+        judging = None if judge == "self" else named(judge, self.authors.judge_model, flag="--judge-model")
+        loaded = self.model_flags.load(checkpoint, spec)
+        answers = answers or self.engine.open(loaded, **template)
         if judge is None:
-            return Engines(answers, writer, loaded)
+            return Engines(answers, writer or answers, loaded)
         from steer2edit.engines.judge import tried
 
-        judging = (
-            open_engine(loaded=loaded)
-            if judge == "self"
-            else named(judge, self.authors.judge_model, flag="--judge-model")
-        )
-        return Engines(answers, writer, loaded, tried(judging, progress=progress_bar()))
+        trial = tried(judging or open_engine(loaded=loaded), progress=progress_bar())
+        return Engines(answers, writer or answers, loaded, trial)
 
     def request(self, out: Path, force: bool) -> DataRequest:
         """What is to be made."""
@@ -95,17 +106,24 @@ class Making:
         samples = self.answers.samples or (SAMPLES if self.way.by else 1)
         temperature = self.answers.temperature
         temperature = (TEMPERATURE if samples > 1 else 0.0) if temperature is None else temperature
+        if not temperature and self.answers.top_p != TOP_P:
+            raise click.UsageError(
+                "--top-p bounds what is drawn, and at a temperature of 0 nothing is; give --temperature"
+            )
+        sampling = Sampling(self.answers.max_new_tokens, temperature, self.answers.top_p, self.answers.seed)
         name, description, looked_for = self._named(file)
         questions, texts = self._questions(file)
+        way = self._way(file, samples, texts)
+        way.check(questions, sampling)
         return DataRequest(
             out.expanduser(),
             name,
             description,
             questions,
-            self._way(file, samples, texts),
+            way,
             self._metric(file),
             looked_for,
-            Sampling(self.answers.max_new_tokens, temperature, self.answers.top_p, self.answers.seed),
+            sampling,
             self.answers.think,
             Allowed(self.answers.keep_cut, self.answers.keep_refusals),
             self.answers.template_arguments,

@@ -224,10 +224,10 @@ def check_way(way: WayFlags, prompts: PromptFlags, authors: AuthorFlags, answers
         )
     if way.by in ("answer",) and prompts.prompts is None:
         raise click.UsageError("--by answer needs --prompts with a column answer")
-    _check_unused(way, prompts, answers)
+    _check_unused(way, prompts, authors, answers)
 
 
-def _check_unused(way: WayFlags, prompts: PromptFlags, answers: AnswerFlags) -> None:
+def _check_unused(way: WayFlags, prompts: PromptFlags, authors: AuthorFlags, answers: AnswerFlags) -> None:
     sorts = [("--tails", way.tails != TAILS), ("--only-correct", way.only_correct)]
     if way.by is None and (names := [name for name, given in sorts if given]):
         raise click.UsageError(f"{names[0]} is for answers that are sorted; give --by too")
@@ -235,6 +235,8 @@ def _check_unused(way: WayFlags, prompts: PromptFlags, answers: AnswerFlags) -> 
         raise click.UsageError("--goal is for answers that are sorted, or for a metric; give --by or --metric too")
     if prompts.written_questions and (way.trait is None or way.by is not None):
         raise click.UsageError("--questions are written for a trait; give --trait, and no --by")
+    if authors.writer is not None and (way.trait is None or way.by is not None):
+        raise click.UsageError("--writer writes the opposite of a trait, and questions; give --trait, and no --by")
     if way.positive_only and (answers.samples or 1) > 1:
         raise click.UsageError("--positive-only takes one answer to each prompt; leave --samples out")
     if not all(text.strip() for text in (*way.positive, *way.negative)):

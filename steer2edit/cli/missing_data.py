@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import click
 
@@ -26,6 +26,11 @@ from steer2edit.cli.making_flags import (
 )
 from steer2edit.cli.options import ModelFlags
 from steer2edit.options import option, options_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from steer2edit.pairs.make import DataRequest
 
 Flags = TypeVar("Flags", bound=DataFlags)
 Part = TypeVar("Part", bound=FlagGroup)
@@ -56,12 +61,20 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
         return bool(self.trait or self.positive or self.negative)
 
     def with_data(
-        self, data: Flags, model: str, model_flags: ModelFlags, asking: AskingFlags, out: Path, dry_run: bool
+        self,
+        data: Flags,
+        model: str,
+        model_flags: ModelFlags,
+        asking: AskingFlags,
+        out: Path,
+        dry_run: bool,
+        check: Callable[[DataRequest], None] = lambda asked: None,
     ) -> Flags:
         """The flags of data, with the folder of made data; ``asking`` says how a server of --answers-by is asked.
 
-        It stands in place of a trait, of instructions or of a behaviour without pairs. Raises UsageError where flags contradict
-        each other, and DataError where the data does not hold the behaviour.
+        It stands in place of a trait, of instructions or of a behaviour without pairs. ``check`` raises what is wrong with the
+        work for which data is made, before it is made. Raises UsageError where flags contradict each other, and DataError where
+        the data does not hold the behaviour.
         """
         behavior = self._without_pairs(data)
         if not self.any and behavior is None:
@@ -78,7 +91,7 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
             raise click.UsageError(
                 f"--dry-run makes no data: make it first (steer2edit data … -o {folder}), and give --data {folder}"
             )
-        self._make(folder, behavior, data, model, model_flags, asking)
+        self._make(folder, behavior, data, model, model_flags, asking, check)
         return replace(data, data=(str(folder),), behavior=())
 
     def _without_pairs(self, data: DataFlags) -> str | None:
@@ -100,6 +113,7 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
         model: str,
         model_flags: ModelFlags,
         asking: AskingFlags,
+        check: Callable[[DataRequest], None],
     ) -> None:
         from steer2edit.data.behavior_file import open_behavior
         from steer2edit.errors import DataError
@@ -116,7 +130,7 @@ class MissingDataFlags(SentenceFlags, PromptFlags, SamplingFlags, WriterFlags):
         )
         if behavior is not None and (own := open_behavior(behavior).questions) is not None:
             notice(f"held-out questions are those of the data that is made; --eval {own} takes the behaviour's own")
-        made = making.run(folder, force=False)
+        made = making.run(folder, force=False, check=check)
         kept = f"{made.tally}; {made.verdict.word}"
         notice(f"the data in {folder} is used again: {kept}" if made.reused else f"data was made in {folder}: {kept}")
         if not made.verdict.sound and not data.despite_verdict:

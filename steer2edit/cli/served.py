@@ -113,7 +113,7 @@ def served_evaluation(
     """
     from pathlib import Path
 
-    from steer2edit.data.templates import check_arguments
+    from steer2edit.data.templates import check_arguments, note_unread
     from steer2edit.data.tokens import token_ids
     from steer2edit.engines.server_client import ServerClient
     from steer2edit.engines.server_engine import ServerEngine
@@ -133,6 +133,7 @@ def served_evaluation(
     check_arguments(data.template_arguments)
     choice = judged.choice(data)
     tokenizer = _tokenizer(model, model_flags)
+    note_unread(tokenizer, data.template_arguments)
     clients: dict[str, ServerClient] = {}
 
     def engine(url: str, name: str | None, flag: str, bare: bool = False) -> ServerEngine:

@@ -135,6 +135,7 @@ def tune(
     if stored is None and not data.any:
         raise click.UsageError("give --data, --behavior or --stats: exactly one of them")
     judge = judged.choice(data)
+    judged.check_reachable()
     for target in output.to:
         targets.load(target)
         targets.check_quantised(target, checkpoint)

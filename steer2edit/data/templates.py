@@ -32,6 +32,7 @@ TemplateArguments = Mapping[str, Any]
 """Keyword arguments for a chat template, such as ``{"enable_thinking": False}``; ``chat_template`` names another template."""
 
 _NEXT_TURN = re.compile(r"\s*^(System|User|Assistant):", re.MULTILINE)
+_THINKING = ("enable_thinking", "thinking")
 _RESERVED = {
     *("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
     *("sanitize_control_tokens", "padding", "truncation", "max_length"),
@@ -75,6 +76,23 @@ def check_arguments(arguments: TemplateArguments | None) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise DataError(f"the chat template's arguments must be JSON values: {error}") from None
     return values
+
+
+def note_unread(tokenizer: Any, arguments: TemplateArguments | None) -> None:
+    """Say which arguments the chat template never names, and so cannot read."""
+    template = getattr(tokenizer, "chat_template", None)
+    chosen = (arguments or {}).get("chat_template", "default")
+    if isinstance(template, dict):
+        template = template.get(chosen)
+    elif "{" in str(chosen):
+        template = chosen
+    if not isinstance(template, str):
+        return
+    # where a template opens a thought, these two say who thinks, whether it reads them or not
+    heeded = {"chat_template", *(_THINKING if re.search("think|thought|reason", template) else ())}
+    names = [name for name in arguments or () if name not in heeded]
+    if unread := [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        notice(f"the chat template does not read {', '.join(unread)}: as arguments for it they change nothing")
 
 
 def render_prompts(
@@ -152,6 +170,7 @@ def rendered_prompts(
             problems.append((str(error), where))
     if chats:
         _check_choice(tokenizer, arguments)
+        note_unread(tokenizer, arguments)
         trials = tried({roles_of(chat) for chat in chats.values()}, tokenizer, arguments)
         sound = {prompt: chat for prompt, chat in chats.items() if not trials[roles_of(chat)].fault}
         problems += [(trials[roles_of(chat)].fault, places[p]) for p, chat in chats.items() if p not in sound]
@@ -162,8 +181,8 @@ def rendered_prompts(
             if fault := fault or _lost_words(result.text, chat):
                 problems.append((fault, places[prompt]))
                 continue
-            asked = arguments.get("enable_thinking") or arguments.get("thinking")
-            thinks = own_thought or (writing and bool(asked))
+            asked = any(arguments.get(name) for name in _THINKING)
+            thinks = own_thought or (writing and asked)
             lead = "" if thinks and END_OF_THOUGHT.search(trial.lead) else trial.lead
             texts[prompt] = result.text + lead
             for remark in trial.remarks if lead == trial.lead else ():

@@ -12,7 +12,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.contrast import Example
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.engines.agreement import LabelledAnswer, of_both_kinds
-from steer2edit.engines.engine import Engine
+from steer2edit.engines.engine import Engine, Request
 from steer2edit.engines.judge import TRIED, Judge, tried
 from steer2edit.engines.server_client import ServerClient
 from steer2edit.engines.server_engine import ServerEngine
@@ -132,6 +132,22 @@ def open_named(
         )
     checkpoint = open_checkpoint(where)
     return TransformersEngine(load_model(checkpoint, read_spec(checkpoint), runtime), name=checkpoint.name, **template)
+
+
+def check_named(
+    where: str, *, model: str | None = None, flag: str = "--server-model", judging: bool = False, **asked: Any
+) -> None:
+    """Raise an error where an engine could not be opened, before work that takes long; no model is loaded.
+
+    A server is asked for its models, and for one yes where it is to be ``judging``. Of a folder the headers are read. ``asked``
+    are arguments of :class:`ServerClient`; the others are those of :func:`open_named`.
+    """
+    if not is_url(where):
+        read_spec(open_checkpoint(where))
+        return
+    engine = ServerEngine(ServerClient(where, **asked), model=model, flag=flag)
+    if judging:
+        engine.yes([Request("Is two more than one? Yes or No?")])
 
 
 def is_url(where: str) -> bool:

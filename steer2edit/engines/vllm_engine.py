@@ -42,7 +42,7 @@ class RunningVllm:
 
         Raises EngineError where vLLM is not installed or does not run the model.
         """
-        vllm = _import_vllm()
+        vllm = import_vllm()
         longest = read_json(folder / "config.json").get("max_position_embeddings")
         context = min(context, longest) if isinstance(longest, int) else context
         adapters = {"enable_lora": True, "max_lora_rank": 8} if lora else {}
@@ -157,7 +157,7 @@ class VllmCandidates:
     """
 
     def __init__(self, dtype: str = "auto", context: int = CONTEXT) -> None:
-        _import_vllm()
+        import_vllm()
         self._dtype, self._context = dtype, context
         self._running: RunningVllm | None = None
         self._adapters: dict[Path, int] = {}
@@ -182,7 +182,8 @@ class VllmCandidates:
         )
 
 
-def _import_vllm() -> Any:
+def import_vllm() -> Any:
+    """The module vllm, whose log goes to stderr. Raises EngineError where it is not installed."""
     # results go to stdout, and vLLM's log would too
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:

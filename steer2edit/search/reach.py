@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steer2edit.data.metric_choice import MetricChoice
+from steer2edit.data.questions import Question
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import measure, plan_candidate
 from steer2edit.evaluation.metrics import Metric, Task, attributes
 from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.written_suite import WrittenSuite
 from steer2edit.methods import scaling
 from steer2edit.plan import Base, EditPlan
 from steer2edit.progress import Progress, silent
@@ -55,6 +58,15 @@ class Reached:
             "base": self.base,
             "steps": steps,
         }
+
+
+def check_aim(questions: Sequence[Question], metric: MetricChoice | None, aim: Aim) -> None:
+    """Raise PlanError where questions have no such metric of the behaviour, and DataError where none is for selection.
+
+    ``metric`` is the behaviour's own. No model is needed.
+    """
+    suite = WrittenSuite(questions, [], metric=metric, limit=AIM_QUESTIONS)
+    _task_of([*suite.answer_tasks("select"), *suite.likelihood_tasks("select")], aim.metric)
 
 
 def settle_by_aim(
