@@ -23,7 +23,7 @@ from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.questions import knowledge_questions
 from steer2edit.evaluation.assess import assess
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
-from steer2edit.evaluation.evaluate import Candidate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.evaluation.suite import Suite
 from steer2edit.methods import make_plan
 from steer2edit.runtime.model import Runtime, load_model

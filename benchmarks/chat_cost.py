@@ -19,7 +19,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.contrast import neutral_text
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
-from steer2edit.evaluation.evaluate import Candidate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.methods import make_plan
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.progress import bar

@@ -26,7 +26,7 @@ from steer2edit.checkpoint import open_checkpoint
 from steer2edit.demo import invented_world
 from steer2edit.demo.run import answers_to, demo_behavior, model_folder, neutral_documents
 from steer2edit.evaluation.baselines import random_direction, steering_at, to_kl
-from steer2edit.evaluation.evaluate import Candidate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.methods import make_plan, steering
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring

@@ -47,7 +47,8 @@ from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.engines.vllm_engine import VllmCandidates
 from steer2edit.errors import Steer2EditError
 from steer2edit.evaluation.baselines import instructed, near, random_direction, steering_at
-from steer2edit.evaluation.evaluate import Candidate, Evaluation, measure, open_candidate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, open_candidate, plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation, measure
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary
 from steer2edit.methods import make_plan

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from steer2edit.architecture import MatrixRole, ModelSpec
+from steer2edit.capture.moments import Moments, Resampled
 from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCES, Kind, Population, Side, Source
-from steer2edit.capture.statistics import Moments, Resampled, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import INDEX, Checkpoint
 from steer2edit.plan import Base, EditPlan, LowRank
 

@@ -24,7 +24,8 @@ from steer2edit.data.neutral import OwnNeutral
 from steer2edit.data.questions import Question, knowledge_questions
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.assess import PROOF, assess
-from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
+from steer2edit.evaluation.candidates import plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary
 from steer2edit.files.atomic import write_text

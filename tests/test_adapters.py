@@ -15,7 +15,8 @@ import torch
 from steer2edit.architecture import read_spec
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.errors import CheckpointError, Steer2EditError
-from steer2edit.evaluation.evaluate import Candidate, evaluate, open_candidate
+from steer2edit.evaluation.candidates import Candidate, open_candidate
+from steer2edit.evaluation.evaluate import evaluate
 from steer2edit.evaluation.metrics import Neutral
 from steer2edit.notices import collected
 from steer2edit.runtime.adapters import adapted, changed, checksums

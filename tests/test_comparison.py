@@ -30,8 +30,9 @@ from steer2edit.evaluation.baselines import (
     steering_at,
     to_kl,
 )
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.evaluation.comparison import comparisons, equally_costly
-from steer2edit.evaluation.evaluate import Candidate, Evaluation, Row, evaluate, measure, plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation, Row, evaluate, measure
 from steer2edit.evaluation.instructed import told
 from steer2edit.evaluation.metrics import Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.steerability import steerability

@@ -21,7 +21,8 @@ from steer2edit.errors import CheckpointError, DataError, PlanError
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import baselines, random_direction, shuffled_labels, whole_matrices
-from steer2edit.evaluation.evaluate import Evaluation, evaluate, open_candidate, plan_candidate
+from steer2edit.evaluation.candidates import open_candidate, plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation, evaluate
 from steer2edit.evaluation.metrics import Choice, Metric, Neutral, Preference, Sample
 from steer2edit.evaluation.suite import Suite
 from steer2edit.methods import make_plan

@@ -57,7 +57,7 @@ def test_an_adapter_by_its_id_is_measured_and_imported(
     hub: Hub, compiled: Path, tiny_llama_bf16: Path, tmp_path: Path
 ) -> None:
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.candidates import open_candidate
     from steer2edit.plan import EditPlan
     from steer2edit.runtime.model import load_model
 

@@ -24,7 +24,8 @@ from steer2edit.engines.judge import Judge
 from steer2edit.engines.opening import JudgeChoice
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.answers import Answers
-from steer2edit.evaluation.evaluate import Candidate, evaluate, open_candidate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, open_candidate, plan_candidate
+from steer2edit.evaluation.evaluate import evaluate
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.suite import Suite
 from steer2edit.methods import make_plan

@@ -194,7 +194,7 @@ def test_tasks_of_lm_eval_run_on_the_same_candidates(tiny_llama: Path, compiled:
     )
     from steer2edit.architecture import read_spec
     from steer2edit.checkpoint import open_checkpoint
-    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.candidates import open_candidate
     from steer2edit.evaluation.lm_eval import lm_eval
     from steer2edit.runtime.model import load_model
 

@@ -23,7 +23,7 @@ from steer2edit.artefact import emit as emitting
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
 from steer2edit.errors import PlanError, TargetError
-from steer2edit.evaluation.evaluate import open_candidate
+from steer2edit.evaluation.candidates import open_candidate
 from steer2edit.files.layout import ADAPTER_CONFIG, PLAN
 from steer2edit.lowering import Place, resolve
 from steer2edit.methods import make_plan

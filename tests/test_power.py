@@ -21,7 +21,8 @@ from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import builtin_questions
 from steer2edit.data.questions import take
 from steer2edit.errors import DataError
-from steer2edit.evaluation.evaluate import evaluate, open_candidate
+from steer2edit.evaluation.candidates import open_candidate
+from steer2edit.evaluation.evaluate import evaluate
 from steer2edit.evaluation.metrics import Preference
 from steer2edit.runtime.adapters import changed, checksums
 from steer2edit.runtime.model import load_model

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROWS, run, save_chat_model
 
+from steer2edit.capture.moments import Moments
 from steer2edit.capture.protect import protected
-from steer2edit.capture.statistics import Moments, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vectors import Vectors
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError

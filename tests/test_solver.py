@@ -12,9 +12,10 @@ import torch
 
 from steer2edit.architecture import read_spec
 from steer2edit.architecture.sites import DEEP
+from steer2edit.capture.moments import Moments
 from steer2edit.capture.populations import Source
 from steer2edit.capture.run import capture_statistics
-from steer2edit.capture.statistics import Moments, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.engines.own_answers import OwnAnswer

@@ -32,14 +32,14 @@ from steer2edit.architecture.coverage import (
 )
 from steer2edit.architecture.family import Family, Orientation, Part
 from steer2edit.architecture.find_family import family_of, find_family
+from steer2edit.architecture.matrices import check_matrix, embedding_site, in_features
 from steer2edit.architecture.read_readers import ReaderFinder
 from steer2edit.architecture.refusals import refuse_unfit
 from steer2edit.architecture.routers import Router, read_router
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Norm, Site, part_of
 from steer2edit.architecture.wrappers import FLAT
-from steer2edit.checkpoint import EDITABLE, Checkpoint, TensorInfo
-from steer2edit.checkpoint.fp8 import FP8, scale_info
-from steer2edit.errors import ArchitectureError, CheckpointError, listing
+from steer2edit.checkpoint import Checkpoint, TensorInfo
+from steer2edit.errors import ArchitectureError, listing
 
 _NAMED = 100  # tensors named in one error
 
@@ -69,7 +69,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     reader = _Reader(checkpoint, values, family, prefix, module, hidden, heads, settings, finder)
     for layer in range(layers):
         reader.layer(layer)
-    embedding, problems = _embedding(checkpoint, family, prefix, module, hidden)
+    embedding, problems = embedding_site(checkpoint, family, prefix, module, hidden)
     problems = [
         *problems,
         *reader.problems,
@@ -176,7 +176,7 @@ class _Reader:
                 self.problems.append(f"layer {layer}: {base}{leaf}.weight is missing ({role.value})")
             return
         heads = self._heads(layer) if role is MatrixRole.ATTN_OUT or leaf == family.attn_out else None
-        width = _in_features(info, family.orientation)
+        width = in_features(info, family.orientation)
         if leaf == family.attn_out and leaf in family.mixers:
             # one name for attention and for what stands in its place: only the widths tell them apart
             role, heads = (
@@ -247,7 +247,7 @@ class _Reader:
                 module=router.experts_module,
                 orientation=orientation,
                 out_features=self.hidden,
-                in_features=_in_features(part_of(info, part), orientation),
+                in_features=in_features(part_of(info, part), orientation),
                 bias=output_bias if output_bias in self.checkpoint.tensors else None,
                 norm=self._norm(layer, "the experts", norm, mixture.routed_norm),
                 expert=expert,
@@ -290,7 +290,7 @@ class _Reader:
     def _keep(self, site: Site, info: TensorInfo) -> None:
         self.claimed.add(info.name)
         self.sites.append(site)
-        self.problems += _check_matrix(site, self.checkpoint, self._head_size(site.layer))
+        self.problems += check_matrix(site, self.checkpoint, self._head_size(site.layer))
 
     def _multiplier(self, role: MatrixRole, layer: int) -> float:
         """What the family multiplies a writer's output by."""
@@ -313,41 +313,3 @@ class _Reader:
     def _heads(self, layer: int) -> int:
         own = layer_values(self.values, layer)
         return self.heads if own is self.values else head_count(own, optional=True)
-
-
-def _check_matrix(site: Site, checkpoint: Checkpoint, head_size: int) -> list[str]:
-    problems, info = [], site.locate(checkpoint)
-    if info.dtype == FP8 and len(info.shape) == 2:
-        try:
-            scale_info(checkpoint, info)
-        except CheckpointError as error:
-            problems.append(str(error))
-    elif info.dtype not in EDITABLE:
-        problems.append(f"{info.name} is stored as {info.dtype}; editable are {', '.join(sorted(EDITABLE))}")
-    if info.packed is not None and site.orientation != "out_in":
-        problems.append(f"{info.name} is quantised, output × input; this family's matrices are input × output")
-    axis = 0 if site.orientation == "out_in" else 1
-    if len(info.shape) != 2 or 0 in info.shape or info.shape[axis] != site.out_features:
-        problems.append(f"{info.name} has the shape {list(info.shape)}; expected {site.out_features} on axis {axis}")
-    elif site.heads is not None and site.heads * head_size != site.in_features:
-        problems.append(f"{info.name} has {site.in_features} input columns; expected {site.heads} heads of {head_size}")
-    return problems
-
-
-def _embedding(checkpoint: Checkpoint, family: Family, prefix: str, module: str, hidden: int) -> tuple[Site, list[str]]:
-    """The token embedding, and what is wrong with it."""
-    leaf = family.embedding.removeprefix(family.blocks.rsplit(".", 1)[0] + ".")
-    blocks = family.blocks.rsplit(".", 1)[-1] + "."
-    name = f"{around(prefix)}{family.disk_embedding or leaf}.weight"
-    info, problems = checkpoint.tensors.get(name), []
-    if info is None or len(info.shape) != 2 or info.shape[1] != hidden:
-        shape = "is missing" if info is None else f"has the shape {list(info.shape)}"
-        problems.append(f"{name} {shape}; expected the token embedding, [vocabulary, {hidden}]")
-    rows = info.shape[0] if info is not None and info.shape else 0
-    # a row per token: read as a matrix, it maps a one-hot token to the stream and is stored input × output
-    return Site(MatrixRole.EMBED, 0, name, module.removesuffix(blocks) + leaf, "in_out", hidden, rows), problems
-
-
-def _in_features(info: TensorInfo, orientation: Orientation) -> int:
-    shape = info.shape or (0,)
-    return shape[-1] if orientation == "out_in" else shape[0]

@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 
 from steer2edit.capture.expert_moments import ExpertSums, add_to
+from steer2edit.capture.moments import Moments, Resampled
 from steer2edit.capture.pairs import Pairs
 from steer2edit.capture.populations import POPULATIONS, RESAMPLES, SOURCE_OF, SOURCES, Kind, Population, Side, Source
 from steer2edit.capture.resampling import draws
-from steer2edit.capture.statistics import Moments, Resampled, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.stored import read_name, stored_name
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError

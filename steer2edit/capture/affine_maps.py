@@ -25,7 +25,7 @@ import torch
 
 from steer2edit.architecture import Site
 from steer2edit.capture.evidence import checked
-from steer2edit.capture.statistics import Moments
+from steer2edit.capture.moments import Moments
 from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import Encoded

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from steer2edit.capture.statistics import Resampled, Statistics
+from steer2edit.capture.moments import Resampled
+from steer2edit.capture.statistics import Statistics
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer2edit.capture.expert_moments import ExpertMoments
+from steer2edit.capture.moments import Moments, Resampled
 from steer2edit.capture.populations import POPULATIONS, SOURCE_OF, SOURCES, Kind, Population, Side, Source, expert_of
 from steer2edit.capture.stored import (
     DESCRIBED,
@@ -41,29 +42,6 @@ if TYPE_CHECKING:
 _UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 """The relative error of one rounding in dtypes narrower than float32."""
 _ROUTING = ("selected.", "mass.", "counts.")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """First and elementwise second moment of one activation, each ``[features]``, float64."""
-
-    mean: torch.Tensor
-    m2: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """Class means under resampled rows: ``means`` ``[resamples, 2 labels, features]``, float32."""
-
-    means: torch.Tensor
-
-    def difference(self) -> torch.Tensor:
-        """Positive minus negative, ``[resamples, features]``."""
-        return self.means[:, 0] - self.means[:, 1]
-
-    def x_bar(self) -> torch.Tensor:
-        """Half the sum of both classes, ``[resamples, features]``."""
-        return self.means.mean(dim=1)
 
 
 @dataclass(frozen=True)

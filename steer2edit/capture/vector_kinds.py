@@ -19,9 +19,10 @@ from typing import Literal, get_args
 
 import torch
 
+from steer2edit.capture.moments import Resampled
 from steer2edit.capture.populations import RESAMPLES, Kind
 from steer2edit.capture.resampling import drawn_rows
-from steer2edit.capture.statistics import Resampled, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.data.answers import LABELS
 from steer2edit.errors import PlanError, shown
 

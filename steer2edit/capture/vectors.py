@@ -21,8 +21,9 @@ import torch
 
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.architecture.stream import factor, gain
+from steer2edit.capture.moments import Moments
 from steer2edit.capture.populations import Population, Side
-from steer2edit.capture.statistics import Moments, Statistics
+from steer2edit.capture.statistics import Statistics
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data.answers import LABELS, Label
 from steer2edit.errors import DataError, listing

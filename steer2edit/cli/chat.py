@@ -33,8 +33,8 @@ def chat(model: str, edited: str, shown: ChatFlags, model_flags: ModelFlags) -> 
     """
     from rich.console import Console
 
+    from steer2edit.evaluation.candidates import open_candidate
     from steer2edit.evaluation.chat import Chat, side_by_side
-    from steer2edit.evaluation.evaluate import open_candidate
 
     arguments = shown.template_arguments
     checkpoint, spec = model_flags.open(model)

@@ -59,7 +59,7 @@ def evaluate(
     from steer2edit.evaluation.answers import in_this_process
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.baselines import steering
-    from steer2edit.evaluation.evaluate import open_candidate
+    from steer2edit.evaluation.candidates import open_candidate
     from steer2edit.evaluation.work import baselines_work, work_of
 
     how.check()

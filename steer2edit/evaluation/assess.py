@@ -18,7 +18,8 @@ from steer2edit.evaluation.baselines import (
     steering,
     steering_at,
 )
-from steer2edit.evaluation.evaluate import Candidate, Evaluation, evaluate, plan_candidate
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation, evaluate
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.layout import EVALUATION

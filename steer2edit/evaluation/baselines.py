@@ -18,8 +18,8 @@ import torch
 
 from steer2edit.capture.populations import RESAMPLES
 from steer2edit.errors import PlanError, Steer2EditError
+from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.evaluation.comparison import ADAPTER, BOTH, EQUAL_COST, INSTRUCTED
-from steer2edit.evaluation.evaluate import Candidate, plan_candidate
 from steer2edit.evaluation.steerability import LEAST_DIRECTIONS
 from steer2edit.methods import load, make_plan
 from steer2edit.notices import notice

@@ -11,7 +11,7 @@ from steer2edit.data.templates import TemplateArguments, render_prompt
 from steer2edit.data.tokens import texts_of
 from steer2edit.engines.generation import generate
 from steer2edit.errors import printable
-from steer2edit.evaluation.evaluate import Candidate
+from steer2edit.evaluation.candidates import Candidate
 from steer2edit.runtime.model import LoadedModel
 
 if TYPE_CHECKING:

@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from steer2edit import targets
-from steer2edit.artefact.receipt import read_receipt
 from steer2edit.bootstrap import Estimate
-from steer2edit.checkpoint import Checkpoint, read_json
+from steer2edit.checkpoint import read_json
 from steer2edit.data.questions import Question
-from steer2edit.errors import CheckpointError, PlanError, Steer2EditError, listing, shown
+from steer2edit.errors import PlanError, Steer2EditError, listing, shown
 from steer2edit.evaluation.answers import ANSWERS_RIGHT, Answers
+from steer2edit.evaluation.candidates import Candidate, base_candidate
 from steer2edit.evaluation.damage import Damage, damages
 from steer2edit.evaluation.instructed import brief, told
 from steer2edit.evaluation.metrics import Metric, Neutral, Outcome, Sample, Task
 from steer2edit.files.atomic import write_text
-from steer2edit.files.hub import fetch
-from steer2edit.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAN, PLAN_FILE, RECEIPT
 from steer2edit.files.schema import MAYBE, NUMBER, check
-from steer2edit.plan import EditPlan
 from steer2edit.progress import Progress, silent
-from steer2edit.runtime.adapters import adapted, changed, checksums
-from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import LoadedModel, Runtime, load_weights
-from steer2edit.strength.kl import NeutralText, Windows
+from steer2edit.runtime.adapters import changed, checksums
+from steer2edit.runtime.model import LoadedModel
 
 FORMAT = "steer2edit.evaluation.1"
 _ROW: Any = {
@@ -50,26 +43,6 @@ _METRIC: Any = {
     "own?": bool,
 }
 _DESCRIBED: Any = {"metrics": [_METRIC], "rows": [_ROW], "context": {}, "prompts": [str]}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to change the model: within ``enter()`` the yielded model is changed.
-
-    ``kind`` is base, edit, or the name of a baseline; ``note`` says in words what it is; ``seen`` are digests of the prompts
-    that it was made or chosen by. ``told`` is an instruction that stands before every prompt. ``brief`` asks for the cost and
-    the attribute alone, by likelihood where it can be had so. ``costs`` are what was measured of it on neutral texts already.
-    """
-
-    name: str
-    enter: Callable[[], AbstractContextManager[LoadedModel]]
-    kind: str = "edit"
-    note: str = ""
-    strength: float | None = None
-    seen: frozenset[str] = frozenset()
-    told: str = ""
-    brief: bool = False
-    costs: Mapping[NeutralText, Windows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,7 +159,7 @@ def evaluate(
     Raises Steer2EditError where a candidate changed them.
     """
     texts = [task.text for task in tasks if isinstance(task, Neutral) and task.text.is_of(loaded)]
-    base = Candidate("base", lambda: _as_it_is(loaded), "base", costs={text: text.unchanged() for text in texts})
+    base = base_candidate(loaded, {text: text.unchanged() for text in texts})
     before, rows = checksums(loaded.model), []
     for candidate in (base, *candidates):
         rows.append(measure(candidate, tasks, progress))
@@ -234,82 +207,6 @@ def with_outcomes(row: Row, outcomes: Sequence[tuple[Task, Outcome]], progress: 
         samples |= {name: replace(sample, groups=_groups(task, sample)) for name, sample in found.items()}
         answers = answers or outcome.answers
     return replace(row, samples=samples, answers=answers)
-
-
-def plan_candidate(loaded: LoadedModel, name: str, plan: EditPlan, kind: str = "edit", note: str = "") -> Candidate:
-    """A plan, applied as hooks to the loaded model."""
-
-    @contextmanager
-    def enter() -> Iterator[LoadedModel]:
-        with edited(loaded, plan):
-            yield loaded
-
-    return Candidate(name, enter, kind, note, plan.measured.strength, frozenset(plan.seen))
-
-
-def open_candidate(loaded: LoadedModel, checkpoint: Checkpoint, where: str, runtime: Runtime = Runtime()) -> Candidate:  # noqa: B008
-    """A candidate from a plan file, an artefact or adapter folder, or another checkpoint's folder, here or on the Hub.
-
-    Raises PlanError for what is none of these or was made for another model.
-    """
-    path = fetch(where)
-    name = Path(where).name.removesuffix(".plan.safetensors") or str(path)
-    if (path / PLAN_FILE).is_file() and not (path / RECEIPT).is_file():
-        path = path / PLAN_FILE  # a plan published alone
-    if path.is_file():
-        plan = EditPlan.load(path)
-        plan.check_base(checkpoint)
-        plan.check_content(checkpoint, loaded.spec)
-        return plan_candidate(loaded, name, plan, note=str(plan.method.get("name", "")))
-    if not path.is_dir():
-        raise PlanError(f"{where} does not exist; expected a plan, an adapter's folder or a checkpoint's folder")
-    seen: tuple[str, ...] = ()
-    note = ""
-    if (path / RECEIPT).is_file():
-        receipt = read_receipt(path)
-        plan = EditPlan.load(path / PLAN)
-        plan.check_base(checkpoint)
-        plan.check_content(checkpoint, loaded.spec)
-        seen, note = plan.seen, f"{receipt['target']}, {receipt['exactness']}"
-        if not any((path / name).is_file() for name in (ADAPTER_WEIGHTS, "config.json")):
-            raise PlanError(
-                f"{where} is for another engine (--to {receipt['target']}), which is not run here; give its plan, {path / PLAN}"
-            )
-    enter = _adapter(loaded, path) if (path / ADAPTER_CONFIG).is_file() else _weights(loaded, path, runtime)
-    # the folders of one compile are called after their target
-    name = f"{path.resolve().parent.name}/{path.resolve().name}" if path.name in targets.names() else name
-    return Candidate(name, enter, note=note, seen=frozenset(seen))
-
-
-def _weights(loaded: LoadedModel, path: Path, runtime: Runtime) -> Callable[[], AbstractContextManager[LoadedModel]]:
-    if not (path / "config.json").is_file():
-        raise PlanError(
-            f"{path} holds no config.json and no {ADAPTER_CONFIG}: it is neither a checkpoint nor an adapter"
-        )
-
-    @contextmanager
-    def enter() -> Iterator[LoadedModel]:
-        other = replace(loaded, model=load_weights(path, runtime), folder=path, fingerprint=None)
-        mine, theirs = (m.get_input_embeddings().weight.shape[0] for m in (loaded.model, other.model))
-        if mine != theirs:
-            raise CheckpointError(f"{path} has {theirs} tokens in its vocabulary, the base {mine}: not the same model")
-        yield other
-
-    return enter
-
-
-def _adapter(loaded: LoadedModel, path: Path) -> Callable[[], AbstractContextManager[LoadedModel]]:
-    @contextmanager
-    def enter() -> Iterator[LoadedModel]:
-        with adapted(loaded.model, path):
-            yield replace(loaded, adapter=path, fingerprint=None)
-
-    return enter
-
-
-@contextmanager
-def _as_it_is(loaded: LoadedModel) -> Iterator[LoadedModel]:
-    yield loaded
 
 
 def named(progress: Progress, name: str) -> Progress:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steer2edit.errors import Steer2EditError, first_line
-from steer2edit.evaluation.evaluate import Candidate
+from steer2edit.evaluation.candidates import Candidate
 from steer2edit.runtime.model import LoadedModel
 
 

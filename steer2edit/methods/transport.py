@@ -32,7 +32,7 @@ from steer2edit.progress import Progress, silent
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec, Site
     from steer2edit.capture.affine_maps import AffineMap
-    from steer2edit.capture.statistics import Moments
+    from steer2edit.capture.moments import Moments
     from steer2edit.plan import Edit, EditPlan
     from steer2edit.scoring.scores import Scoring
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,12 @@ from steer2edit.files.schema import NUMBER, TEXT, check
 from steer2edit.files.untrusted import parse_json
 from steer2edit.plan.content import content_of
 from steer2edit.plan.measured import LARGEST_STRENGTH, MEASURED, Measured
-from steer2edit.plan.operations import Assign, Bias, Edit, LowRank, NewBias, Scale, edit_tensors, read_edit
-from steer2edit.plan.sums import added
+from steer2edit.plan.operations import Edit, edit_tensors, read_edit
+from steer2edit.plan.scores import TABLE, Scores, read_scores
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec
     from steer2edit.checkpoint import Checkpoint
-
-__all__ = ["Assign", "Base", "Bias", "Edit", "EditPlan", "LowRank", "NewBias", "Scale", "Scores", "Structure", "merge"]
 
 FORMAT = "steer2edit.plan.1"
 METHOD: Any = {"name?": TEXT, "plans?": [{"name?": TEXT, "method": lambda: METHOD, "weight": NUMBER, "plan": str}]}
@@ -55,31 +52,6 @@ _DESCRIBED: Any = {
     "content?": {str: str},
     "data": DATA,
 }
-_LARGEST = 1e18  # a larger value is not a score, and overflows where it is squared
-_TABLE = ("g", "lam", "projection", "interval", "null")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Component tables of one site, float32 ``[components]``, in the order of its input columns.
-
-    ``g`` is the cosine score; ``lam`` the signed strength, ``|lam| = ‖ΔW_j‖``; ``projection`` is ``w_i·v_hat`` for a
-    neuron (its sign is the paper's k_i) and ``‖W_jᵀ v_hat‖`` for a head. ``interval`` ``[2, components]`` is g's bootstrap
-    95 % interval over examples, ``null`` what g is under shuffled labels; None where nothing was resampled.
-    """
-
-    g: torch.Tensor
-    lam: torch.Tensor
-    projection: torch.Tensor
-    interval: torch.Tensor | None = None
-    null: torch.Tensor | None = None
-
-    @property
-    def stable(self) -> torch.Tensor:
-        """Components whose interval leaves the sign of g in no doubt, ``[components]`` bool."""
-        if self.interval is None:
-            return torch.ones_like(self.g, dtype=torch.bool)
-        return self.interval[0].sign() * self.interval[1].sign() > 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +223,7 @@ class EditPlan:
     def _parts(self) -> tuple[dict[str, torch.Tensor], str]:
         tensors = {name: value for edit in self.edits for name, value in edit_tensors(edit).items()}
         for key, table in self.scores.items():
-            values = ((f"{key}.{name}", getattr(table, name)) for name in _TABLE)
+            values = ((f"{key}.{name}", getattr(table, name)) for name in TABLE)
             tensors |= {name: value for name, value in values if value is not None}
         described = {
             "format": FORMAT,
@@ -276,7 +248,7 @@ class EditPlan:
                 raise PlanError(f"{path} has the format {shown(described['format'])}, expected {FORMAT!r}")
             check(described, _DESCRIBED, "the plan")
             edits = tuple(read_edit(entry, tensors) for entry in described["edits"])
-            scores = {key: _scores(key, tensors) for key in described["scored"]}
+            scores = {key: read_scores(key, tensors) for key in described["scored"]}
             base = Base(**described["base"])
             structure = Structure.read(described["structure"]) if "structure" in described else Structure()
             method, data = described["method"], described["data"]
@@ -298,67 +270,3 @@ def _content(digests: Mapping[str, str]) -> Mapping[str, str]:
     if strange := [digest for digest in digests.values() if not re.fullmatch("[0-9a-f]{64}", digest)]:
         raise ValueError(f"its content holds {shown(strange[0])}, expected SHA-256 digests")
     return digests
-
-
-def _scores(key: str, tensors: Mapping[str, torch.Tensor]) -> Scores:
-    tables = {name: tensors.get(f"{key}.{name}") for name in _TABLE}
-    g = tables["g"]
-    if not re.fullmatch(r"[a-z_]{1,40}(\.\d{1,5}){1,2}", key) or g is None or g.ndim != 1 or not len(g):
-        raise PlanError(f"the plan's scores {shown(key)} are not those of a site")
-    shapes = {"interval": (2, len(g))}
-    for name, values in tables.items():
-        if values is None and name in ("interval", "null"):
-            continue
-        expected = shapes.get(name, (len(g),))
-        if (
-            values is None
-            or values.shape != expected
-            or values.dtype != torch.float32
-            or not bool((values.abs() < _LARGEST).all())
-        ):
-            raise PlanError(f"the plan's {key}.{name} is not {list(expected)} float32 values of a plausible size")
-    return Scores(**tables)  # type: ignore[arg-type]
-
-
-def merge(plans: Iterable[EditPlan], weights: Iterable[float] | None = None) -> EditPlan:
-    """Several plans for one base as one: ranks add, so the update is exactly the weighted sum of theirs.
-
-    Scores are not kept: they belong to one behaviour. Raises PlanError where the bases differ.
-    """
-    merged = list(plans)
-    factors = [1.0] * len(merged) if weights is None else list(weights)
-    if not merged or len(factors) != len(merged):
-        raise PlanError(
-            f"{len(merged)} plans and {len(factors)} weights; expected at least one plan and a weight for each"
-        )
-    if not all(math.isfinite(factor) for factor in factors):
-        raise PlanError(f"the weights are {factors}, expected finite numbers")
-    if len({plan.base.fingerprint for plan in merged}) > 1:
-        raise PlanError(f"the plans were made for different models: {', '.join(sorted({p.base.name for p in merged}))}")
-    if any(plan.structure for plan in merged):
-        raise PlanError("a plan that removes experts or layers cannot be merged: it changes what the others count")
-    content = _merged_content(merged)
-    edits: dict[str, Edit] = {}
-    for plan, factor in zip(merged, factors, strict=True):
-        for edit in plan.scaled(factor).edits:
-            edits[edit.tensor] = added(edits[edit.tensor], edit) if edit.tensor in edits else edit
-    called = [str(plan.data.get("name") or "unnamed") for plan in merged]
-    parts = [
-        {"name": name, "method": dict(plan.method), "weight": factor, "plan": plan.hash}
-        for name, plan, factor in zip(called, merged, factors, strict=True)
-    ]
-    # nothing may be reported on what any of the parts has seen
-    seen = sorted({digest for plan in merged for digest in plan.seen})
-    data = {"name": " + ".join(called), "prompts": seen}
-    return EditPlan(
-        merged[0].base, tuple(edits.values()), method={"name": "merge", "plans": parts}, data=data, content=content
-    )
-
-
-def _merged_content(plans: Iterable[EditPlan]) -> dict[str, str]:
-    """The content of all plans' matrices. Raises PlanError where two plans were made from different values of one."""
-    content: dict[str, str] = {}
-    for plan in plans:
-        if other := [name for name, digest in plan.content.items() if content.setdefault(name, digest) != digest]:
-            raise PlanError(f"the plans were made for different weights of {plan.base.name}:\n{listing(other)}")
-    return content

@@ -16,7 +16,8 @@ from typing import Any
 from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.questions import Question
 from steer2edit.errors import PlanError
-from steer2edit.evaluation.evaluate import measure, plan_candidate
+from steer2edit.evaluation.candidates import plan_candidate
+from steer2edit.evaluation.evaluate import measure
 from steer2edit.evaluation.metrics import Metric, Task, attributes
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.written_suite import WrittenSuite

@@ -17,7 +17,8 @@ from steer2edit.checkpoint import Checkpoint
 from steer2edit.data.questions import refuse_seen
 from steer2edit.evaluation.assess import assess, with_baselines
 from steer2edit.evaluation.baselines import steering_at
-from steer2edit.evaluation.evaluate import Evaluation, plan_candidate
+from steer2edit.evaluation.candidates import plan_candidate
+from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.summary import summary
 from steer2edit.evaluation.work import baselines_work, work_of

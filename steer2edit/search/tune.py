@@ -22,8 +22,9 @@ from steer2edit import methods
 from steer2edit.architecture import MatrixRole
 from steer2edit.checkpoint import read_json
 from steer2edit.errors import PlanError
+from steer2edit.evaluation.candidates import plan_candidate
 from steer2edit.evaluation.damage import damages
-from steer2edit.evaluation.evaluate import Row, measure, plan_candidate
+from steer2edit.evaluation.evaluate import Row, measure
 from steer2edit.evaluation.metrics import Metric, Neutral, Sample, Task, attributes
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.atomic import write_text
