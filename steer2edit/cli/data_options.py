@@ -83,7 +83,7 @@ class DataFlags(TemplateFlags):
     )
     behavior: tuple[str, ...] = option(
         (),
-        "Behaviour instead: the name of a built-in one, or a TOML file. Repeatable.",
+        "Behaviour, in place of --data: the name of a built-in one, or a TOML file. Repeatable.",
         metavar="NAME|FILE",
     )
     span: Literal["matched", "response", "last"] = option(
@@ -101,7 +101,7 @@ class DataFlags(TemplateFlags):
         rare=True,
     )
     keep_file: Path | None = option(
-        None, "Texts on which the edit has no mean push: prose, or chats (.jsonl) of which the answers count.", "--keep"
+        None, "Texts on which the edit has no mean effect: prose, or chats (.jsonl) of which the answers count.", "--keep"
     )
     batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
     despite_verdict: bool = option(

@@ -175,7 +175,7 @@ class WritingFlags(FlagGroup):
 
     heading: ClassVar[str] = "Output"
 
-    dry_run: bool = option(False, "Say what would be read, changed and written, and stop there.")
+    dry_run: bool = option(False, "Say what would be read, changed, written and refused, and stop there.")
     link: bool = option(False, "Hard-link the shards that no edit touches, in place of copying them.", rare=True)
     jobs: int | None = option(
         None,

@@ -67,7 +67,7 @@ class Options:
         0.4, "Weight of the model's own answers in the second moments, 0 to 1.", "--chat-weight", rare=True
     )
     zero_push: Literal["both", "prose", "chat", "none"] = option(
-        "both", "Background on which the mean push is held at zero.", rare=True
+        "both", "Background on which the mean effect is held at zero.", rare=True
     )
     keep_as: Literal["soft", "hard"] = option(
         "soft", "Weigh the texts of --keep, or edit only where they have hardly any energy.", rare=True
