@@ -16,25 +16,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from methods_at_kl import difference
-from power import say
-from power_cells import UNSCALED, Bench, Journal, Settings, ask, general_questions
+from one_kl import add_flags, difference, in_words, opened
+from power_cells import UNSCALED, Bench, Journal, ask
 from tabulate import tabulate
 
-from steer2edit.architecture import read_spec
-from steer2edit.bootstrap import estimate
 from steer2edit.capture.run import capture_statistics
-from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import behavior_files, builtin_questions
 from steer2edit.data.prompts import prompt_digest
-from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.meet import Apply
-from steer2edit.strength.neutral_texts import neutral_texts
 
 OWN = "packaged"
 
@@ -65,18 +57,14 @@ def table(journal: Journal, behavior: str) -> str:
         if cell.failed:
             rows.append([method, cell.failed])
             continue
-        changes = [difference(cell, base, metric) for metric in base.values]
+        changes = [in_words(difference(cell, base, metric)) for metric in base.values]
         kl = "" if not cell.kl else f"{next(iter(cell.kl.values())):.3f}"
-        rows.append([method, kl, *(f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in changes)])
+        rows.append([method, kl, *changes])
     for method, cell in cells.items():
         kind, _, source = method.partition(", ")
         other = cells.get(f"{kind}, {OWN}")
         if source not in ("", OWN) and other is not None and not cell.failed and not other.failed:
-            pairs = [
-                estimate([a - b for a, b in zip(cell.values[key], other.values[key], strict=True)])
-                for key in base.values
-            ]
-            shown = [f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in pairs]
+            shown = [in_words(difference(cell, other, metric)) for metric in base.values]
             rows.append([f"{kind}: {source} minus {OWN}", "", *shown])
     shown_table: str = tabulate(rows, ["", "KL", *base.values], tablefmt="github", disable_numparse=True)
     return shown_table
@@ -84,30 +72,13 @@ def table(journal: Journal, behavior: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    add_flags(parser, questions=64, knowledge=64, tokens=96, kl_rows=24)
     parser.add_argument("--behavior", choices=behavior_files(), default="concise")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=FOLDER[@SPAN]", help="repeatable")
     parser.add_argument("--method", action="append", choices=("edit", "steering", "component"))
-    parser.add_argument("--kl", type=float, default=0.1, help="nats per token (default %(default)s)")
-    parser.add_argument("--questions", type=int, default=64, help="for the attribute (default %(default)s)")
-    parser.add_argument("--knowledge", type=int, default=64, help="general questions answered (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=96, help="of an answer (default %(default)s)")
-    parser.add_argument("--kl-rows", type=int, default=24, help="answers behind a KL (default %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, help="torch's threads")
     given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    checkpoint = open_checkpoint(given.model)
-    spec = read_spec(checkpoint)
-    loaded = load_model(checkpoint, spec, Runtime(dtype=given.dtype))
-    settings = Settings(
-        checkpoint.fingerprint, given.dtype, (given.kl,), (0,), given.questions, 0, given.knowledge, 40, given.tokens,
-        given.kl_rows, 0.0,
-    )  # fmt: skip
-    journal = Journal(given.out, settings)
-    asked = ask(builtin_questions(given.behavior) or [], settings.seeds, settings.questions)
+    at = opened(given, written=0, answer_tokens=40)
+    asked = ask(builtin_questions(given.behavior) or [], at.settings.seeds, at.settings.questions)
     behaviors = {OWN: Behavior.named(given.behavior)}
     for text in given.data:
         name, _, place = text.partition("=")
@@ -118,18 +89,17 @@ def main() -> None:
         if seen & {prompt_digest(example.prompt) for example in behavior.examples}:
             sys.exit(f"{name} has prompts of {given.behavior}'s questions: no number may rest on them")
     scorings = {
-        name: Scoring(checkpoint, spec, capture_statistics(loaded, checkpoint, b)) for name, b in behaviors.items()
+        name: Scoring(at.checkpoint, at.loaded.spec, capture_statistics(at.loaded, at.checkpoint, behavior))
+        for name, behavior in behaviors.items()
     }
-    costs, general = neutral_texts(loaded, limit=given.kl_rows), general_questions(given.knowledge)
     bench = Sources(
-        loaded, scorings[OWN], behaviors[OWN], costs, asked, general, settings, given.out, scorings=scorings
+        at.loaded, scorings[OWN], behaviors[OWN], at.costs, asked, at.general, at.settings, given.out, scorings=scorings
     )
     methods = [f"{method}, {name}" for method in given.method or ("edit", "steering") for name in scorings]
-    for method in (*UNSCALED, *methods):
-        for cell in bench.cells(method, journal):
-            journal.add(cell)
-            say(cell, costs.budget.kind)
-    print(f"\n{given.behavior}, at a KL of {given.kl:g} on {costs.budget.kind}\n\n{table(journal, given.behavior)}")
+    at.measure(bench, (*UNSCALED, *methods))
+    print(
+        f"\n{given.behavior}, at a KL of {given.kl:g} on {at.costs.budget.kind}\n\n{table(at.journal, given.behavior)}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from power import say
-from power_cells import Bench, Cell, Journal, Settings, ask, general_questions
+from one_kl import add_flags, difference, in_words, opened
+from power_cells import Bench, Journal, ask
 from tabulate import tabulate
 
-from steer2edit.architecture import read_spec
-from steer2edit.bootstrap import Estimate, estimate
+from steer2edit.bootstrap import Estimate
 from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.run import capture_statistics
-from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import behavior_files, builtin_questions
@@ -41,10 +36,8 @@ from steer2edit.methods.rotation import Options as Rotation
 from steer2edit.methods.silence import Options as Silence
 from steer2edit.methods.transport import Options as Transport
 from steer2edit.runtime.hooks import edited
-from steer2edit.runtime.model import Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.meet import Apply
-from steer2edit.strength.neutral_texts import neutral_texts
 
 BETTER: Mapping[str, int] = {"margin": 1, "length": -1, "right": 1, "nats": -1, "repetition": -1}
 """Metrics, and whether more of them is better (1) or less (-1)."""
@@ -101,41 +94,22 @@ class Methods(Bench):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    add_flags(parser, questions=100, knowledge=48, tokens=48, kl_rows=16)
     parser.add_argument("--behavior", action="append", choices=behavior_files(), help="repeatable; default: concise")
     parser.add_argument("--method", action="append", choices=[*names(), LINEAS], help="repeatable; default: all")
     parser.add_argument("--fit-steps", type=int, default=Transport().fit_steps, help="of lineas (default %(default)s)")
-    parser.add_argument("--kl", type=float, default=0.1, help="nats per token (default %(default)s)")
-    parser.add_argument("--questions", type=int, default=100, help="for the attribute (default %(default)s)")
     parser.add_argument("--written", type=int, default=24, help="answers that are written (default %(default)s)")
-    parser.add_argument("--knowledge", type=int, default=48, help="general questions answered (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer (default %(default)s)")
-    parser.add_argument("--kl-rows", type=int, default=16, help="answers behind a KL (default %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, help="torch's threads")
     given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    checkpoint = open_checkpoint(given.model)
-    loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=given.dtype))
-    settings = Settings(
-        checkpoint.fingerprint, given.dtype, (given.kl,), (0,), given.questions, given.written, given.knowledge,
-        given.tokens, given.tokens, given.kl_rows, 0.0,
-    )  # fmt: skip
-    journal = Journal(given.out, settings)
-    costs, general = neutral_texts(loaded, limit=given.kl_rows), general_questions(given.knowledge)
+    at = opened(given, written=given.written, answer_tokens=given.tokens)
+    loaded = at.loaded
     for name in given.behavior or ["concise"]:
-        asked = ask(builtin_questions(name) or [], settings.seeds, settings.questions)
+        asked = ask(builtin_questions(name) or [], at.settings.seeds, at.settings.questions)
         behavior = Behavior.named(name)
         runs = contrast_runs(loaded, behavior)
-        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior), runs)
-        bench = Methods(loaded, scoring, behavior, costs, asked, general, settings, given.out, given.fit_steps)
-        for method in ("base", "activation", *(given.method or [*names(), LINEAS])):
-            for cell in bench.cells(method, journal):
-                journal.add(cell)
-                say(cell, costs.budget.kind)
-        print(f"\n{name}, at a KL of {given.kl:g} on {costs.budget.kind}\n\n{table(journal, name)}", file=sys.stdout)
+        scoring = Scoring(at.checkpoint, loaded.spec, capture_statistics(loaded, at.checkpoint, behavior), runs)
+        bench = Methods(loaded, scoring, behavior, at.costs, asked, at.general, at.settings, given.out, given.fit_steps)
+        at.measure(bench, ("base", "activation", *(given.method or [*names(), LINEAS])))
+        print(f"\n{name}, at a KL of {given.kl:g} on {at.costs.budget.kind}\n\n{table(at.journal, name)}")
 
 
 def table(journal: Journal, name: str) -> str:
@@ -148,7 +122,7 @@ def table(journal: Journal, name: str) -> str:
             continue
         changes = {metric: difference(cell, base, metric) for metric in base.values}
         lost = [metric for metric, one in changes.items() if worse(one, BETTER[metric])]
-        shown = [f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in changes.values()]
+        shown = [in_words(one) for one in changes.values()]
         rows.append((len(lost), [cell.method, *shown, f"worse: {', '.join(lost)}" if lost else ""]))
     rows.sort(key=lambda one: -one[0])
     means = [f"{sum(values) / len(values):.3g}" for values in base.values.values()]
@@ -156,11 +130,6 @@ def table(journal: Journal, name: str) -> str:
     lines = [*(row for _, row in rows), ["base (means)", *means, f"perplexity {perplexity:.3g}"]]
     shown_table: str = tabulate(lines, ["method", *base.values, ""], tablefmt="github", disable_numparse=True)
     return shown_table
-
-
-def difference(cell: Cell, base: Cell, metric: str) -> Estimate:
-    """The paired difference of a metric, with its bootstrap interval."""
-    return estimate([a - b for a, b in zip(cell.values[metric], base.values[metric], strict=True)])
 
 
 def worse(change: Estimate, better: int) -> bool:

@@ -14,7 +14,15 @@ SCRIPTS = sorted(
 )
 # what the scripts share
 PARTS = {
-    *("control_vector.py", "greedy.py", "paper_data.py", "paper_experts.py", "paper_journal.py", "power_cells.py"),
+    *(
+        "control_vector.py",
+        "greedy.py",
+        "one_kl.py",
+        "paper_data.py",
+        "paper_experts.py",
+        "paper_journal.py",
+        "power_cells.py",
+    ),
     *("power_table.py", "records.py", "right_choice.py", "solver_experiments.py", "synthetic.py", "timing.py"),
     *("torchvision_operators.py", "weight_formats.py"),
 }

@@ -15,10 +15,9 @@ import torch
 
 from steer2edit.checkpoint.bits import unpacked
 from steer2edit.checkpoint.gptq import part_of_matrix
-from steer2edit.checkpoint.header import TensorInfo
+from steer2edit.checkpoint.header import Read, TensorInfo, dequantised
 from steer2edit.errors import CheckpointError, shown
 
-Read = Callable[[TensorInfo], torch.Tensor]
 _PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 """Where in its word the number of each of eight outputs lies."""
 
@@ -73,8 +72,7 @@ def packed_matrices(
                     f"{list(scales.shape)}, which do not fit together"
                 )
             packed, matrix = Awq(weights, zeros, scales, columns // groups), f"{base}weight"
-            shape = (outputs, columns)
-            found[matrix] = TensorInfo(matrix, "F32", shape, weights.shard, 0, 4 * outputs * columns, packed)
+            found[matrix] = dequantised(matrix, (outputs, columns), weights.shard, packed)
     size = settings.get("group_size", settings.get("q_group_size"))
     groups_of = f", groups of {size}" if isinstance(size, int) and size > 0 else ""
     return found, f"AWQ (gemm), 4 bits{groups_of}"

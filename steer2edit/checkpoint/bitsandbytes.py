@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from steer2edit.checkpoint.header import DTYPES, TensorInfo
+from steer2edit.checkpoint.header import DTYPES, Read, TensorInfo, dequantised
 from steer2edit.errors import CheckpointError, shown
 from steer2edit.files.untrusted import parse_json
 
-Read = Callable[[TensorInfo], torch.Tensor]
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -154,7 +153,7 @@ def _eight_bits(stored: Mapping[str, TensorInfo], name: str, scales: TensorInfo,
             f"{layout.name} is {int(read(layout))}: that layout is a GPU's own; expected 0 (row by row)"
         )
     packed = EightBits(data, scales, () if layout is None else (layout,))
-    return TensorInfo(name, "F32", data.shape, data.shard, 0, 4 * math.prod(data.shape), packed)
+    return dequantised(name, data.shape, data.shard, packed)
 
 
 def _part(stored: Mapping[str, TensorInfo], name: str) -> TensorInfo:

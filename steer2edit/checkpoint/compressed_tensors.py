@@ -19,10 +19,9 @@ import torch
 
 from steer2edit.checkpoint.bits import unpacked
 from steer2edit.checkpoint.gptq import part_of_matrix
-from steer2edit.checkpoint.header import TensorInfo
+from steer2edit.checkpoint.header import Read, TensorInfo, dequantised
 from steer2edit.errors import CheckpointError, shown
 
-Read = Callable[[TensorInfo], torch.Tensor]
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 """The sixteen numbers of four bits: a sign, two bits of exponent and one more."""
 _VALUES = {"I8", "F8_E4M3"}
@@ -120,9 +119,8 @@ def packed_matrices(
             packed = _plain(stored, base, info)
         else:
             continue
-        shape = packed.shape
         matrix = f"{base}weight"
-        found[matrix] = TensorInfo(matrix, "F32", shape, info.shard, 0, 4 * shape[0] * shape[1], packed)
+        found[matrix] = dequantised(matrix, packed.shape, info.shard, packed)
     told = [_FORMATS[one] for one in sorted(formats)]
     bits = sorted({str(one["weights"]["num_bits"]) for one in schemes if _says(one.get("weights"), "num_bits")})
     return found, f"compressed-tensors, {' and '.join(told)}{f', {bits[0]} bits' if len(bits) == 1 else ''}"

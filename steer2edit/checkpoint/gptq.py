@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from steer2edit.checkpoint.bits import unpacked
-from steer2edit.checkpoint.header import TensorInfo
+from steer2edit.checkpoint.header import Read, TensorInfo, dequantised
 from steer2edit.errors import CheckpointError, shown
 
-Read = Callable[[TensorInfo], torch.Tensor]
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
 """What is added to a stored zero point."""
 
@@ -85,7 +84,7 @@ def packed_matrices(
             bits.add(packed.bits)
             shape = packed.shape
             matrix = name.removesuffix("qweight") + "weight"
-            found[matrix] = TensorInfo(matrix, "F32", shape, info.shard, 0, 4 * shape[0] * shape[1], packed)
+            found[matrix] = dequantised(matrix, shape, info.shard, packed)
     size = settings.get("group_size")
     groups = f", groups of {size}" if isinstance(size, int) and size > 0 else ""
     order = ", inputs in the order of their size" if settings.get("desc_act") else ""

@@ -78,6 +78,10 @@ class Packed(Protocol):
         ...
 
 
+Read = Callable[["TensorInfo"], torch.Tensor]
+"""A function that reads a stored tensor."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: ``offset`` is from the start of the shard's file, ``nbytes`` its length there.
@@ -115,6 +119,11 @@ class TensorInfo:
         return replace(
             self, name=part_name(self.name, index), shape=shape, offset=self.offset + index * size, nbytes=size
         )
+
+
+def dequantised(name: str, shape: tuple[int, ...], shard: str, packed: Packed) -> TensorInfo:
+    """A quantised matrix [out, in] as the float32 numbers that it stands for."""
+    return TensorInfo(name, "F32", shape, shard, 0, 4 * math.prod(shape), packed)
 
 
 def part_name(tensor: str, index: int) -> str:

@@ -101,7 +101,9 @@ class DataFlags(TemplateFlags):
         rare=True,
     )
     keep_file: Path | None = option(
-        None, "Texts on which the edit has no mean effect: prose, or chats (.jsonl) of which the answers count.", "--keep"
+        None,
+        "Texts on which the edit has no mean effect: prose, or chats (.jsonl) of which the answers count.",
+        "--keep",
     )
     batch_tokens: int = option(4096, "Tokens of one batch.", minimum=16, rare=True)
     despite_verdict: bool = option(

@@ -94,7 +94,10 @@ class ChosenFlags(FlagGroup):
 
     stats: Path | None = option(None, "Statistics of a profile: experts are taken by their rank.")
     named: str | None = option(
-        None, "Switch these experts off, in place of those of --stats: 48:176,4:143.", "--experts", metavar="LAYER:EXPERT,…"
+        None,
+        "Switch these experts off, in place of those of --stats: 48:176,4:143.",
+        "--experts",
+        metavar="LAYER:EXPERT,…",
     )
     forced: str | None = option(None, "Force these experts on: 3:5,7:12.", "--on", metavar="LAYER:EXPERT,…")
     gains: tuple[str, ...] = option(
