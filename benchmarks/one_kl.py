@@ -1,4 +1,4 @@
-"""What the benchmarks at one KL in chat share: their flags, the model with its journal of cells, and paired differences."""
+"""What the benchmarks at one KL share: flags, the model with its journal of cells, and paired differences."""
 
 from __future__ import annotations
 

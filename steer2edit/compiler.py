@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer2edit import targets
-from steer2edit.architecture import ModelSpec, read_spec
-from steer2edit.architecture.unquantised import planned_from
+from steer2edit.architecture import ModelSpec
 from steer2edit.artefact.emit import artefact_folders, check_carried, emit
-from steer2edit.artefact.foresee import foreseen_refusals
 from steer2edit.artefact.request import CompileRequest, Protected
 from steer2edit.capture.affine_maps import contrast_runs
 from steer2edit.capture.attribution import by_gradients
@@ -18,8 +15,8 @@ from steer2edit.capture.run import capture_statistics
 from steer2edit.capture.statistics import Statistics
 from steer2edit.capture.vector_kinds import with_vector
 from steer2edit.capture.vectors import Vectors, substituted
-from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.dry_run import check_rooms, widest_plan
+from steer2edit.checkpoint import Checkpoint
+from steer2edit.dry_run import check_rooms, opened
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.assess import own_suite, prove
 from steer2edit.evaluation.evaluate import Evaluation
@@ -32,7 +29,7 @@ from steer2edit.progress import Progress, silent
 from steer2edit.report.page import write_pages
 from steer2edit.runtime.model import LoadedModel, load_model
 from steer2edit.scoring.scores import Scoring
-from steer2edit.search.reach import AIM_QUESTIONS, check_aim, settle_by_aim
+from steer2edit.search.reach import AIM_QUESTIONS, settle_by_aim
 from steer2edit.strength.neutral_texts import neutral_texts
 from steer2edit.strength.settle import check_not_empty, settle
 
@@ -57,22 +54,11 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
     """
     folders = artefact_folders(request.out, request.to, request.force, [request.model])
     with claimed(folders.values()):
-        checkpoint = open_checkpoint(request.model, request.revision)
-        spec = read_spec(checkpoint)
         # what can be known to be wrong is said before the expensive part
-        for target in folders:
-            targets.check_quantised(target, checkpoint)
-        planned = planned_from(checkpoint, spec, request.weights)
-        if request.vectors is not None:
-            request.vectors.check(spec)
-        if request.statistics is not None:
-            request.statistics.check_model(checkpoint)
-        widest = widest_plan(checkpoint, spec, request.method, request.options)
-        foreseen_refusals(widest, checkpoint, spec, request.to)
-        if request.aim is not None and request.questions is not None:
-            check_aim(request.questions, request.metric, request.aim)
+        base = opened(request)
+        checkpoint, spec = base.checkpoint, base.spec
         if not request.writing.link:
-            check_rooms(widest, checkpoint, spec, folders, request.writing)
+            check_rooms(base, folders, request.writing)
 
         loaded = load_model(checkpoint, spec, request.runtime)
         statistics = request.statistics
@@ -102,7 +88,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
             statistics = with_vector(statistics, request.vector)
         others = [_directions(one, loaded, checkpoint, spec, statistics, progress) for one in request.protect]
         runs = contrast_runs(loaded, request.behavior, request.batch_tokens) if runs_the_model(request.method) else None
-        scoring = Scoring(planned, spec, protected(statistics, others), runs)
+        scoring = Scoring(base.planned, spec, protected(statistics, others), runs)
         plan = make_plan(scoring, method=request.method, options=request.options, progress=progress)
         check_not_empty(plan)
         check_carried(plan, checkpoint, spec, request.to)

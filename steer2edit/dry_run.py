@@ -35,6 +35,7 @@ from steer2edit.plan import Base, EditPlan, LowRank, Structure
 from steer2edit.plan.measured import TextKind
 from steer2edit.runtime.model import Runtime, load_tokenizer, pick_device
 from steer2edit.runtime.number_format import resolved_dtype
+from steer2edit.search.reach import check_aim
 from steer2edit.strength.kl import MAX_TOKENS
 from steer2edit.strength.neutral_texts import packaged_prompts
 
@@ -94,23 +95,46 @@ class DryRun:
         return tuple(found)
 
 
-def dry_run(request: CompileRequest) -> DryRun:
-    """Go through a compile up to the point where the model would run.
+@dataclass(frozen=True)
+class Opened:
+    """A request's model, after every check that needs no running model.
 
-    Raises what :func:`steer2edit.compiler.compile` would raise there.
+    ``planned`` is what a plan reads: the checkpoint, or the unquantised form of a quantised one. ``widest`` edits all that the
+    method may edit, and ``may_be_refused`` is what the targets refuse of it.
     """
-    folders = artefact_folders(request.out, request.to, request.force, [request.model])
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    planned: Checkpoint
+    widest: EditPlan
+    may_be_refused: tuple[str, ...]
+
+
+def opened(request: CompileRequest) -> Opened:
+    """The request's model. Raises a Steer2EditError for what can be known to be wrong before the model runs."""
     checkpoint = open_checkpoint(request.model, request.revision)
     spec = read_spec(checkpoint)
-    for target in folders:
+    for target in request.to:
         targets.check_quantised(target, checkpoint)
     planned = planned_from(checkpoint, spec, request.weights)
     if request.vectors is not None:
         request.vectors.check(spec)
     if request.statistics is not None:
         request.statistics.check_model(checkpoint)
-    plan = widest_plan(checkpoint, spec, request.method, request.options)
-    may_be_refused = foreseen_refusals(plan, checkpoint, spec, tuple(folders))
+    if request.aim is not None and request.questions is not None:
+        check_aim(request.questions, request.metric, request.aim)
+    widest = widest_plan(checkpoint, spec, request.method, request.options)
+    return Opened(checkpoint, spec, planned, widest, foreseen_refusals(widest, checkpoint, spec, request.to))
+
+
+def dry_run(request: CompileRequest) -> DryRun:
+    """Go through a compile up to the point where the model would run.
+
+    Raises what :func:`steer2edit.compiler.compile` would raise there.
+    """
+    folders = artefact_folders(request.out, request.to, request.force, [request.model])
+    base = opened(request)
+    checkpoint, spec, plan = base.checkpoint, base.spec, base.widest
     numel = sum(_numel(checkpoint, name) for name in checkpoint.tensors if not name.endswith(SUFFIX))
     device = pick_device(request.runtime.device)
     dtype = _dtype(request.runtime, device, checkpoint.path)
@@ -137,7 +161,9 @@ def dry_run(request: CompileRequest) -> DryRun:
     return DryRun(
         matrices=len(plan.edits),
         read=sum(
-            spec.owners[edit.tensor].locate(planned).stored_bytes for edit in plan.edits if isinstance(edit, LowRank)
+            spec.owners[edit.tensor].locate(base.planned).stored_bytes
+            for edit in plan.edits
+            if isinstance(edit, LowRank)
         ),
         model=size,
         memory=memory_now() + (twice * size if device.type == "cpu" else 0),
@@ -153,15 +179,13 @@ def dry_run(request: CompileRequest) -> DryRun:
         if rate is None
         else (written_for_it * (active + head) + (1 + passes) * (read * active + compared * 2 * head)) / rate,
         targets=tuple(written),
-        may_be_refused=may_be_refused,
+        may_be_refused=base.may_be_refused,
     )
 
 
-def check_rooms(
-    widest: EditPlan, checkpoint: Checkpoint, spec: ModelSpec, folders: Mapping[str, Path], writing: Writing
-) -> None:
+def check_rooms(base: Opened, folders: Mapping[str, Path], writing: Writing) -> None:
     """Raise TargetError where a target would not fit its disk, whatever the plan turns out to be."""
-    resolved = resolve(widest, checkpoint, spec)
+    resolved = resolve(base.widest, base.checkpoint, base.spec)
     for target, folder in folders.items():
         whole = targets.load(target).WHOLE_MODEL
         check_room(disk_use(resolved, target, folder, writing, whole_model=whole, measure=False), folder)

@@ -20,6 +20,8 @@ from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel, load_weights
 from steer2edit.scoring.scores import Scoring
 
+IDS = torch.tensor([[1, 5, 9, 44, 7, 20, 33, 8]])
+
 
 class Model:
     """A tiny model on disk with statistics on the tests' rows."""
@@ -58,3 +60,10 @@ def models_in(root: Path, statistics_of: Callable[..., Any]) -> Callable[[str], 
         return known[name]
 
     return build
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    """The logits of a few tokens."""
+    with torch.inference_mode():
+        found: torch.Tensor = loaded.model(input_ids=IDS, use_cache=False).logits.float()
+        return found

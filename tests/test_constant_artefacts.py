@@ -28,21 +28,12 @@ from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import disk_use
 from steer2edit.methods import make_plan
 from steer2edit.plan import Bias, EditPlan, NewBias, Structure, merge
-from steer2edit.runtime.model import LoadedModel
 from steer2edit.targets import load
-
-IDS = torch.tensor([[1, 5, 9, 44, 7, 20, 33, 8]])
 
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[..., Any]) -> Callable[[str], Model]:
     return models_in(tmp_path_factory.mktemp("constants"), statistics_of)
-
-
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    with torch.inference_mode():
-        found: torch.Tensor = loaded.model(input_ids=IDS, use_cache=False).logits.float()
-        return found
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-sharded"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run
-from constant_models import Model, models_in
+from constant_models import Model, logits, models_in
 
 from steer2edit.architecture.stream import factor
 from steer2edit.capture.vectors import Vectors, substituted
@@ -19,20 +19,11 @@ from steer2edit.errors import PlanError
 from steer2edit.methods import make_plan
 from steer2edit.plan import Bias, LowRank, NewBias
 from steer2edit.runtime.hooks import edited, stream_shifted
-from steer2edit.runtime.model import LoadedModel
-
-IDS = torch.tensor([[1, 5, 9, 44, 7, 20, 33, 8]])
 
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory, statistics_of: Callable[..., Any]) -> Callable[[str], Model]:
     return models_in(tmp_path_factory.mktemp("constants"), statistics_of)
-
-
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    with torch.inference_mode():
-        found: torch.Tensor = loaded.model(input_ids=IDS, use_cache=False).logits.float()
-        return found
 
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gpt2", "cohere"])

@@ -117,18 +117,19 @@ class NeutralFlags(FlagGroup):
         return read_own_neutral(self.neutral)
 
 
+KL_BUDGET = (
+    "Largest mean KL from the base, in nats per token of the model's own answers to everyday prompts; the strength is the "
+    "largest within it."
+)
+
+
 @dataclass(frozen=True)
 class BudgetFlags(NeutralFlags):
     """KL budgets."""
 
     first: ClassVar[tuple[str, ...]] = ("strength", "kl_budget")
 
-    kl_budget: float | None = option(
-        None,
-        "Largest mean KL from the base, in nats per token of the model's own answers to everyday prompts; the strength is the "
-        "largest within it.",
-        shown_default="0.1 in chat, 0.05 on a base model's answers, 0.025 on prose",
-    )
+    kl_budget: float | None = option(None, KL_BUDGET)
     kl_budget_attn: float | None = option(None, "KL budget of attention's edits alone.", rare=True)
     kl_budget_mlp: float | None = option(None, "KL budget of the MLPs' edits alone.", rare=True)
 
@@ -150,7 +151,17 @@ class BudgetFlags(NeutralFlags):
 class StrengthFlags(BudgetFlags):
     """A strength, or budgets."""
 
+    strength: float | None = option(None, "Multiply the method's edit by this, without running the model.")
+
+
+@dataclass(frozen=True)
+class SettledFlags(StrengthFlags):
+    """A strength, or budgets, of which there is always one."""
+
     strength: float | None = option(None, "Multiply the method's edit by this; without it the KL budget decides.")
+    kl_budget: float | None = option(
+        None, KL_BUDGET, shown_default="0.1 in chat, 0.05 on a base model's answers, 0.025 on prose"
+    )
 
 
 @dataclass(frozen=True)
