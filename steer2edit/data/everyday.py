@@ -40,7 +40,7 @@ def as_asked(prompts: Sequence[Prompt], tokenizer: Any) -> list[Prompt]:
     """Prompts as the users of a model ask them.
 
     Without a chat template there is no one form. So every second prompt is a text that the model goes on with, and the others
-    are letters, "User: … Assistant:", as data files give the one and the other.
+    are chats, written "User: … Assistant:". Data files hold the one and the other.
     """
     if templated(tokenizer):
         return list(prompts)

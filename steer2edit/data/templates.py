@@ -291,7 +291,7 @@ def _plain(prompt: Prompt, system: str | None) -> str:
     if isinstance(prompt, str):
         return prompt if system is None else f"{system}\n\n{prompt}"
     messages = _messages(prompt, system)
-    notice('the tokenizer has no chat template: chats are letters as plain text, "User: … Assistant:"')
+    notice('the tokenizer has no chat template: a chat is written as plain text, "User: … Assistant:"')
     turns = [f"{m.role.capitalize()}: {m.content}\n" for m in messages if m.role != "system"]
     return "".join([f"{m.content}\n\n" for m in messages if m.role == "system"] + turns) + "Assistant:"
 
