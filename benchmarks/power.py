@@ -4,10 +4,10 @@
     python benchmarks/power.py --summary power/SmolLM2 power/gemma-3-270m > power.md
 
 The methods are the default edit, the component edit, activation steering, three random directions, an instruction, and rank-1
-LoRA adapters trained on the same pairs by SFT and by DPO for --train-seconds. Each is brought to every --kl: in chat on the
-model's own answers. The margin (or, where a behaviour has no pairs, the length
-of answers) is measured on the reporting half of the questions, and the share of right answers on general questions; random
-directions get fewer questions and no answers. Areas are means over log KL. Intervals are bootstrap 95 % over questions.
+LoRA adapters trained on the same pairs by SFT and by DPO for --train-seconds of processor time. Each is brought to every --kl on
+the model's own answers. The margin (or, where a behaviour has no pairs, the length of answers) is measured on the reporting half
+of the questions, and the share of right answers on general questions; random directions get fewer questions and no answers.
+Areas are means over log KL. Intervals are bootstrap 95 % over questions.
 
 Several --seed deal the questions out to several reporting halves. They overlap: a question is measured once, counts as often as
 it is in a half, and is drawn as one unit. The defaults of methods were chosen on the selection half of seed 0, so that seed 0
