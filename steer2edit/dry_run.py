@@ -28,7 +28,7 @@ from steer2edit.data.templates import render_prompts, templated
 from steer2edit.data.tokens import windows
 from steer2edit.engines.chats import CHAT_TOKENS, USER_ANSWER_TOKENS
 from steer2edit.engines.own_answers import ANSWER_TOKENS, known_texts
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, TargetError
 from steer2edit.lowering import Writing, resolve
 from steer2edit.lowering.disk_use import DiskUse, check_room, disk_use, memory_free, memory_now
 from steer2edit.plan import Base, EditPlan, LowRank, Structure
@@ -125,6 +125,21 @@ def opened(request: CompileRequest) -> Opened:
         check_aim(request.questions, request.metric, request.aim)
     widest = widest_plan(checkpoint, spec, request.method, request.options)
     return Opened(checkpoint, spec, planned, widest, foreseen_refusals(widest, checkpoint, spec, request.to))
+
+
+def check_targets(checkpoint: Checkpoint, spec: ModelSpec, methods: Sequence[str], chosen: Sequence[str]) -> None:
+    """Raise TargetError where a target carries no plan that one of the methods makes with its own options."""
+    for target in chosen:
+        targets.load(target)
+        targets.check_quantised(target, checkpoint)
+        refusals = []
+        for method in methods:
+            try:
+                foreseen_refusals(widest_plan(checkpoint, spec, method, None), checkpoint, spec, [target])
+            except TargetError as refusal:
+                refusals.append(refusal)
+        if refusals and len(refusals) == len(methods):
+            raise refusals[0]
 
 
 def dry_run(request: CompileRequest) -> DryRun:

@@ -18,7 +18,8 @@ from steer2edit.architecture import read_spec
 from steer2edit.artefact.emit import check_carried, emit
 from steer2edit.artefact.foresee import foreseen_refusals
 from steer2edit.checkpoint import Checkpoint, open_checkpoint
-from steer2edit.dry_run import widest_plan
+from steer2edit.cli.options import ModelFlags
+from steer2edit.dry_run import check_targets, widest_plan
 from steer2edit.errors import TargetError
 from steer2edit.methods import constant, rotation, silence, steering, transport
 from steer2edit.plan import Base, EditPlan, LowRank, Scale, Structure
@@ -157,3 +158,28 @@ def test_a_family_without_a_name_in_llama_cpp_is_refused_by_the_dry_run(tmp_path
         foreseen_refusals(
             widest_plan(checkpoint, spec, "steering", steering.Options()), checkpoint, spec, ["gguf-vector"]
         )
+
+
+def test_tune_refuses_a_target_that_carries_no_plan_of_its_methods(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, spec = opened(tiny_llama)
+    check_targets(checkpoint, spec, ["constant", "steering"], ["mlx", "lora"])
+    monkeypatch.setattr(ModelFlags, "load", lambda *_: pytest.fail("the model was loaded"))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    refused = run(
+        "tune",
+        tiny_llama,
+        "--data",
+        data,
+        "--eval",
+        data,
+        "--method",
+        "constant",
+        "--to",
+        "mlx",
+        "-o",
+        tmp_path / "study",
+    )
+    assert refused.exit_code == 2 and "a bias" in refused.stderr, refused.output

@@ -100,8 +100,8 @@ def tune(
     printed: JsonFlags,
 ) -> None:
     """Search for the edit with the best trade-off; keep the front, name its knee, and report it on other questions."""
-    from steer2edit import targets
     from steer2edit.architecture.unquantised import planned_from
+    from steer2edit.dry_run import check_targets
     from steer2edit.evaluation.answers import in_this_process
     from steer2edit.report.tables import render_study
     from steer2edit.search.grid import read_grid
@@ -136,9 +136,7 @@ def tune(
         raise click.UsageError("give --data, --behavior or --stats: exactly one of them")
     judge = judged.choice(data)
     judged.check_reachable()
-    for target in output.to:
-        targets.load(target)
-        targets.check_quantised(target, checkpoint)
+    check_targets(checkpoint, spec, search.methods, output.to)
     planned = planned_from(checkpoint, spec, unquantised.unquantised)
     loaded = model_flags.load(checkpoint, spec)
     scoring = replace(scoring_of(stored, data, checkpoint, spec, model_flags, loaded), checkpoint=planned)
