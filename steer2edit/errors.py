@@ -62,9 +62,17 @@ def shown(value: object) -> str:
     elif isinstance(value, (list, tuple)):
         value = list(value[:8])
     elif isinstance(value, dict):
-        return f"an object with {len(value)} keys"
+        return f"an object with {count_of(len(value), 'key')}"
     text = json.dumps(value, ensure_ascii=True, default=repr)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def count_of(count: int, one: str, several: str | None = None, style: str = "") -> str:
+    """A number with its noun: 1 token, 2 tokens. ``style`` formats the number, as in format().
+
+    ``one`` and ``several`` may hold a verb too, as "request was" and "requests were".
+    """
+    return f"{count:{style}} {one if count == 1 else several or one + 's'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -114,10 +114,10 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
 
 METRIC_FAULTS = {
     "an unknown name": ('"speed"', 'metric.name is "speed"; expected one of margin'),
-    "no name": ("{ goal = 'less' }", "metric.name is null"),
-    "no direction": ('"length"', "metric.goal is null; expected more or less for length"),
+    "no name": ("{ goal = 'less' }", "metric.name is missing"),
+    "no direction": ('"length"', "metric.goal is missing; expected more or less for length"),
     "a wrong direction": ("{ name = 'margin', goal = 'less' }", 'metric.goal is "less"; expected more for margin'),
-    "no pattern": ("{ name = 'pattern', goal = 'more' }", "metric.pattern is null; expected a regular expression"),
+    "no pattern": ("{ name = 'pattern', goal = 'more' }", "metric.pattern is missing; expected a regular expression"),
     "a broken pattern": ("{ name = 'count', goal = 'more', pattern = '(' }", "is not a regular expression"),
     "a pattern too many": ("{ name = 'words', goal = 'less', pattern = 'a' }", "words takes none"),
     "an unknown key": ("{ name = 'words', goal = 'less', size = 3 }", "metric.size is not a key"),

@@ -52,7 +52,8 @@ TOLD = ("--positive", "Answer briefly.", "--negative", "Answer at length.")
         (("--by", "judge", "--trait", "blunt: says it"), "needs --trait"),
         (("--by", "answer", "--only-correct", "--prompts", "x.jsonl"), "leaves no wrong ones"),
         (("--positive-only", *TOLD), "not with --by or --negative"),
-        (("--trait", "blunt"), "a name, a colon and a description"),
+        (("--trait", "blunt"), "without a colon; expected a name, a colon and a description"),
+        (("--trait", "b: c"), "whose description has 1 word; expected"),
         (("--behavior", "formall"), "Did you mean formal"),
         (("--by", "length", "--prompts", "nowhere.jsonl"), "does not exist"),
         ((*TOLD, "--positive", "Be short.", "--negative", "No.", "--negative", "Never."), "unequal numbers"),
@@ -158,7 +159,7 @@ def test_positives_of_rows_that_repeat_a_prompt_are_taken_once(model: Path, tmp_
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ("--positive-only", "--prompts", tmp_path / "own.jsonl", "--max-prompts", "30", "--max-new-tokens", "4")
     made = run("data", model, *settings, "--keep-cut", "-o", tmp_path / "data")
-    assert made.exit_code in (0, 1) and "prompts repeat" in made.stderr, made.output
+    assert made.exit_code in (0, 1) and "another one says the same" in made.stderr, made.output
     assert "another one" not in (tmp_path / "data" / FILES["train"]).read_text()
 
 

@@ -74,7 +74,7 @@ def _changed(**entries: object) -> Callable[[Path], object]:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no receipt": (_without(RECEIPT), "is a folder without data.json"),
     "a broken receipt": (lambda path: (path / RECEIPT).write_text('{"format":'), "cannot read"),
-    "a list": (lambda path: (path / RECEIPT).write_text("[]"), "has the format null, expected 'steer2edit.data.1'"),
+    "a list": (lambda path: (path / RECEIPT).write_text("[]"), "names no format, expected 'steer2edit.data.1'"),
     "another format": (_changed(format="steer2edit.data.9"), 'has the format "steer2edit.data.9"'),
     "a file that is missing": (_without("select.jsonl"), "select.jsonl is missing"),
     "a file that is a folder": (

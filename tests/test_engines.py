@@ -135,7 +135,7 @@ def test_a_prompt_without_room_is_refused_and_one_with_little_is_told(talker: Lo
     with collected() as notices:
         long, short = written(engine, [Request("x" * 2026), Request("y")], Sampling(max_new_tokens=8))
     assert long.tokens <= 4 and short.tokens <= 8
-    assert notices == ["1 of 2 answers have room for fewer than 8 tokens: the model's context is 2048"]
+    assert notices == ["there is room for fewer than 8 tokens in 1 of 2 answers: the model's context is 2048"]
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_what_cannot_be_done_is_told_all_at_once(build: Callable[[str], Case]) -
     assert "no bias" in refusal(case, Request.of([(1, 2)]), how="bias")
     assert "no router row was fitted" in refusal(case, Request.of([(1, 2)]))
     too_many = Request.of([(1, e) for e in range(EXPERTS - TOP_K + 1)])
-    assert "1 experts would be left, and each token takes 2" in refusal(build("deepseek_v3"), too_many)
+    assert "1 expert would be left, and each token takes 2" in refusal(build("deepseek_v3"), too_many)
     assert "nothing is asked for" in refusal(case, Request.of())
     assert "off and on" in refusal(build("deepseek_v3"), Request.of([(1, 2)], on=[(1, 2)]))
 

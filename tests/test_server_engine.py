@@ -302,14 +302,14 @@ def test_tokens(serve: Callable[..., Api]) -> None:
     api = serve(usage=None, message=lambda body: {"content": "x" * 40})
     with collected() as notices:
         (answer,) = written(engine_of(api), REQUESTS[:1], DRAWN)
-    assert answer.tokens == 10 and "counts no tokens: those of 1 answers are estimated" in notices[0]
+    assert answer.tokens == 10 and "counts no tokens: those of 1 answer are estimated" in notices[0]
     assert engine_of(api).count_tokens("three words here") == 3
     assert engine_of(serve(owner="llamacpp")).count_tokens("three words here") == 3
     assert engine_of(serve(owner="somebody")).count_tokens("three words here") is None
     # by whoever knows how to, where there is somebody
     with collected() as notices:
         (answer,) = written(engine_of(api, count=lambda text: len(text) // 8), REQUESTS[:1], DRAWN)
-    assert answer.tokens == 5 and "those of 1 answers are counted by the model's tokenizer" in notices[0]
+    assert answer.tokens == 5 and "those of 1 answer are counted by the model's tokenizer" in notices[0]
     # an end token counts where the server is known to count it, and an answer that was cut has none
     for owner, finish, count in (("vllm", "length", 7), ("llamacpp", "stop", 6), ("somebody", "stop", 7)):
         (answer,) = written(engine_of(serve(owner=owner, finish=finish)), REQUESTS[:1], DRAWN)

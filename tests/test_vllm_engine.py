@@ -99,7 +99,7 @@ def test_what_vllm_raises_says_what_was_asked(talker: LoadedModel, stand_in: Sta
         raise RuntimeError("no memory\nand more")
 
     engine._running = replace(engine._running, llm=SimpleNamespace(generate=broken))
-    with pytest.raises(EngineError, match=r"asked for 1 answers of talker and fails: no memory$"):
+    with pytest.raises(EngineError, match=r"asked for 1 answer of talker and fails: no memory$"):
         written(engine, [Request("a")], Sampling())
 
 

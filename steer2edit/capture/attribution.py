@@ -26,7 +26,7 @@ from steer2edit.capture.vector_kinds import principal
 from steer2edit.capture.vectors import Vectors
 from steer2edit.data.answers import LABELS
 from steer2edit.data.tokens import Encoded, common_prefix
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, count_of
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_right
@@ -73,7 +73,8 @@ def by_gradients(
     pairs = [pair for pair in pairs if _shared(*pair) > tokens]
     if len(pairs) < 2:
         raise DataError(
-            f"{len(pairs)} pairs share a prompt of more than {tokens} tokens; the vector of gradients takes two at least"
+            f"{count_of(len(pairs), 'pair shares', 'pairs share')} a prompt of more than {count_of(tokens, 'token')}; the vector "
+            "of gradients takes two at least"
         )
     loaded.check_tokens(one.ids for pair in pairs for one in pair)
     losses: dict[str, list[torch.Tensor]] = {"largest": [], "smallest": []}

@@ -29,7 +29,7 @@ from steer2edit.architecture.stream import factor
 from steer2edit.checkpoint import Checkpoint
 from steer2edit.data.answers import LABELS
 from steer2edit.data.tokens import Encoded
-from steer2edit.errors import DataError, PlanError
+from steer2edit.errors import DataError, PlanError, count_of
 from steer2edit.plan import Base, EditPlan, LowRank
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import batches, pad_right
@@ -140,8 +140,8 @@ def fit_gate(
         sums[part].add(x, g)
     if shut := [part for part, one in sums.items() if one.texts == 0 or one.gg == 0]:
         raise DataError(
-            f"the gate never opens on the texts that {shut[0]} ({sums[shut[0]].texts} texts): lower the threshold, or give more "
-            "texts"
+            f"the gate never opens on the texts that {shut[0]} ({count_of(sums[shut[0]].texts, 'text')}): lower the threshold, "
+            "or give more texts"
         )
     fit, choose, measure = sums["fit"], sums["choose"], sums["measure"]
     unit = float(fit.S.diagonal().mean())

@@ -10,6 +10,7 @@ import click
 from steer2edit.cli.command import command
 from steer2edit.cli.options import JsonFlags
 from steer2edit.cli.output import print_result
+from steer2edit.errors import count_of
 
 if TYPE_CHECKING:
     from steer2edit.data.behavior_file import BehaviorFile
@@ -86,10 +87,10 @@ def _metric_text(file: BehaviorFile) -> str:
 
 
 def _data_text(file: BehaviorFile) -> str:
-    pairs, questions = _pairs(file), len(file.read_questions())
+    pairs, asked = _pairs(file), count_of(len(file.read_questions()), "held-out question")
     if not pairs:
-        return f"no pairs yet (steer2edit data makes them); {questions} held-out questions"
-    return f"{pairs} pairs, {questions} held-out questions"
+        return f"no pairs yet (steer2edit data makes them); {asked}"
+    return f"{count_of(pairs, 'pair')}, {asked}"
 
 
 def _measured_texts(file: BehaviorFile) -> list[str]:

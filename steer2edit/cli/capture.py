@@ -14,6 +14,7 @@ from steer2edit.cli.data_options import CaptureFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, progress_bar
 from steer2edit.cli.output import print_result
+from steer2edit.errors import count_of
 from steer2edit.options import option
 from steer2edit.runtime.launch import process_of
 
@@ -187,7 +188,10 @@ def _render(result: dict[str, Any], model: str, kind: TextKind) -> str:
 
     from steer2edit.strength.settle import KL_BUDGETS
 
-    counts = [f"{result['examples'][kind]} {kind} ({result['tokens'][kind]} tokens)" for kind in result["examples"]]
+    counts = [
+        f"{result['examples'][kind]} {kind} ({count_of(result['tokens'][kind], 'token')})"
+        for kind in result["examples"]
+    ]
     name, plan = result["statistics"], result["statistics"].removesuffix(".stats.safetensors") + ".plan.safetensors"
     budget = KL_BUDGETS[kind]
     command = f"steer2edit plan {shlex.quote(model)} --stats {shlex.quote(name)} --kl-budget {budget:g} -o {shlex.quote(plan)}"

@@ -17,6 +17,7 @@ from steer2edit.cli.making import Making
 from steer2edit.cli.making_flags import AnswerFlags, AuthorFlags, PromptFlags, WayFlags
 from steer2edit.cli.options import JsonFlags, ModelFlags
 from steer2edit.cli.output import columns, print_result
+from steer2edit.errors import count_of
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -92,19 +93,19 @@ def render(made: Made, model: str) -> str:
         "Behaviour": f"{behavior['name']}: {behavior['description']}",
         "Answers": str(made.answers) if made.answers is not None else "",
         "Rows": str(made.tally),
-        "Lengths": f"positive {made.lengths.positive:.0f} tokens, negative {made.lengths.negative:.0f}"
+        "Lengths": f"positive {count_of(round(made.lengths.positive), 'token')}, negative {made.lengths.negative:.0f}"
         if made.lengths
         else "",
         "Differences": "; ".join(f"{one.metric} {one.found}" for one in made.differences),
         "Verdict": f"{made.verdict.word} ({'; '.join(made.verdict.reasons)})",
         "Written": "nothing new: every answer was there"
         if made.reused
-        else f"{pace.answers} answers, {pace.tokens} tokens, {pace.tokens_per_second:.0f} tokens/s",
+        else f"{count_of(pace.answers, 'answer')}, {count_of(pace.tokens, 'token')}, {pace.tokens_per_second:.0f} tokens/s",
     }
     found = columns(lines)
     # a line of train is a row, one of the others a prompt
     kinds = {part: "row" if part == "train" else "prompt" for part in FILES}
-    counts = [f"  {name}  {rows[part]} {kinds[part]}{'s' * (rows[part] != 1)}" for part, name in FILES.items()]
+    counts = [f"  {name}  {count_of(rows[part], kinds[part])}" for part, name in FILES.items()]
     found += ["", f"{made.folder}:", *counts]
     if not made.verdict.sound:
         return "\n".join([*found, "", *advice(made)])
@@ -124,7 +125,7 @@ def advice(made: Made) -> list[str]:
     if min(len(samples_of(made.rows, side)) for side in ("positive", "negative")) < LEAST_PROMPTS:
         lines.append("  --prompts, --max-prompts   more prompts, so that more rows are left")
     elif needed is not None and needed <= MANY and all(one.obeyed for one in made.differences):
-        more = f"about {needed} rows in train.jsonl, if what they have in common is not chance"
+        more = f"about {count_of(needed, 'row')} in train.jsonl, if what they have in common is not chance"
         lines.append(f"  --prompts, --max-prompts   more prompts: {more}")
     reasons = [*made.tally.reasons, *(made.answers.reasons if made.answers else ())]
     if CUT in reasons:

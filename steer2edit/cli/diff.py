@@ -12,6 +12,7 @@ from steer2edit.cli.command import command
 from steer2edit.cli.flags import PATH, FlagGroup
 from steer2edit.cli.options import ForceFlags, JsonFlags, ReplaceFlags, RevisionFlags, progress_bar
 from steer2edit.cli.output import print_result
+from steer2edit.errors import count_of
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def revert(edited: Path, output: RevertFlags, revision: RevisionFlags, force: Fo
 
     def render(r: dict[str, Any]) -> str:
         proof = "each proved by the receipt" if r["proven"] else "without a receipt's proof"
-        lines = [f"{r['folder']}: {len(r['tensors'])} tensors restored, {proof}"]
+        lines = [f"{r['folder']}: {count_of(len(r['tensors']), 'tensor')} restored, {proof}"]
         lines += [f"  {name} still differs: another shape or dtype, or not in both" for name in r["remaining"]]
         return "\n".join(lines)
 
@@ -151,7 +152,7 @@ def _missing_lines(missing: dict[str, Any] | None) -> list[str]:
         for layer, gone in missing["remove"].items()
     ]
     if missing["top_k"] is not None:
-        lines.append(f"Each token passes through {missing['top_k']} experts of a layer.")
+        lines.append(f"Each token passes through {count_of(missing['top_k'], 'expert')} of a layer.")
     if lines and (missing.get("layers") or missing["remove"]):
         lines.append("Layers and experts are numbered as in the base.")
     return [*lines, ""]
@@ -160,7 +161,8 @@ def _missing_lines(missing: dict[str, Any] | None) -> list[str]:
 def _render(r: dict[str, Any], top: int) -> str:
     from tabulate import tabulate
 
-    lines = [*_missing_lines(r["missing"]), f"{len(r['tensors'])} tensors differ, {r['same']} are the same"]
+    differing = count_of(len(r["tensors"]), "tensor differs", "tensors differ")
+    lines = [*_missing_lines(r["missing"]), f"{differing}, {count_of(r['same'], 'is', 'are')} the same"]
     rows = []
     for item in r["tensors"][:top]:
         matrix = item["floor"] > 0
@@ -188,7 +190,9 @@ def _render(r: dict[str, Any], top: int) -> str:
         lines.append(f"… and {len(r['tensors']) - top} more (--top)")
     if r["dtypes"]:
         pairs = sorted({f"{a} -> {b}" for a, b in r["dtypes"].values()})
-        lines.append(f"{len(r['dtypes'])} tensors are stored in another dtype: {', '.join(pairs)}")
+        lines.append(
+            f"{count_of(len(r['dtypes']), 'tensor is', 'tensors are')} stored in another dtype: {', '.join(pairs)}"
+        )
     lines += [f"{name}: shape {list(a)} -> {list(b)}" for name, (a, b) in r["shapes"].items()]
     for key, where in (("only_base", "the base"), ("only_edited", "the edited checkpoint")):
         if r[key]:

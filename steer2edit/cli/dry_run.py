@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer2edit.cli.output import columns, print_result
+from steer2edit.errors import count_of
 
 if TYPE_CHECKING:
     from steer2edit.architecture import ModelSpec
@@ -70,12 +71,14 @@ def _render(result: Mapping[str, Any]) -> str:
 
     free = f", {_size(result['memory_free'])} free" if result["memory_free"] is not None else ""
     own = f", of which the base writes {result['own_answers']:,} at most, once" if result["own_answers"] else ""
-    text = f"{result['neutral']:,} tokens of {TEXT_NAMES[result['neutral_kind']]}"
+    text = f"{count_of(result['neutral'], 'token', style=',')} of {TEXT_NAMES[result['neutral_kind']]}"
     text += ", which are written once" if result["neutral_own"] else ""
+    examples, tokens = (count_of(result[f"{one}s"], one, style=",") for one in ("example", "token"))
+    captured = f"{examples}, {tokens}"
     rows = {
         "Memory": f"{_size(result['memory'])} needed{free}; the running model alone takes {_size(result['model'])}",
-        "Capture": f"{result['examples']:,} examples, {result['tokens']:,} tokens{own}{_about(result['capture'])}",
-        "Plan": f"at most {result['matrices']} matrices; reads {_size(result['read'])} once",
+        "Capture": f"{captured}{own}{_about(result['capture'])}",
+        "Plan": f"at most {count_of(result['matrices'], 'matrix', 'matrices')}; reads {_size(result['read'])} once",
         "Strength": f"1 to {SEARCH_PASSES} passes over {text}{_about(result['search'])}",
     }
     lines = columns(rows)
@@ -102,7 +105,7 @@ def _target_lines(one: Mapping[str, Any]) -> list[str]:
         for name, rate in one["rates"].items()
     )
     rows = {
-        "  Edited": f"at most {one['tensors']} matrices, {_size(one['edited'])}",
+        "  Edited": f"at most {count_of(one['tensors'], 'matrix', 'matrices')}, {_size(one['edited'])}",
         "  Rest": copied,
         "  Disk": f"{_size(one['written'])} to write, {_size(one['free'])} free{_about(one['seconds'])}",
         "  Speed": rates,

@@ -23,6 +23,7 @@ from steer2edit.cli.options import (
     read_plan,
 )
 from steer2edit.cli.output import artefact_lines, closing_lines, print_result
+from steer2edit.errors import count_of
 from steer2edit.options import option
 
 
@@ -95,7 +96,7 @@ def emit(
 
     def render(_: Any) -> str:
         artefacts = {output.to: output.out}
-        lines = [f"{len(lowering.changes)} tensors changed.", *lowering.notes, "", "Written:"]
+        lines = [f"{count_of(len(lowering.changes), 'tensor')} changed.", *lowering.notes, "", "Written:"]
         lines += artefact_lines(artefacts, {output.to: lowering.exactness})
         return "\n".join([*lines, "", *closing_lines(artefacts, model, revision.revision)])
 

@@ -68,6 +68,12 @@ class AskingFlags(FlagGroup):
             )
 
 
+def check_model_name(flag: str, model: str | None, places: str, where: str | None) -> None:
+    """Raise UsageError where ``flag`` names a model of a server, and no flag of ``places`` names the server."""
+    if model is not None and not names_server(where):
+        raise click.UsageError(f"{flag} names a model of a server; give {places} with the server's URL")
+
+
 def names_server(where: str | None) -> bool:
     """Whether a flag's value is a server's URL and not a model's folder or id."""
     return where is not None and "://" in where

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
-from steer2edit.cli.engine_flags import AskingFlags, names_server
+from steer2edit.cli.engine_flags import AskingFlags, check_model_name
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.options import progress_bar
 from steer2edit.options import option
@@ -49,6 +49,10 @@ class JudgeNameFlags(FlagGroup):
         rare=True,
     )
 
+    def check_judge_model(self) -> None:
+        """Raise UsageError where the name of a model is given, and no server."""
+        check_model_name("--judge-model", self.judge_model, "--judge", self.judge)
+
 
 @dataclass(frozen=True)
 class JudgeFlags(JudgeNameFlags, AskingFlags):
@@ -68,8 +72,7 @@ class JudgeFlags(JudgeNameFlags, AskingFlags):
         """Raise UsageError where a flag has nothing to do; ``others`` are further flags' values that may be URLs, by name."""
         if self.judge is None and (self.rubric is not None or self.judge_model is not None):
             raise click.UsageError("--rubric and --judge-model are for a judge; give --judge too")
-        if self.judge_model is not None and not names_server(self.judge):
-            raise click.UsageError("--judge-model names a model of a server; give --judge with the server's URL")
+        self.check_judge_model()
         self.check_asked({"--judge": self.judge, **{f"--{n.replace('_', '-')}": where for n, where in others.items()}})
 
     def check_reachable(self) -> None:

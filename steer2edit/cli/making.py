@@ -240,7 +240,7 @@ def _named_metric(way: WayFlags) -> MetricChoice:
     if choice is None:
         # the faults are those of a table in a file
         words = {"--metric.name": "--metric", "--metric.goal": "--goal", "--metric.pattern": "--pattern"}
-        text = "; ".join(faults).replace(" is null", " is not given")
+        text = "; ".join(faults).replace(" is missing", " is not given")
         for key, flag in words.items():
             text = text.replace(key, flag)
         raise click.UsageError(text)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import click
 
 from steer2edit.cli.data_options import TemplateArgumentFlags
-from steer2edit.cli.engine_flags import EngineFlags, names_server
+from steer2edit.cli.engine_flags import EngineFlags, check_model_name
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.judge_flags import JudgeNameFlags
 from steer2edit.options import option
@@ -250,14 +250,11 @@ def check_authors(authors: AuthorFlags, engine: EngineFlags) -> None:
     elif engine.server or engine.engine != "transformers":
         other = "--server" if engine.server else f"--engine {engine.engine}"
         raise click.UsageError(f"--answers-by and {other} both name what writes the answers; give one")
-    named = [
-        ("--server-model", engine.server_model, "--server or --answers-by", engine.url or authors.answers_by),
-        ("--writer-model", authors.writer_model, "--writer", authors.writer),
-        ("--judge-model", authors.judge_model, "--judge", authors.judge),
-    ]
-    for name, model, flag, where in named:
-        if model is not None and not names_server(where):
-            raise click.UsageError(f"{name} names a model of a server; give {flag} with the server's URL")
+    check_model_name(
+        "--server-model", engine.server_model, "--server or --answers-by", engine.url or authors.answers_by
+    )
+    check_model_name("--writer-model", authors.writer_model, "--writer", authors.writer)
+    authors.check_judge_model()
     engine.check_asked(
         {
             "--server": engine.url,

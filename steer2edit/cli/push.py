@@ -12,6 +12,7 @@ from steer2edit.cli.command import command
 from steer2edit.cli.flags import PATH, FlagGroup
 from steer2edit.cli.options import JsonFlags
 from steer2edit.cli.output import print_result
+from steer2edit.errors import count_of
 from steer2edit.options import option
 
 
@@ -53,7 +54,7 @@ def _render(result: dict[str, Any]) -> str:
     lines = [f"{_size(entry['bytes']):>10}  {entry['file']}" for entry in result["files"]]
     lines += [f"  left out  {name}: {reason}" for name, reason in result["left_out"].items()]
     lines += [f"      note  {note}" for note in result["notes"]]
-    total = f"{len(result['files'])} files, {_size(result['bytes'])}"
+    total = f"{count_of(len(result['files']), 'file')}, {_size(result['bytes'])}"
     return "\n".join([*lines, f"{total}: {result['url'] or 'nothing was uploaded (--dry-run)'}"])
 
 

@@ -17,6 +17,7 @@ from steer2edit.cli.evaluate_flags import BaselineFlags, HowFlags
 from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.options import ModelFlags, progress_bar
 from steer2edit.cli.suite import SuiteFlags
+from steer2edit.errors import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -200,8 +201,10 @@ def kept_answers(out: Path | None) -> Iterator[Journal | None]:
         try:
             with Journal(path, {"kind": "evaluation of what is served"}, otherwise=otherwise) as journal:
                 if len(journal):
-                    left = f"an interrupted run left {len(journal)} answers and judgements in {path}"
-                    notice(f"{left}, which are not asked for again; remove it to begin anew")
+                    left = count_of(len(journal), "answer or judgement", "answers and judgements")
+                    notice(
+                        f"an interrupted run left {left} in {path}, which are not asked for again; remove it to begin anew"
+                    )
                 try:
                     yield journal
                     removable = True

@@ -13,7 +13,7 @@ from steer2edit.cli.data_options import CaptureFlags
 from steer2edit.cli.flags import FlagGroup
 from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, progress_bar
 from steer2edit.cli.output import print_result
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import Steer2EditError, count_of
 from steer2edit.options import option
 
 
@@ -136,7 +136,8 @@ def _render(result: dict[str, Any]) -> str:
         ]
     else:
         lines = [
-            f"Gradients of {source['pairs']} pairs, {source['steps']} steps, {source['tokens']} tokens masked at each end."
+            f"Gradients of {count_of(source['pairs'], 'pair')}, {count_of(source['steps'], 'step')}, "
+            f"{count_of(source['tokens'], 'token')} masked at each end."
         ]
     lines += ["", "Norm of the vector at each place:"]
     lines += [f"  {place:<14} {norm:.4g}" for place, norm in result["norms"].items()]

@@ -18,7 +18,7 @@ from steer2edit.data import formats
 from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.prompts import Message, Prompt, prompt_digest
 from steer2edit.data.records import Build, read_source
-from steer2edit.errors import DataError, listing
+from steer2edit.errors import DataError, count_of, listing
 from steer2edit.notices import notice
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def read_contrast(source: str | Path, limit: int | None = None) -> list[Example]
     examples = read_source(source, formats.columns(), "contrast data", formats.EXPECTED, _builder(names))
     name = Path(source).name
     if set(names) - {formats.FORMATS[0].name, formats.FORMATS[1].name}:
-        summary = ", ".join(f"{count} rows of {form}" for form, count in names.items())
+        summary = ", ".join(f"{count_of(count, 'row')} of {form}" for form, count in names.items())
         notice(f"{name} holds {summary}")
     return _both(chosen_rows(examples, limit, name), str(source))
 

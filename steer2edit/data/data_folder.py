@@ -124,9 +124,8 @@ def _receipt(path: Path) -> tuple[dict[str, Any], str]:
         raise DataError(f"cannot read {brief(file)}: {getattr(error, 'strerror', None) or error}") from None
     found = receipt.get("format") if isinstance(receipt, dict) else None
     if found != FORMAT:
-        raise DataError(
-            f"{brief(file)} has the format {shown(found)}, expected {FORMAT!r}: make the data anew (steer2edit data)"
-        )
+        what = "names no format" if found is None else f"has the format {shown(found)}"
+        raise DataError(f"{brief(file)} {what}, expected {FORMAT!r}: make the data anew (steer2edit data)")
     return receipt, hashlib.sha256(raw).hexdigest()
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer2edit.data.metric_choice import Goal
-from steer2edit.errors import shown
+from steer2edit.errors import count_of, shown
 from steer2edit.files.schema import NUMBER, faults
 
 Interval = tuple[float, float, float]
@@ -80,8 +80,8 @@ class Measurement:
         judged = {True: "steerable", False: "not steerable here", None: "not compared with random directions"}
         losses = f"; worse: {'; '.join(map(str, self.losses))}" if self.losses else "; no other metric is worse"
         return (
-            f"{self.model}: {self.metrics[0]} on {self.questions} questions, {judged[self.steerable]}, at a {self.cost[0]} of "
-            f"{self.cost[1]:.3g}{losses}"
+            f"{self.model}: {self.metrics[0]} on {count_of(self.questions, 'question')}, {judged[self.steerable]}, at a "
+            f"{self.cost[0]} of {self.cost[1]:.3g}{losses}"
         )
 
 

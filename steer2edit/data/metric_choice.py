@@ -142,11 +142,11 @@ def read_metric(value: object, where: str = "metric") -> tuple[MetricChoice | No
     name, goal, pattern, title = (table.get(key) for key in _KEYS)
     kind = METRICS.get(name) if isinstance(name, str) else None
     if kind is None:
-        return None, [*faults, f"{where}.name is {shown(name)}; expected one of {', '.join(METRICS)}"]
+        return None, [*faults, f"{where}.name is {_given(name)}; expected one of {', '.join(METRICS)}"]
     if goal is None and len(kind.goals) == 1:
         goal = kind.goals[0]
     if goal not in kind.goals:
-        faults.append(f"{where}.goal is {shown(goal)}; expected {' or '.join(kind.goals)} for {name}")
+        faults.append(f"{where}.goal is {_given(goal)}; expected {' or '.join(kind.goals)} for {name}")
     if kind.takes_pattern:
         faults += pattern_faults(pattern, f"{where}.pattern")
     elif pattern is not None:
@@ -171,12 +171,17 @@ def shared_metric(choices: Iterable[MetricChoice | None]) -> MetricChoice | None
 def pattern_faults(pattern: object, where: str) -> list[str]:
     """What is wrong with a regular expression from a file."""
     if not isinstance(pattern, str) or not pattern:
-        return [f"{where} is {shown(pattern)}; expected a regular expression"]
+        return [f"{where} is {_given(pattern)}; expected a regular expression"]
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return [f"{where} is {shown(pattern)}, which is not a regular expression: {error}"]
     return []
+
+
+def _given(value: object) -> str:
+    """A value of a file for a message, which may not be there."""
+    return "missing" if value is None else shown(value)
 
 
 _KEYS = ("name", "goal", "pattern", "title")

@@ -19,7 +19,7 @@ import torch
 
 from steer2edit.data.templates import templated
 from steer2edit.data.tokens import common_prefix, token_ids
-from steer2edit.errors import DataError, first_line
+from steer2edit.errors import DataError, count_of, first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_left
@@ -66,7 +66,8 @@ def generate(
             f"a prompt takes {loaded.context - room} tokens and the model's context is {loaded.context}: shorten it"
         )
     if room < max_new_tokens:
-        notice(f"answers have at most {room} tokens and not {max_new_tokens}: the model's context is {loaded.context}")
+        most = count_of(room, "token")
+        notice(f"answers have at most {most} and not {max_new_tokens}: the model's context is {loaded.context}")
         max_new_tokens = room
     answers: dict[int, list[int]] = {}
     with progress("generate", total=len(rows)) as advance:

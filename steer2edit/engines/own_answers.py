@@ -19,7 +19,7 @@ from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import TemplateArguments, before_next_turn, render_prompt, render_prompts, templated
 from steer2edit.data.tokens import beginning, end_of_turn, texts_of, token_ids
 from steer2edit.engines.generation import generate
-from steer2edit.errors import DataError, first_line
+from steer2edit.errors import DataError, count_of, first_line
 from steer2edit.files.cache_folder import cache_folder, write_cached
 from steer2edit.files.schema import check
 from steer2edit.files.untrusted import JSON_BYTES, parse_json, read_bytes
@@ -98,7 +98,9 @@ def own_answers(
         if answer:
             found.append(OwnAnswer((*row, *answer, *([last] if ended and last is not None else [])), len(row), ended))
     if len(found) < len(rows):
-        notice(f"the model answers nothing to {len(rows) - len(found)} of {len(rows)} prompts: these are left out")
+        notice(
+            f"the model answers nothing to {len(rows) - len(found)} of {count_of(len(rows), 'prompt')}, left out here"
+        )
     return found
 
 
@@ -133,7 +135,7 @@ def known_texts(tokenizer: Any, texts: Sequence[str], plain: bool) -> tuple[list
         raise DataError(f"the tokenizer does not know the words of {len(rows) - len(known)} of {len(rows)} prompts")
     if len(known) < len(rows):
         notice(
-            f"the tokenizer does not know the words of {len(rows) - len(known)} of {len(rows)} prompts: these are left out"
+            f"the tokenizer does not know the words of {len(rows) - len(known)} of {count_of(len(rows), 'prompt')}, left out here"
         )
     return [texts[i] for i in known], [rows[i] for i in known]
 
@@ -152,7 +154,7 @@ def _rendered(tokenizer: Any, prompts: Sequence[Prompt], arguments: TemplateArgu
                 faults.append(str(error))
         if not texts:
             raise
-        notice(f"{len(faults)} of {len(prompts)} prompts cannot be rendered and are left out: {faults[0]}")
+        notice(f"{len(faults)} of {count_of(len(prompts), 'prompt')} left out, which cannot be rendered: {faults[0]}")
         return texts
 
 

@@ -18,7 +18,7 @@ from steer2edit.data.templates import (
 )
 from steer2edit.data.tokens import beginning, joined, texts_of, token_ids
 from steer2edit.engines.engine import NO, YES, Answer, Request
-from steer2edit.errors import DataError, EngineError
+from steer2edit.errors import DataError, EngineError, count_of
 from steer2edit.notices import notice
 
 _TAIL = 8
@@ -114,7 +114,8 @@ def by_room(rows: Sequence[Sequence[int]], most: int, context: int) -> dict[int,
         groups.setdefault(min(most, context - len(row)), []).append(index)
     if short := sum(len(group) for room, group in groups.items() if room < most):
         notice(
-            f"{short} of {len(rows)} answers have room for fewer than {most} tokens: the model's context is {context}"
+            f"there is room for fewer than {count_of(most, 'token')} in {short} of {count_of(len(rows), 'answer')}: the model's "
+            f"context is {context}"
         )
     return groups
 

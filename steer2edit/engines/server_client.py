@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
-from steer2edit.errors import EngineError, first_line, shown, without_passwords
+from steer2edit.errors import EngineError, count_of, first_line, shown, without_passwords
 from steer2edit.files.untrusted import parse_json
 from steer2edit.notices import notice
 
@@ -189,7 +189,8 @@ class ServerClient:
         finally:
             stopped.set()
             if self.resent > resent:
-                notice(f"{self.shown} failed or refused at times: {self.resent - resent} requests were sent again")
+                again = count_of(self.resent - resent, "request was", "requests were")
+                notice(f"{self.shown} failed or refused at times: {again} sent again")
 
     def _read(self, opened: Any) -> Any:
         """The JSON of a reply. Raises ValueError for a reply that is too long, breaks off, or is not JSON."""

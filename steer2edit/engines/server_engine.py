@@ -17,7 +17,7 @@ from typing import Any
 from steer2edit.data.templates import TemplateArguments, check_arguments, thought_and_answer
 from steer2edit.engines.engine import NO, YES, Answer, Request, Sampling, yes_share
 from steer2edit.engines.server_client import ServerClient
-from steer2edit.errors import DataError, EngineError, listing, shown
+from steer2edit.errors import DataError, EngineError, count_of, listing, shown
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 
@@ -148,12 +148,11 @@ class ServerEngine:
                 advance(1)
                 yield index, answer
         if longer:
-            notice(
-                f"{self._client.shown} wrote {longer} answers of more than {sampling.max_new_tokens} tokens, which were asked for"
-            )
+            wrote = f"{count_of(longer, 'answer')} of more than {count_of(sampling.max_new_tokens, 'token')}"
+            notice(f"{self._client.shown} wrote {wrote}, which were asked for")
         if estimated:
             how = "estimated by their letters" if self._count is None else "counted by the model's tokenizer"
-            notice(f"{self._client.shown} counts no tokens: those of {estimated} answers are {how}")
+            notice(f"{self._client.shown} counts no tokens: those of {count_of(estimated, 'answer')} are {how}")
 
     def yes(self, requests: Sequence[Request]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) among the likeliest first tokens; nan where neither is among them.

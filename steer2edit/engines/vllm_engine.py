@@ -14,7 +14,7 @@ from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines.engine import Answer, Request, Sampling, yes_share
 from steer2edit.engines.rendering import Rendering, answer_tokens, by_room
-from steer2edit.errors import EngineError, first_line
+from steer2edit.errors import EngineError, count_of, first_line
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel, load_tokenizer
 
@@ -145,7 +145,7 @@ class VllmEngine:
             outputs = self._running.llm.generate(prompts, list(settings), lora_request=self._lora, use_tqdm=False)
         except Exception as error:  # of whatever an engine cannot do with a request
             raise EngineError(
-                f"vLLM was asked for {len(rows)} answers of {self._folder.name} and fails: {first_line(error)}"
+                f"vLLM was asked for {count_of(len(rows), 'answer')} of {self._folder.name} and fails: {first_line(error)}"
             ) from None
         return [output.outputs[0] for output in outputs]
 

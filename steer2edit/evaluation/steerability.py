@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steer2edit.bootstrap import Estimate
+from steer2edit.errors import count_of
 from steer2edit.evaluation.comparison import direction, equally_costly
 from steer2edit.evaluation.evaluate import Evaluation, Row
 from steer2edit.evaluation.metrics import Metric, attributes
@@ -54,19 +55,21 @@ class Steerability:
         metric, found = self.metric, self.beyond
         beyond = f"{metric.name} differs by {self._size(found)} from what {self.directions} random directions at equal KL give"
         if self.steerable:
-            return f"Steerable here: {beyond}, on {found.count} questions."
+            return f"Steerable here: {beyond}, on {count_of(found.count, 'question')}."
         sign = direction(metric, found)
         if sign < 0:
-            return f"Not steerable here: {beyond}, on {found.count} questions, and that is the wrong direction."
+            return f"Not steerable here: {beyond}, on {count_of(found.count, 'question')}, and that is the wrong direction."
         if sign > 0:
             why = "the wrong direction" if direction(metric, self.change) < 0 else "what may be nothing"
             own = f"by {self._size(self.change)} from the base, {why}"
-            return f"Not steerable here: {beyond}, on {found.count} questions, but {own}."
+            return f"Not steerable here: {beyond}, on {count_of(found.count, 'question')}, but {own}."
         if self.needed is None:
             more = "Random directions differ too much among themselves: a larger effect or more directions would be needed."
         else:
-            more = f"To decide a difference of this size would take about {self.needed:,} questions."
-        return f"Not steerable here: {beyond}, on {found.count} questions, which may be nothing. {more}"
+            more = (
+                f"To decide a difference of this size would take about {count_of(self.needed, 'question', style=',')}."
+            )
+        return f"Not steerable here: {beyond}, on {count_of(found.count, 'question')}, which may be nothing. {more}"
 
     def _size(self, found: Estimate) -> str:
         unit = f" {self.metric.unit}" if self.metric.unit else ""

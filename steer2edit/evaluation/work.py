@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from steer2edit.capture.populations import RESAMPLES
 from steer2edit.data.questions import Split
+from steer2edit.errors import count_of
 from steer2edit.evaluation.baselines import Match
 from steer2edit.evaluation.suite import Suite
 
@@ -31,8 +32,9 @@ class Work:
 
     def __str__(self) -> str:
         return (
-            f"{self.candidates} candidates, each on {self.questions} questions and {self.answers} written answers of up to "
-            f"{self.answer_tokens} tokens; about {self.passes} passes over {self.tokens:,} tokens of neutral text"
+            f"{count_of(self.candidates, 'candidate')}, each on {count_of(self.questions, 'question')} and "
+            f"{count_of(self.answers, 'written answer')} of up to {count_of(self.answer_tokens, 'token')}; about "
+            f"{count_of(self.passes, 'pass', 'passes')} over {count_of(self.tokens, 'token', style=',')} of neutral text"
         )
 
 

@@ -23,7 +23,7 @@ import torch
 from steer2edit.architecture import ModelSpec, Site
 from steer2edit.architecture.routers import Router
 from steer2edit.checkpoint import Checkpoint
-from steer2edit.errors import PlanError, listing
+from steer2edit.errors import PlanError, count_of, listing
 from steer2edit.lowering.pruning import check_structure
 from steer2edit.plan import Assign, Base, Edit, EditPlan, Scale, Structure
 
@@ -148,8 +148,8 @@ def summary(graded: Sequence[Graded], top_k: int | None = None) -> str:
         reference = "" if one.reference is None else f", {one.reference}"
         label = f"{one.wish} by {one.how} ({one.grade}{reference})"
         counted[label] = counted.get(label, 0) + 1
-    parts = [f"{count} expert{'s' if count > 1 else ''} {label}" for label, count in counted.items()]
-    return "; ".join([*parts, *([f"{top_k} experts per token (exact)"] if top_k is not None else [])])
+    parts = [f"{count_of(count, 'expert')} {label}" for label, count in counted.items()]
+    return "; ".join([*parts, *([f"{count_of(top_k, 'expert')} per token (exact)"] if top_k is not None else [])])
 
 
 def check_request(spec: ModelSpec, request: Request) -> list[str]:
@@ -222,7 +222,7 @@ def _left_over(router: Router, experts: Sequence[int]) -> list[str]:
     """Whether the selection still finds enough experts when these are passed over."""
     left = router.experts - len(experts)
     if left < router.top_k:
-        return [f"layer {router.layer}: {left} experts would be left, and each token takes {router.top_k}"]
+        return [f"layer {router.layer}: {count_of(left, 'expert')} would be left, and each token takes {router.top_k}"]
     if router.groups <= 1:
         return []
     size = router.experts // router.groups
@@ -236,8 +236,8 @@ def _left_over(router: Router, experts: Sequence[int]) -> list[str]:
     least = sum(sorted(count for count in enabled if count)[: router.top_groups])
     if least < router.top_k:
         problems.append(
-            f"layer {router.layer}: its {router.top_groups} chosen groups may hold {least} experts, and each token takes "
-            f"{router.top_k}: one that is switched off would come back"
+            f"layer {router.layer}: its {router.top_groups} chosen groups may hold {count_of(least, 'expert')}, and each token "
+            f"takes {router.top_k}: one that is switched off would come back"
         )
     return problems
 

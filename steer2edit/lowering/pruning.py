@@ -17,7 +17,7 @@ from steer2edit.architecture.removal import layer_problems, renumbered, set_laye
 from steer2edit.architecture.routers import Router, routing_config
 from steer2edit.architecture.sites import MatrixRole, ModelSpec, Site
 from steer2edit.checkpoint import Checkpoint, TensorInfo
-from steer2edit.errors import PlanError, listing
+from steer2edit.errors import PlanError, count_of, listing
 from steer2edit.plan import Structure
 from steer2edit.plan.operations import Edit
 
@@ -57,7 +57,9 @@ def check_structure(structure: Structure, checkpoint: Checkpoint, spec: ModelSpe
     if structure.top_k is not None:
         for router in routers.values():
             if structure.top_k > _selectable(router, len(structure.remove.get(router.layer, ()))):
-                problems.append(f"layer {router.layer}: {structure.top_k} experts per token cannot be selected")
+                problems.append(
+                    f"layer {router.layer}: {count_of(structure.top_k, 'expert')} per token cannot be selected"
+                )
     if problems:
         raise PlanError(f"the model cannot be pruned so:\n{listing(problems)}")
 
@@ -67,7 +69,9 @@ def _removal_problems(router: Router, gone: Sequence[int], top_k: int | None) ->
     if max(gone) >= router.experts:
         return [f"layer {router.layer} has the experts 0-{router.experts - 1}; there is no {max(gone)}"]
     if _selectable(router, len(gone)) < (top_k or router.top_k):
-        problems.append(f"layer {router.layer}: {left} experts are too few to select {top_k or router.top_k}")
+        problems.append(
+            f"layer {router.layer}: {count_of(left, 'expert is', 'experts are')} too few to select {top_k or router.top_k}"
+        )
     if router.groups > 1:
         size = router.experts // router.groups
         by_group = [sum(expert // size == group for expert in gone) for group in range(router.groups)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from steer2edit.errors import DataError, Steer2EditError, shown
+from steer2edit.errors import DataError, Steer2EditError, count_of, shown
 from steer2edit.files.untrusted import parse_json, read_bytes
 from steer2edit.notices import notice
 
@@ -151,8 +151,14 @@ class Journal:
             self._values[entry["key"]] = entry["value"]
             whole += len(line) + 1
         if whole < len(data):
-            notice(f"{len(data) - whole} bytes at the end of {self.path.name} are half written and dropped")
+            lost = count_of(len(data) - whole, "byte")
+            notice(f"the end of {self.path.name} is half written: {lost} dropped")
         return whole
+
+
+def _set_to(value: Any) -> str:
+    """A setting for people."""
+    return "none" if value is None else shown(value)
 
 
 def without_versions(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Which plain settings are other ones now, each as a line; versions of what is installed are not compared."""
     one, two = _flat(known), _flat(_plain(wanted))
     return [
-        f"{key} was {shown(one.get(key))} and is {shown(two.get(key))}"
+        f"{key} was {_set_to(one.get(key))} and is {_set_to(two.get(key))}"
         for key in {**one, **two}
         if one.get(key) != two.get(key)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from steer2edit.data.prompts import Prompt, prompt_text
 from steer2edit.data.questions import Question
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, count_of
 from steer2edit.notices import notice
 from steer2edit.pairs.near_duplicates import copies, repeated
 
@@ -27,7 +27,7 @@ def chosen_questions(questions: Sequence[Question], limit: int | None) -> list[Q
         again |= {members[i] for i in repeated(texts) | copies([[text] for text in texts], [""] * len(texts))}
     left = [question for index, question in enumerate(distinct) if index not in again]
     if dropped := len(questions) - len(left):
-        notice(f"{dropped} of {len(questions)} prompts repeat or nearly repeat another one, and are left out")
+        notice(f"{dropped} of {count_of(len(questions), 'prompt')} left out: another one says the same, or nearly")
     if not left:
         raise DataError("there are no prompts to make data from")
     if limit is None or len(left) <= limit:

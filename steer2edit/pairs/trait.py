@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Request, Sampling
-from steer2edit.errors import DataError, shown
+from steer2edit.errors import DataError, count_of, shown
 from steer2edit.notices import notice
 from steer2edit.pairs.near_duplicates import repeated, similarity, words_of
 from steer2edit.pairs.telling import Instructions
@@ -50,9 +50,12 @@ class Trait:
         """A trait from ``NAME: description``. Raises DataError for any other text."""
         name, colon, description = (part.strip() for part in text.partition(":"))
         description = " ".join(description.split()).rstrip(".!")
-        if not colon or not words_of(name) or len(words_of(description)) < 2:
+        count = len(words_of(description))
+        if not colon or not words_of(name) or count < 2:
+            without = "without a colon" if not colon else "without a name" if not words_of(name) else ""
+            reason = without or f"whose description has {count_of(count, 'word')}"
             raise DataError(
-                f"the trait is {shown(text)}; expected a name, a colon and a description, such as "
+                f"the trait is {shown(text)}, {reason}; expected a name, a colon and a description of two words or more, such as "
                 '"blunt: says what is wrong first, no flattery"'
             )
         if len(name) > _MAX_NAME or len(description) > _MAX_DESCRIPTION:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steer2edit.errors import count_of
 from steer2edit.pairs.measure import Difference
 from steer2edit.pairs.separation import LEAST_PROMPTS, Separation, Word
 
@@ -76,7 +77,7 @@ def verdict(
         )
     if reliability < RELIABLE:
         needed = found.pairs_for(RELIABLE)
-        more = "" if needed is None else f", which takes {needed} pairs in place of {captured}"
+        more = "" if needed is None else f", which takes {count_of(needed, 'pair')} in place of {captured}"
         word: Word = "not" if reliability < UNRELIABLE else "weak"
         return Verdict(word, (f"{numbers}: expected a reliability of {RELIABLE} or more{more}",))
     if not found.paired and found.d_prime < STEERABLE + found.chance:

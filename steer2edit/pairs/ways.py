@@ -15,7 +15,7 @@ from steer2edit.data.metric_choice import Goal
 from steer2edit.data.prompts import prompt_digest
 from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Answer, Request, Sampling
-from steer2edit.errors import DataError
+from steer2edit.errors import DataError, count_of
 from steer2edit.notices import notice
 from steer2edit.pairs.filters import REASONS, Allowed, Tally, sample_fault
 from steer2edit.pairs.journal import key_of
@@ -168,8 +168,9 @@ class Sorted:
         rows: list[Row] = [Pair(left[good], left[bad]) for good, bad in found.pairs]
         if not found.paired:
             notice(
-                f"{found.prompts} prompts have answers at both ends, fewer than {LEAST_PAIRED}: the ends are taken over all "
-                "prompts as two classes, which may differ in their topics too; more --samples give pairs"
+                f"{count_of(found.prompts, 'prompt has', 'prompts have')} answers at both ends, and pairs take {LEAST_PAIRED}: "
+                "the ends are taken over all prompts as two classes, which may differ in their topics too; more --samples "
+                "give pairs"
             )
             rows = [Labelled(left[i], "positive") for i in found.better]
             rows += [Labelled(left[i], "negative") for i in found.worse]

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from steer2edit import methods
 from steer2edit.architecture.components import component_name
+from steer2edit.errors import count_of
 from steer2edit.formatting import divergence, number, pairs
 from steer2edit.options import options_of
 from steer2edit.plan import Edit, EditPlan, LowRank, Measured, Scale
@@ -89,7 +90,7 @@ def render_summary(plan: EditPlan) -> str:
         "Method": method_line(plan.method),
         "Training": training_line(plan.method),
         "Held out": held_out_line(plan.method),
-        "Edits": f"{len(plan.edits)} tensors{_layer_range(plan)}{_norm(plan)}",
+        "Edits": f"{count_of(len(plan.edits), 'tensor')}{_layer_range(plan)}{_norm(plan)}",
         "Strength": strength_line(plan.measured),
         "Cost": cost_line(plan.measured),
         "Silenced": _names_line(plan.method.get("silenced", ())),
@@ -105,7 +106,7 @@ def plan_line(plan: EditPlan) -> str:
     name = plan.data.get("name")
     method = plan.method.get("name", "unknown")
     how = "" if method == "merge" else f" by the method {method}"
-    return f"{name or 'edits'} into {plan.base.name}{how}: {len(plan.edits)} tensors edited{_layer_range(plan)}"
+    return f"{name or 'edits'} into {plan.base.name}{how}: {count_of(len(plan.edits), 'tensor')} edited{_layer_range(plan)}"
 
 
 def edit_line(edit: Edit) -> str:
@@ -172,7 +173,7 @@ def method_line(method: Mapping[str, Any]) -> str:
             told.append(f"{one.flags[-1]} {number(value) if isinstance(value, float) else value}")
     line = f"{name} with {' '.join(told)}" if told else f"{name} with its default options"
     if alone := method.get("experts_left_alone"):
-        line += f"; {alone} experts left alone, because too few tokens were routed to them"
+        line += f"; {count_of(alone, 'expert')} left alone, because too few tokens were routed to them"
     if errors := method.get("stand_ins"):
         shares = ", ".join(f"{key} {number(error)}" for key, error in errors.items())
         line += f"; an edit of rank 1 stands in for the constant, with a relative squared error of about: {shares}"
@@ -186,8 +187,9 @@ def training_line(method: Mapping[str, Any]) -> str:
     before, after = training["loss"]
     told = f"; {len(untouched)} outputs are left as they were" if (untouched := method.get("left_as_it_was")) else ""
     return (
-        f"{training['parameters']:,} numbers in {training['steps']} steps on {training['prompts']} prompts; the classes' "
-        f"distance there is {number(before)} before, {number(after)} after{told}"
+        f"{training['parameters']:,} numbers in {count_of(training['steps'], 'step')} on "
+        f"{count_of(training['prompts'], 'prompt')}; the classes' distance there is {number(before)} before, "
+        f"{number(after)} after{told}"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from steer2edit.errors import count_of
 from steer2edit.evaluation.comparison import compared_rows, comparisons
 from steer2edit.evaluation.metrics import attributes
 from steer2edit.evaluation.served import NO_PROBABILITIES
@@ -71,7 +72,7 @@ def effect_line(found: Evaluation) -> str:
     for metric in attributes(found.metrics):
         before, after = found.estimate(found.rows[0], metric.name), found.estimate(edit, metric.name)
         unit = f" {metric.unit}" if metric.unit else ""
-        told.append(f"{metric.name} {before}{unit} before, {after}{unit} after, on {after.count} questions")
+        told.append(f"{metric.name} {before}{unit} before, {after}{unit} after, on {count_of(after.count, 'question')}")
     return "; ".join(told)
 
 
@@ -141,7 +142,7 @@ def render_study(done: Study) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     base = settings["base"]
     parts = [
-        f"{len(states)} trials ({counts}). The base's {attribute}: {base[attribute]:.3g}.",
+        f"{count_of(len(states), 'trial')} ({counts}). The base's {attribute}: {base[attribute]:.3g}.",
         "",
         "The front (plans that no other plan beats in both metrics), on the questions for selection:",
         "",
@@ -163,7 +164,7 @@ def render_study(done: Study) -> str:
 
 def render_verification(result: Verification) -> str:
     """What was checked and what it gave, one line each; then rounding, where something was rounded."""
-    lines = [f"base     {result.base}", f"bytes    {result.tensors} tensors compared"]
+    lines = [f"base     {result.base}", f"bytes    {count_of(result.tensors, 'tensor')} compared"]
     if result.numbers:
         lines.append(f"numbers  {result.verdict}")
         if experts := result.numbers.get("experts"):
@@ -177,7 +178,7 @@ def render_verification(result: Verification) -> str:
         )
     lines += [f"note     {note}" for note in result.notes[:20]]
     lines += [f"problem  {problem}" for problem in result.problems[:50]]
-    lines.append("ok" if result.ok else f"FAILED: {len(result.problems)} problem{'s' * (len(result.problems) > 1)}")
+    lines.append("ok" if result.ok else f"FAILED: {count_of(len(result.problems), 'problem')}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steer2edit.bootstrap import Estimate
+from steer2edit.errors import count_of
 from steer2edit.evaluation.comparison import Comparison, comparisons, direction
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.metrics import Metric
@@ -40,7 +41,7 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
 
 
 def _unmeasured(plan: EditPlan) -> str:
-    text = f"The plan changes {len(plan.edits)} tensors, by ‖ΔW‖ {number(plan.norm)} in all"
+    text = f"The plan changes {count_of(len(plan.edits), 'tensor')}, by ‖ΔW‖ {number(plan.norm)} in all"
     if plan.measured.costs:
         costs = (f"{KL_NAMES[kind]} {divergence(cost.estimate)}" for kind, cost in plan.measured.costs.items())
         text += f", and moves the model from the base ({', '.join(costs)})"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from steer2edit.architecture.config import text_config
 from steer2edit.architecture.releases import RUNS_SINCE
-from steer2edit.errors import CheckpointError, first_line, listing
+from steer2edit.errors import CheckpointError, count_of, first_line, listing
 from steer2edit.notices import notice
 
 LOADING_ERRORS = (
@@ -76,7 +76,9 @@ def check_complete(path: Path, model: Any, loading: Mapping[str, Any]) -> None:
             "Convert the checkpoint to transformers' names, or take these tensors out of it"
         )
     if left_out:
-        notice(f"transformers' {kind} does not run {len(left_out)} tensors of {path}, such as {left_out[0]}")
+        notice(
+            f"transformers' {kind} does not run {count_of(len(left_out), 'tensor')} of {path}, such as {left_out[0]}"
+        )
 
 
 def check_release(path: Path, config: Mapping[str, Any]) -> None:
