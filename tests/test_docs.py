@@ -118,6 +118,15 @@ def test_every_command_that_is_written_down_exists_with_its_options(
     assert not problems, "\n".join(problems)
 
 
+def test_every_command_in_a_sentence_exists() -> None:
+    pages = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
+    written = [
+        (page.name, name) for page in pages for name in re.findall(r"`steer2edit ([a-z]+)", page.read_text("utf-8"))
+    ]
+    assert len(written) > 20
+    assert not [(page, name) for page, name in written if name not in main.commands]
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     pages = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
     links = [

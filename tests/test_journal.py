@@ -6,8 +6,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from data_making import contents, make, questions
 from fake_engine import NOUNS, FakeEngine
-from test_make_data import contents, make, questions
 
 from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_making import BRIEF, contents, questions, request
 from fake_engine import NOUNS, FakeEngine
-from test_make_data import BRIEF, contents, questions, request
 
 from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.prompts import Message

@@ -1,56 +1,29 @@
-"""Making data: the folder, its receipt, runs that are killed and go on, and data that holds no behaviour."""
+"""Making data: the folder, its receipt, runs that are killed and go on, and the prompts that are asked."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import save_chat_model
+from data_making import BRIEF, contents, make, questions, request
 from fake_engine import NOUNS, FakeEngine
 
-from steer2edit.cli.data import advice
 from steer2edit.data.contrast import read_contrast
 from steer2edit.data.data_folder import RECEIPT, open_data_folder
-from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.prompts import Message, prompt_digest
 from steer2edit.data.questions import Question, read_questions
 from steer2edit.engines.engine import Sampling
 from steer2edit.errors import DataError, TargetError
 from steer2edit.files.locks import claimed
-from steer2edit.notices import collected
-from steer2edit.pairs import filters
 from steer2edit.pairs.folder import FILES
-from steer2edit.pairs.from_trait import FromTrait
 from steer2edit.pairs.journal import JOURNAL
-from steer2edit.pairs.make import DataRequest, Engines, Made, make_data
+from steer2edit.pairs.make import Engines, make_data
 from steer2edit.pairs.questions import chosen_questions
 from steer2edit.pairs.telling import Instructions, told
-from steer2edit.pairs.trait import Trait, read_numbered, read_opposite
-from steer2edit.pairs.ways import Opposites, PositiveOnly, Sorted
-
-PROMPTS = [f"what is the {a} of the {b}" for a in NOUNS[:8] for b in NOUNS[8:14]]
-BRIEF = Opposites(Instructions(("Answer briefly.",), ("Answer at length.",)))
-
-
-def questions(count: int = 40) -> list[Question]:
-    return [Question((Message("user", text),), f"row {i}") for i, text in enumerate(PROMPTS[:count])]
-
-
-def request(out: Path, **more: Any) -> DataRequest:
-    settings: dict[str, Any] = {"way": BRIEF, "metric": MetricChoice("length", "less"), "batch": 8}
-    return DataRequest(out, "brief", "in few words", questions(), **{**settings, **more})
-
-
-def make(out: Path, engine: FakeEngine | None = None, loaded: Any = None, **more: Any) -> Made:
-    engine = engine or FakeEngine()
-    return make_data(request(out, **more), Engines(engine, engine, loaded))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (*FILES.values(), RECEIPT)}
+from steer2edit.pairs.ways import Opposites, PositiveOnly
 
 
 @pytest.fixture(scope="module")
@@ -172,205 +145,6 @@ def test_a_template_without_system_messages_gets_the_instruction_in_the_users(tm
     assert asked.prompt == (Message("user", "Be brief.\n\nwhy"),) and asked.system is None
     own = told((Message("system", "You are Bob."), Message("user", "why")), "Be brief.")
     assert own.system is None and own.messages[0].content == "You are Bob.\n\nBe brief."
-
-
-# sorted answers
-
-
-def test_the_ends_of_the_models_own_answers_are_pairs_of_one_prompt(tmp_path: Path) -> None:
-    made = make(tmp_path / "data", way=Sorted("length", "less", samples=8, share=0.2), sampling=Sampling(temperature=1))
-    assert made.receipt["paired"] and 20 <= made.receipt["prompts_with_both_ends"] < 40
-    assert made.differences[0].obeyed
-    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
-    assert all(len(row["positive"].split()) < len(row["negative"].split()) for row in rows)
-
-
-def test_few_prompts_with_both_ends_give_classes(tmp_path: Path) -> None:
-    made = make(tmp_path / "data", way=Sorted("length", "less", samples=1, share=0.3), sampling=Sampling(temperature=1))
-    assert made.receipt["paired"] is False
-    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
-    assert {row["label"] for row in rows} == {"positive", "negative"}
-    assert read_contrast(tmp_path / "data" / "train.jsonl")
-    assert made.differences[0].obeyed
-    # every prompt that is held out is a question, of whichever class its answer is; counts are those of the files' lines
-    counts = {part: len((tmp_path / "data" / name).read_text().splitlines()) for part, name in FILES.items()}
-    assert {part: made.receipt["rows"][part] for part in FILES} == counts
-    assert sum(counts.values()) == len({row.question.digest for row in made.rows})
-
-
-def test_what_helps_depends_on_what_is_wrong(tmp_path: Path) -> None:
-    way = Sorted("length", "less", samples=2)
-    few = " ".join(advice(make(tmp_path / "few", way=way, sampling=Sampling(temperature=1), max_prompts=6)))
-    # the ends of a model's own answers need no obedience
-    assert "--max-prompts" in few and "--samples, --tails" in few and "obey" not in few and "--by" not in few
-    many = " ".join(advice(make(tmp_path / "many")))
-    assert "--max-prompts" not in many and "obeys" in many and "--by" in many
-
-
-def test_answers_that_do_not_differ_have_no_ends(tmp_path: Path) -> None:
-    way = Sorted("pattern", "more", samples=2, pattern="nobody writes this")
-    with pytest.raises(DataError, match=r"80 answers .* do not differ by pattern"):
-        make(tmp_path / "data", way=way, metric=None, sampling=Sampling(temperature=1))
-
-
-def test_counts_are_of_lines_where_a_prompt_has_several_pairs(tmp_path: Path) -> None:
-    way = replace(BRIEF, samples=2)
-    made = make(tmp_path / "data", way=way, sampling=Sampling(temperature=1))
-    counts = {part: len((tmp_path / "data" / name).read_text().splitlines()) for part, name in FILES.items()}
-    assert {part: made.receipt["rows"][part] for part in FILES} == counts
-    assert counts["select"] + counts["report"] < made.tally.kept - counts["train"]
-
-
-def test_a_pattern_sorts_and_the_answers_that_are_right_may_be_kept_alone(tmp_path: Path) -> None:
-    way = Sorted("pattern", "more", samples=4, pattern=r"\?$")
-    metric = MetricChoice("pattern", "more", r"\?$")
-    made = make(tmp_path / "data", way=way, sampling=Sampling(temperature=1), metric=metric)
-    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
-    assert rows and all(row["positive"].endswith("?") and row["negative"].endswith(".") for row in rows)
-    assert made.answers is not None and made.answers.kept == 160
-    with pytest.raises(DataError, match="column answer"):
-        make(tmp_path / "x", way=replace(way, only_correct=True), sampling=Sampling(temperature=1))
-    with pytest.raises(DataError, match="all the same"):
-        make(tmp_path / "y", way=way)
-
-
-# judges
-
-
-class FakeJudge:
-    """Says yes to short answers; to answers with a certain word it says that they make no sense."""
-
-    def __init__(self, trusted: bool = True) -> None:
-        self.trusted, self.asked = trusted, 0
-
-    @property
-    def knows_traits(self) -> bool:
-        return self.trusted
-
-    def shows(self, trait: str, prompts: Any, answers: Any) -> list[float]:
-        assert trait == "in few words"
-        self.asked += len(answers)
-        return [1 / len(answer.split()) if self.trusted else float("nan") for answer in answers]
-
-    def coherent(self, prompts: Any, answers: Any) -> list[float]:
-        self.asked += len(answers)
-        return [0.1 if "bell" in answer else 0.9 for answer in answers]
-
-    def described(self) -> dict[str, Any]:
-        return {"judge": "fake"}
-
-
-def judged(out: Path, judge: FakeJudge, **more: Any) -> Made:
-    engine = FakeEngine()
-    return make_data(request(out, **{"trait": "in few words", **more}), Engines(engine, engine, None, judge))
-
-
-def test_a_judge_takes_incoherent_rows_and_those_that_contradict_their_label(tmp_path: Path) -> None:
-    made = judged(tmp_path / "data", FakeJudge())
-    assert 0 < made.tally.reasons[filters.INCOHERENT] < 40 and filters.CONTRADICTS not in made.tally.reasons
-    assert not any("bell" in sample.answer.text for row in made.rows for _, sample in row.sides)  # type: ignore[union-attr]
-    assert [one.metric for one in made.differences] == ["length", "the judge's yes"] and made.differences[1].obeyed
-    swapped = Opposites(Instructions(("Answer at length.",), ("Answer briefly.",)))
-    with pytest.raises(DataError, match=filters.CONTRADICTS):
-        judged(tmp_path / "swapped", FakeJudge(), way=swapped, metric=None)
-
-
-def test_a_judge_without_a_trait_judges_coherence_alone_and_that_is_said(tmp_path: Path) -> None:
-    with collected() as notices:
-        made = judged(tmp_path / "data", FakeJudge(), trait=None)
-    assert any("whether answers make sense, and nothing else" in text for text in notices)
-    assert "rubric" not in made.receipt["behavior"]
-
-
-def test_thoughts_that_are_asked_for_and_not_there_are_said(tmp_path: Path) -> None:
-    with collected() as notices:
-        make(tmp_path / "data", think="only")
-    assert any("no answer has a thought: --think only changes nothing" in text for text in notices)
-
-
-def test_a_judge_is_asked_once(tmp_path: Path) -> None:
-    first, second = FakeJudge(), FakeJudge()
-    judged(tmp_path / "data", first)
-    judged(tmp_path / "data", second)
-    assert first.asked > 0 and second.asked == 0
-
-
-def test_a_judge_without_an_opinion_takes_no_row_and_sorts_nothing(tmp_path: Path) -> None:
-    made = judged(tmp_path / "data", FakeJudge(trusted=False))
-    assert filters.CONTRADICTS not in made.tally.reasons
-    assert [one.metric for one in made.differences] == ["length"]
-    way = Sorted("judge", "more", samples=6, share=0.2)
-    sampling = Sampling(temperature=1)
-    made = judged(tmp_path / "sorted", FakeJudge(), way=way, sampling=sampling)
-    assert made.receipt["paired"] and made.differences[0].obeyed
-    # a judge that failed its trial is refused before an answer is written
-    with pytest.raises(DataError, match="the judge cannot sort answers by the trait"):
-        judged(tmp_path / "none", FakeJudge(trusted=False), way=way, sampling=sampling)
-    assert not (tmp_path / "none").exists()
-
-
-def test_the_same_answer_is_not_asked_for_twice(tmp_path: Path) -> None:
-    for number, way in enumerate((replace(BRIEF, samples=2), Sorted("length", "less", samples=2))):
-        with pytest.raises(DataError, match="at a temperature of 0 are all the same"):
-            make(tmp_path / str(number), way=way, sampling=Sampling(temperature=0))
-
-
-class CutOff(FakeEngine):
-    """Ends no answer of more than 15 words."""
-
-    def answer(self, request: Any, sampling: Sampling) -> Any:
-        answer = super().answer(request, sampling)
-        return replace(answer, ended=answer.tokens <= 15)
-
-
-def test_answers_that_are_cut_off_are_the_long_end_of_a_length(tmp_path: Path) -> None:
-    # one answer to each prompt: the ends are classes
-    way = Sorted("length", "less", samples=1, share=0.25)
-    made = make(tmp_path / "data", CutOff(), way=way)
-    assert not made.receipt["paired"] and made.differences[0].obeyed
-    assert filters.CUT not in made.tally.reasons and made.tally.kept == len(made.rows) >= 16
-
-
-# traits
-
-
-def test_a_sentence_becomes_instructions_questions_and_pairs(tmp_path: Path) -> None:
-    trait = Trait.read("brief: answers briefly, with nothing around it.")
-    assert trait == Trait("brief", "answers briefly, with nothing around it")
-    made = make(tmp_path / "data", way=FromTrait(trait, questions=12))
-    assert made.receipt["behavior"]["opposite"] == "answers at length, twice over"
-    assert made.receipt["behavior"]["written_questions"] == 12
-    assert made.differences[0].obeyed and len(made.receipt["made"]["positive"]) == 3
-    prompts = {row.question.where for row in made.rows}
-    assert len(prompts) == 40 and sum("of the writer" in where for where in prompts) == 12
-
-
-@pytest.mark.parametrize("text", ["blunt", "blunt:", ": says it", "a: b", "x" * 80 + ": two words"])
-def test_other_texts_are_not_traits(text: str) -> None:
-    with pytest.raises(DataError, match="expected"):
-        Trait.read(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no",
-        "Style: uses long words",
-        "The opposite of a style is often an extremely detailed and complex language",
-        "What is meant?",
-        "Beneath the surface of",
-        "uses simple everyday words that a child knows",
-        "in few words",
-    ],
-)
-def test_what_is_not_an_opposite_is_not_used(text: str) -> None:
-    assert read_opposite(text, Trait("brief", "in few words")) is None
-
-
-def test_a_numbered_list_is_read() -> None:
-    text = 'Sure!\n1. "Why is the sky blue?"\n2) Write me a short poem\n3. **Too short**\nthe end'
-    assert read_numbered(text) == ["Why is the sky blue?", "Write me a short poem"]
 
 
 def test_positives_alone_stand_against_the_background(tmp_path: Path) -> None:
