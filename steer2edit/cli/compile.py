@@ -59,6 +59,7 @@ class ReportFlags(FlagGroup):
         (),
         "Held-out questions; a behaviour and a folder of data have their own. With --plan, one file for each plan.",
         "--eval",
+        metavar="FILE",
     )
     told: str | None = option(
         None,

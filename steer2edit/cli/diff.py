@@ -37,7 +37,7 @@ class RevertFlags(FlagGroup):
 
     heading: ClassVar[str] = "Output"
 
-    base: str = option(..., "Folder or Hub id that EDITED was made from.")
+    base: str = option(..., "Folder or Hub id that EDITED was made from.", metavar="MODEL")
     out: Path | None = option(
         None, "Folder of the result.", "-o", "--out", shown_default="EDITED itself, replaced when complete"
     )
@@ -50,7 +50,8 @@ class RevertFlags(FlagGroup):
 def diff(base: str, edited: str, output: DiffFlags, replace: ReplaceFlags, printed: JsonFlags) -> None:
     """List every tensor in which EDITED differs from BASE, and the rank of the difference.
 
-    Works on checkpoints made by any tool, however they are divided among shards. Reads each file, loads no model.
+    Works on checkpoints made by any tool, however they are divided among shards, and on those that have lost layers or experts.
+    Reads each file, loads no model.
     """
     from steer2edit.checkpoint import open_checkpoint
     from steer2edit.diff.difference import compare, recover_plan

@@ -51,6 +51,7 @@ class VerifyFlags(FlagGroup):
     base: str | None = option(
         None,
         "Base model, folder or Hub id, if it is not where the receipt, or the note that emit left on this computer, says.",
+        metavar="MODEL",
     )
     level: Literal["bytes", "numbers"] = option(
         "numbers", "Compare bytes only, or also the logits of base and plan with those of the artefact."

@@ -83,7 +83,9 @@ class ProfileOut(FlagGroup):
 class ShowModel(RevisionFlags):
     """A model whose experts' matrices are read."""
 
-    model: str | None = option(None, "Read this model's experts too, for their alignment with the vector.")
+    model: str | None = option(
+        None, "Read this model's experts too, for their alignment with the vector.", metavar="MODEL"
+    )
 
 
 @dataclass(frozen=True)

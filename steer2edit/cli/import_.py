@@ -40,7 +40,9 @@ class ReadingFlags(FlagGroup):
 class ImportFlags(RevisionFlags):
     """The base that edits belong to."""
 
-    model: str | None = option(None, "Base that finished edits belong to; vectors are checked against it.")
+    model: str | None = option(
+        None, "Base that finished edits belong to; vectors are checked against it.", metavar="MODEL"
+    )
 
 
 @dataclass(frozen=True)

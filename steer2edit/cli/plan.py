@@ -86,7 +86,7 @@ class FactorFlags(FlagGroup):
 class BaseFlags(ModelFlags):
     """The base that a KL budget is measured on."""
 
-    model: str | None = option(None, "Base model, folder or Hub id, to measure a KL budget on.")
+    model: str | None = option(None, "Base model, folder or Hub id, to measure a KL budget on.", metavar="MODEL")
 
 
 @command(

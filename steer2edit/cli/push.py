@@ -24,7 +24,9 @@ class PushFlags(FlagGroup):
 
     private: bool = option(False, "Create the repository as private; refuse one that is public.")
     dry_run: bool = option(False, "List what would be uploaded, and upload nothing. Needs no network.")
-    base_model: str | None = option(None, "Hub id of the base, for the card of an artefact compiled from a folder.")
+    base_model: str | None = option(
+        None, "Hub id of the base, for the card of an artefact compiled from a folder.", metavar="MODEL"
+    )
     licence: str | None = option(None, "Licence for the card, in place of the base's.", "--license")
     include: tuple[str, ...] = option(
         (), "Upload these files of the folder too, such as 'images/*'. Repeatable.", metavar="PATTERN"

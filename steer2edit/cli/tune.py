@@ -35,9 +35,9 @@ class SearchFlags(FlagGroup):
     kl_range: str = option("0.003,0.3", "Least and largest KL that plans aim at.", metavar="LOW,HIGH")
     max_kl: float = option(1.0, "Evaluate no plan whose KL is above this.")
     attribute: str | None = option(
-        None, "Metric to improve.", shown_default="the behaviour's own metric, else its first"
+        None, "Metric to improve.", metavar="METRIC", shown_default="the behaviour's own metric, else its first"
     )
-    utility: str = option("KL", "Metric to keep.", "--metric")
+    utility: str = option("KL", "Metric to keep.", "--metric", metavar="METRIC")
     grid: tuple[str, ...] = option(
         (), "Try all combinations in place of a search: 'paper', or OPTION=V1,V2,…. Repeatable.", metavar="GRID"
     )
