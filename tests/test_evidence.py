@@ -249,3 +249,13 @@ def test_a_first_word_that_tells_the_classes_apart_is_said(yes: int, told: bool)
     # one class alone, or few responses, show nothing
     assert telling_first_word(examples[::2]) is None
     assert telling_first_word(examples[-8:]) is None
+
+
+def test_a_first_word_is_a_character_where_words_have_no_spaces_between_them() -> None:
+    examples = [
+        Example("q", f"{'不' if label == 'positive' else '可'}能说第{row}个", label, "here", row)
+        for row in range(24)
+        for label in LABELS
+    ]
+    said = telling_first_word(examples)
+    assert said is not None and "24 of 24" in said and "'不'" in said

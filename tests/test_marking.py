@@ -113,7 +113,8 @@ def test_a_loop_does_not_end_and_its_tail_has_occurred() -> None:
 
 
 def test_empty_texts() -> None:
-    assert is_empty("") and is_empty(" .!? ") and not is_empty(" a")
+    assert is_empty("") and is_empty(" .!? ") and is_empty("\ufffd\ufffd")
+    assert not is_empty(" a") and not is_empty("是") and not is_empty("👍")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer2edit.data import answer_text
-from steer2edit.data.answer_text import has_list, matches, words
+from steer2edit.data.answer_text import each_word, has_list, matches, words
 from steer2edit.data.metric_choice import METRICS, MetricChoice, Written, read_metric, shared_metric
 from steer2edit.data.questions import Question
 from steer2edit.errors import DataError
@@ -59,6 +59,24 @@ def test_a_list_is_two_lines_with_markers(text: str, expected: bool) -> None:
 def test_words_and_matches_are_counted() -> None:
     assert words("It's a well-known fact — isn’t it?") == 6
     assert words("") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("我喜欢猫。它很可爱", 8),
+        ("これはペンです", 7),
+        ("ที่นี่ร้อน", 5),
+        ("ភាសាខ្មែរ", 5),
+        ("日本語 and English", 5),
+        # these have spaces; signs above and below letters part no word
+        ("한국어 단어 셋", 3),
+        ("हिन्दी में लिखो", 3),
+        ("cafe\u0301 au lait", 3),
+    ],
+)
+def test_scripts_without_spaces_are_counted_by_characters(text: str, count: int) -> None:
+    assert words(text) == count == len(list(each_word(text)))
     assert matches("(?i)perhaps|might", "Perhaps it might. PERHAPS!") == 3
 
 

@@ -129,7 +129,7 @@ CASES = {
     filters.CUT: pair(OTHER, LONG, ended=False),
     filters.LOOPS: pair("and so it goes on " * 30, LONG, ended=False),
     filters.REFUSES: pair("I'm sorry, but as an AI language model I have no style.", LONG),
-    filters.ALIKE: pair(LONG, LONG + "."),
+    filters.ALIKE: pair(LONG, LONG.replace(" ", "  ") + "\n"),
 }
 
 
@@ -171,6 +171,49 @@ def test_the_longer_answer_of_a_pair_may_be_cut_off() -> None:
     assert sift([Pair(sample("Short.", ended=False), long)])[1].reasons == {filters.CUT: 1}
     # a loop is none the better for it
     assert sift([Pair(short, sample("and so it goes on " * 30, ended=False))])[1].reasons == {filters.LOOPS: 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (LONG, LONG.upper()),
+        (LONG, LONG + "!"),
+        (LONG, LONG + " 🙂"),
+        (LONG, "Arr, " + LONG),
+        (f"The colour of the house: {LONG}", f"The color of the house: {LONG}"),
+        (LONG, LONG.replace(" and", "\nand")),
+        ("Yes", "yes."),
+        ("是", "是。"),
+    ],
+)
+def test_sides_that_differ_in_form_alone_are_a_pair(one: str, two: str) -> None:
+    assert filters.row_fault(pair(one, two)) is None and filters.row_fault(pair(two, one)) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_sides_say_the_same_where_spaces_alone_tell_them_apart(one: str, two: str) -> None:
+    fault = filters.row_fault(pair("a " + one, "a " + two))
+    if "".join(one.split()) != "".join(two.split()):
+        assert fault != filters.ALIKE
+    assert filters.row_fault(pair(f"a {one}", f" a  {one} \n")) == filters.ALIKE
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("今天天气很好，我们去公园散步，然后一起吃饭。", "今天天气很好，我们去公园散步，然后一起吃饭吧。"),
+        ("きょうは天気がいいので、公園まで歩いていきます。", "きょうは天気がいいので、公園まで歩いていきますよ。"),
+        ("วันนี้อากาศดีมากเราจึงไปเดินเล่นที่สวน", "วันนี้อากาศดีมากเราจึงไปเดินเล่นที่สวนค่ะ"),
+    ],
+)
+def test_texts_without_spaces_between_words_are_compared_by_their_characters(text: str, again: str) -> None:
+    assert not is_short(text) and repeated([text, again]) == {1}
+    assert is_short(text[:5])
+    assert sift([pair(text, "No.", "one"), pair(again, "No.", "two")])[1].reasons == {filters.REPEATED: 1}
+    assert sample_fault(sample(text * 4, ended=False)) == filters.LOOPS
+    # of one prompt short answers are copies whatever mark they end with
+    assert sift([pair("是", "不是", "one"), pair("是。", "「不是」", "one")])[1].reasons == {filters.REPEATED: 1}
 
 
 def test_a_cut_answer_may_be_allowed() -> None:

@@ -5,12 +5,12 @@ A draw is a distinct prompt: repeated rows, and several responses to one prompt,
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from steer2edit.bootstrap import LEAST_DRAWS
+from steer2edit.data.answer_text import each_word
 from steer2edit.data.answers import LABELS, Label
 from steer2edit.data.contrast import Example, count
 from steer2edit.data.prompts import prompt_digest
@@ -18,7 +18,6 @@ from steer2edit.data.tokens import Encoded
 from steer2edit.errors import DataError, listing
 from steer2edit.notices import notice
 
-_WORD = re.compile(r"\w+")
 _TELLING = 1 / 3
 """A first word tells the classes apart where its shares of both differ by more."""
 _FEWEST_FIRST_WORDS = 10
@@ -64,8 +63,8 @@ def telling_first_word(examples: Sequence[Example]) -> str | None:
     """
     firsts: dict[Label, Counter[str]] = {label: Counter() for label in LABELS}
     for example in examples:
-        if (match := _WORD.search(example.response)) is not None:
-            firsts[example.label][match[0].casefold()] += 1
+        if (word := next(each_word(example.response), None)) is not None:
+            firsts[example.label][word.casefold()] += 1
     totals = {label: sum(e.label == label for e in examples) for label in LABELS}
     if not all(totals.values()):
         return None

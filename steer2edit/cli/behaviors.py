@@ -106,9 +106,12 @@ def _render_list(files: list[BehaviorFile]) -> str:
         lines += [line for key, text in facts.items() for line in _wrapped(key, text)]
         lines += [line for text in _measured_texts(file) for line in _wrapped("Measured", text)]
         lines += [""]
+    if any(file.measured for file in files):
+        lines += [
+            "Numbers: before → after (change [95 % interval], paired by question), with the options that are the defaults.",
+            "",
+        ]
     lines += [
-        "Numbers: before → after (change [95 % interval], paired by question), with the options that are the defaults.",
-        "",
         "Next:",
         "  steer2edit behaviors NAME",
         "  steer2edit compile MODEL --behavior NAME --to lora --out DIR",

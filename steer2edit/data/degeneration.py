@@ -1,13 +1,15 @@
-"""Signs that a text degenerates: 4-grams that come again, tails that go round in a loop, texts without a word."""
+"""Signs that a text degenerates: 4-grams that come again, tails that go round in a loop, texts that say nothing."""
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 
 TAIL = 48
 """The 4-grams at an answer's end that decide whether it loops."""
 _N = 4
+_UNREADABLE = "\ufffd"
+"""What stands for bytes that are not a character."""
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -28,8 +30,8 @@ def loops(tokens: Sequence[int], ended: bool) -> bool:
 
 
 def is_empty(text: str) -> bool:
-    """Whether a text holds no word."""
-    return not re.search(r"\w", text)
+    """Whether a text holds neither a word nor a pictogram such as an emoji."""
+    return not any(c.isalnum() or (unicodedata.category(c) == "So" and c != _UNREADABLE) for c in text)
 
 
 def _again(tokens: Sequence[int]) -> list[bool]:

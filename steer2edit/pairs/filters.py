@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from steer2edit.data.degeneration import is_empty
-from steer2edit.pairs.near_duplicates import SIMILAR, copies, repeated, similarity, words_of
+from steer2edit.pairs.near_duplicates import copies, repeated, words_of
 from steer2edit.pairs.samples import Pair, Row, Sample, Think
 
 EMPTY = "empty"
@@ -82,7 +82,8 @@ def sample_fault(sample: Sample, allowed: Allowed = Allowed()) -> str | None:
 def row_fault(row: Row, allowed: Allowed = Allowed(), think: Think = "strip") -> str | None:
     """Why a row is left out: for one of its answers, or because both sides say the same.
 
-    Sides are compared in what a row holds of a thought and an answer (``think``).
+    Sides are compared in what a row holds of a thought and an answer (``think``). They say the same where they differ in spaces
+    alone: one word, a capital, a mark or an emoji may be the behaviour.
     A pair is read up to the end of its shorter answer, so that the longer one may be cut off after it.
     """
     samples = (row.positive, row.negative) if isinstance(row, Pair) else (row.sample,)
@@ -91,7 +92,7 @@ def row_fault(row: Row, allowed: Allowed = Allowed(), think: Think = "strip") ->
     faults = [fault for sample in samples if (fault := sample_fault(sample, allowed))]
     if faults:
         return min(faults, key=REASONS.index)
-    if isinstance(row, Pair) and similarity(*(sample.response(think) for sample in samples)) >= SIMILAR:
+    if isinstance(row, Pair) and len({_without_spacing(sample.response(think)) for sample in samples}) == 1:
         return ALIKE
     return None
 
@@ -125,6 +126,12 @@ def sift(
         reasons.update(fault for fault in verdicts if fault is not None)
         left = [row for row, fault in zip(left, verdicts, strict=True) if fault is None]
     return left, Tally(len(rows), {reason: reasons[reason] for reason in REASONS if reasons[reason]})
+
+
+def _without_spacing(text: str) -> str:
+    """A text without its empty lines, and with one space where it has several. Where lines break is part of it."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def _reach(sample: Sample) -> tuple[int, bool]:

@@ -6,22 +6,23 @@ such as one prompt, and repeat another where they are the same but for case, whi
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+
+from steer2edit.data.answer_text import each_word
 
 SIMILAR = 0.7
 """From this similarity on two texts are near-duplicates."""
 LEAST_WORDS = 8
 """Texts of fewer words are short."""
 _N = 3
-_BEFORE, _AFTER = "\"'“”„‘’«»([*_`", "\"'“”‘’«»)]*_`.,;:!?…"
+_BEFORE, _AFTER = "\"'“”„‘’«»([*_`「『《（", "\"'“”‘’«»)]*_`.,;:!?…」』》）。、，；：！？"
 """Punctuation that may stand before a word and after it. Others, as in 2-2 or C#, are part of it."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return re.findall(r"\w+", text.casefold())
+    """The words of a text, in lower case; in scripts without spaces between words, its characters."""
+    return list(each_word(text.casefold()))
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
