@@ -56,10 +56,12 @@ def test_what_helps_depends_on_what_is_wrong(tmp_path: Path) -> None:
     assert "--max-prompts" not in many and "obeys" in many and "--by" in many
 
 
-def test_answers_that_do_not_differ_have_no_ends(tmp_path: Path) -> None:
+def test_answers_that_do_not_differ_have_no_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     way = Sorted("pattern", "more", samples=2, pattern="nobody writes this")
-    with pytest.raises(DataError, match=r"80 answers .* do not differ by pattern"):
+    with pytest.raises(DataError, match=r"80 answers .* do not differ by pattern.*--prompts"):
         make(tmp_path / "data", way=way, metric=None, sampling=Sampling(temperature=1))
+    # nothing is said of ends that are not there
+    assert "ends are taken" not in capsys.readouterr().err
 
 
 def test_counts_are_of_lines_where_a_prompt_has_several_pairs(tmp_path: Path) -> None:

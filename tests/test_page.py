@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from made_reports import HOSTILE, hostile_report, make_evaluation, make_plan, make_report
 
 from steer2edit.bootstrap import LEAST_DRAWS, estimate
-from steer2edit.errors import Steer2EditError
+from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.metrics import Metric, Sample
 from steer2edit.plan import Base, EditPlan, merge
 from steer2edit.report.drawing import INK
+from steer2edit.report.load import read_report
 from steer2edit.report.page import Report, render_page, verdict, write_report
 from steer2edit.report.verdict import direction
 
@@ -244,6 +245,12 @@ def test_a_merged_plan_names_the_plans_that_it_is_made_of(tmp_path: Path) -> Non
     assert "Merged plans" in page.said and {"1", "2", "2.1", "2.2"} <= set(page.text)
     assert {"−0.25", "0.5", first.hash, inner.hash, second.hash} <= set(page.text)
     assert "rho attn 0.3" in page.said and "Options" not in page.said and "{" not in page.said
+
+
+def test_an_evaluation_in_the_place_of_its_plan_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "ev.json").write_text("{}")
+    with pytest.raises(PlanError, match=r"expected .* a plan.*--evaluation"):
+        read_report(tmp_path / "ev.json")
 
 
 def test_the_knee_is_told_by_its_rule(whole: str) -> None:

@@ -64,7 +64,13 @@ def _open_tensors(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_regular(path).close()
+        with open_regular(path) as raw:
+            # a header of JSON stands after the number of its bytes
+            other = raw.read(9)[8:] != b"{"
+        if other:
+            raise PlanError(
+                f"{path} is not a safetensors file; expected a plan, statistics or vectors that steer2edit wrote"
+            )
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:

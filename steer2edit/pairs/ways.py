@@ -165,6 +165,17 @@ class Sorted:
         owners = [prompt_digest(sample.question.prompt) for sample in left]
         found = ends(compared, owners, self.share, more=self.goal == "more")
         more = {"prompts_with_both_ends": found.prompts}
+        if not (found.better and found.worse):
+            cut = self.by == "length" and not any(sample.answer.ended for sample in left)
+            instead = (
+                "All were cut off: give a larger --max-new-tokens"
+                if cut
+                else "Give other --prompts, more --samples, or a higher --temperature"
+            )
+            raise DataError(
+                f"the {len(left)} answers that can be sorted (of {len(samples)}) do not differ by {self.by}: there are no ends "
+                f"to take. {instead}"
+            )
         rows: list[Row] = [Pair(left[good], left[bad]) for good, bad in found.pairs]
         if not found.paired:
             notice(
@@ -174,11 +185,6 @@ class Sorted:
             )
             rows = [Labelled(left[i], "positive") for i in found.better]
             rows += [Labelled(left[i], "negative") for i in found.worse]
-        if not rows:
-            raise DataError(
-                f"the {len(left)} answers that can be sorted (of {len(samples)}) do not differ by {self.by}: there are no ends "
-                "to take. Give other --prompts, more --samples, or a higher --temperature"
-            )
         return Written(rows, tally, {**more, "paired": found.paired})
 
     def _sifted(self, samples: Sequence[Sample], allowed: Allowed) -> tuple[list[Sample], Tally]:

@@ -20,6 +20,11 @@ def read_report(source: Path, evaluation: Path | None = None) -> Report:
     ``evaluation`` is a file of ``eval -o``; it replaces the evaluation in the folder. Raises PlanError for anything else.
     """
     measured = Evaluation.load(evaluation) if evaluation is not None else None
+    if source.suffix == ".json" and source.is_file():
+        raise PlanError(
+            f"{source} is a JSON file; expected a study's or an artefact's folder, or a plan, beside which --evaluation {source} "
+            "takes a file of eval -o"
+        )
     if source.is_file():
         return Report(EditPlan.load(source), measured)
     if (source / RESULT).is_file():
