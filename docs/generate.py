@@ -27,6 +27,7 @@ from steer2edit.cli.app import main as command_line
 from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag
 from steer2edit.data import formats, metric_choice
+from steer2edit.data.behavior_file import behavior_files, open_behavior
 from steer2edit.options import AnyLayer, Between, Option, options_of
 from steer2edit.targets.lora import NO_ADAPTER
 
@@ -142,8 +143,25 @@ def _error(measured: Mapping[str, Any] | None) -> str:
     return "–" if error is None else f"{error:.0e}".replace("e-0", "e-") if error < 0.01 else f"{error:g}"
 
 
+def _measured_behaviors() -> str:
+    """What the files of the built-in behaviours say was measured, those with most losses first."""
+    found = [(name, one) for name in behavior_files() for one in open_behavior(name).measured]
+    found.sort(key=lambda pair: (-len(pair[1].losses), pair[0]))
+    rows = [
+        [
+            f"`{name}`, {one.model}",
+            str(one.metrics[0]),
+            {True: "yes", False: "no", None: "–"}[one.steerable],
+            "; ".join(map(str, one.losses)) or "–",
+        ]
+        for name, one in found
+    ]
+    return _table(["behaviour, model", "its metric, base → edit", "steerable here", "worse"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": _commands,
+    "behaviors.measured": _measured_behaviors,
     "families.counts": _counts,
     "families.dense": _dense_families,
     "families.no-adapter": lambda: f"In {_names(NO_ADAPTER)}, PEFT refuses to wrap Mamba's `out_proj`.",
