@@ -13,7 +13,7 @@ from steer2edit.data.prompts import Message
 from steer2edit.data.questions import Question
 from steer2edit.engines.engine import Sampling
 from steer2edit.errors import DataError, EngineError
-from steer2edit.pairs.journal import JOURNAL, Journal
+from steer2edit.pairs.journal import JOURNAL, Journal, differing
 from steer2edit.pairs.ways import PositiveOnly
 
 SEEDED = Sampling(temperature=1, seed=1)
@@ -71,3 +71,12 @@ def test_a_journal_of_another_time_or_of_something_else_is_named(tmp_path: Path)
         path.write_text(line + "\n")
         with pytest.raises(DataError, match=message):
             Journal(path, {"a": 1}, otherwise="give another place")
+
+
+def test_settings_that_are_set_as_a_whole_are_one_line() -> None:
+    without, with_judge = {"judge": None, "tails": 0.1}, {"judge": {"model": "m", "engine": {"of": "f"}}, "tails": 0.1}
+    assert differing(without, with_judge) == ["judge was none and is set"]
+    assert differing(with_judge, without) == ["judge was set and is none"]
+    other = {"judge": {"model": "n", "engine": {"of": "f"}}, "tails": 0.2}
+    assert differing(with_judge, other) == ['judge.model was "m" and is "n"', "tails was 0.1 and is 0.2"]
+    assert not differing(with_judge, {**with_judge, "versions": {"torch": "9"}})

@@ -179,13 +179,23 @@ def _plain(value: Any) -> Any:
 
 
 def differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Which plain settings are other ones now, each as a line; versions of what is installed are not compared."""
+    """Which plain settings are other ones now, each as a line; versions of what is installed are not compared.
+
+    Several settings below one that the other side does not divide, such as a judge where there was none, are one line.
+    """
     one, two = _flat(known), _flat(_plain(wanted))
-    return [
-        f"{key} was {_set_to(one.get(key))} and is {_set_to(two.get(key))}"
-        for key in {**one, **two}
-        if one.get(key) != two.get(key)
-    ]
+    lines = {}
+    for key in {**one, **two}:
+        if one.get(key) == two.get(key):
+            continue
+        above = [key[:at] for at, letter in enumerate(key) if letter == "."]
+        if (before := next((part for part in above if part in one), None)) is not None:
+            lines[before] = f"{before} was {_set_to(one[before])} and is set"
+        elif (after := next((part for part in above if part in two), None)) is not None:
+            lines[after] = f"{after} was set and is {_set_to(two[after])}"
+        else:
+            lines[key] = f"{key} was {_set_to(one.get(key))} and is {_set_to(two.get(key))}"
+    return list(lines.values())
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
