@@ -17,10 +17,11 @@ from made_reports import HOSTILE, hostile_report, make_evaluation, make_plan, ma
 from steer2edit.bootstrap import LEAST_DRAWS, estimate
 from steer2edit.errors import PlanError, Steer2EditError
 from steer2edit.evaluation.metrics import Metric, Sample
-from steer2edit.plan import Base, EditPlan, merge
+from steer2edit.plan import Base, EditPlan, Structure, merge
 from steer2edit.report.drawing import INK
 from steer2edit.report.load import read_report
 from steer2edit.report.page import Report, render_page, verdict, write_report
+from steer2edit.report.plan_text import plan_line
 from steer2edit.report.verdict import direction
 
 pytest.importorskip("matplotlib")
@@ -251,6 +252,13 @@ def test_an_evaluation_in_the_place_of_its_plan_is_told_where_it_belongs(tmp_pat
     (tmp_path / "ev.json").write_text("{}")
     with pytest.raises(PlanError, match=r"expected .* a plan.*--evaluation"):
         read_report(tmp_path / "ev.json")
+
+
+def test_what_a_plan_removes_is_said_beside_what_it_edits() -> None:
+    plan = dataclasses.replace(make_plan(), structure=Structure({1: (0, 2)}, layers=(3,)))
+    for text in (plan_line(plan), verdict(Report(plan))):
+        assert "1 layer removed, 2 experts removed" in text
+    assert "removed" not in plan_line(make_plan())
 
 
 def test_the_knee_is_told_by_its_rule(whole: str) -> None:

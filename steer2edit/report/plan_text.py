@@ -102,11 +102,18 @@ def render_summary(plan: EditPlan) -> str:
 
 
 def plan_line(plan: EditPlan) -> str:
-    """One sentence: which behaviour, in which model, by which method, in how many tensors."""
+    """One sentence: which behaviour, in which model, by which method, in how many tensors, and what is removed."""
     name = plan.data.get("name")
     method = plan.method.get("name", "unknown")
     how = "" if method == "merge" else f" by the method {method}"
-    return f"{name or 'edits'} into {plan.base.name}{how}: {count_of(len(plan.edits), 'tensor')} edited{_layer_range(plan)}"
+    changes = [f"{count_of(len(plan.edits), 'tensor')} edited{_layer_range(plan)}", *removal_lines(plan)]
+    return f"{name or 'edits'} into {plan.base.name}{how}: {', '.join(changes)}"
+
+
+def removal_lines(plan: EditPlan) -> list[str]:
+    """What a plan removes from the architecture, as "2 layers removed" and "3 experts removed"; nothing for most plans."""
+    counts = {"layer": len(plan.structure.layers), "expert": sum(map(len, plan.structure.remove.values()))}
+    return [f"{count_of(count, thing)} removed" for thing, count in counts.items() if count]
 
 
 def edit_line(edit: Edit) -> str:

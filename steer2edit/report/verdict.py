@@ -15,6 +15,7 @@ from steer2edit.formatting import divergence, interval, number, ratio
 from steer2edit.plan import EditPlan
 from steer2edit.plan.measured import KL_NAMES
 from steer2edit.report.differences import signed
+from steer2edit.report.plan_text import removal_lines
 from steer2edit.report.tradeoff import chosen_row, objectives
 
 _CHANCE = ("random", "shuffled")
@@ -42,6 +43,7 @@ def verdict_on(plan: EditPlan, evaluation: Evaluation | None, settings: Mapping[
 
 def _unmeasured(plan: EditPlan) -> str:
     text = f"The plan changes {count_of(len(plan.edits), 'tensor')}, by ‖ΔW‖ {number(plan.norm)} in all"
+    text += "".join(f", {line}" for line in removal_lines(plan))
     if plan.measured.costs:
         costs = (f"{KL_NAMES[kind]} {divergence(cost.estimate)}" for kind, cost in plan.measured.costs.items())
         text += f", and moves the model from the base ({', '.join(costs)})"
