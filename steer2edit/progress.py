@@ -11,6 +11,8 @@ from typing import Protocol
 
 EVERY_SECONDS = 10.0
 """How long a run without a terminal is silent within one stage, at most."""
+LEAST_SHARE = 0.02
+"""Of a stage so much is done before the time that is left is told: a batch of answers may end all at once."""
 
 
 class Advance(Protocol):
@@ -65,7 +67,9 @@ def lines(stage: str, total: float) -> Iterator[Advance]:
         now = time.monotonic()
         if done < total and now - shown >= EVERY_SECONDS:
             shown = now
-            left = f", about {_left((now - started) * (total - done) / done)} left" if done else ""
+            left = (
+                f", about {_left((now - started) * (total - done) / done)} left" if done >= LEAST_SHARE * total else ""
+            )
             rate = f", {note}" if note else ""
             _say(f"{stage}: {_count(done)} of {_count(total)}, {now - started:.0f} s{rate}{left}")
 

@@ -32,6 +32,7 @@ RUNS = {
     "judge.py": "MODEL --dtype float32",
     "made_data.py": "MODEL --behavior formal --data other=PAIRS@response --out WORK --kl 0.001 --method steering --questions 2 "
     "--knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
+    "loops.py": "MODEL --behavior formal --kl 0.001 --questions 2 --tokens 4 --pairs 2 --kl-rows 4 --dtype float32",
     "methods_at_kl.py": "MODEL --behavior formal --out WORK --kl 0.001 --method steering --method constant --questions 2 "
     "--written 2 --knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
     "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",

@@ -43,6 +43,16 @@ def test_a_stage_says_how_far_it_is_from_time_to_time_and_what_was_done(
     ]
 
 
+def test_the_time_that_is_left_is_not_told_from_the_first_answer_of_a_batch(
+    clock: _Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bar("write", 64) as advance:
+        clock.now += 20 * EVERY_SECONDS
+        for _ in range(64):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == ["write: 1 of 64, 200 s", "write: 64 done in 200 s"]
+
+
 def test_a_note_says_how_it_goes(clock: _Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with bar("write", 1000) as advance:
         clock.now += 2 * EVERY_SECONDS

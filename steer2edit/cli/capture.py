@@ -183,13 +183,17 @@ _ALWAYS = ("positive", "negative", "background")
 """Kinds of text that are counted even where there are none."""
 
 
+_NAMES = {"chat": "own answers"}
+"""Kinds of text by the names that a person reads, where they have others."""
+
+
 def _render(result: dict[str, Any], model: str, kind: TextKind) -> str:
     import shlex
 
     from steer2edit.strength.settle import KL_BUDGETS
 
     counts = [
-        f"{result['examples'][kind]} {kind} ({count_of(result['tokens'][kind], 'token')})"
+        f"{result['examples'][kind]} {_NAMES.get(kind, kind)} ({count_of(result['tokens'][kind], 'token')})"
         for kind in result["examples"]
     ]
     name, plan = result["statistics"], result["statistics"].removesuffix(".stats.safetensors") + ".plan.safetensors"
