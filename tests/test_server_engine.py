@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ def test_every_fifth_request_fails(serve: Callable[..., Api]) -> None:
         answers = written(engine_of(api), REQUESTS, DRAWN)
     assert answers == without(api)
     (notice,) = notices
-    assert notice.endswith("2 requests were sent again") or notice.endswith("3 requests were sent again")
+    # a request that is sent again may be the fifth again: then it is one request still
+    assert re.search(r": (1 request was|[23] requests were) sent again$", notice)
 
 
 @pytest.mark.parametrize(
