@@ -65,6 +65,8 @@ def plans(
         "cleared of relabellings": lambda _: steering.plan(cleared(scoring, 1e-6)),
         "weighed by effect": lambda _: weighed(loaded, first(), every()),
         "weighed by effect, MLPs too": lambda _: weighed(loaded, steering.plan(scoring, both), every()),
+        "eases off": lambda _: solved(scoring, on_positive=0.75),
+        "eases off more": lambda _: solved(scoring, on_positive=0.5),
         "whole moments": lambda _: solved(scoring, whole=whole(MatrixRole.ATTN_OUT)),
         "whole moments of MLPs": lambda _: solved(scoring, whole=whole(MatrixRole.MLP_OUT)),
         "MLPs too, whole moments": lambda _: with_mlps(0.01),
@@ -88,8 +90,12 @@ def solved(
     centred: bool = False,
     eps: float = 0.01,
     whole: Mapping[tuple[str, Source], torch.Tensor] | None = None,
+    on_positive: float | None = None,
 ) -> EditPlan:
-    """The default's plan with other moments; ``whole`` [in, in] by site and source, for the sites that it has."""
+    """The default's plan with other moments; ``whole`` [in, in] by site and source, for the sites that it has.
+
+    ``on_positive`` is the mean effect on the positive class, where the mean over both classes has 1.
+    """
     plain = steering.plan(scoring)
     statistics, layers = scoring.statistics, scoring.spec.layers
     there: list[Source] = [source for source in WEIGHTS if source == "contrast" or statistics.examples[source]]
@@ -114,8 +120,15 @@ def solved(
         if whole is not None:  # what does not carry is not coupled to what does
             mask = carries[:, None] * carries[None, :]
             total = Energy((total.moments[0] * mask + torch.diag(1 - carries))[None])
-        silent = [statistics.mean(key, "input", source) * carries for source in there if source != "contrast"]
-        a = least_energy(total.inverse, x * carries, silent) if bool((x * carries).any()) else None
+        inputs = [
+            x * carries,
+            *(statistics.mean(key, "input", source) * carries for source in there if source != "contrast"),
+        ]
+        effects = [1.0] + [0.0] * (len(inputs) - 1)
+        if on_positive is not None:
+            apart = statistics.mean(key, "input", "positive") - statistics.mean(key, "input", "negative")
+            inputs, effects = [*inputs, apart * carries], [*effects, 2 * (on_positive - 1)]
+        a = least_energy(total.inverse, inputs, effects) if bool((x * carries).any()) else None
         if a is not None:
             edits.append(LowRank(one.site.matrix, one.v_hat[:, None].clone(), (one.size * a).float()[None]))
     return replace(plain, edits=tuple(edits), scores={})

@@ -32,7 +32,6 @@ RUNS = {
     "judge.py": "MODEL --dtype float32",
     "made_data.py": "MODEL --behavior formal --data other=PAIRS@response --out WORK --kl 0.001 --method steering --questions 2 "
     "--knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
-    "loops.py": "MODEL --behavior formal --kl 0.001 --questions 2 --tokens 4 --pairs 2 --kl-rows 4 --dtype float32",
     "methods_at_kl.py": "MODEL --behavior formal --out WORK --kl 0.001 --method steering --method constant --questions 2 "
     "--written 2 --knowledge 2 --tokens 3 --kl-rows 4 --dtype float32",
     "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",
@@ -41,6 +40,7 @@ RUNS = {
     "solver_options.py": "MODEL --behavior formal --kl 0.001 --questions 2 --rows 4 --knowledge 2 --dtype float32 --out WORK "
     "--only default --experiments",
     "scale_units.py": "MODEL --behavior formal --tokens 200 --dtype float32",
+    "written.py": "MODEL --behavior formal --out WORK --kl 0.001 --questions 2 --tokens 6 --kl-rows 4 --dtype float32",
 }
 IN_PROCESSES = {
     "experts_mask.py": "--work WORK --size 0.002 --experts 2 --runs 1 --remove",

@@ -100,10 +100,11 @@ def test_no_other_functional_with_these_pushes_has_less_energy(heads: bool) -> N
     blocks = torch.einsum("nhi,nhj->hij", x.view(200, 4, 6), x.view(200, 4, 6)) / 200
     S = Energy.of({"contrast": blocks if heads else x.square().mean(dim=0)}, {"contrast": 1.0})
     typical, *silent = torch.randn(4, 24, generator=generator).double()
-    a = least_energy(S.inverse, typical, silent)
+    effects = [1.0, -0.5, 0.0, 0.0]
+    a = least_energy(S.inverse, [typical, *silent], effects)
     assert a is not None
     M = torch.stack([typical, *silent], dim=1)
-    assert torch.allclose(M.T @ a, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(M.T @ a, torch.tensor(effects, dtype=torch.float64), atol=1e-10)
     free = torch.eye(24, dtype=torch.float64) - M @ torch.linalg.pinv(M)
     for _ in range(20):
         step = 0.1 * free @ torch.randn(24, generator=generator).double()
@@ -120,12 +121,18 @@ def energy(S: Energy, a: torch.Tensor) -> float:
 def test_an_input_that_is_a_mixture_of_silent_ones_gets_no_functional() -> None:
     S = Energy(torch.ones(5, dtype=torch.float64))
     one, two = torch.rand(2, 5).double()
-    assert least_energy(S.inverse, one + two, [one, two]) is None
-    assert least_energy(S.inverse, torch.zeros(5), []) is None
+
+    def solve(inputs: list[torch.Tensor], *effects: float) -> torch.Tensor | None:
+        return least_energy(S.inverse, inputs, effects)
+
+    assert solve([one + two, one, two], 1, 0, 0) is None
+    assert solve([torch.zeros(5)], 1) is None
+    # nor has one whose effect contradicts the others', or that is nothing
+    assert solve([one, two, one - two], 1, 0, -0.5) is None and solve([one, torch.zeros(5)], 1, -0.5) is None
     # a silent input that is nothing asks for nothing
-    assert least_energy(S.inverse, one, [torch.zeros(5)]) is not None
+    assert solve([one, torch.zeros(5)], 1, 0) is not None
     # and the same one twice asks for it once
-    assert torch.allclose(least_energy(S.inverse, one, [two, two]), least_energy(S.inverse, one, [two]))  # type: ignore[arg-type]
+    assert torch.allclose(solve([one, two, two], 1, 0, 0), solve([one, two], 1, 0))  # type: ignore[arg-type]
 
 
 def test_a_plan_whose_matrices_can_all_push_nowhere_is_refused(setup: Scoring) -> None:

@@ -1,10 +1,10 @@
-r"""One solver for additive edits: the least squared push elsewhere, with the mean pushes that are asked for.
+r"""One solver for additive edits: the least squared effect elsewhere, with the mean effects that are asked for.
 
     minimise  aᵀ S a   subject to   Mᵀ a = e      ⇒      a = S⁻¹ M (Mᵀ S⁻¹ M)⁻¹ e
 
 ``S`` is a sum of weighted second moments of a writer's input, in blocks of a head's columns or one number for each column, plus
-eps times its mean diagonal. The columns of ``M`` are mean inputs: of the behaviour's data, where a push of one is asked for, and
-of texts that are to get none.
+eps times its mean diagonal. The columns of ``M`` are mean inputs: of the behaviour's data, the difference of its classes, and of
+texts on which there is to be no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SILENT_SHARE = 0.01
 """Of a block's energy on the texts to keep, what the space of a hard --keep may hold."""
 _TINY = 1e-12
 LEAST = 1e-6
-"""Of the typical input, in the metric of S⁻¹, what must be left beside the inputs that get no push."""
+"""Of an input with an effect other than 0, in the metric of S⁻¹, what must be left beside the other inputs."""
 
 
 @dataclass(frozen=True)
@@ -101,31 +101,31 @@ class SilentSpace:
 
 
 def least_energy(
-    inverse: Callable[[torch.Tensor], torch.Tensor], typical: torch.Tensor, silent: Sequence[torch.Tensor]
+    inverse: Callable[[torch.Tensor], torch.Tensor], inputs: Sequence[torch.Tensor], effects: Sequence[float]
 ) -> torch.Tensor | None:
-    """``a`` [in], float64, of least energy with ``a · typical = 1`` and ``a · m = 0`` for each of ``silent``.
+    """``a`` [in], float64, of least energy with ``a · x`` as in ``effects`` for each x of ``inputs``.
 
-    ``inverse`` is S⁻¹ on columns. None where there is no such functional: the typical input is a mixture of the silent ones.
+    ``inverse`` is S⁻¹ on columns. None where there is no such functional: an input with an effect other than 0 is a mixture of
+    the other inputs, or is nothing.
     """
     import torch
 
-    M = torch.stack([typical, *silent], dim=1).double()
-    Y = inverse(M)
-    gram = M.T @ Y
-    if not float(gram[0, 0]) > _TINY:
-        return None
-    # what S⁻¹ leaves of the typical input beside the silent ones, one by one (Gram and Schmidt)
+    Y = inverse(torch.stack([*inputs], dim=1).double())
+    gram = torch.stack([*inputs], dim=1).double().T @ Y
     sizes = gram.diagonal().clamp(min=0).sqrt()
-    kept = [i for i in range(1, len(sizes)) if float(sizes[i]) > _TINY]
-    scale = sizes[[0, *kept]]
-    unit = gram[[0, *kept]][:, [0, *kept]] / torch.outer(scale, scale)
-    if kept:
-        left = 1 - float(unit[0, 1:] @ torch.linalg.lstsq(unit[1:, 1:], unit[1:, :1], driver="gelsd").solution[:, 0])
-        if left < LEAST:
-            return None
-        e = torch.zeros(len(scale), dtype=torch.float64)
-        e[0] = 1 / scale[0]
-        c = torch.linalg.lstsq(unit, e[:, None], driver="gelsd").solution[:, 0]
-        a: torch.Tensor = Y[:, [0, *kept]] @ (c / scale)
-        return a
-    return Y[:, 0] / gram[0, 0]
+    asked = [i for i, effect in enumerate(effects) if effect]
+    if any(not float(gram[i, i]) > _TINY for i in asked):
+        return None
+    kept = [i for i in range(len(effects)) if effects[i] or float(sizes[i]) > _TINY]
+    scale = sizes[kept]
+    unit = gram[kept][:, kept] / torch.outer(scale, scale)
+    for place in (kept.index(i) for i in asked):
+        # what S⁻¹ leaves of this input beside the others
+        others = [i for i in range(len(kept)) if i != place]
+        if others:
+            shared = torch.linalg.lstsq(unit[others][:, others], unit[others, place][:, None], driver="gelsd").solution
+            if 1 - float(unit[place, others] @ shared[:, 0]) < LEAST:
+                return None
+    e = torch.tensor([effects[i] for i in kept], dtype=torch.float64) / scale
+    a: torch.Tensor = Y[:, kept] @ (torch.linalg.lstsq(unit, e[:, None], driver="gelsd").solution[:, 0] / scale)
+    return a

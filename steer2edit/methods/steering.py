@@ -197,10 +197,10 @@ class _Terms:
         carrying[reliability.topk(max(1, round(options.carriers * site.components))).indices] = 1
         carrying = carrying * (reliability > 0)
         carries = carrying.repeat_interleave(site.in_features // site.components)
-        silent = [statistics.mean(site.key, "input", source) * carries for source in self.silent]
         if not bool((x * carries).any()):
             return torch.zeros_like(one.x_bar)
-        a = least_energy(inverse, x * carries, silent)
+        silent = [statistics.mean(site.key, "input", source) for source in self.silent]
+        a = least_energy(inverse, [mean * carries for mean in (x, *silent)], [1.0] + [0.0] * len(silent))
         return None if a is None else a.float()
 
 

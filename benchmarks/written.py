@@ -1,0 +1,217 @@
+"""What written answers show of a behaviour, and how many of them loop: the default edit, activation steering, and others.
+
+    python benchmarks/written.py MODEL --behavior cautious --behavior plain --out written/SmolLM2
+    python benchmarks/written.py --summary written/SmolLM2
+
+The margin is read off responses that somebody else wrote. Here the model writes, greedily and in at most --tokens tokens, and the
+base reads what it wrote. How far an answer has *moved* is the difference of the base's mean residual stream over that answer and
+over the base's own answer to the question, along the steering vector of a block's output and in units of that vector's length,
+as a mean over the deeper half of the blocks: 0 is the base's answer, 1 is as far as the contrast data's classes stand apart. Both
+answers are cut to the length of the shorter. Beside it stand loops and repeated 4-grams.
+
+Each method is brought to every --kl on the model's own answers. Every cell is kept when it is done: the same command goes on
+after a kill. Differences are paired by question; intervals are bootstrap 95 % over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from power_cells import METHODS, UNSCALED, Asked, Bench, Cell, Journal, Settings
+from tabulate import tabulate
+
+from steer2edit.architecture import read_spec
+from steer2edit.bootstrap import estimate
+from steer2edit.capture.per_example import stream_means
+from steer2edit.capture.run import capture_statistics
+from steer2edit.checkpoint import open_checkpoint
+from steer2edit.data.answers import LABELS
+from steer2edit.data.behavior import Behavior
+from steer2edit.data.behavior_file import behavior_files, builtin_questions
+from steer2edit.data.contrast import Example
+from steer2edit.data.degeneration import loops, repetition
+from steer2edit.data.questions import Question, take
+from steer2edit.engines.engine import Answer, Request, Sampling, written
+from steer2edit.engines.transformers_engine import TransformersEngine
+from steer2edit.evaluation.baselines import near
+from steer2edit.formatting import interval
+from steer2edit.runtime.model import LoadedModel, Runtime, load_model
+from steer2edit.scoring.scores import Scoring
+from steer2edit.strength.neutral_texts import neutral_texts
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The base as it reads answers: the steering vectors ``v`` [blocks, hidden] of the deeper half of the blocks' outputs."""
+
+    loaded: LoadedModel
+    v: torch.Tensor
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, behavior: Behavior) -> Reader:
+        return cls(loaded, _differences(loaded, behavior).mean(dim=0))
+
+    def along(self, behavior: Behavior) -> list[float]:
+        """How far each pair's positive response stands from its negative one."""
+        projected = (_differences(self.loaded, behavior) * self.v).sum(dim=2) / self.v.square().sum(dim=1)
+        return [float(one) for one in projected.mean(dim=1)]
+
+
+def _differences(loaded: LoadedModel, behavior: Behavior) -> torch.Tensor:
+    """Each pair's difference of mean streams, [pairs, blocks, hidden] float64, in the order of rows."""
+    means = stream_means(loaded, behavior.encode(loaded.tokenizer, loaded.context))[
+        :, loaded.spec.layers // 2 :
+    ].double()
+    places = {(one.label, one.row): place for place, one in enumerate(behavior.examples)}
+    rows = sorted({row for _, row in places})
+    positive, negative = (means[[places[label, row] for row in rows]] for label in LABELS)
+    return positive - negative
+
+
+def cells(bench: Bench, reader: Reader, method: str, journal: Journal) -> Iterator[Cell]:
+    """The method's cells that the journal lacks. The base reads when the method is off again."""
+    name, questions, tokens = bench.behavior.name, bench.asked.questions, bench.settings.length_tokens
+    budgets: Sequence[float | None] = (None,) if method in UNSCALED else bench.settings.budgets
+    missing = [budget for budget in budgets if (name, method, budget) not in journal.cells]
+    if not missing:
+        return
+    own = answers(bench.loaded, questions, tokens)
+    wrote: list[tuple[Cell, list[Answer]]] = []
+    with bench.opened(method) as (apply, text):
+        start, kind = None, bench.costs.budget.kind
+        for budget in missing:
+            began = time.perf_counter()
+            strength: float | None = None
+            kl: dict[str, float] = {}
+            if budget is not None:
+                found = near(apply, bench.costs.budget, budget, start, f"{name}, {method}")
+                strength, kl = found.strength, {kind: found.divergence.kl}
+            with apply(1.0 if strength is None else strength):
+                mine = answers(bench.loaded, questions, tokens, text)
+            wrote.append((Cell(name, method, budget, strength, kl, seconds=time.perf_counter() - began), mine))
+    for cell, mine in wrote:
+        values = {
+            "moved": moved(reader, questions, mine, own),
+            "loops": [float(loops(one.ids or (), one.ended)) for one in mine],
+            "repetition": [repetition(one.ids or ()) for one in mine],
+            "tokens": [float(len(one.ids or ())) for one in mine],
+        }
+        yield replace(cell, values=values)
+
+
+def answers(loaded: LoadedModel, questions: Sequence[Question], tokens: int, system: str = "") -> list[Answer]:
+    """Greedy answers of the model as it is now."""
+    requests = [Request(question.prompt, system=system or None) for question in questions]
+    return written(TransformersEngine(loaded), requests, Sampling(tokens))
+
+
+def moved(reader: Reader, questions: Sequence[Question], mine: Sequence[Answer], own: Sequence[Answer]) -> list[float]:
+    """How far each answer has moved; 0 where there is no answer, or the base's own."""
+    rows: list[Example] = []
+    for place, (question, one, other) in enumerate(zip(questions, mine, own, strict=True)):
+        if one.text.strip() and other.text.strip() and one.text != other.text:
+            for label, answer in zip(LABELS, (one, other), strict=True):
+                rows.append(Example(question.prompt, answer.text, label, "written", place))
+    found = (
+        dict(zip(sorted({one.row for one in rows}), reader.along(Behavior("written", rows)), strict=True))
+        if rows
+        else {}
+    )
+    return [found.get(place, 0.0) for place in range(len(questions))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--summary", nargs="+", type=Path, metavar="FOLDER", help="print the table of these folders")
+    parser.add_argument("--out", type=Path, help="folder of the cells; adapters of power.py in it are used")
+    parser.add_argument("--behavior", action="append", choices=behavior_files(), help="repeatable; default: all")
+    parser.add_argument(
+        "--method", action="append", choices=METHODS, help="repeatable; default: edit, steering, instruction"
+    )
+    parser.add_argument("--kl", action="append", type=float, help="repeatable; default: 0.025 0.05 0.1")
+    parser.add_argument("--split", choices=("select", "report"), default="report", help="half of the questions")
+    parser.add_argument("--questions", type=int, default=200, help="answered (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default %(default)s)")
+    parser.add_argument("--kl-rows", type=int, default=24, help="answers behind a KL (default %(default)s)")
+    parser.add_argument("--train-seconds", type=float, default=180.0, help="of a LoRA that is not there")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    options = parser.parse_args()
+    if options.summary:
+        print("\n\n".join(table(folder) for folder in options.summary))
+        return
+    if options.model is None or options.out is None:
+        parser.error("give MODEL and --out FOLDER, or --summary FOLDER")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing."""
+    checkpoint = open_checkpoint(options.model)
+    loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype=options.dtype))
+    settings = Settings(
+        fingerprint=checkpoint.fingerprint,
+        dtype=options.dtype,
+        budgets=tuple(options.kl or (0.025, 0.05, 0.1)),
+        seeds=(0,),
+        questions=options.questions,
+        random_questions=options.questions,
+        knowledge=0,
+        answer_tokens=0,
+        length_tokens=options.tokens,
+        kl_rows=options.kl_rows,
+        train_seconds=options.train_seconds,
+        general_split=options.split,
+    )
+    journal = Journal(options.out, settings)
+    costs = neutral_texts(loaded, limit=options.kl_rows)
+    for name in options.behavior or behavior_files():
+        questions = sorted(builtin_questions(name) or [], key=lambda q: q.digest[::-1])
+        asked = Asked("moved", tuple(take(questions, options.split)[: options.questions]), ())
+        behavior = Behavior.named(name)
+        reader = Reader.of(loaded, behavior)
+        scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
+        bench = Bench(loaded, scoring, behavior, costs, asked, [], settings, options.out)
+        for method in ("base", *(options.method or ("edit", "steering", "instruction"))):
+            for cell in cells(bench, reader, method, journal):
+                journal.add(cell)
+                means = ", ".join(f"{key} {sum(values) / len(values):.3g}" for key, values in cell.values.items())
+                at = "" if cell.budget is None else f" at KL {cell.budget:g}"
+                print(f"{name}: {method}{at}: {means} ({cell.seconds:.0f} s)", file=sys.stderr, flush=True)
+    print(table(options.out))
+
+
+def table(folder: Path) -> str:
+    """How far answers moved, beside the edit's difference from the method, and the share that loops, beside that of the base."""
+    every = Journal(folder).cells
+    rows = []
+    for (name, method, budget), cell in every.items():
+        if method == "base":
+            continue
+        edit = every.get((name, "edit", budget))
+        against = [
+            interval(
+                estimate([a - b for a, b in zip(one.values["moved"], cell.values["moved"], strict=True)]), signed=True
+            )
+            for one in [edit]
+            if one is not None and method != "edit"
+        ]
+        base = every[name, "base", None].values["loops"]
+        worse = estimate([a - b for a, b in zip(cell.values["loops"], base, strict=True)])
+        moved_ = interval(estimate(cell.values["moved"]))
+        rows.append((name, method, budget, moved_, *(against or [""]), interval(worse, signed=True), len(base)))
+    heads = ("behaviour", "method", "KL", "moved", "edit minus it", "loops minus base", "questions")
+    return str(tabulate(rows, heads, tablefmt="github"))
+
+
+if __name__ == "__main__":
+    main()
