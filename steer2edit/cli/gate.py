@@ -184,7 +184,7 @@ def _render(result: dict[str, Any], model: str) -> str:
         f"Written: {result['plan']}",
         "",
         "Next:",
-        f"  steer2edit scale {name} --model {shlex.quote(model)} --kl-budget 0.1 -o {name} --force",
+        f"  steer2edit scale {name} --model {shlex.quote(model)} --kl-budget 0.05 -o {name} --force",
         f"  steer2edit emit {name} {shlex.quote(model)} --to checkpoint --out FOLDER",
     ]
     return "\n".join(lines)

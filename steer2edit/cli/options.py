@@ -160,7 +160,7 @@ class SettledFlags(StrengthFlags):
 
     strength: float | None = option(None, "Multiply the method's edit by this; without it the KL budget decides.")
     kl_budget: float | None = option(
-        None, KL_BUDGET, shown_default="0.1 in chat, 0.05 on a base model's answers, 0.025 on prose"
+        None, KL_BUDGET, shown_default="0.05; 0.025 on prose, for a model that cannot answer"
     )
 
 

@@ -19,7 +19,7 @@ from steer2edit.strength.meet import Apply, at, meet
 from steer2edit.strength.neutral_texts import NeutralTexts
 
 Scaled = Callable[[EditPlan, float], EditPlan]
-KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.1, "answers": 0.05, "prose": 0.025}
+KL_BUDGETS: Mapping[TextKind, float] = {"chat": 0.05, "answers": 0.05, "prose": 0.025}
 """The budget where none is asked for, by the kind of text that it is on, in nats per token."""
 
 
