@@ -4,10 +4,8 @@
     python benchmarks/written.py --summary written/SmolLM2
 
 The margin is read off responses that somebody else wrote. Here the model writes, greedily and in at most --tokens tokens, and the
-base reads what it wrote. How far an answer has *moved* is the difference of the base's mean residual stream over that answer and
-over the base's own answer to the question, along the steering vector of a block's output and in units of that vector's length,
-as a mean over the deeper half of the blocks: 0 is the base's answer, 1 is as far as the contrast data's classes stand apart. Both
-answers are cut to the length of the shorter. Beside it stand loops and repeated 4-grams.
+base reads what it wrote (steer2edit/evaluation/projection.py). An answer's projection minus that of the base's own answer is how
+far it has *moved*: 1 is the distance of the contrast data's classes. Beside it stand loops and repeated 4-grams.
 
 Each method is brought to every --kl on the model's own answers. Every cell is kept when it is done: the same command goes on
 after a kill. Differences are paired by question; intervals are bootstrap 95 % over questions.
@@ -19,7 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,60 +26,29 @@ from tabulate import tabulate
 
 from steer2edit.architecture import read_spec
 from steer2edit.bootstrap import estimate
-from steer2edit.capture.per_example import stream_means
 from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
-from steer2edit.data.answers import LABELS
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import behavior_files, builtin_questions
-from steer2edit.data.contrast import Example
 from steer2edit.data.degeneration import loops, repetition
 from steer2edit.data.questions import Question, take
 from steer2edit.engines.engine import Answer, Request, Sampling, written
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.evaluation.baselines import near
+from steer2edit.evaluation.projection import PROJECTION, Projection
 from steer2edit.formatting import interval
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 from steer2edit.strength.neutral_texts import neutral_texts
 
 
-@dataclass(frozen=True)
-class Reader:
-    """The base as it reads answers: the steering vectors ``v`` [blocks, hidden] of the deeper half of the blocks' outputs."""
-
-    loaded: LoadedModel
-    v: torch.Tensor
-
-    @classmethod
-    def of(cls, loaded: LoadedModel, behavior: Behavior) -> Reader:
-        return cls(loaded, _differences(loaded, behavior).mean(dim=0))
-
-    def along(self, behavior: Behavior) -> list[float]:
-        """How far each pair's positive response stands from its negative one."""
-        projected = (_differences(self.loaded, behavior) * self.v).sum(dim=2) / self.v.square().sum(dim=1)
-        return [float(one) for one in projected.mean(dim=1)]
-
-
-def _differences(loaded: LoadedModel, behavior: Behavior) -> torch.Tensor:
-    """Each pair's difference of mean streams, [pairs, blocks, hidden] float64, in the order of rows."""
-    means = stream_means(loaded, behavior.encode(loaded.tokenizer, loaded.context))[
-        :, loaded.spec.layers // 2 :
-    ].double()
-    places = {(one.label, one.row): place for place, one in enumerate(behavior.examples)}
-    rows = sorted({row for _, row in places})
-    positive, negative = (means[[places[label, row] for row in rows]] for label in LABELS)
-    return positive - negative
-
-
-def cells(bench: Bench, reader: Reader, method: str, journal: Journal) -> Iterator[Cell]:
+def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -> Iterator[Cell]:
     """The method's cells that the journal lacks. The base reads when the method is off again."""
     name, questions, tokens = bench.behavior.name, bench.asked.questions, bench.settings.length_tokens
     budgets: Sequence[float | None] = (None,) if method in UNSCALED else bench.settings.budgets
     missing = [budget for budget in budgets if (name, method, budget) not in journal.cells]
     if not missing:
         return
-    own = answers(bench.loaded, questions, tokens)
     wrote: list[tuple[Cell, list[Answer]]] = []
     with bench.opened(method) as (apply, text):
         start, kind = None, bench.costs.budget.kind
@@ -97,7 +64,7 @@ def cells(bench: Bench, reader: Reader, method: str, journal: Journal) -> Iterat
             wrote.append((Cell(name, method, budget, strength, kl, seconds=time.perf_counter() - began), mine))
     for cell, mine in wrote:
         values = {
-            "moved": moved(reader, questions, mine, own),
+            "projection": projected(projection, questions, mine),
             "loops": [float(loops(one.ids or (), one.ended)) for one in mine],
             "repetition": [repetition(one.ids or ()) for one in mine],
             "tokens": [float(len(one.ids or ())) for one in mine],
@@ -111,19 +78,9 @@ def answers(loaded: LoadedModel, questions: Sequence[Question], tokens: int, sys
     return written(TransformersEngine(loaded), requests, Sampling(tokens))
 
 
-def moved(reader: Reader, questions: Sequence[Question], mine: Sequence[Answer], own: Sequence[Answer]) -> list[float]:
-    """How far each answer has moved; 0 where there is no answer, or the base's own."""
-    rows: list[Example] = []
-    for place, (question, one, other) in enumerate(zip(questions, mine, own, strict=True)):
-        if one.text.strip() and other.text.strip() and one.text != other.text:
-            for label, answer in zip(LABELS, (one, other), strict=True):
-                rows.append(Example(question.prompt, answer.text, label, "written", place))
-    found = (
-        dict(zip(sorted({one.row for one in rows}), reader.along(Behavior("written", rows)), strict=True))
-        if rows
-        else {}
-    )
-    return [found.get(place, 0.0) for place in range(len(questions))]
+def projected(projection: Projection, questions: Sequence[Question], given: Sequence[Answer]) -> list[float]:
+    """Where each answer stands between the classes, as the base reads it."""
+    return list(projection.samples(questions, [one.text for one in given])[PROJECTION].values)
 
 
 def main() -> None:
@@ -176,13 +133,15 @@ def run(options: argparse.Namespace) -> None:
     costs = neutral_texts(loaded, limit=options.kl_rows)
     for name in options.behavior or behavior_files():
         questions = sorted(builtin_questions(name) or [], key=lambda q: q.digest[::-1])
-        asked = Asked("moved", tuple(take(questions, options.split)[: options.questions]), ())
+        asked = Asked("projection", tuple(take(questions, options.split)[: options.questions]), ())
         behavior = Behavior.named(name)
-        reader = Reader.of(loaded, behavior)
         scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
+        projection = Projection.of(loaded, scoring.statistics)
+        if projection is None:
+            sys.exit(f"{name}: the streams of the classes do not differ")
         bench = Bench(loaded, scoring, behavior, costs, asked, [], settings, options.out)
         for method in ("base", *(options.method or ("edit", "steering", "instruction"))):
-            for cell in cells(bench, reader, method, journal):
+            for cell in cells(bench, projection, method, journal):
                 journal.add(cell)
                 means = ", ".join(f"{key} {sum(values) / len(values):.3g}" for key, values in cell.values.items())
                 at = "" if cell.budget is None else f" at KL {cell.budget:g}"
@@ -191,26 +150,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(folder: Path) -> str:
-    """How far answers moved, beside the edit's difference from the method, and the share that loops, beside that of the base."""
+    """How far answers moved from the base's, beside the edit's difference from the method, and how many more loop."""
     every = Journal(folder).cells
     rows = []
     for (name, method, budget), cell in every.items():
         if method == "base":
             continue
-        edit = every.get((name, "edit", budget))
-        against = [
-            interval(
-                estimate([a - b for a, b in zip(one.values["moved"], cell.values["moved"], strict=True)]), signed=True
-            )
-            for one in [edit]
-            if one is not None and method != "edit"
-        ]
-        base = every[name, "base", None].values["loops"]
-        worse = estimate([a - b for a, b in zip(cell.values["loops"], base, strict=True)])
-        moved_ = interval(estimate(cell.values["moved"]))
-        rows.append((name, method, budget, moved_, *(against or [""]), interval(worse, signed=True), len(base)))
+        base, edit = every[name, "base", None], every.get((name, "edit", budget))
+        beyond = _difference(edit, cell, "projection") if edit is not None and method != "edit" else ""
+        moved, looped = (_difference(cell, base, metric) for metric in ("projection", "loops"))
+        rows.append((name, method, budget, moved, beyond, looped, len(base.values["loops"])))
     heads = ("behaviour", "method", "KL", "moved", "edit minus it", "loops minus base", "questions")
     return str(tabulate(rows, heads, tablefmt="github"))
+
+
+def _difference(one: Cell, other: Cell, metric: str) -> str:
+    pairs = zip(one.values[metric], other.values[metric], strict=True)
+    return interval(estimate([a - b for a, b in pairs]), signed=True)
 
 
 if __name__ == "__main__":

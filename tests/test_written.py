@@ -1,4 +1,4 @@
-"""Written answers: what the base reads along the contrast data's own directions, and cells that are kept."""
+"""The benchmark of written answers: cells that are kept."""
 
 from __future__ import annotations
 
@@ -9,45 +9,15 @@ import pytest
 from conftest import save_chat_model
 from test_benchmarks import ROOT, start
 
-from steer2edit.architecture import read_spec
 from steer2edit.capture import background
-from steer2edit.checkpoint import open_checkpoint
-from steer2edit.data.behavior import Behavior
-from steer2edit.data.questions import Question
-from steer2edit.engines.engine import Answer
-from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import power_cells
-import written as benchmark
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_chat_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Path) -> LoadedModel:
-    checkpoint = open_checkpoint(model)
-    return load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="float32"))
-
-
-def test_the_contrast_data_stand_one_apart_and_an_answer_that_did_not_change_has_not_moved(loaded: LoadedModel) -> None:
-    behavior = Behavior.named("formal").limited(8)
-    reader = benchmark.Reader.of(loaded, behavior)
-    apart = reader.along(behavior)
-    assert len(apart) == 8 and sum(apart) / 8 == pytest.approx(1.0)
-
-    questions = [Question(one.prompt, "") for one in behavior.examples[::2]][:4]
-    positive = [Answer(one.response, 1, True) for one in behavior.examples if one.label == "positive"][:4]
-    negative = [Answer(one.response, 1, True) for one in behavior.examples if one.label == "negative"][:4]
-    assert benchmark.moved(reader, questions, positive, positive) == [0.0] * 4
-    empty = Answer("", 0, True)
-    moved = benchmark.moved(reader, questions, [positive[0], empty, *positive[2:]], negative)
-    # nothing was written: nothing has moved
-    assert moved[1] == 0.0
-    assert moved[0] == pytest.approx(apart[0], rel=1e-4) and moved[2:] == pytest.approx(apart[2:4], rel=1e-4)
 
 
 def test_a_run_goes_on_where_it_was_killed(

@@ -15,7 +15,12 @@ from steer2edit.runtime.model import LoadedModel
 
 
 def stream_means(
-    loaded: LoadedModel, examples: Sequence[Encoded], *, batch_tokens: int = 4096, progress: Progress = silent
+    loaded: LoadedModel,
+    examples: Sequence[Encoded],
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress = silent,
+    stage: str = "read the pairs",
 ) -> torch.Tensor:
     """Mean activation of each example, ``[examples, layers, hidden]`` float32 on the CPU.
 
@@ -23,7 +28,7 @@ def stream_means(
     """
     loaded.check_tokens(example.ids for example in examples)
     means = torch.zeros(len(examples), loaded.spec.layers, loaded.spec.hidden_size)
-    with progress("read the pairs", total=len(examples)) as advance, torch.inference_mode():
+    with progress(stage, total=len(examples)) as advance, torch.inference_mode():
         for chosen in batches([len(example.ids) for example in examples], batch_tokens):
             ids, mask = pad_right([examples[i].ids for i in chosen], loaded.padding, loaded.device)
             spans = [(examples[i].start - 1, len(examples[i].ids) - 1) for i in chosen]

@@ -24,6 +24,7 @@ from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.errors import DataError
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.metrics import Metric, MetricRole, Outcome, Sample, marked
+from steer2edit.evaluation.projection import Projection
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.model import LoadedModel
 
@@ -81,7 +82,7 @@ class Answers:
     ``patterns`` are regular expressions; a rate is the share of answers in which one is found. ``function`` takes the prompt's
     text and the answer and gives a number. ``engine`` gives what writes. As a utility there are ``answers right`` (every
     question has an accepted answer, or choices, which the model is not shown) and the signs of damage, as those of general
-    answers. With a ``judge`` there is what it says, apart from the model's own measuring: :meth:`judged`.
+    answers. With a ``projection`` or a ``judge`` there is what they say, apart from the model's own measuring: :meth:`judged`.
     """
 
     questions: Sequence[Question]
@@ -93,6 +94,7 @@ class Answers:
     chat_template_kwargs: TemplateArguments | None = None
     engine: EngineOf = in_this_process
     own: MetricChoice | None = None
+    projection: Projection | None = None
     judge: TraitJudge | None = None
 
     @property
@@ -118,11 +120,16 @@ class Answers:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        return *(reading.metric for reading in self.readings), *(self.judge.metrics if self.judge is not None else ())
+        return *(reading.metric for reading in self.readings), *(m for one in self._judges for m in one.metrics)
 
     def judged(self, answers: Sequence[str], progress: Progress = silent) -> Mapping[str, Sample]:
-        """What the judge says of answers to the questions; nothing without one. No candidate may be on the model."""
-        return {} if self.judge is None else self.judge.samples(self.questions, answers, progress)
+        """What the base's projection and the judge say of answers to the questions. No candidate may be on the model."""
+        every = [one.samples(self.questions, answers, progress) for one in self._judges]
+        return {name: sample for found in every for name, sample in found.items()}
+
+    @property
+    def _judges(self) -> list[Projection | TraitJudge]:
+        return [one for one in (self.projection, self.judge) if one is not None]
 
     def measure(self, loaded: LoadedModel, progress: Progress = silent) -> Outcome:
         """Let the candidate's engine write, and read its answers."""

@@ -21,6 +21,7 @@ from steer2edit.evaluation.baselines import (
 from steer2edit.evaluation.candidates import Candidate, plan_candidate
 from steer2edit.evaluation.evaluate import Evaluation, evaluate
 from steer2edit.evaluation.judged import TraitJudge
+from steer2edit.evaluation.projection import Projection
 from steer2edit.evaluation.suite import Suite
 from steer2edit.files.layout import EVALUATION
 from steer2edit.plan import EditPlan
@@ -92,10 +93,12 @@ def prove(
     """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
     ``settled`` is the edit with its cost on the ``neutral`` texts, which is not measured again. The KL is that on the text which
-    budgets are on. With an instruction ``told`` the base is also measured under it, and the edit too. A ``judge`` adds its
-    metrics. Writes the evaluation into each artefact's folder.
+    budgets are on. With an instruction ``told`` the base is also measured under it, and the edit too. Written answers are
+    projected on the contrast data's steering vectors, as the base reads them. A ``judge`` adds its metrics. Writes the
+    evaluation into each artefact's folder.
     """
-    suite = replace(own_suite(scoring, neutral, questions, PROOF), judge=judge)
+    projection = Projection.of(loaded, scoring.statistics)
+    suite = replace(own_suite(scoring, neutral, questions, PROOF), projection=projection, judge=judge)
     plan = settled.plan
     kl = settled.costs[neutral.budget].divergence().kl
     edit = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))

@@ -15,6 +15,7 @@ from steer2edit.errors import DataError
 from steer2edit.evaluation.answers import Answers, EngineOf, in_this_process
 from steer2edit.evaluation.judged import TraitJudge
 from steer2edit.evaluation.metrics import Choice, Preference, Task
+from steer2edit.evaluation.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class WrittenSuite:
     seed: int = 0
     engine: EngineOf = in_this_process
     metric: MetricChoice | None = None
+    projection: Projection | None = None
     judge: TraitJudge | None = None
 
     def answer_tasks(self, split: Split) -> list[Answers]:
@@ -123,6 +125,7 @@ class WrittenSuite:
             max_new_tokens=self.max_new_tokens,
             engine=self.engine,
             own=self.metric,
+            projection=self.projection,
             judge=self.judge,
             **self._rendering,
         )
