@@ -4,8 +4,9 @@
 
 For each behaviour it runs ``steer2edit compile MODEL --behavior NAME --to lora``, unless RUNS has its artefact already. With
 --write the result becomes an entry under ``measured`` of the behaviour's file, in place of an older one of the same model. The
-behaviour's own metric comes first, then those of general use and the signs of damage; losses are written too. The entry holds
-the hash of the pairs that the artefact was compiled from. An artefact of other pairs than the file has now is not written.
+behaviour's own metric comes first, then the projection of written answers, those of general use and the signs of damage; losses
+are written too. The entry holds the hash of the pairs that the artefact was compiled from. An artefact of other pairs than the
+file has now is not written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from steer2edit.data.behavior_file import BehaviorFile, behavior_files, open_beh
 from steer2edit.data.measurement import DIGITS, Interval, MeasuredMetric, Measurement, as_toml
 from steer2edit.evaluation.evaluate import Evaluation
 from steer2edit.evaluation.metrics import attributes
+from steer2edit.evaluation.projection import PROJECTION
 from steer2edit.evaluation.steerability import steerability
 from steer2edit.files.layout import EVALUATION, PLAN
 from steer2edit.plan import EditPlan
@@ -38,7 +40,8 @@ def measurement(evaluation: Evaluation, plan: EditPlan, model: str, name: str) -
     # the cost is the KL, and the perplexity of prose says the same of another text
     rest = [m for m in evaluation.metrics if m.role != "attribute" and not is_kl(m.name) and not m.exponential]
     metrics = []
-    for metric in (own[0], *rest):
+    written = [m for m in own[1:] if m.name == PROJECTION]
+    for metric in (own[0], *written, *rest):
         before, after = (evaluation.estimate(one, metric.name) for one in (evaluation.rows[0], row))
         change = evaluation.change(row, metric.name)
         metrics.append(MeasuredMetric(metric.name, metric.goal, metric.unit, *map(_interval, (before, after, change))))

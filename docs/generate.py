@@ -28,6 +28,7 @@ from steer2edit.cli.command import Command
 from steer2edit.cli.flags import Flag
 from steer2edit.data import formats, metric_choice
 from steer2edit.data.behavior_file import behavior_files, open_behavior
+from steer2edit.evaluation.projection import PROJECTION
 from steer2edit.options import AnyLayer, Between, Option, options_of
 from steer2edit.targets.lora import NO_ADAPTER
 
@@ -151,12 +152,13 @@ def _measured_behaviors() -> str:
         [
             f"`{name}`, {one.model}",
             str(one.metrics[0]),
+            "; ".join(str(m).removeprefix(f"{PROJECTION} ") for m in one.metrics if m.name == PROJECTION) or "–",
             {True: "yes", False: "no", None: "–"}[one.steerable],
             "; ".join(map(str, one.losses)) or "–",
         ]
         for name, one in found
     ]
-    return _table(["behaviour, model", "its metric, base → edit", "steerable here", "worse"], rows)
+    return _table(["behaviour, model", "its metric, base → edit", PROJECTION, "steerable here", "worse"], rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
