@@ -47,7 +47,10 @@ class Projection:
 
     @classmethod
     def of(cls, loaded: LoadedModel, statistics: Statistics) -> Projection | None:
-        """From what was captured of the contrast data; None where the streams of its classes are not known, or are the same."""
+        """From what was captured of the contrast data.
+
+        None where the streams of its classes are not known, or are the same.
+        """
         import torch
 
         layers = loaded.spec.layers
