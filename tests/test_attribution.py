@@ -120,7 +120,8 @@ def test_the_command_and_the_flag_give_one_edit(tiny_llama: Path, tmp_path: Path
     for flags, name in ((["--vectors", out], "a"), (["--vector", "gradient"], "b")):
         if name == "a":
             run("vectors", tiny_llama, "--data", data, "--kind", "gradient", "-o", out, "--force")
-        assert run(*common, *flags, "--out", tmp_path / name).exit_code == 0
+        compiled = run(*common, *flags, "--out", tmp_path / name)
+        assert compiled.exit_code == 0, compiled.output
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
     stats = tmp_path / "x.stats.safetensors"

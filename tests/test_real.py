@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,4 +88,4 @@ def test_answers_become_shorter_and_neither_steering_nor_a_random_direction_does
     assert length["edit"] < 0.7 * length["base"]
     assert length["edit"] < 0.85 * min(length["random"], length["steering"])
     page = (made["out"] / "lora" / REPORT).read_text()
-    assert page.startswith("<!DOCTYPE html>") and "That is more than random directions" in page
+    assert page.startswith("<!DOCTYPE html>") and re.search(r"That is more than [^.]*random directions", page)
