@@ -7,8 +7,8 @@ The margin is read off responses that somebody else wrote. Here the model writes
 base reads what it wrote (steer2edit/evaluation/projection.py). An answer's projection minus that of the base's own answer is how
 far it has *moved*: 1 is the distance of the contrast data's classes. Beside it stand loops and repeated 4-grams.
 
-Each method is brought to every --kl on the model's own answers. Every cell is kept when it is done: the same command goes on
-after a kill. Differences are paired by question; intervals are bootstrap 95 % over questions.
+Each method is brought to every --kl on the model's own answers. A method's cells are kept when all its answers are
+written: the same command goes on after a kill. Differences are paired by question; intervals are bootstrap 95 % over questions.
 """
 
 from __future__ import annotations
@@ -51,14 +51,13 @@ def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -
         return
     wrote: list[tuple[Cell, list[Answer]]] = []
     with bench.opened(method) as (apply, text):
-        start, kind = None, bench.costs.budget.kind
         for budget in missing:
             began = time.perf_counter()
             strength: float | None = None
             kl: dict[str, float] = {}
             if budget is not None:
-                found = near(apply, bench.costs.budget, budget, start, f"{name}, {method}")
-                strength, kl = found.strength, {kind: found.divergence.kl}
+                found = near(apply, bench.costs.budget, budget, name=f"{name}, {method}")
+                strength, kl = found.strength, {bench.costs.budget.kind: found.divergence.kl}
             with apply(1.0 if strength is None else strength):
                 mine = answers(bench.loaded, questions, tokens, text)
             wrote.append((Cell(name, method, budget, strength, kl, seconds=time.perf_counter() - began), mine))

@@ -22,16 +22,13 @@ from steer2edit.methods import make_plan
 from steer2edit.runtime.model import LoadedModel, Runtime, load_model
 from steer2edit.scoring.scores import Scoring
 
-SHORT = 120
-"""Characters of a response, so that all of it is read."""
-
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Behavior, Scoring]:
     checkpoint = open_checkpoint(save_chat_model(tmp_path_factory.mktemp("model") / "tiny"))
     loaded = load_model(checkpoint, read_spec(checkpoint), Runtime(dtype="float32"))
     whole = Behavior.named("formal", span="response").limited(10)
-    short = tuple(replace(one, response=" ".join(one.response[:SHORT].split()[:6])) for one in whole.examples)
+    short = tuple(replace(one, response=" ".join(one.response.split()[:6])) for one in whole.examples)
     behavior = replace(whole, examples=short)
     read = behavior.encode(loaded.tokenizer, loaded.context)
     assert max(len(one.ids) - one.start for one in read) <= TOKENS

@@ -53,11 +53,11 @@ class Projection:
         """
         import torch
 
+        if "vectors" in statistics.source:
+            return None
         layers = loaded.spec.layers
         directions = torch.zeros(layers, loaded.spec.hidden_size, dtype=torch.float64)
         negative = torch.zeros(layers, dtype=torch.float64)
-        if "vectors" in statistics.source:
-            return None
         for layer in range(layers // 2, layers):
             key = f"residual.{layer}"
             if key in statistics.directions and bool((v := statistics.difference(key)).any()):
