@@ -96,7 +96,7 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)
         if request.aim is not None:
             assert request.questions is not None  # the request checks it
-            suite = own_suite(scoring, texts, request.questions, AIM_QUESTIONS)
+            suite = own_suite(loaded, scoring, texts, request.questions, AIM_QUESTIONS)
             settled = settle_by_aim(loaded, plan, suite, request.aim, largest_kl=request.kl_budget, progress=progress)
         else:
             settled = settle(

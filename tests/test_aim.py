@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from steer2edit.data.metric_choice import MetricChoice
 from steer2edit.data.questions import Question
 from steer2edit.errors import DataError, PlanError
 from steer2edit.evaluation.metrics import attributes
-from steer2edit.evaluation.suite import Suite
+from steer2edit.evaluation.projection import PROJECTION, Projection
+from steer2edit.evaluation.suite import SAMPLES, Suite
 from steer2edit.methods import make_plan
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel
@@ -94,12 +96,36 @@ def test_a_plan_by_aim_remembers_what_it_was_chosen_by(loaded: LoadedModel, scor
     assert aim is not None and aim["metric"] == "margin" and aim["value"] >= aim["aim"] > aim["base"]
 
 
-def _base(loaded: LoadedModel, plan: EditPlan, suite: Suite) -> tuple[float, float]:
-    """The base's margin on the selection half, and that at a KL of 0.5."""
+def _base(loaded: LoadedModel, plan: EditPlan, suite: Suite, name: str = "margin") -> tuple[float, float]:
+    """The base's margin, or another metric, on the selection half, and the largest within a KL of 0.5."""
     with pytest.raises(PlanError) as error:
-        reach(loaded, plan, suite, Aim("margin", 1e9), largest_kl=0.5)
+        reach(loaded, plan, suite, Aim(name, 1e9), largest_kl=0.5)
     words = str(error.value).split()
     return float(words[words.index("is") + 1].rstrip(",")), float(words[words.index("to") + 1])
+
+
+def test_what_is_chosen_by_written_answers_has_an_answer_to_every_question(
+    loaded: LoadedModel, scoring: Scoring, suite: Suite
+) -> None:
+    suite = replace(suite, projection=Projection.of(loaded, scoring.statistics))
+    every = suite.questions("select")
+    assert len(every) > SAMPLES
+    for name in ("length", "loops", PROJECTION):
+        assert suite.chosen_by("margin", name).written("select") == every
+    for name in ("margin", "answers right", "KL", None):
+        assert len(suite.chosen_by(name).written("select")) == SAMPLES
+
+
+def test_an_aim_may_be_how_far_written_answers_have_moved(loaded: LoadedModel, scoring: Scoring, suite: Suite) -> None:
+    with pytest.raises(PlanError, match=f"no metric '{PROJECTION}'"):
+        reach(loaded, make_plan(scoring), suite, Aim(PROJECTION, 1.0))
+    check_aim(suite.attribute, None, Aim(PROJECTION, 1.0))
+    suite = replace(suite, projection=Projection.of(loaded, scoring.statistics))
+    raw = make_plan(scoring)
+    base, most = _base(loaded, raw, suite, PROJECTION)
+    found = reach(loaded, raw, suite, Aim(PROJECTION, aim := (base + most) / 2), largest_kl=0.5)
+    # a model of random weights may move either way
+    assert found.base == pytest.approx(base, abs=1e-2) != aim and (found.value - aim) * (aim - base) >= 0
 
 
 def test_bad_aims_of_a_plan(loaded: LoadedModel, scoring: Scoring, suite: Suite) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from steer2edit import progress
 from steer2edit.evaluation.chat import side_by_side
 from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.evaluation.projection import PROJECTION
 from steer2edit.files.layout import EVALUATION, PLAN, REPORT
 from steer2edit.strength.kl import NeutralText, Windows
 
@@ -72,7 +73,9 @@ def test_a_compile_with_data_alone_measures_the_kl_only(tiny_llama: Path, files:
     assert not (tmp_path / "x" / EVALUATION).exists()
 
 
-def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, compiled: Path, files: Path) -> None:
+def test_eval_measures_all_kinds_of_candidates_with_baselines(
+    tiny_llama: Path, compiled: Path, files: Path, tmp_path: Path
+) -> None:
     plan = compiled / "lora" / "steer2edit" / "plan.safetensors"
     settings = ["--eval", files / "held.jsonl", "--neutral", files / "neutral.txt", "--max-new-tokens", 4]
     result = run(
@@ -86,12 +89,25 @@ def test_eval_measures_all_kinds_of_candidates_with_baselines(tiny_llama: Path, 
     ]  # fmt: skip
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names)
-    names = {"KL on prose", "perplexity", "margin", "likeliest choice right", "answers right", "length", "/the/"}
+    names = {
+        "KL on prose",
+        "perplexity",
+        "margin",
+        "likeliest choice right",
+        "answers right",
+        "length",
+        "/the/",
+        PROJECTION,
+    }
     assert names <= set(rows[0]["metrics"])
     kl = [row["metrics"]["KL on prose"]["value"] for row in rows[1:4]]
     assert kl[1:] == pytest.approx([kl[0], kl[0]], rel=0.05)
     again = run("eval", tiny_llama, *settings, "--utility", "none")
-    assert again.exit_code == 0 and "tune reports on" in again.stdout
+    assert again.exit_code == 0 and "tune reports on" in again.stdout and PROJECTION not in again.stdout
+    stats = tmp_path / "x.stats.safetensors"
+    assert run("capture", tiny_llama, "--data", files / "pairs.jsonl", "-o", stats).exit_code == 0
+    read = run("eval", tiny_llama, *settings, "--utility", "none", "--stats", stats)
+    assert read.exit_code == 0 and PROJECTION in read.stdout
 
 
 def test_eval_with_baselines_says_before_how_much_work_it_is(

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from steer2edit.data.questions import Question
 from steer2edit.errors import PlanError
 from steer2edit.evaluation.evaluate import Evaluation
+from steer2edit.evaluation.projection import PROJECTION
 from steer2edit.evaluation.suite import Suite
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel
@@ -248,6 +249,12 @@ def test_the_command_searches_reports_and_emits(tiny_llama: Path, files: dict[st
     assert "<svg" in (tmp_path / "report.html").read_text()
     again = run(*arguments(files, tiny_llama, out), "--trials", 6)
     assert again.exit_code == 0 and "knee" in again.stdout
+    assert PROJECTION in {metric.name for metric in evaluation.metrics}
+    written = run(
+        *arguments(files, tiny_llama, tmp_path / "w"), "--trials", 2, "--attribute", PROJECTION, "--no-report", "--json"
+    )
+    assert written.exit_code == 0, written.output
+    assert json.loads(written.stdout)["settings"]["attribute"] == {"name": PROJECTION, "goal": "more"}
     # what it was selected on is refused as a report
     refused = run(
         "eval",

@@ -54,7 +54,8 @@ def evaluate(
 ) -> None:
     """Measure plans, adapters and checkpoints beside MODEL, on held-out questions and neutral text.
 
-    --data or --stats are needed for the baselines only; --behavior and a folder of data also bring the questions.
+    --data or --stats are needed for the baselines. --behavior and a folder of data also bring the questions. With baselines or
+    --stats the projection of written answers is measured too.
     """
     from steer2edit.evaluation.answers import in_this_process
     from steer2edit.evaluation.assess import assess, with_baselines
@@ -83,7 +84,11 @@ def evaluate(
     judged.check_reachable()
     loaded = model_flags.load(checkpoint, spec)
     chosen = [open_candidate(loaded, checkpoint, where, model_flags.runtime()) for where in candidates]
-    suite = judged.suite(asked.suite(loaded, questions, data), judge, data, in_this_process(loaded), model_flags)
+    scoring = None
+    if compared.baselines or strengths or stats.stats is not None:
+        scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
+    suite = asked.suite(loaded, questions, data, None if scoring is None else scoring.statistics)
+    suite = judged.suite(suite, judge, data, in_this_process(loaded), model_flags)
     if how.engine == "vllm":
         suite = _through_vllm(suite, compared, model_flags.dtype, candidates)
     if compared.against:
@@ -99,8 +104,7 @@ def evaluate(
 
         if text := data.instruction(compared.told):
             chosen += instructed(chosen[0], loaded, text)
-    if compared.baselines or strengths:
-        scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
+    if scoring is not None and (compared.baselines or strengths):
         if compared.baselines:
             more, passes = baselines_work(compared.match, compared.draws, strengths)
             work = work_of(suite, how.split, len(chosen) + more, passes)

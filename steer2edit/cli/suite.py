@@ -82,8 +82,12 @@ class SuiteFlags(FlagGroup):
         data: DataFlags,
         statistics: Statistics | None = None,
     ) -> Suite:
-        """What candidates are measured on; the metric is that of the data, else the one that ``statistics`` name."""
+        """What candidates are measured on; the metric is that of the data, else the one that ``statistics`` name.
+
+        With ``statistics`` of contrast data written answers are projected on their vectors.
+        """
         from steer2edit.data.metric_choice import read_metric
+        from steer2edit.evaluation.projection import Projection
         from steer2edit.evaluation.suite import Suite
         from steer2edit.strength.neutral_texts import neutral_texts
 
@@ -97,6 +101,7 @@ class SuiteFlags(FlagGroup):
                 limit=self.limit,
                 chat_template_kwargs=data.template_arguments,
             ),
+            projection=None if statistics is None else Projection.of(loaded, statistics),
             metric=data.metric or read_metric(None if statistics is None else statistics.source.get("metric"))[0],
             **self._settings(data),
         )

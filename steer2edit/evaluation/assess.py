@@ -97,8 +97,7 @@ def prove(
     projected on the contrast data's steering vectors, as the base reads them. A ``judge`` adds its metrics. Writes the
     evaluation into each artefact's folder.
     """
-    projection = Projection.of(loaded, scoring.statistics)
-    suite = replace(own_suite(scoring, neutral, questions, PROOF), projection=projection, judge=judge)
+    suite = replace(own_suite(loaded, scoring, neutral, questions, PROOF), judge=judge)
     plan = settled.plan
     kl = settled.costs[neutral.budget].divergence().kl
     edit = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
@@ -118,7 +117,9 @@ def prove(
     return evaluation
 
 
-def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Question], limit: int) -> Suite:
+def own_suite(
+    loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Question], limit: int
+) -> Suite:
     """What a compile measures on: ``limit`` questions of the behaviour in each half, asked as its data were captured."""
     source = scoring.statistics.source
     return Suite(
@@ -128,6 +129,7 @@ def own_suite(scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Quest
         system=source.get("system"),
         chat_template_kwargs=source.get("chat_template_kwargs"),
         metric=read_metric(source.get("metric"))[0],
+        projection=Projection.of(loaded, scoring.statistics),
         limit=limit,
         utility_limit=GENERAL,
         utility_tokens=GENERAL_TOKENS,

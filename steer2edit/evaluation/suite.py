@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,10 +23,22 @@ class Suite(WrittenSuite):
     Every question with two responses counts for the margin, every one with choices for MC1 and MC2; the model writes an
     answer to every question that has neither, or, where all have, to the first ``SAMPLES``, so that there is something to
     read. Where the behaviour's own ``metric`` reads written answers, or there are patterns, a function or a judge, it writes
-    one to every question. It also writes an answer to every question of general use, which is marked.
+    one to every question; ``write_all`` asks for that. It also writes an answer to every question of general use, which is
+    marked.
     """
 
     neutral: NeutralTexts
+    _: KW_ONLY
+    write_all: bool = False
+
+    def chosen_by(self, *names: str | None) -> Suite:
+        """The suite for a choice by the metrics ``names``.
+
+        Where one of them reads the behaviour's written answers, every question gets an answer. Raises DataError where no
+        question is for selection.
+        """
+        read = {metric.name for metric in self.answer_tasks("select")[0].metrics}
+        return replace(self, write_all=self.write_all or not read.isdisjoint(names))
 
     def tasks(self, split: Split) -> list[Task]:
         """What is run on one split, the cheapest first. Raises DataError where the split holds no question."""
@@ -40,7 +52,8 @@ class Suite(WrittenSuite):
         """Those that the model writes an answer to."""
         asked = self.questions(split)
         if (
-            self.patterns
+            self.write_all
+            or self.patterns
             or self.function is not None
             or self.judge is not None
             or (self.metric is not None and self.metric.kind.read is not None)

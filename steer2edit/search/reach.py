@@ -19,6 +19,7 @@ from steer2edit.errors import PlanError
 from steer2edit.evaluation.candidates import plan_candidate
 from steer2edit.evaluation.evaluate import measure
 from steer2edit.evaluation.metrics import Metric, Task, attributes
+from steer2edit.evaluation.projection import PROJECTION
 from steer2edit.evaluation.suite import Suite
 from steer2edit.evaluation.written_suite import WrittenSuite
 from steer2edit.methods import scaling
@@ -64,10 +65,12 @@ class Reached:
 def check_aim(questions: Sequence[Question], metric: MetricChoice | None, aim: Aim) -> None:
     """Raise PlanError where questions have no such metric of the behaviour, and DataError where none is for selection.
 
-    ``metric`` is the behaviour's own. No model is needed.
+    ``metric`` is the behaviour's own. No model is needed. Whether there are vectors to project answers on is known later.
     """
     suite = WrittenSuite(questions, [], metric=metric, limit=AIM_QUESTIONS)
-    _task_of([*suite.answer_tasks("select"), *suite.likelihood_tasks("select")], aim.metric)
+    tasks = [*suite.answer_tasks("select"), *suite.likelihood_tasks("select")]
+    if aim.metric != PROJECTION:
+        _task_of(tasks, aim.metric)
 
 
 def settle_by_aim(
@@ -107,7 +110,7 @@ def reach(
     """
     largest_kl = LARGEST_KL if largest_kl is None else largest_kl
     scaled = scaling(plan)
-    task, metric = _task_of(suite.tasks("select"), aim.metric)
+    task, metric = _task_of(suite.chosen_by(aim.metric).tasks("select"), aim.metric)
     aim = replace(aim, metric=metric.name)
 
     def value_at(strength: float) -> float:

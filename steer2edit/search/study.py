@@ -75,6 +75,7 @@ def run_study(
 
     Raises DataError, before any work, where a prompt of the reporting split is in the contrast data.
     """
+    suite = search.asked(suite)
     if report:
         refuse_seen(suite.questions("report"), scoring.statistics.source.get("prompts", ()), "the steering vector")
         suite.tasks("report")
@@ -102,6 +103,7 @@ def run_study(
 
 def study_work(search: Search, suite: Suite, report: bool = True) -> str:
     """What a study runs at most, in words: its trials, and the report on the other half of the questions."""
+    suite = search.asked(suite)
     trials = len(search.points()) if search.grid else search.trials
     lines = [f"search: {work_of(suite, 'select', trials)}"]
     if report:

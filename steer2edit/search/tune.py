@@ -73,6 +73,10 @@ class Search:
     utility: str = "KL"
     allow_broken: bool = False
 
+    def asked(self, suite: Suite) -> Suite:
+        """The suite that the objectives take: with an answer to every question where one of them reads written answers."""
+        return suite.chosen_by(self.attribute, self.utility)
+
     def points(self) -> list[Params]:
         """The grid's combinations, in order."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
@@ -329,6 +333,7 @@ def _settings(scoring: Scoring, suite: Suite, search: Search, attribute: Metric,
         "split_seed": suite.seed,
         "selected_on": hashlib.sha256(" ".join(suite.digests("select")).encode()).hexdigest(),
         **({"judge": suite.judge.named()} if suite.judge is not None else {}),
+        **({"write_all": True} if suite.write_all else {}),
         "sampler": "grid" if search.grid else "TPE",
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=list))
