@@ -7,6 +7,8 @@
   model's own answers; "MLPs too" with those of MLPs.
 - whole moments: second moments between all heads of a layer, or all neurons of an MLP (beside the attention's usual edit, or
   alone).
+- own answers: the base's long answers to the contrast data's prompts as a further source of moments, a fifth of them; with a mean
+  effect of one on them too, or on them alone.
 - second pass: captured again under half the default edit at the strength that meets the KL, and solved again: in its place, with
   the first capture's v, or in equal parts with it.
 """
@@ -28,6 +30,7 @@ from steer2edit.capture.run import capture
 from steer2edit.data import contrast
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.tokens import Encoded
+from steer2edit.engines.own_answers import own_answers
 from steer2edit.methods import steering
 from steer2edit.methods._solver import Energy, least_energy
 from steer2edit.plan import EditPlan, LowRank, merge
@@ -40,7 +43,9 @@ from steer2edit.strength.kl import NeutralText
 from steer2edit.strength.meet import meet
 
 WEIGHTS: dict[Source, float] = {"contrast": 0.2, "background": 0.4, "chat": 0.4}
+OWN_WEIGHTS: dict[Source, float] = {"contrast": 0.1, "background": 0.35, "chat": 0.35, "keep": 0.2}
 PAIRS, ANSWERS, DRAWS = 40, 60, 2
+OWN_PROMPTS, OWN_TOKENS = 64, 160
 
 
 def plans(
@@ -52,6 +57,7 @@ def plans(
     whole = cache(lambda kind: whole_moments(loaded, every(), kind))
     second = cache(lambda kl: again(loaded, scoring, every(), text, kl))
     first = cache(lambda: steering.plan(scoring))
+    own = cache(lambda: with_own_answers(loaded, scoring, behavior, every()))
 
     def with_mlps(eps: float) -> EditPlan:
         mlps = solved(scoring, eps=eps, whole=whole(MatrixRole.MLP_OUT))
@@ -71,10 +77,21 @@ def plans(
         "whole moments of MLPs": lambda _: solved(scoring, whole=whole(MatrixRole.MLP_OUT)),
         "MLPs too, whole moments": lambda _: with_mlps(0.01),
         "MLPs too, whole moments, floor .0001": lambda _: with_mlps(0.0001),
+        "own answers": lambda _: solved(own(), weights=OWN_WEIGHTS),
+        "own answers, effect of one": lambda _: solved(own(), weights=OWN_WEIGHTS, on_own=(1.0, 1.0)),
+        "own answers, effect of one there alone": lambda _: solved(own(), weights=OWN_WEIGHTS, on_own=(None, 1.0)),
         "second pass": lambda kl: steering.plan(second(kl)),
         "second pass, the first's v": lambda kl: steering.plan(with_outputs_of(second(kl), scoring)),
         "two passes": lambda kl: merge([first(), steering.plan(second(kl))], [0.5, 0.5]),
     }
+
+
+def with_own_answers(loaded: LoadedModel, scoring: Scoring, behavior: Behavior, read: Sequence[Encoded]) -> Scoring:
+    """The scores with the base's own answers to the contrast data's prompts as the source "keep"."""
+    prompts = list(dict.fromkeys(one.prompt for one in behavior.examples))[:OWN_PROMPTS]
+    own = own_answers(loaded, prompts, fingerprint=loaded.fingerprint, max_new_tokens=OWN_TOKENS)
+    statistics = capture(loaded, [*read, *chats(own, "keep")], source=dict(scoring.statistics.source))
+    return Scoring(scoring.checkpoint, scoring.spec, statistics)
 
 
 def examples(loaded: LoadedModel, behavior: Behavior) -> list[Encoded]:
@@ -91,14 +108,17 @@ def solved(
     eps: float = 0.01,
     whole: Mapping[tuple[str, Source], torch.Tensor] | None = None,
     on_positive: float | None = None,
+    weights: Mapping[Source, float] = WEIGHTS,
+    on_own: tuple[float | None, float | None] = (1.0, None),
 ) -> EditPlan:
     """The default's plan with other moments; ``whole`` [in, in] by site and source, for the sites that it has.
 
-    ``on_positive`` is the mean effect on the positive class, where the mean over both classes has 1.
+    ``on_positive`` is the mean effect on the positive class, where the mean over both classes has 1. ``on_own`` are the mean
+    effects that are asked for on the contrast data and on the source "keep", None for no demand.
     """
     plain = steering.plan(scoring)
     statistics, layers = scoring.statistics, scoring.spec.layers
-    there: list[Source] = [source for source in WEIGHTS if source == "contrast" or statistics.examples[source]]
+    there: list[Source] = [source for source in weights if source == "contrast" or statistics.examples[source]]
     keys = {key for key, _ in whole} if whole is not None else None
     sites = [
         site
@@ -116,15 +136,18 @@ def solved(
                 mean = statistics.mean(key, "input", source).view(len(S), -1)
                 S = S - mean[:, :, None] * mean[:, None, :]
             parts[source] = S
-        total = Energy.of(parts, WEIGHTS, eps)
+        total = Energy.of(parts, weights, eps)
         if whole is not None:  # what does not carry is not coupled to what does
             mask = carries[:, None] * carries[None, :]
             total = Energy((total.moments[0] * mask + torch.diag(1 - carries))[None])
-        inputs = [
-            x * carries,
-            *(statistics.mean(key, "input", source) * carries for source in there if source != "contrast"),
+        asked: list[tuple[torch.Tensor, float | None]] = [(x, on_own[0])]
+        asked += [
+            (statistics.mean(key, "input", source), on_own[1] if source == "keep" else 0.0)
+            for source in there
+            if source != "contrast"
         ]
-        effects = [1.0] + [0.0] * (len(inputs) - 1)
+        inputs = [mean * carries for mean, effect in asked if effect is not None]
+        effects = [effect for _, effect in asked if effect is not None]
         if on_positive is not None:
             apart = statistics.mean(key, "input", "positive") - statistics.mean(key, "input", "negative")
             inputs, effects = [*inputs, apart * carries], [*effects, 2 * (on_positive - 1)]

@@ -4,7 +4,8 @@
 
 Every option set is brought to each KL on the model's own answers. A line of
 the output has the option set, the strength, both KLs, and a value for every question: the margin, or the length in tokens where a
-behaviour has prompts alone. With --knowledge N, answers to N knowledge questions are marked too. Lines that are there already are
+behaviour has prompts alone. With --knowledge N, answers to N knowledge questions are marked too; with --written N, the projection
+of answers of 160 tokens to N questions, as the base reads them, and their loops. Lines that are there already are
 not measured again, so that an interrupted run goes on. The table shows paired differences to activation steering and to the
 default, with their bootstrap 95 % interval over questions.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import solver_experiments
 from right_choice import names_right
 from tabulate import tabulate
+from written import answers, projected
 
 from steer2edit.architecture import read_spec
 from steer2edit.bootstrap import estimate
@@ -31,10 +34,12 @@ from steer2edit.capture.run import capture_statistics
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.data.behavior import Behavior
 from steer2edit.data.behavior_file import builtin_questions
+from steer2edit.data.degeneration import loops
 from steer2edit.data.questions import Question, knowledge_questions, take
 from steer2edit.evaluation.answers import Answers
 from steer2edit.evaluation.baselines import random_direction
 from steer2edit.evaluation.metrics import Preference
+from steer2edit.evaluation.projection import Projection
 from steer2edit.methods import component, make_plan, steering
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.hooks import edited, steered
@@ -45,7 +50,8 @@ from steer2edit.strength.meet import Apply, meet
 from steer2edit.strength.neutral_texts import NeutralTexts, neutral_texts
 
 STEERING = "activation steering"
-TOKENS = 60
+WRITTEN = ("projection", "loops")
+TOKENS, WRITTEN_TOKENS = 60, 160
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Case:
     behavior: Behavior
     questions: list[Question]
     knowledge: list[Question]
+    written: list[Question]
     texts: NeutralTexts
 
     @property
@@ -111,15 +118,28 @@ def option_sets(case: Case) -> dict[str, Callable[[float], Apply]]:
     return found
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """Values by question of the model as it is now, and what it costs on the other text."""
+def measured(case: Case, apply: Apply, strength: float) -> dict[str, Any]:
+    """Values by question of a candidate, and what it costs on the other text."""
+    with apply(strength):
+        result = values(case)
+        wrote = answers(case.loaded, case.written, WRITTEN_TOKENS) if case.written else []
+    # the base reads
+    if projection := wrote and Projection.of(case.loaded, case.scoring.statistics):
+        result["projection"] = projected(projection, case.written, wrote)
+    if wrote:
+        result["loops"] = [float(loops(one.ids or (), one.ended)) for one in wrote]
+    return result
+
+
+def values(case: Case) -> dict[str, Any]:
+    """What is measured while a candidate is on the model."""
     pairs = [question for question in case.questions if question.positive]
     result: dict[str, Any] = {f"KL, {text.kind}": text.measure().kl for text in case.texts}
     if pairs:
         result["values"] = list(Preference(pairs).measure(case.loaded).samples["margin"].values)
     else:
-        answers = Answers(case.questions, max_new_tokens=TOKENS).measure(case.loaded)
-        result["values"] = [-length for length in answers.samples["length"].values]
+        said = Answers(case.questions, max_new_tokens=TOKENS).measure(case.loaded)
+        result["values"] = [-length for length in said.samples["length"].values]
     if case.knowledge:
         said = Answers(case.knowledge, max_new_tokens=TOKENS).measure(case.loaded)
         result["right"] = [float(names_right(a, q)) for a, q in zip(said.answers, case.knowledge, strict=True)]
@@ -137,8 +157,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for name in options.behavior:
         behavior = Behavior.named(name)
         scoring = Scoring(checkpoint, loaded.spec, capture_statistics(loaded, checkpoint, behavior))
-        questions = take(builtin_questions(name) or [], "select")[: options.questions]
-        yield Case(loaded, scoring, behavior, questions, knowledge[: options.knowledge], texts)
+        half = take(builtin_questions(name) or [], "select")
+        written = sorted(half, key=lambda q: q.digest[::-1])[: options.written]
+        yield Case(loaded, scoring, behavior, half[: options.questions], knowledge[: options.knowledge], written, texts)
 
 
 def main() -> None:
@@ -150,6 +171,7 @@ def main() -> None:
     parser.add_argument("--experiments", action="store_true", help="the sets to try, too")
     parser.add_argument("--questions", type=int, default=70, help="questions of a behaviour (default %(default)s)")
     parser.add_argument("--knowledge", type=int, default=0, help="knowledge questions to mark (default none)")
+    parser.add_argument("--written", type=int, default=0, help="questions answered at length (default none)")
     parser.add_argument("--rows", type=int, default=30, help="answers or windows of the KL (default %(default)s)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
@@ -167,7 +189,7 @@ def main() -> None:
     for case in cases(options):
         name, budget_text = case.behavior.name, case.texts.budget
         if (options.model, name, "base", 0.0) not in done:
-            keep((options.model, name, "base", 0.0), measured(case))
+            keep((options.model, name, "base", 0.0), measured(case, lambda _: nullcontext(), 0.0))
         sets = option_sets(case)
         tried = [one for one in sets if one.startswith("try:")]
         chosen = options.only or [one for one in sets if one not in tried]
@@ -176,8 +198,7 @@ def main() -> None:
             for kl in [kl for kl in options.kl if (options.model, name, one, kl) not in done]:
                 apply = sets[one](kl)
                 strength = at_cost(apply, budget_text, kl)
-                with apply(strength):
-                    keep((options.model, name, one, kl), {"strength": strength, **measured(case)})
+                keep((options.model, name, one, kl), {"strength": strength, **measured(case, apply, strength)})
         print(table(done, options.model, name), flush=True)
 
 
@@ -201,7 +222,8 @@ def table(done: dict[tuple[Any, ...], dict[str, Any]], model: str, behavior: str
         named = f"{sum(right)} of {len(right)}" if right else ""
         differences = [paired.get(other, "") for other in (STEERING, "default")]
         prose, repetition = (f"{line.get(what, 0):.3f}" for what in ("KL, prose", "repetition"))
-        rows.append([one, kl, str(estimate(line["values"])), *differences, prose, named, repetition])
+        read = [f"{sum(line[what]) / len(line[what]):.3f}" if line.get(what) else "" for what in WRITTEN]
+        rows.append([one, kl, str(estimate(line["values"])), *differences, prose, named, repetition, *read])
     heads = [
         behavior,
         "KL",
@@ -211,6 +233,7 @@ def table(done: dict[tuple[Any, ...], dict[str, Any]], model: str, behavior: str
         "KL on prose",
         "right",
         "repetition",
+        *WRITTEN,
     ]
     return str(tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True))
 

@@ -37,8 +37,8 @@ RUNS = {
     "operators.py": "MODEL --behavior formal --limit 12 --only CAA --to checkpoint",
     "plan_content.py": "MODEL",
     "plan_speed.py": "MODEL --runs 1",
-    "solver_options.py": "MODEL --behavior formal --kl 0.001 --questions 2 --rows 4 --knowledge 2 --dtype float32 --out WORK "
-    "--only default --experiments",
+    "solver_options.py": "MODEL --behavior formal --kl 0.001 --questions 2 --rows 4 --knowledge 2 --written 2 --dtype "
+    "float32 --out WORK --only default --experiments",
     "scale_units.py": "MODEL --behavior formal --tokens 200 --dtype float32",
     "written.py": "MODEL --behavior formal --out WORK --kl 0.001 --questions 2 --tokens 6 --kl-rows 4 --dtype float32",
 }
