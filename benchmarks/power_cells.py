@@ -57,6 +57,7 @@ class Settings:
     train_seconds: float
     train_steps: int | None = None
     general_split: Split = "report"
+    repetition_penalty: float = 1.0
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}

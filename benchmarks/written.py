@@ -5,7 +5,8 @@
 
 The margin is read off responses that somebody else wrote. Here the model writes, greedily and in at most --tokens tokens, and the
 base reads what it wrote (steer2edit/evaluation/projection.py). An answer's projection minus that of the base's own answer is how
-far it has *moved*: 1 is the distance of the contrast data's classes. Beside it stand loops and repeated 4-grams.
+far it has *moved*: 1 is the distance of the contrast data's classes. Beside it stand loops and repeated 4-grams, without a
+repetition penalty or with one.
 
 Each method is brought to every --kl on the model's own answers. A method's cells are kept when all its answers are
 written: the same command goes on after a kill. Differences are paired by question; intervals are bootstrap 95 % over questions.
@@ -17,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +60,10 @@ def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -
             if budget is not None:
                 found = near(apply, bench.costs.budget, budget, name=f"{name}, {method}")
                 strength, kl = found.strength, {bench.costs.budget.kind: found.divergence.kl}
-            with apply(1.0 if strength is None else strength):
+            with (
+                apply(1.0 if strength is None else strength),
+                penalised(bench.loaded, bench.settings.repetition_penalty),
+            ):
                 mine = answers(bench.loaded, questions, tokens, text)
             wrote.append((Cell(name, method, budget, strength, kl, seconds=time.perf_counter() - began), mine))
     for cell, mine in wrote:
@@ -69,6 +74,17 @@ def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -
             "tokens": [float(len(one.ids or ())) for one in mine],
         }
         yield replace(cell, values=values)
+
+
+@contextmanager
+def penalised(loaded: LoadedModel, penalty: float) -> Iterator[None]:
+    """Decode with a repetition penalty, as where the model's generation_config.json has one."""
+    config = loaded.model.generation_config
+    before, config.repetition_penalty = config.repetition_penalty, penalty
+    try:
+        yield
+    finally:
+        config.repetition_penalty = before
 
 
 def answers(loaded: LoadedModel, questions: Sequence[Question], tokens: int, system: str = "") -> list[Answer]:
@@ -95,6 +111,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("select", "report"), default="report", help="half of the questions")
     parser.add_argument("--questions", type=int, default=200, help="answered (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most (default %(default)s)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of decoding (default %(default)s: none)")
     parser.add_argument("--kl-rows", type=int, default=24, help="answers behind a KL (default %(default)s)")
     parser.add_argument("--train-seconds", type=float, default=180.0, help="of a LoRA that is not there")
     parser.add_argument("--dtype", default="bfloat16")
@@ -127,6 +144,7 @@ def run(options: argparse.Namespace) -> None:
         kl_rows=options.kl_rows,
         train_seconds=options.train_seconds,
         general_split=options.split,
+        repetition_penalty=options.repetition_penalty,
     )
     journal = Journal(options.out, settings)
     costs = neutral_texts(loaded, limit=options.kl_rows)
