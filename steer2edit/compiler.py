@@ -96,7 +96,9 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         texts = neutral_texts(loaded, request.neutral, progress, chat_template_kwargs=arguments)
         if request.aim is not None:
             assert request.questions is not None  # the request checks it
-            suite = own_suite(loaded, scoring, texts, request.questions, AIM_QUESTIONS)
+            suite = own_suite(
+                loaded, scoring, texts, request.questions, AIM_QUESTIONS, penalty=request.repetition_penalty
+            )
             settled = settle_by_aim(loaded, plan, suite, request.aim, largest_kl=request.kl_budget, progress=progress)
         else:
             settled = settle(
@@ -126,7 +128,16 @@ def compile(request: CompileRequest, progress: Progress = silent) -> Compiled:
         if request.questions is None or not request.report:
             return Compiled(plan, statistics, folders, lowerings)
         evaluation = prove(
-            loaded, scoring, settled, texts, request.questions, folders, progress, told=request.told, judge=judge
+            loaded,
+            scoring,
+            settled,
+            texts,
+            request.questions,
+            folders,
+            progress,
+            told=request.told,
+            judge=judge,
+            penalty=request.repetition_penalty,
         )
         write_pages(plan, evaluation, folders.values(), request.behavior.examples if request.behavior else ())
         return Compiled(plan, statistics, folders, lowerings, evaluation)

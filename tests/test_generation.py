@@ -13,7 +13,8 @@ from wrapper_models import WRAPPERS
 
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines import generation
-from steer2edit.engines.generation import generate
+from steer2edit.engines.generation import answered_rows, generate, stored_penalty
+from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
 from steer2edit.runtime.batches import pad_left
 from steer2edit.runtime.model import LoadedModel
@@ -171,3 +172,29 @@ def test_settings_that_count_from_the_start_keep_all_rows() -> None:
     with collected() as notices:
         assert generate(loaded, PROMPTS, max_new_tokens=STEPS) == expected
     assert "its generation_config sets min_new_tokens" in notices[0]
+
+
+@pytest.mark.parametrize("end_token_fills_up", [False, True])
+def test_a_repetition_penalty_is_transformers_own_whatever_fills_rows_up(end_token_fills_up: bool) -> None:
+    loaded = model_of("llama")
+    config = loaded.model.generation_config
+    config.eos_token_id = [2, *range(40, 128, 9)]
+    if end_token_fills_up:
+        loaded.tokenizer.pad_token_id = 40
+        assert loaded.padding in loaded.end_tokens
+    plain = generate(loaded, PROMPTS, max_new_tokens=STEPS)
+    config.repetition_penalty = 1.3
+    # alone in its batch no row is filled up
+    expected = [answer for prompt in PROMPTS for answer in reference(loaded, [prompt])]
+    assert generate(loaded, PROMPTS, max_new_tokens=STEPS) == expected != plain
+    assert len({len(row) for row in expected}) > 1
+    rows = token_ids(loaded.tokenizer, PROMPTS)
+    assert [row for _, row in sorted(answered_rows(loaded, rows, STEPS, 256, penalty=1.0))] == plain
+    config.repetition_penalty = None
+    assert [row for _, row in sorted(answered_rows(loaded, rows, STEPS, 256, penalty=1.3))] == expected
+
+
+@pytest.mark.parametrize("value", ["high", True, 0, -1.0, float("nan")])
+def test_a_penalty_that_is_none_is_named(value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"repetition_penalty of generation_config\.json"):
+        stored_penalty(value)

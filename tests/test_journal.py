@@ -15,6 +15,7 @@ from steer2edit.engines.engine import Sampling
 from steer2edit.errors import DataError, EngineError
 from steer2edit.pairs.journal import JOURNAL, Journal, differing
 from steer2edit.pairs.ways import PositiveOnly
+from steer2edit.pairs.writing import drawn
 
 SEEDED = Sampling(temperature=1, seed=1)
 
@@ -80,3 +81,9 @@ def test_settings_that_are_set_as_a_whole_are_one_line() -> None:
     other = {"judge": {"model": "n", "engine": {"of": "f"}}, "tails": 0.2}
     assert differing(with_judge, other) == ['judge.model was "m" and is "n"', "tails was 0.1 and is 0.2"]
     assert not differing(with_judge, {**with_judge, "versions": {"torch": "9"}})
+
+
+def test_what_answers_depend_on_has_the_names_that_older_journals_know() -> None:
+    assert drawn(Sampling(9, 0.5, 0.9, 3)) == {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    # at a temperature of 0 nothing is drawn, but a penalty acts
+    assert drawn(Sampling(9, 0.0, 0.9, 3)) == drawn(Sampling(9)) != drawn(Sampling(9, repetition_penalty=1.1))

@@ -106,8 +106,9 @@ def test_eval_measures_all_kinds_of_candidates_with_baselines(
     assert again.exit_code == 0 and "tune reports on" in again.stdout and PROJECTION not in again.stdout
     stats = tmp_path / "x.stats.safetensors"
     assert run("capture", tiny_llama, "--data", files / "pairs.jsonl", "-o", stats).exit_code == 0
-    read = run("eval", tiny_llama, *settings, "--utility", "none", "--stats", stats)
+    read = run("eval", tiny_llama, *settings, "--utility", "none", "--stats", stats, "--repetition-penalty", "1.2")
     assert read.exit_code == 0 and PROJECTION in read.stdout
+    assert "with a repetition penalty of 1.2" in read.stdout and "repetition penalty" not in again.stdout
 
 
 def test_eval_with_baselines_says_before_how_much_work_it_is(

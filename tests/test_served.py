@@ -174,6 +174,7 @@ def test_the_model_judges_under_the_bases_name(serve: Callable[..., Api], folder
         (("--served", "a"), "give --server URL too"),
         (("--server-model", "a"), "give --server URL too"),
         (("--server", "http://127.0.0.1:9"), "cannot be reached"),
+        (("--server", "http://127.0.0.1:9", "--repetition-penalty", "1.1"), "set where the server is started"),
     ],
 )
 def test_what_a_server_cannot_do_is_refused(

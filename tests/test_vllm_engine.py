@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from steer2edit.engines.generation import answered_rows
 from steer2edit.engines.opening import open_engine
 from steer2edit.engines.transformers_engine import TransformersEngine
 from steer2edit.engines.vllm_engine import VllmCandidates, VllmEngine
-from steer2edit.errors import EngineError
+from steer2edit.errors import CheckpointError, EngineError
 from steer2edit.evaluation.answers import Answers
 from steer2edit.runtime.model import LoadedModel
 
@@ -89,6 +90,26 @@ def test_each_request_has_its_own_seed(talker: LoadedModel, stand_in: StandIn) -
     assert {(one.temperature, one.top_p, one.max_tokens) for one in stand_in.asked} == {(0.7, 0.9, 4)}
     # of a model whose context is shorter than what was asked for
     assert stand_in.opened["max_model_len"] == 2048
+
+
+def test_the_models_own_repetition_penalty_is_in_force_unless_another_is_asked_for(
+    talker: LoadedModel, stand_in: StandIn, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    assert talker.folder is not None
+    shutil.copytree(talker.folder, folder)
+    request = [Request(QUESTIONS[0])]
+    for stored, expected in ((None, 1.0), ("{}", 1.0), ('{"repetition_penalty": 1.1}', 1.1)):
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if stored is not None:
+            (folder / "generation_config.json").write_text(stored)
+        engine = VllmEngine(folder)
+        written(engine, request, Sampling(max_new_tokens=2))
+        written(engine, request, Sampling(max_new_tokens=2, repetition_penalty=1.3))
+        assert [one.repetition_penalty for one in stand_in.asked[-2:]] == [expected, 1.3]
+    (folder / "generation_config.json").write_text('{"repetition_penalty": "high"}')
+    with pytest.raises(CheckpointError, match="repetition_penalty"):
+        VllmEngine(folder)
 
 
 def test_what_vllm_raises_says_what_was_asked(talker: LoadedModel, stand_in: StandIn) -> None:

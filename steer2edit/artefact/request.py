@@ -45,7 +45,8 @@ class CompileRequest:
     ``class_budgets`` bound attention and MLPs apart. ``neutral`` is a text of the user's, which then carries the budget
     (``strength/neutral_texts.py``). With one target ``out`` is its folder, with several a folder for each inside. Held-out
     ``questions`` ask for an evaluation and a report page, unless ``report`` is False; ``told`` is an instruction that asks for
-    the same behaviour: the edit is compared with it. A ``judge`` reads the answers. An ``aim`` takes the weakest strength that
+    the same behaviour: the edit is compared with it. A ``judge`` reads the answers, which are decoded with the model's own
+    repetition penalty or with another ``repetition_penalty``. An ``aim`` takes the weakest strength that
     reaches it on the selection half of the questions, within ``kl_budget``. ``weights`` is the unquantised form of a quantised
     ``model``, from whose matrices the plan is computed.
 
@@ -77,6 +78,7 @@ class CompileRequest:
     judge: JudgeChoice | None = None
     report: bool = True
     aim: Aim | None = None
+    repetition_penalty: float | None = None
     weights: str | Path | None = None
     force: bool = False
     writing: Writing = field(default_factory=Writing)

@@ -17,6 +17,8 @@ from steer2edit.cli.judge_flags import JudgeFlags
 from steer2edit.cli.method import MethodFlags
 from steer2edit.cli.missing_data import MissingDataFlags
 from steer2edit.cli.options import (
+    OWN_PENALTY,
+    PENALTY,
     ForceFlags,
     JsonFlags,
     ModelFlags,
@@ -75,6 +77,9 @@ class ReportFlags(FlagGroup):
         shown_default="no aim; with one, --kl-budget is 0.5 unless given",
     )
     no_report: bool = option(False, "Measure nothing but the KL, and make no report page.")
+    repetition_penalty: float | None = option(
+        None, PENALTY, minimum=0.1, maximum=10, shown_default=OWN_PENALTY, rare=True
+    )
 
 
 @command(
@@ -230,6 +235,7 @@ def compile(
         told=data.instruction(report.told),
         judge=judged.choice(data),
         aim=aim,
+        repetition_penalty=report.repetition_penalty,
         weights=unquantised.unquantised,
         force=force.force,
         writing=writing.writing(),

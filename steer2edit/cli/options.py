@@ -102,6 +102,9 @@ class UnquantisedFlags(FlagGroup):
 
 NEUTRAL = "Neutral text for the KL budget, prose or chats (.jsonl), in place of the packaged text of its kind."
 """The help text of --neutral."""
+PENALTY = "Repetition penalty of written answers, as you serve with; 1 is none."
+OWN_PENALTY = "what the model's generation_config.json names"
+"""The help text of --repetition-penalty, and its default."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ def check_served(
             f"{candidates[0]} is a file, and with --server nothing is loaded here: name what the server serves with --served, or "
             "leave --server out"
         )
+    if asked.repetition_penalty is not None:
+        raise click.UsageError(
+            "a repetition penalty is set where the server is started: leave --repetition-penalty out"
+        )
     plain = ModelFlags()
     here = judged.judge not in (None, "self") and not names_server(judged.judge)
     unused: dict[str, Any] = {

@@ -10,7 +10,7 @@ import click
 
 from steer2edit.cli.data_options import DataFlags
 from steer2edit.cli.flags import FlagGroup
-from steer2edit.cli.options import NEUTRAL, ModelFlags, progress_bar, read_own_neutral
+from steer2edit.cli.options import NEUTRAL, OWN_PENALTY, PENALTY, ModelFlags, progress_bar, read_own_neutral
 from steer2edit.options import option
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class SuiteFlags(FlagGroup):
         minimum=1,
     )
     max_new_tokens: int = option(160, "Length of an answer in tokens, at most.", minimum=1)
+    repetition_penalty: float | None = option(
+        None, PENALTY, minimum=0.1, maximum=10, shown_default=OWN_PENALTY, rare=True
+    )
     patterns: tuple[str, ...] = option(
         (), "Count the answers that match this regular expression. Repeatable.", "--pattern", metavar="REGEX"
     )
@@ -121,6 +124,7 @@ class SuiteFlags(FlagGroup):
             "patterns": self.patterns,
             "function": load_function(self.function) if self.function else None,
             "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
             "system": data.system,
             "chat_template_kwargs": data.template_arguments,
             "limit": self.limit,

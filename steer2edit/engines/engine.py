@@ -24,12 +24,17 @@ LEAST_YES_OR_NO = 0.001
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. ``temperature`` 0 is greedy decoding; ``max_new_tokens`` counts a thought too."""
+    """How answers are drawn. ``temperature`` 0 is greedy decoding; ``max_new_tokens`` counts a thought too.
+
+    ``repetition_penalty`` (CTRL, Keskar et al. 2019) weakens the tokens of the prompt and of the answer so far. None is that of
+    the model's generation_config.json.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -38,6 +43,8 @@ class Sampling:
             raise DataError(f"temperature is {self.temperature}; expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise DataError(f"top_p is {self.top_p}; expected a number above 0, and 1 at most")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise DataError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0 (1 is none)")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from steer2edit.data.templates import templated
 from steer2edit.data.tokens import common_prefix, token_ids
-from steer2edit.errors import DataError, count_of, first_line
+from steer2edit.errors import CheckpointError, DataError, count_of, first_line, shown
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_left
@@ -83,11 +83,13 @@ def answered_rows(
     max_new_tokens: int,
     batch_size: int,
     choose: Choose | None = None,
+    penalty: float | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Index of each row of token ids and its answer, as answers end, without the end token.
 
-    ``choose`` chooses each next token; None is greedy decoding. A batch that does not fit into memory is made smaller, with a
-    notice. The caller sees to it that rows and answers fit into the model's context.
+    ``choose`` chooses each next token; None is greedy decoding. A repetition ``penalty`` comes before that; None is the model's
+    own. A batch that does not fit into memory is made smaller, with a notice. The caller sees to it that rows and answers fit
+    into the model's context.
     """
     pending = deque(sorted(range(len(rows)), key=lambda i: len(rows[i])))
     while pending:
@@ -97,7 +99,7 @@ def answered_rows(
         written = set()
         try:
             drops = len(batch) > 1 and _drops(loaded, batch)
-            for place, answer in _answers(loaded, batch, max_new_tokens, drops, rule):
+            for place, answer in _answers(loaded, batch, max_new_tokens, drops, rule, penalty):
                 written.add(chosen[place])
                 yield chosen[place], answer
         except torch.OutOfMemoryError:
@@ -118,7 +120,12 @@ def _of_rows(
 
 
 def _answers(
-    loaded: LoadedModel, batch: Sequence[Sequence[int]], max_new_tokens: int, drops: bool, choose: Choose | None = None
+    loaded: LoadedModel,
+    batch: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    drops: bool,
+    choose: Choose | None,
+    penalty: float | None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Place in the batch and answer of each row, as rows end.
 
@@ -128,10 +135,13 @@ def _answers(
     ids, mask, cache = _begun(loaded, batch, head if head >= _HEAD else 0)
     width, ends = ids.shape[1], torch.tensor(sorted(loaded.end_tokens), device=loaded.device)
     places = list(range(len(batch)))
+    if penalty is None:
+        penalty = own_penalty(loaded)
     while True:
         left = max_new_tokens - (ids.shape[1] - width)
         stop = [_enough_ended(ends)] if drops else []
-        rule = [] if choose is None else [_chosen(choose, places, width)]
+        rule = [] if penalty == 1 else [_penalised(penalty, mask)]
+        rule += [] if choose is None else [_chosen(choose, places, width)]
         # for these steps alone: between two parts the caller has the word
         with torch.inference_mode(), _contiguous(loaded.model):
             ids, cache = _run(loaded, ids, mask, left, cache, stop, rule)
@@ -145,6 +155,25 @@ def _answers(
             grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
             ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
     yield from _cut(ids[:, width:], places, ends)
+
+
+def own_penalty(loaded: LoadedModel) -> float:
+    """The repetition penalty of the model's generation_config.json, 1 for none. Raises CheckpointError for another value than a number."""
+    return stored_penalty(getattr(loaded.model.generation_config, "repetition_penalty", None))
+
+
+def stored_penalty(value: object) -> float:
+    """What a generation_config.json holds as its repetition penalty, 1 for nothing.
+
+    Raises CheckpointError for another value than a number.
+    """
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(
+            f"repetition_penalty of generation_config.json is {shown(value)}; expected a number above 0, such as 1.1"
+        )
+    return float(value)
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
@@ -199,6 +228,7 @@ def _generate(loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, cache:
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
+        repetition_penalty=1.0,
         pad_token_id=loaded.padding,
         return_dict_in_generate=True,
         **continued,
@@ -216,6 +246,23 @@ def _processors(rules: Sequence[Callable[..., torch.Tensor]]) -> Any:
     from transformers import LogitsProcessorList
 
     return LogitsProcessorList(rules)
+
+
+def _penalised(penalty: float, mask: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A processor of logits that weakens each row's tokens so far, and not what fills rows up.
+
+    transformers' own one weakens that too. It may be the end token, and then an answer depends on its batch.
+    """
+
+    def processor(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        read = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1).bool()
+        # the last token is always read
+        tokens = torch.where(read, ids, ids[:, -1:])
+        values = logits.gather(1, tokens)
+        weaker = torch.where(values < 0, values * penalty, values / penalty)
+        return logits.scatter(1, tokens, weaker)
+
+    return processor
 
 
 def _chosen(choose: Choose, places: Sequence[int], width: int) -> Callable[..., torch.Tensor]:

@@ -216,6 +216,8 @@ class ServerEngine:
             )
 
     def _asked(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        if sampling.repetition_penalty is not None:
+            raise EngineError(f"a repetition penalty is set where {self._client.shown} is started, and not asked of it")
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": request.seed(sampling.seed)}
         if sampling.temperature:
             settings |= self._kind.everything or {}

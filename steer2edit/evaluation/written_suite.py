@@ -24,7 +24,8 @@ class WrittenSuite:
 
     The model writes an answer to every question of the behaviour, and to every question of general use that can be marked.
     ``limit`` bounds the questions of each split, ``utility_limit`` those of general use where that is another number, and
-    ``utility_tokens`` bounds their answers. ``metric`` is the behaviour's own.
+    ``utility_tokens`` bounds their answers. ``metric`` is the behaviour's own. Answers are greedy, with the model's own
+    repetition penalty or another ``repetition_penalty``.
     """
 
     attribute: Sequence[Question]
@@ -43,6 +44,7 @@ class WrittenSuite:
     metric: MetricChoice | None = None
     projection: Projection | None = None
     judge: TraitJudge | None = None
+    repetition_penalty: float | None = None
 
     def answer_tasks(self, split: Split) -> list[Answers]:
         """What is written on one split, the behaviour's answers first: they are what is shown.
@@ -107,6 +109,7 @@ class WrittenSuite:
             "system": self.system,
             **arguments,
             **({"judge": self.judge.described()} if self.judge is not None else {}),
+            **({} if self.repetition_penalty is None else {"repetition_penalty": self.repetition_penalty}),
         }
 
     @property
@@ -115,19 +118,19 @@ class WrittenSuite:
         return {"system": self.system, "chat_template_kwargs": self.chat_template_kwargs}
 
     def _answers(self, questions: Sequence[Question], useful: bool = False) -> Answers:
+        writing = {"engine": self.engine, "repetition_penalty": self.repetition_penalty, **self._rendering}
         if useful:
             limit = self.utility_tokens or self.max_new_tokens
-            return Answers(questions, "utility", max_new_tokens=limit, engine=self.engine, **self._rendering)
+            return Answers(questions, "utility", max_new_tokens=limit, **writing)
         return Answers(
             questions,
             patterns=self.patterns,
             function=self.function,
             max_new_tokens=self.max_new_tokens,
-            engine=self.engine,
             own=self.metric,
             projection=self.projection,
             judge=self.judge,
-            **self._rendering,
+            **writing,
         )
 
 

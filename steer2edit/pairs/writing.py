@@ -87,7 +87,11 @@ class Writer:
 
 def drawn(sampling: Sampling) -> dict[str, Any]:
     """What answers depend on of a sampling. At a temperature of 0 nothing is drawn, whatever the seed and top-p."""
-    return asdict(sampling if sampling.temperature else Sampling(sampling.max_new_tokens, 0.0))
+    penalty = sampling.repetition_penalty
+    found = asdict(
+        sampling if sampling.temperature else Sampling(sampling.max_new_tokens, 0.0, repetition_penalty=penalty)
+    )
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def alone(described: Mapping[str, Any]) -> bool:

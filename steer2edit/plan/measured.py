@@ -75,7 +75,10 @@ _OTHER: Any = {
     "steps?": [[NUMBER]],
     "trial?": int,
     "params?": {},
-    "aim?": {"metric": str, "aim": NUMBER, "value": NUMBER, "base": NUMBER, "steps": [[NUMBER]]},
+    "aim?": {
+        **{"metric": str, "aim": NUMBER, "value": NUMBER, "base": NUMBER, "steps": [[NUMBER]]},
+        "repetition_penalty?": NUMBER,
+    },
 }
 _COST: Any = {
     **dict.fromkeys(("kl", "low", "high", "base_perplexity", "perplexity"), NUMBER),

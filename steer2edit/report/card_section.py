@@ -49,8 +49,8 @@ def tradeoff(evaluation: Evaluation, plot: str | None = None) -> list[str]:
     )
     remark = (
         f"Measured on held-out questions (split {inline(evaluation.context.get('split'))}): {inline(', '.join(counts))}. "
-        "Brackets are bootstrap 95 % intervals; changes and differences are paired by question."
-    )
+        f"Brackets are bootstrap 95 % intervals; changes and differences are paired by question. {evaluation.decoding}"
+    ).rstrip()
     picture = [f"![The attribute against its cost]({plot})"] if plot else []
     lines = [*judged, *([" ".join(lost)] if lost else []), *broken]
     return ["## The trade-off", *lines, *picture, table(rows), remark]

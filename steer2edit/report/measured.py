@@ -143,6 +143,7 @@ def limits(plan: EditPlan, evaluation: Evaluation | None) -> list[Html]:
         )
         if split := evaluation.context.get("split"):
             sentences.append(f"Everything in the table of candidates is on the {split} split.")
+        sentences += [evaluation.decoding] if evaluation.decoding else []
         comparisons = (len(evaluation.rows) - 1) * len(evaluation.metrics)
         if comparisons > 1:
             sentences.append(

@@ -111,7 +111,8 @@ def _measured_on(found: Evaluation) -> str:
     told = [f"{', '.join(metrics)} over {count} {unit}" for (unit, count), metrics in names.items()]
     split = found.context.get("split")
     half = f" (the half that tune {'reports on' if split == 'report' else 'selects on'})" if split else ""
-    return f"Means: {'; '.join(told)}{half}. In brackets: 95 % intervals from resampling these."
+    line = f"Means: {'; '.join(told)}{half}. In brackets: 95 % intervals from resampling these."
+    return f"{line} {found.decoding}".rstrip()
 
 
 def _served_lines(context: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,9 @@ def settle_by_aim(
     reached = reach(loaded, plan, suite, aim, largest_kl=largest_kl, progress=progress)
     settled = settle(loaded, plan, strength=reached.strength, neutral=suite.neutral, scaled=scaling(plan))
     chosen_by = tuple(sorted({question.digest for question in suite.questions("select")}))
-    measured = replace(settled.plan.measured, aim=reached.described(), selected_on=chosen_by)
+    penalty = suite.repetition_penalty
+    described = reached.described() | ({} if penalty is None else {"repetition_penalty": penalty})
+    measured = replace(settled.plan.measured, aim=described, selected_on=chosen_by)
     return replace(settled, plan=replace(settled.plan, measured=measured))
 
 

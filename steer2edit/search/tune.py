@@ -334,6 +334,7 @@ def _settings(scoring: Scoring, suite: Suite, search: Search, attribute: Metric,
         "selected_on": hashlib.sha256(" ".join(suite.digests("select")).encode()).hexdigest(),
         **({"judge": suite.judge.named()} if suite.judge is not None else {}),
         **({"write_all": True} if suite.write_all else {}),
+        **({} if suite.repetition_penalty is None else {"repetition_penalty": suite.repetition_penalty}),
         "sampler": "grid" if search.grid else "TPE",
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=list))
