@@ -158,7 +158,10 @@ def _answers(
 
 
 def own_penalty(loaded: LoadedModel) -> float:
-    """The repetition penalty of the model's generation_config.json, 1 for none. Raises CheckpointError for another value than a number."""
+    """The repetition penalty of the model's generation_config.json, 1 for none.
+
+    Raises CheckpointError for another value than a number.
+    """
     return stored_penalty(getattr(loaded.model.generation_config, "repetition_penalty", None))
 
 
