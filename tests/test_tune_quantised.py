@@ -1,4 +1,4 @@
-"""``tune`` of a quantised model: what its plans are computed from, and what the knee is written beside."""
+"""``tune`` and ``eval`` of a quantised model: what edits are computed from, and what the knee is written beside."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from steer2edit.architecture import read_spec
 from steer2edit.artefact.verify import verify
 from steer2edit.checkpoint import open_checkpoint
 from steer2edit.cli.options import ModelFlags
+from steer2edit.evaluation import baselines
 from steer2edit.plan import EditPlan
 from steer2edit.runtime.model import LoadedModel, load_model
+from steer2edit.scoring.scores import Scoring
 
 HELD = [{**row, "prompt": f"{row['prompt']} {word}"} for row in ROWS for word in ("old", "new")]
 
@@ -93,3 +95,26 @@ def test_what_cannot_be_is_refused_before_the_model_runs(
     refused = run(*arguments, "--to", "ckeckpoint")
     assert refused.exit_code == 2 and "there is no target" in refused.stderr
     assert not (tmp_path / "study").exists()
+
+
+def test_control_edits_are_computed_from_weights_too(
+    arguments: list[object], quantised: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*arguments, "--weights", tiny_llama).exit_code == 0
+    knee = tmp_path / "study" / "knee.plan.safetensors"
+    flags = ["--data", *arguments[3:10], "--max-new-tokens", 4]
+    read: list[Any] = []
+    shuffled = baselines.shuffled_labels
+
+    def noted(scoring: Scoring, *given: Any, **more: Any) -> Any:
+        assert scoring.checkpoint.quantisation is not None
+        read.append(scoring.checkpoint.quantisation.weights)
+        return shuffled(scoring, *given, **more)
+
+    monkeypatch.setattr(baselines, "shuffled_labels", noted)
+    for weights in ([], ["--weights", tiny_llama]):
+        found = run("eval", quantised, knee, *flags, "--baselines", "--draws", 1, *weights)
+        assert found.exit_code == 0, found.output
+    assert read[0] is None and read[1]["fingerprint"] == open_checkpoint(tiny_llama).fingerprint
+    alone = run("eval", quantised, knee, *flags, "--weights", tiny_llama)
+    assert alone.exit_code == 2 and "give --baselines too" in alone.stderr

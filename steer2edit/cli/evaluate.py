@@ -12,7 +12,15 @@ from steer2edit.cli.command import command
 from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.evaluate_flags import BaselineFlags, EvaluationOut, HowFlags
 from steer2edit.cli.judge_flags import JudgeFlags
-from steer2edit.cli.options import JsonFlags, ModelFlags, ReplaceFlags, find_plan, numbers, progress_bar
+from steer2edit.cli.options import (
+    JsonFlags,
+    ModelFlags,
+    ReplaceFlags,
+    UnquantisedFlags,
+    find_plan,
+    numbers,
+    progress_bar,
+)
 from steer2edit.cli.output import print_result
 from steer2edit.cli.served import check_served, kept_answers, served_evaluation
 from steer2edit.cli.suite import SuiteFlags, scoring_of
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     compared=BaselineFlags,
     how=HowFlags,
     model_flags=ModelFlags,
+    unquantised=UnquantisedFlags,
     output=EvaluationOut,
     replacing=ReplaceFlags,
     printed=JsonFlags,
@@ -48,6 +57,7 @@ def evaluate(
     compared: BaselineFlags,
     how: HowFlags,
     model_flags: ModelFlags,
+    unquantised: UnquantisedFlags,
     output: EvaluationOut,
     replacing: ReplaceFlags,
     printed: JsonFlags,
@@ -57,6 +67,7 @@ def evaluate(
     --data or --stats are needed for the baselines. --behavior and a folder of data also bring the questions. With baselines or
     --stats the projection of written answers is measured too.
     """
+    from steer2edit.architecture.unquantised import planned_from
     from steer2edit.evaluation.answers import in_this_process
     from steer2edit.evaluation.assess import assess, with_baselines
     from steer2edit.evaluation.baselines import steering
@@ -68,7 +79,7 @@ def evaluate(
     compared.check()
     replacing.check(output.out, "evaluation")
     if how.server:
-        check_served(candidates, stats, asked, judged, compared, how, model_flags)
+        check_served(candidates, stats, asked, judged, compared, how, model_flags, unquantised)
         with kept_answers(output.out) as journal:
             found = served_evaluation(model, data, asked, judged, compared, how, model_flags, journal)
             _print(found, output, printed)
@@ -80,6 +91,9 @@ def evaluate(
         raise click.UsageError("--baselines are compared with a plan; name one")
     if (compared.baselines or strengths) and stats.stats is None and not data.any:
         raise click.UsageError("baselines need the contrast data: give --data, --behavior or --stats")
+    if unquantised.unquantised is not None and not compared.baselines:
+        raise click.UsageError("--weights is what control edits are computed from: give --baselines too")
+    planned = planned_from(checkpoint, spec, unquantised.unquantised)
     judge = judged.choice(data)
     judged.check_reachable()
     loaded = model_flags.load(checkpoint, spec)
@@ -87,6 +101,7 @@ def evaluate(
     scoring = None
     if compared.baselines or strengths or stats.stats is not None:
         scoring = scoring_of(stats.stats, data, checkpoint, spec, model_flags, loaded)
+        scoring = replace(scoring, checkpoint=planned)
     suite = asked.suite(loaded, questions, data, None if scoring is None else scoring.statistics)
     suite = judged.suite(suite, judge, data, in_this_process(loaded), model_flags)
     if how.engine == "vllm":

@@ -15,7 +15,7 @@ from steer2edit.cli.data_options import DataFlags, StatsFlags
 from steer2edit.cli.engine_flags import names_server
 from steer2edit.cli.evaluate_flags import BaselineFlags, HowFlags
 from steer2edit.cli.judge_flags import JudgeFlags
-from steer2edit.cli.options import ModelFlags, progress_bar
+from steer2edit.cli.options import ModelFlags, UnquantisedFlags, progress_bar
 from steer2edit.cli.suite import SuiteFlags
 from steer2edit.errors import count_of
 
@@ -68,6 +68,7 @@ def check_served(
     compared: BaselineFlags,
     how: HowFlags,
     model: ModelFlags,
+    unquantised: UnquantisedFlags,
 ) -> None:
     """Raise UsageError where a flag needs weights in this process, or two served models have one label."""
     if candidates:
@@ -88,6 +89,7 @@ def check_served(
         "--stats": stats.stats,
         "--neutral": asked.neutral,
         "--lm-eval": how.tasks,
+        "--weights": unquantised.unquantised,
         "--device": model.device != plain.device and not here,
         "--dtype": model.dtype != plain.dtype and not here,
         "--device-map": model.device_map is not None and not here,
