@@ -74,3 +74,11 @@ def test_tables_mark_what_is_broken() -> None:
     described = evaluation.described()["rows"]
     assert [len(one["breaks"]) for one in described] == [0, 1, 1]
     assert described[1]["breaks"][0]["metric"] == "answers right"
+
+
+def test_loops_of_greedy_answers_are_said_to_be_that() -> None:
+    metric = Metric("loops", "check", "less", tolerance=0.02)
+    rows = tuple(Row(kind, kind, {"loops": sample(count, 60)}) for kind, count in (("base", 0), ("edit", 30)))
+    found = Evaluation((metric,), rows)
+    assert "loops +0.5" in breaks_line(found) and "--repetition-penalty 1.1" in breaks_line(found)
+    assert "--repetition-penalty" not in breaks_line(replace(found, context={"repetition_penalty": 1.1}))

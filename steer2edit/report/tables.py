@@ -60,7 +60,11 @@ def breaks_line(found: Evaluation) -> str:
     edit = next((row for row in found.rows if row.kind == "edit"), None)
     if edit is None or not any(metric.tolerance is not None for metric in found.metrics):
         return ""
-    return "; ".join(map(str, found.damages(edit))) or "nothing that was measured"
+    damages = found.damages(edit)
+    line = "; ".join(map(str, damages)) or "nothing that was measured"
+    if not found.decoding and any(damage.metric.startswith(("loops", "repetition")) for damage in damages):
+        line += " (of greedy answers; --repetition-penalty 1.1 measures as small models are often served)"
+    return line
 
 
 def effect_line(found: Evaluation) -> str:
