@@ -94,6 +94,7 @@ def compose(
     runtime: Runtime = Runtime(),  # noqa: B008
     questions: Sequence[Sequence[Question] | None] | None = None,
     measure: bool = True,
+    repetition_penalty: float | None = None,
     force: bool = False,
     writing: Writing = Writing(),  # noqa: B008
     progress: Progress = silent,
@@ -118,7 +119,9 @@ def compose(
         texts = neutral_texts(loaded, neutral, progress)
         plan = settle_strength(loaded, plan, strength=strength if settled else 1.0, kl_budget=kl_budget, neutral=texts)
         if measure:
-            evaluations = _measure(loaded, parts, plan, questions_of(plans, questions), texts, progress)
+            evaluations = _measure(
+                loaded, parts, plan, questions_of(plans, questions), texts, repetition_penalty, progress
+            )
     lowerings = {
         target: emit(plan, checkpoint, spec, target, folder, force=force, writing=writing, progress=progress)
         for target, folder in folders.items()
@@ -223,6 +226,7 @@ def _measure(
     plan: EditPlan,
     questions: Mapping[str, tuple[EditPlan, Sequence[Question]]],
     neutral: NeutralTexts,
+    penalty: float | None,
     progress: Progress,
 ) -> dict[str, Evaluation]:
     """On each behaviour's questions: the base, each part alone at the strength it has in the composition, all together."""
@@ -236,7 +240,7 @@ def _measure(
     found = {}
     for name, (part, asked) in questions.items():
         own, _ = read_metric(part.data.get("metric"))
-        suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF, metric=own)
+        suite = Suite(asked, knowledge_questions(), neutral, limit=PROOF, metric=own, repetition_penalty=penalty)
         found[name] = assess(loaded, suite, candidates, context={"behavior": name}, progress=progress)
     return found
 

@@ -158,6 +158,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
         asked += ["--eval", path]
     plans = ("--plan", files[0], "--plan", files[1])
     options = (*asked, "--neutral", neutral, "--kl-budget", "0.02", "--out", tmp_path / "out", "--to", "lora")
+    options += ("--repetition-penalty", "1.2")
     made = run("compile", scoring.checkpoint.path, *plans, *options)
     assert made.exit_code == 0, made.output
     assert "on the held-out questions of one" in made.output and "together" in made.output
@@ -165,6 +166,7 @@ def test_a_composition_is_measured_on_each_behaviours_questions_alone_and_togeth
     for name in ("one", "two"):
         rows = described["evaluations"][name]["rows"]
         assert [row["name"] for row in rows] == ["base", "one", "two", "together"]
+        assert described["evaluations"][name]["context"]["repetition_penalty"] == 1.2
         assert rows[-1]["metrics"]["KL on prose"]["value"] == pytest.approx(0.02, rel=0.2)
     plan = EditPlan.load(tmp_path / "out" / PLAN)
     assert 0.9 * 0.02 <= plan.measured.kl <= 0.02
@@ -196,6 +198,7 @@ def test_contradictions_are_usage_errors(
         ((*plan, "--vectors", files[0], *out), "takes no --vectors"),
         (("--behavior", "concise", "--weight", "1", *out), "--weight belongs to --plan"),
         ((*plan, "--eval", "a", "--eval", "b", *out), "one --eval for each"),
+        ((*plan, "--repetition-penalty", "1.1", "--no-report", *out), "leave one of the two out"),
         ((*plan, "--weight", "nan", "--no-report", *out), "finite"),
         (("--plan", tmp_path / "none", *out), "none"),
     ):

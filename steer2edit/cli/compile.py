@@ -142,6 +142,10 @@ def compile(
 
     judged.check(answers_by=missing.answers_by, writer=missing.writer)
     aim = Aim.read(report.aim) if report.aim is not None else None
+    if report.repetition_penalty is not None and report.no_report and aim is None:
+        raise click.UsageError(
+            "--repetition-penalty is for written answers, and --no-report measures none: leave one of the two out"
+        )
     if missing.any and (plans.plans or stats.stats is not None or vectors.vectors_file is not None):
         flag = "--trait" if missing.trait else "--positive"
         raise click.UsageError(f"{flag} asks for data to be made; give it without --plan, --stats and --vectors")
@@ -160,7 +164,7 @@ def compile(
             raise click.UsageError("--aim is for one behaviour, and --plan takes finished plans")
         compile_plans(
             model, plans, data, stats, vectors, method, strength, model_flags, report.questions, report.no_report,
-            output.out, targets.to, writing, force.force, printed.as_json,
+            report.repetition_penalty, output.out, targets.to, writing, force.force, printed.as_json,
         )  # fmt: skip
         return
     if plans.weights:
