@@ -145,10 +145,13 @@ def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
     far = run(*given, "--aim", "margin=1e9", "-o", tmp_path / "far")
     assert far.exit_code == 2 and "reaches margin=1e+09" in far.output and not (tmp_path / "far").exists()
     base = float(far.output.split("margin is ")[1].split(",")[0])
-    done = run(*given, "--aim", f"margin={base + 0.01}", "-o", tmp_path / "out", "--json")
+    penalty = ["--repetition-penalty", "1.2"]
+    done = run(*given, "--aim", f"margin={base + 0.01}", *penalty, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.output
     aim = json.loads(done.stdout)["measured"]["aim"]
-    assert aim["value"] >= aim["aim"]
+    assert aim["value"] >= aim["aim"] and aim["repetition_penalty"] == 1.2
+    assert "with a repetition penalty of 1.2" in run("show", tmp_path / "out").stdout
+    assert run(*given, *penalty, "-o", tmp_path / "none").exit_code == 2
     for more in (["--strength", "1"], ["--plan", "x.plan.safetensors"]):
         bad = run(*given, "--aim", "margin=1", *more, "-o", tmp_path / "bad")
         assert bad.exit_code == 2 and "aim" in bad.output

@@ -264,7 +264,8 @@ def compile(
 
 def _render(compiled: Compiled, model: str, revision: str | None) -> str:
     from steer2edit.files.layout import REPORT
-    from steer2edit.report.plan_text import cost_line, held_out_line, plan_line, strength_line, training_line
+    from steer2edit.report.method_text import held_out_line, training_line
+    from steer2edit.report.plan_text import cost_line, plan_line, strength_line
     from steer2edit.report.tables import breaks_line, effect_line, render_evaluation, steerable_lines
 
     plan = compiled.plan

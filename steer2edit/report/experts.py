@@ -11,7 +11,8 @@ from steer2edit.errors import Steer2EditError
 from steer2edit.experts.ranking import ExpertTable, Ranked
 from steer2edit.files.atomic import write_bytes
 from steer2edit.plan import Measured
-from steer2edit.report.plan_text import cost_line, expert_lines
+from steer2edit.report.method_text import expert_lines
+from steer2edit.report.plan_text import cost_line
 
 _HEADERS = {
     "layer": "layer",
