@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from typing import Any
@@ -59,3 +60,11 @@ def object_of_another_class() -> Any:
 
 def working_folder() -> str:
     return os.getcwd()
+
+
+def be_slow_to_end() -> None:
+    atexit.register(time.sleep, 1.5)
+
+
+def end() -> None:
+    os._exit(0)

@@ -79,3 +79,20 @@ def test_time_is_limited_also_in_c(function: Callable[[], Any]) -> None:
         with pytest.raises(TooMuchError, match=r"longer than 0\.5 seconds"):
             apart.call(function)
         assert time.monotonic() - started < 10
+
+
+def test_a_call_to_a_process_that_is_ending_because_it_was_idle_goes_to_a_new_one() -> None:
+    with Apart(Limits(seconds=20), idle=0.2) as apart:
+        apart.call(child.be_slow_to_end)
+        first = apart._process
+        time.sleep(1.0)
+        assert first is not None and first.poll() is None  # a busy machine takes long to end a process
+        assert apart.call(child.back, 1) == [1]
+        assert first.returncode == 0 and apart._process is not first
+
+
+def test_a_process_that_ends_in_the_middle_of_a_call_is_an_error() -> None:
+    with Apart(Limits(seconds=20)) as apart:
+        with pytest.raises(ApartError, match="ended"):
+            apart.call(child.end)
+        assert apart.call(child.back, 1) == [1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from steer2edit.data.prompts import Message, Prompt
@@ -35,6 +35,10 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     repetition_penalty: float | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Plain values; a repetition penalty only where one is asked for, as older files have it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

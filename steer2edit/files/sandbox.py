@@ -32,10 +32,16 @@ except ImportError:  # not on this system
 
 _LENGTH = 8
 _START_SECONDS = 600.0
+_END_SECONDS = 20.0
+"""How long a process whose pipe is closed may take to end, on a busy machine."""
 
 
 class TooMuchError(Exception):
     """It took more time, memory or output than it was allowed."""
+
+
+class _EndedError(Exception):
+    """The child process had ended by itself, without a fault, when it was called."""
 
 
 class ApartError(Exception):
@@ -91,7 +97,16 @@ class Apart:
                 self.close()
             if self._process is None:
                 self._start(function.__module__)
-            raw = self._exchange(request, self._limits.seconds, self._limits.output)
+            try:
+                raw = self._exchange(request, self._limits.seconds, self._limits.output)
+            except _EndedError:
+                # it was idle for long, and on its way out when this call came: a new one takes it
+                self.close()
+                self._start(function.__module__)
+                raw = self._exchange(request, self._limits.seconds, self._limits.output)
+        except _EndedError:
+            self.close()
+            raise ApartError("the process that read it ended") from None
         except BaseException:
             self.close()
             raise
@@ -160,10 +175,23 @@ class Apart:
         if isinstance(answer[0], TooMuchError):
             raise answer[0]
         if isinstance(answer[0], BaseException):
-            process.kill()
-            code = process.wait()
+            code = _code_of(process, seconds=0.0 if isinstance(answer[0], ValueError) else _END_SECONDS)
+            if code == 0:
+                raise _EndedError
             raise ApartError(f"the process that read it died (exit code {code})")
         return answer[0]
+
+
+def _code_of(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """The exit code of a process whose pipe is closed.
+
+    It is killed where it does not end within so many seconds.
+    """
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def run_apart(function: Callable[..., Any], *arguments: Any, limits: Limits = Limits()) -> Any:

@@ -201,7 +201,7 @@ def _made(
         "made": way.described(),
         **written.more,
         "prompts": len(questions),
-        "sampling": asdict(request.sampling),
+        "sampling": request.sampling.described(),
         "think": request.think,
         "seed": request.seed,
         **({"chat_template_kwargs": dict(request.chat_template_kwargs)} if request.chat_template_kwargs else {}),

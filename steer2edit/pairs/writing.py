@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from steer2edit.engines.engine import Answer, Engine, Request, Sampling
@@ -87,11 +87,8 @@ class Writer:
 
 def drawn(sampling: Sampling) -> dict[str, Any]:
     """What answers depend on of a sampling. At a temperature of 0 nothing is drawn, whatever the seed and top-p."""
-    penalty = sampling.repetition_penalty
-    found = asdict(
-        sampling if sampling.temperature else Sampling(sampling.max_new_tokens, 0.0, repetition_penalty=penalty)
-    )
-    return {name: value for name, value in found.items() if value is not None}
+    greedy = Sampling(sampling.max_new_tokens, 0.0, repetition_penalty=sampling.repetition_penalty)
+    return (sampling if sampling.temperature else greedy).described()
 
 
 def alone(described: Mapping[str, Any]) -> bool:
