@@ -18,7 +18,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,11 +59,8 @@ def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -
             if budget is not None:
                 found = near(apply, bench.costs.budget, budget, name=f"{name}, {method}")
                 strength, kl = found.strength, {bench.costs.budget.kind: found.divergence.kl}
-            with (
-                apply(1.0 if strength is None else strength),
-                penalised(bench.loaded, bench.settings.repetition_penalty),
-            ):
-                mine = answers(bench.loaded, questions, tokens, text)
+            with apply(1.0 if strength is None else strength):
+                mine = answers(bench.loaded, questions, tokens, text, bench.settings.repetition_penalty)
             wrote.append((Cell(name, method, budget, strength, kl, seconds=time.perf_counter() - began), mine))
     for cell, mine in wrote:
         values = {
@@ -76,21 +72,12 @@ def cells(bench: Bench, projection: Projection, method: str, journal: Journal) -
         yield replace(cell, values=values)
 
 
-@contextmanager
-def penalised(loaded: LoadedModel, penalty: float) -> Iterator[None]:
-    """Decode with a repetition penalty, as where the model's generation_config.json has one."""
-    config = loaded.model.generation_config
-    before, config.repetition_penalty = config.repetition_penalty, penalty
-    try:
-        yield
-    finally:
-        config.repetition_penalty = before
-
-
-def answers(loaded: LoadedModel, questions: Sequence[Question], tokens: int, system: str = "") -> list[Answer]:
+def answers(
+    loaded: LoadedModel, questions: Sequence[Question], tokens: int, system: str = "", penalty: float = 1.0
+) -> list[Answer]:
     """Greedy answers of the model as it is now."""
     requests = [Request(question.prompt, system=system or None) for question in questions]
-    return written(TransformersEngine(loaded), requests, Sampling(tokens))
+    return written(TransformersEngine(loaded), requests, Sampling(tokens, repetition_penalty=penalty))
 
 
 def projected(projection: Projection, questions: Sequence[Question], given: Sequence[Answer]) -> list[float]:

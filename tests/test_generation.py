@@ -13,7 +13,8 @@ from wrapper_models import WRAPPERS
 
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines import generation
-from steer2edit.engines.generation import answered_rows, generate, stored_penalty
+from steer2edit.engines.generation import answered_rows, generate
+from steer2edit.engines.penalty import stored_penalty
 from steer2edit.errors import CheckpointError
 from steer2edit.notices import collected
 from steer2edit.runtime.batches import pad_left

@@ -19,7 +19,8 @@ import torch
 
 from steer2edit.data.templates import templated
 from steer2edit.data.tokens import common_prefix, token_ids
-from steer2edit.errors import CheckpointError, DataError, count_of, first_line, shown
+from steer2edit.engines.penalty import own_penalty, penalised
+from steer2edit.errors import DataError, count_of, first_line
 from steer2edit.notices import notice
 from steer2edit.progress import Progress, silent
 from steer2edit.runtime.batches import pad_left
@@ -140,7 +141,7 @@ def _answers(
     while True:
         left = max_new_tokens - (ids.shape[1] - width)
         stop = [_enough_ended(ends)] if drops else []
-        rule = [] if penalty == 1 else [_penalised(penalty, mask)]
+        rule = [] if penalty == 1 else [penalised(penalty, mask)]
         rule += [] if choose is None else [_chosen(choose, places, width)]
         # for these steps alone: between two parts the caller has the word
         with torch.inference_mode(), _contiguous(loaded.model):
@@ -155,28 +156,6 @@ def _answers(
             grown = mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])
             ids, mask, places = ids[alive], torch.cat([mask[alive], grown], 1), [places[i] for i in alive.tolist()]
     yield from _cut(ids[:, width:], places, ends)
-
-
-def own_penalty(loaded: LoadedModel) -> float:
-    """The repetition penalty of the model's generation_config.json, 1 for none.
-
-    Raises CheckpointError for another value than a number.
-    """
-    return stored_penalty(getattr(loaded.model.generation_config, "repetition_penalty", None))
-
-
-def stored_penalty(value: object) -> float:
-    """What a generation_config.json holds as its repetition penalty, 1 for nothing.
-
-    Raises CheckpointError for another value than a number.
-    """
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CheckpointError(
-            f"repetition_penalty of generation_config.json is {shown(value)}; expected a number above 0, such as 1.1"
-        )
-    return float(value)
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
@@ -249,23 +228,6 @@ def _processors(rules: Sequence[Callable[..., torch.Tensor]]) -> Any:
     from transformers import LogitsProcessorList
 
     return LogitsProcessorList(rules)
-
-
-def _penalised(penalty: float, mask: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A processor of logits that weakens each row's tokens so far, and not what fills rows up.
-
-    transformers' own one weakens that too. It may be the end token, and then an answer depends on its batch.
-    """
-
-    def processor(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        read = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1).bool()
-        # the last token is always read
-        tokens = torch.where(read, ids, ids[:, -1:])
-        values = logits.gather(1, tokens)
-        weaker = torch.where(values < 0, values * penalty, values / penalty)
-        return logits.scatter(1, tokens, weaker)
-
-    return processor
 
 
 def _chosen(choose: Choose, places: Sequence[int], width: int) -> Callable[..., torch.Tensor]:

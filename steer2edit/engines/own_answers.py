@@ -18,7 +18,8 @@ from typing import Any
 from steer2edit.data.prompts import Prompt
 from steer2edit.data.templates import TemplateArguments, before_next_turn, render_prompt, render_prompts, templated
 from steer2edit.data.tokens import beginning, end_of_turn, texts_of, token_ids
-from steer2edit.engines.generation import generate, own_penalty
+from steer2edit.engines.generation import generate
+from steer2edit.engines.penalty import own_penalty
 from steer2edit.errors import DataError, count_of, first_line
 from steer2edit.files.cache_folder import cache_folder, write_cached
 from steer2edit.files.schema import check

@@ -13,7 +13,7 @@ from steer2edit.checkpoint import read_json
 from steer2edit.data.templates import TemplateArguments
 from steer2edit.data.tokens import token_ids
 from steer2edit.engines.engine import Answer, Request, Sampling, yes_share
-from steer2edit.engines.generation import stored_penalty
+from steer2edit.engines.penalty import stored_penalty
 from steer2edit.engines.rendering import Rendering, answer_tokens, by_room
 from steer2edit.errors import EngineError, count_of, first_line
 from steer2edit.progress import Progress, silent
